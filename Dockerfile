@@ -1,0 +1,48 @@
+# Imago, for the NVIDIA runtime or a plain CPU: torch brings its own CUDA, so the base needs none.
+# The final image has no compiler, no pip and no uv, and its process is not root.
+ARG BASE=debian:bookworm-20251229-slim
+
+FROM ${BASE} AS base
+RUN apt-get update \
+    && apt-get upgrade --yes \
+    && apt-get install --yes --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM base AS build
+RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv ca-certificates
+RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv && python3 -m venv --without-pip /opt/imago
+# The dependencies, 6 GB with CUDA, are a layer of their own: it is built again only when the lock changes.
+COPY requirements.lock /src/
+RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --require-hashes \
+    --requirement /src/requirements.lock
+COPY pyproject.toml README.md LICENSE /src/
+COPY models /src/models
+COPY service /src/service
+RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --no-deps /src
+
+FROM base
+LABEL org.opencontainers.image.title="Imago" \
+      org.opencontainers.image.description="Self-hosted image classification: a folder of images becomes a served classifier" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --create-home --home-dir /var/lib/imago --shell /usr/sbin/nologin imago
+COPY --from=build /opt/imago /opt/imago
+COPY --chown=imago:imago weights /var/lib/imago/weights
+RUN install --directory --owner imago --group imago --mode 0750 /var/lib/imago/data /var/lib/imago/datasets
+ENV PATH=/opt/imago/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    IMAGO_HOST=0.0.0.0 \
+    IMAGO_WEIGHTS=/var/lib/imago/weights \
+    IMAGO_DATA=/var/lib/imago/data \
+    IMAGO_DATASETS=/var/lib/imago/datasets \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER imago
+WORKDIR /var/lib/imago
+VOLUME ["/var/lib/imago/weights", "/var/lib/imago/data"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('IMAGO_PORT', '8000')}/health/ready\", timeout=2)"]
+ENTRYPOINT ["imago"]
+CMD ["serve"]

@@ -1,0 +1,47 @@
+# `make serve` and `make test` work on a fresh clone with Python 3.11+ and nothing else installed.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv
+STAMP := .venv/.ready
+ARGS ?=
+
+.PHONY: help setup serve test check lint types contracts lock clean
+
+help:
+	@echo "make setup | serve | test | check | lock | clean"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Imago needs Python 3.11 or newer; set PYTHON=python3.x")'
+	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
+	$(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes -r requirements-dev.lock
+	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
+	@touch $(STAMP)
+
+serve: $(STAMP)
+	@exec $(BIN)/imago serve $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+check: lint types contracts test
+
+# Exact versions with hashes, for every platform, and no index or download address in the file.
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+lock:
+	$(LOCK) --extra openvino -o requirements.lock
+	$(LOCK) --extra openvino --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""What a classifier is, and how one is made. Knows nothing of HTTP."""

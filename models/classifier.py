@@ -1,0 +1,230 @@
+"""What a classifier is: backbones that turn images into features, and a head that turns features into class probabilities.
+
+    image bytes --images.decode--> uint8 (C, H, W)
+    uint8 (N, C, H, W) --normalise--> float32 --backbone--> features (N, D)     once per backbone, whoever asks
+    features (N, D) --head.part--> (N, K) --head.combine--> probabilities (N, classes)
+
+A backbone is known by the hash of its weights, so whatever is loaded, compiled and batched is shared by every classifier
+that names it. A head costs a few hundred KB.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+class Record(BaseModel):
+    """A value stored as JSON beside weights: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(Record):
+    """From a decoded image to a network's input. It belongs to the weights, and is the same in training and in serving.
+
+    The shorter side is resized to `resize` pixels (antialiased), a centre square of `crop` pixels is cut, pixels are scaled to 0..1,
+    then `(x - mean) / std` per channel.
+    """
+
+    resize: int = Field(ge=1, le=4096)
+    crop: int = Field(ge=1, le=4096)
+    channels: Literal[1, 3] = 3
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Preprocessing":
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each")
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class BackboneRef(Record):
+    """Which backbone a model stands on: `sha256` is the hash of its weights file in the store."""
+
+    architecture: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    preprocessing: Preprocessing
+
+    @property
+    def key(self) -> str:
+        """The folder's name in the store: architecture and the first eight digits of the hash."""
+        return f"{self.architecture}-{self.sha256[:8]}"
+
+
+class LayerConfig(Record):
+    """One backbone's last layer. `linear`: features (N, D) -> (N, out). `conv` (SqueezeNet, network in network): features are a flattened
+    map (N, in_features * P); a 1x1 convolution, ReLU, and the mean over the P positions."""
+
+    kind: Literal["linear", "conv"] = "linear"
+    in_features: int = Field(ge=1)
+    bias: bool = True
+
+
+class HeadConfig(Record):
+    """How features become probabilities.
+
+    `single`: one backbone, softmax of its layer's scores divided by `temperature`.
+    `mean`: the mean of the members' probabilities. `feature_sum`: each member mapped to `hidden`, summed, dropout, a linear classifier.
+    """
+
+    kind: Literal["single", "mean", "feature_sum"] = "single"
+    layers: tuple[LayerConfig, ...] = Field(min_length=1)
+    hidden: int = Field(default=512, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "HeadConfig":
+        if self.kind == "single" and len(self.layers) != 1:
+            raise ValueError(f"a single head has one layer, not {len(self.layers)}")
+        return self
+
+
+class ModelConfig(Record):
+    """A version of a served model, as `config.json` says it."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int = Field(ge=1)
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    classes: tuple[str, ...] = Field(min_length=1)
+    backbones: tuple[BackboneRef, ...] = Field(min_length=1)
+    head: HeadConfig
+    head_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    metrics: dict[str, Any] = {}
+    lineage: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if len(self.backbones) != len(self.head.layers):
+            raise ValueError(f"{len(self.backbones)} backbones, but the head has {len(self.head.layers)} layers")
+        return self
+
+
+class ConvLayer(nn.Module):
+    """The last layer of SqueezeNet and network in network: (N, in_channels * P) -> (N, out), whatever the number of positions P."""
+
+    def __init__(self, in_channels: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.conv = nn.Conv2d(in_channels, out_features, kernel_size=1, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps = features.reshape(features.shape[0], self.in_channels, -1, 1)  # (N, in, P, 1)
+        scores: Tensor = self.conv(maps)
+        return scores.relu().mean(dim=(2, 3))
+
+
+def make_layer(config: LayerConfig, out_features: int) -> nn.Linear | ConvLayer:
+    if config.kind == "conv":
+        return ConvLayer(config.in_features, out_features, config.bias)
+    return nn.Linear(config.in_features, out_features, config.bias)
+
+
+def layer_config(layer: nn.Module) -> LayerConfig:
+    """The configuration of which `make_layer` makes this layer."""
+    if isinstance(layer, nn.Linear):
+        return LayerConfig(in_features=layer.in_features, bias=layer.bias is not None)
+    if isinstance(layer, ConvLayer):
+        return LayerConfig(kind="conv", in_features=layer.in_channels, bias=layer.conv.bias is not None)
+    raise TypeError(f"a head's layer is an nn.Linear or a ConvLayer, not {type(layer).__name__}")
+
+
+class Head(nn.Module):
+    """Features of one or more backbones -> probabilities.
+
+    It is cut in two so that each backbone's batch does its own share: `part` runs in that batch, on its device, and `combine`
+    afterwards, over parts that are at most (N, hidden) or (N, classes).
+    """
+
+    def __init__(self, config: HeadConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        width = config.hidden if config.kind == "feature_sum" else num_classes
+        self.layers = nn.ModuleList(make_layer(layer, width) for layer in config.layers)
+        if config.kind == "feature_sum":
+            self.dropout = nn.Dropout(config.dropout)
+            self.classifier = nn.Linear(config.hidden, num_classes)
+
+    @classmethod
+    def of(cls, layer: nn.Linear | ConvLayer) -> "Head":
+        """The head of a plain network: its own last layer, then softmax."""
+        out_features = layer.out_features if isinstance(layer, nn.Linear) else layer.conv.out_channels
+        head = cls(HeadConfig(layers=(layer_config(layer),)), out_features)
+        head.layers[0] = layer
+        return head
+
+    def part(self, member: int, features: Tensor) -> Tensor:
+        """What backbone `member` contributes: features (N, D) -> float32 (N, K)."""
+        scores: Tensor = self.layers[member](features.float())
+        return scores.softmax(dim=1) if self.config.kind == "mean" else scores
+
+    def scores(self, parts: Sequence[Tensor]) -> Tensor:
+        """One part per backbone -> class scores (N, classes): logits, or log-probabilities of an ensemble's mean."""
+        if self.config.kind == "mean":
+            return torch.stack(tuple(parts)).mean(dim=0).log()
+        if self.config.kind == "feature_sum":
+            logits: Tensor = self.classifier(self.dropout(torch.stack(tuple(parts)).sum(dim=0)))
+            return logits
+        return parts[0]
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """One part per backbone -> float32 probabilities (N, classes), which sum to 1."""
+        return (self.scores(parts) / self.config.temperature).softmax(dim=1)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """One (N, D) per backbone -> class scores (N, classes), to train on."""
+        return self.scores([self.part(i, f) for i, f in enumerate(features)])
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network without its last layer, weights loaded: float32 (N, C, H, W), normalised -> float32 (N, D). In eval mode, on the CPU."""
+
+    ref: BackboneRef
+    module: nn.Module
+    feature_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A model version in memory, uncompiled: the float32 reference that everything faster is compared with."""
+
+    config: ModelConfig
+    backbones: tuple[Backbone, ...]
+    head: Head
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[Tensor]) -> Tensor:
+        """One uint8 (N, C, H, W) per backbone, each after its own preprocessing -> float32 probabilities (N, classes)."""
+        parts = []
+        for member, (backbone, pixels) in enumerate(zip(self.backbones, images, strict=True)):
+            features = backbone.module(normalise(pixels, backbone.ref.preprocessing))
+            parts.append(self.head.part(member, features))
+        return self.head.combine(parts)
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 (N, C, H, W) on any device -> float32 of the same shape, `(x / 255 - mean) / std`."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, -1, 1, 1) * 255
+    return (pixels.float() - mean) / std
+
+
+def top_k(probabilities: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Probabilities (N, classes) -> per row the k best class indices and their probabilities, best first; at most all classes."""
+    values, indices = probabilities.topk(min(k, probabilities.shape[1]), dim=1)
+    return indices.tolist(), values.tolist()

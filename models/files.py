@@ -1,0 +1,119 @@
+"""Writing so that a reader, a second writer, or a kill at any moment meets a whole file or none.
+
+    under the store's lock   .tmp-<random> is made and held by a shared flock
+    outside the lock         its files are written and flushed
+    under the lock again     one rename puts it in its place, then the folder above is flushed
+
+A writer that dies leaves a `.tmp-` entry which nobody holds; the next writer sweeps it.
+"""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the file `path` exclusively, against threads and processes alike; the kernel frees it when the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staging(parent: Path, lock: Path) -> Iterator[Path]:
+    """A new temporary folder in `parent`, to be filled and renamed; what is still there at the end is removed."""
+    with locked(lock):
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        folder = temporary(parent)
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_SH)  # held beyond the rename: the lock is on the folder, not on its name
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def temporary(parent: Path) -> Path:
+    """A name in `parent` that listings ignore and `sweep` removes."""
+    return parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a new file and flushes it to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Puts `data` in the place of `path` in one step. The caller holds the lock."""
+    draft = temporary(path.parent)
+    try:
+        write(draft, data)
+        move(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a flushed file, or a folder of such files, and makes that survive a power cut."""
+    if source.is_dir():
+        flush_folder(source)
+    source.rename(target)
+    flush_folder(target.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(path: Path) -> None:
+    """Takes a folder out of every listing in one step, then deletes it. The caller holds the lock."""
+    grave = temporary(path.parent)
+    path.rename(grave)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Removes the temporary entries of writers that died. The caller holds the lock."""
+    if not parent.is_dir():
+        return
+    for entry in parent.iterdir():
+        if entry.name.startswith(TEMPORARY) and not _held(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):
+                entry.unlink(missing_ok=True)
+
+
+def _held(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

@@ -1,0 +1,320 @@
+"""Image files -> uint8 tensors: the only place that decodes.
+
+    bytes --_sniff--> format --_open--> header, within the limits --_load--> pixels of the first frame
+          --_square--> what the network will see: upright, (crop, crop), RGB or L --_tensor--> uint8 (C, crop, crop)
+
+Bytes come from strangers. Only the opener of the format that the first bytes name is ever run, limits are checked before pixels are
+allocated, and whatever goes wrong is one `ImageError`, about this image alone.
+
+Only the first frame of an animation is read; embedded colour profiles are ignored: published weights were trained without them.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
+from torch import Tensor
+
+from models.classifier import Preprocessing
+from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
+
+# Imported so that Pillow need not import all its 43 openers to find them.
+OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
+FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}
+
+# A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
+DRAFT_FACTOR = 2.5
+
+PIXEL_CEILING = 2 * 89_478_485  # where Pillow refuses on its own account
+MAX_READS = 100_000  # a photograph's header takes about 100; made of a million tiny segments, one would take 10 s
+MAX_SCANNED_PIXELS = (
+    700_000_000  # of a progressive JPEG, pixels times scans: about 2 s; a photograph has about 10 scans
+)
+PILLOW_WARNINGS = re.compile(r"PIL\b")
+
+# orientation: (axes swapped, mirrored in x, mirrored in y) in the file's own coordinates, and what turns the result upright
+ORIENTATIONS = {
+    2: (False, True, False, Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (False, True, True, Image.Transpose.ROTATE_180),
+    4: (False, False, True, Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (True, False, False, Image.Transpose.TRANSPOSE),
+    6: (True, False, True, Image.Transpose.ROTATE_270),
+    7: (True, True, True, Image.Transpose.TRANSVERSE),
+    8: (True, True, False, Image.Transpose.ROTATE_90),
+}
+ORIENTATION_TAG = 0x0112
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before it costs anything. JPEG and GIF cannot say sides longer than 65,535."""
+
+    max_bytes: int = 10 * 2**20
+    max_pixels: int = 50_000_000
+    max_side: int = 65_535
+
+    def __post_init__(self) -> None:
+        if self.max_pixels > PIXEL_CEILING:
+            raise ValueError(f"max_pixels is {self.max_pixels:,}; the decoder's own ceiling is {PIXEL_CEILING:,}")
+
+
+class _File(BytesIO):
+    """The bytes as a file that refuses to be read in too many small pieces."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise InvalidImage(
+                f"the image is cut into too many pieces: its first {self.tell():,} bytes take {MAX_READS:,} reads"
+            )
+        return super().read(size)
+
+
+def decode(
+    data: bytes,
+    preprocessing: Preprocessing,
+    limits: Limits = Limits(),
+    extra_formats: frozenset[str] = frozenset(),
+) -> Tensor:
+    """One image file -> uint8 (C, crop, crop), a permuted view of contiguous (crop, crop, C) memory.
+
+    As torchvision's `Resize(resize)` and `CenterCrop(crop)` on an upright RGB image, transparency on white; of 255, the mean difference
+    is below 0.35 and the largest 2 (0.02 and 1 on photographs). JPEGs whose short side is at least 5 times `resize` are decoded at a
+    reduced scale: below 1, and 20. The same bytes always give the same tensor.
+    `extra_formats`: of "TIFF" and "AVIF". Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
+    """
+    _check_bytes(data, limits)
+    file_format = _sniff(data, extra_formats)
+    _ignore_pillow_warnings()
+    stage = "header"
+    try:
+        image = _open(data, file_format, limits)
+        stage = "image data"
+        extent = _load(image, preprocessing)
+        return _tensor(_square(image, extent, preprocessing))
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageTooLarge(f"not enough memory for this {_name(file_format)}; send a smaller image") from error
+    except Exception as error:  # Pillow raises what comes to hand: IndexError, SyntaxError, struct.error ...
+        raise InvalidImage(_damage(data, file_format, stage, error)) from error
+
+
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """Decoded images (C, H, W) of one size -> uint8 (N, C, H, W) in channels_last memory; a plain copy, nothing is transposed."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def _name(file_format: str) -> str:
+    return (FORMATS | EXTRA_FORMATS)[file_format]
+
+
+def _check_bytes(data: bytes, limits: Limits) -> None:
+    if not data:
+        raise EmptyImage("the image is empty: 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"the image has {len(data):,} bytes; the limit is {limits.max_bytes:,}")
+
+
+def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
+    file_format = _format_of(data)
+    allowed = [*FORMATS, *sorted(extra_formats)]
+    if file_format not in allowed:
+        names = [_name(each) for each in allowed]
+        raise UnsupportedImage(f"Send {', '.join(names[:-1])} or {names[-1]}.")
+    return file_format
+
+
+def _format_of(data: bytes) -> str | None:
+    """The format that the first bytes name: content decides, never a file name or a declared type."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith(b"BM") and data[16:18].strip(b"\0") == b"":  # a header of less than 64 KiB, unlike a text's
+        return "BMP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
+        return "AVIF"
+    return None
+
+
+def _ignore_pillow_warnings() -> None:
+    """Pillow warns of broken EXIF, MPO and palettes, which we ignore on purpose, and of sizes, which we limit ourselves.
+
+    `warnings.catch_warnings` would be the polite way, but it is not safe with threads.
+    """
+    if not warnings.filters or warnings.filters[0][3] is not PILLOW_WARNINGS:
+        warnings.filterwarnings("ignore", module=PILLOW_WARNINGS.pattern)
+
+
+def _open(data: bytes, file_format: str, limits: Limits) -> Image.Image:
+    """The image with its header read and its size checked; no pixel is allocated yet."""
+    file = _File(data)
+    if file_format == "GIF":
+        _check_size(_first_frame(file), limits)
+    try:
+        image = Image.open(file, formats=(file_format,))
+    except Image.DecompressionBombError as error:
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise ImageTooLarge(f"the image has {pixels:,} pixels; the limit is {limits.max_pixels:,}") from error
+    _check_size(image.size, limits)
+    if image.info.get("progressive"):
+        _check_scans(data, image.width * image.height)
+    return image
+
+
+def _first_frame(file: BytesIO) -> tuple[int, int]:
+    """Right and bottom edge of a GIF's first frame. Pillow allocates that area while it reads the header, so we look before."""
+    file.seek(10)
+    flags = file.read(1)[0]
+    file.seek(13 + (3 << (flags & 7) + 1 if flags & 128 else 0))
+    while (block := file.read(1)) not in (b",", b";", b""):
+        if block == b"!":
+            file.read(1)
+            while length := file.read(1)[0]:
+                file.seek(length, 1)
+    edges = file.read(8)
+    left, top, width, height = (int.from_bytes(edges[i : i + 2], "little") for i in (0, 2, 4, 6))
+    return left + width, top + height
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Every scan of a progressive JPEG passes over all its pixels, though it may be 75 bytes long: 200 KB could cost 15 s."""
+    scans = data.count(b"\xff\xda")
+    if scans * pixels > MAX_SCANNED_PIXELS:
+        raise InvalidImage(
+            f"a JPEG of {pixels:,} pixels in {scans:,} scans; the limit for its size is {MAX_SCANNED_PIXELS // pixels}"
+        )
+
+
+def _load(image: Image.Image, preprocessing: Preprocessing) -> tuple[float, float]:
+    """Decode the first frame; returns the width and height of the picture in the pixels that `image` then has."""
+    wanted = int(DRAFT_FACTOR * preprocessing.resize)
+    draft = image.draft(None, (wanted, wanted))
+    image.load()
+    return draft[1][2:] if draft else image.size
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(f"{width} x {height} is {width * height:,} pixels; the limit is {limits.max_pixels:,}")
+    if max(size) > limits.max_side:
+        raise ImageTooLarge(f"the image is {width} x {height}; the limit is {limits.max_side:,} pixels a side")
+
+
+def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
+    name = _name(file_format)
+    declared = {"WEBP": int.from_bytes(data[4:8], "little") + 8, "BMP": int.from_bytes(data[2:6], "little")}
+    if len(data) < declared.get(file_format, 0):
+        return f"truncated {name}: {len(data)} of {declared[file_format]} bytes"
+    if "truncated" in str(error).lower():
+        return f"truncated {name}: its {stage} breaks off after {len(data)} bytes"
+    return f"damaged {name}: its {stage} cannot be decoded"
+
+
+def _square(image: Image.Image, extent: tuple[float, float], preprocessing: Preprocessing) -> Image.Image:
+    """The upright, resized centre square, RGB or L. Only what the square shows is converted, resized and turned."""
+    swapped, mirror_x, mirror_y, upright = ORIENTATIONS.get(_orientation(image), (False, False, False, None))
+    width, height = extent
+    box = _centre_box(height, width, preprocessing) if swapped else _centre_box(width, height, preprocessing)
+    left, top, right, bottom = (box[1], box[0], box[3], box[2]) if swapped else box
+    if mirror_x:
+        left, right = width - right, width - left
+    if mirror_y:
+        top, bottom = height - bottom, height - top
+    square = _resize(image, (left, top, right, bottom), preprocessing)
+    return square if upright is None else square.transpose(upright)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # broken EXIF is no reason to refuse a picture
+        return 1
+
+
+def _centre_box(width: float, height: float, preprocessing: Preprocessing) -> Box:
+    """Where, in an image of this size, the pixels are that `Resize(resize)` and `CenterCrop(crop)` would keep."""
+    short, crop = min(width, height), preprocessing.crop
+    new_width = int(preprocessing.resize * width / short)
+    new_height = int(preprocessing.resize * height / short)
+    left = round((new_width - crop) / 2)
+    top = round((new_height - crop) / 2)
+    x, y = width / new_width, height / new_height
+    right, bottom = min(width, (left + crop) * x), min(height, (top + crop) * y)  # rounding may not leave the image
+    return left * x, top * y, right, bottom
+
+
+def _resize(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Image.Image:
+    """The pixels of `box` as (crop, crop), RGB or L."""
+    if image.mode not in ("RGB", "L") or image.has_transparency_data:
+        image, box = _cut(image, box, preprocessing.crop)
+        image = _flatten(image)
+    if preprocessing.channels == 1:
+        image = image.convert("L")
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    square = image.resize((preprocessing.crop, preprocessing.crop), resample, box)
+    return square.convert("RGB") if preprocessing.channels == 3 else square
+
+
+def _cut(image: Image.Image, box: Box, crop: int) -> tuple[Image.Image, Box]:
+    """The whole pixels that resizing `box` reads, and the box in their coordinates."""
+    left, top, right, bottom = box
+    margin_x = math.ceil(2 * max(1, (right - left) / crop)) + 1  # bicubic reaches two output pixels
+    margin_y = math.ceil(2 * max(1, (bottom - top) / crop)) + 1
+    x, y = max(0, math.floor(left) - margin_x), max(0, math.floor(top) - margin_y)
+    cut = (x, y, min(image.width, math.ceil(right) + margin_x), min(image.height, math.ceil(bottom) + margin_y))
+    return image.crop(cut), (left - x, top - y, right - x, bottom - y)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB or L, transparent pixels on white."""
+    if image.mode.startswith("I"):
+        return _gray16(image)
+    if image.mode == "F":
+        return _gray_float(image)
+    if image.has_transparency_data:
+        colour = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(colour, mask=colour)
+        return white
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _gray16(image: Image.Image) -> Image.Image:
+    """16-bit gray, also when it came as 32-bit integers, -> L. Pillow's own conversion would clip everything above 255 to white."""
+    table = (np.arange(65536) / 257).round().astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        table[transparent] = 255
+    values = np.asarray(image)
+    return Image.fromarray(table[values if values.itemsize == 2 else values.clip(0, 65535)])
+
+
+def _gray_float(image: Image.Image) -> Image.Image:
+    """Float gray -> L. Its white is the first of 1, 255 and 65535 that no value exceeds."""
+    values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
+    white = next((white for white in (1, 255) if values.max() <= white), 65535)
+    return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)

@@ -1,0 +1,87 @@
+"""The layer table of an architecture: output shapes, parameters and multiply-adds, for one image at its own input size."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import architectures
+
+SHOWN_DEPTH = 3  # "features.denseblock1.denselayer1" is shown; what is inside it is counted in its row
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module. Its figures include those of everything inside it. `output` is the shape for a batch of one."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The layers in the network's order; the first is the network itself, so its figures are the totals."""
+
+    layers: tuple[Layer, ...]
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "output", "parameters", "multiply-adds"), *map(_cells, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [_line(row, widths) for row in rows]
+        rule = "-" * len(lines[0])
+        total = self.layers[0]
+        size = f"{total.parameters:,} parameters ({total.parameters * 4 / 2**20:,.1f} MiB in float32)"
+        return "\n".join([lines[0], rule, *lines[2:], rule, f"{size}, {total.multiply_adds:,} multiply-adds per image"])
+
+
+def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerTable:
+    """The table of the uncut network. Runs on the meta device: only shapes are computed, so the largest takes seconds and no memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = architectures.outline(name, num_classes, channels).eval()
+    crop = architectures.preprocessing_of(name, channels).crop
+    outputs = _watch_outputs(network)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, channels, crop, crop, device="meta"))
+    root = type(network).__name__
+    layers = []
+    for path, module in network.named_modules():
+        if path in outputs and len(path.split(".")) <= SHOWN_DEPTH:
+            parameters = sum(p.numel() for p in module.parameters())
+            operations = sum(counter.flop_counts.get(f"{root}.{path}".rstrip("."), {}).values())
+            layers.append(Layer(path, type(module).__name__, outputs[path], parameters, operations // 2))
+    return LayerTable(tuple(layers))
+
+
+def _watch_outputs(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of what each module answers, by path, filled in when the network runs."""
+    outputs: dict[str, tuple[int, ...]] = {}
+
+    def watch(path: str, module: nn.Module) -> None:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[path] = tuple((output if isinstance(output, Tensor) else output[0]).shape)
+
+        module.register_forward_hook(note)
+
+    for path, module in network.named_modules():
+        watch(path, module)
+    return outputs
+
+
+def _cells(layer: Layer) -> tuple[str, str, str, str, str]:
+    indent = "  " * layer.name.count(".")
+    shape = " x ".join(map(str, layer.output[1:]))
+    counts = [f"{n:,}" if n else "-" for n in (layer.parameters, layer.multiply_adds)]
+    return indent + layer.name.rpartition(".")[2], layer.kind, shape, counts[0], counts[1]
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    name, kind, shape, parameters, operations = (
+        cell.ljust(width) if i < 3 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return f"{name}  {kind}  {shape}  {parameters}  {operations}"

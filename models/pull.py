@@ -1,0 +1,135 @@
+"""torchvision's published weights -> model versions in the store: class names, preprocessing and lineage with them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from models import architectures
+from models.classifier import Head, ModelConfig, Preprocessing
+from models.download import Progress, fetch, hash_prefix, sha256_of
+from models.ensembles import ensemble
+from models.errors import WeightsError
+from models.importing import fit, read_state
+from models.store import ModelStore
+
+IMAGENET_GROUP = ("alexnet", "vgg13", "resnet50", "densenet121", "inception_v3")
+IMAGENET_ENSEMBLE = "imagenet-ensemble"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One file of published weights, and what is known of it. `classes` stand in the order of their indices; names may repeat, as
+    two of ImageNet's did for years (crane, maillot), so the index alone says which class is meant."""
+
+    weights: str  # the enum member, "ResNet50_Weights.IMAGENET1K_V1"
+    url: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    metrics: Mapping[str, Any]
+    recipe: str | None
+
+
+def published(architecture: str, weights: str = "IMAGENET1K_V1") -> Published:
+    """What torchvision says of these weights. Raises ArchitectureNotFound, or WeightsError where it publishes none."""
+    member = architectures.published_weights(architecture, weights)
+    if member is None:
+        raise WeightsError(f"{architecture} has no published weights: train it, or import your own")
+    transforms = member.transforms()
+    preprocessing = architectures.preprocessing_of(architecture).model_dump() | {
+        "resize": transforms.resize_size[0],
+        "crop": transforms.crop_size[0],
+        "interpolation": transforms.interpolation.value,
+    }
+    return Published(
+        weights=str(member),
+        url=member.url,
+        classes=tuple(member.meta["categories"]),
+        preprocessing=Preprocessing.model_validate(preprocessing),
+        metrics=member.meta.get("_metrics", {}).get("ImageNet-1K", {}),
+        recipe=member.meta.get("recipe"),
+    )
+
+
+def pull(
+    name: str,
+    store: ModelStore,
+    cache: Path,
+    progress: Progress | None = None,
+    weights: str = "IMAGENET1K_V1",
+    base_url: str | None = None,
+) -> ModelConfig:
+    """Publishes an architecture's published weights under its name; where the store has them, sound, nothing is done.
+
+    `base_url` is a mirror, which has the files under the same paths. A download that broke off goes on where it was. A file that
+    lay in `cache` before is used and stays; one that was downloaded goes once the store has its weights.
+    Raises ArchitectureNotFound, WeightsError, DownloadError.
+    """
+    source = published(name, weights)
+    existing = _existing(store, name, source)
+    if existing is not None and store.is_sound(existing):
+        logger.info("%s is in the store already, as version %d", source.weights, existing.version)
+        return existing
+    url = _mirrored(source.url, base_url)
+    lay_there = (cache / Path(url.path).name).exists()
+    path = fetch(url, cache, progress)
+    config = _publish(name, store, source, path, existing)
+    if not lay_there:
+        path.unlink()
+    return config
+
+
+def pull_group(
+    store: ModelStore, cache: Path, progress: Progress | None = None, base_url: str | None = None
+) -> list[ModelConfig]:
+    """The group `imagenet`: the networks of IMAGENET_GROUP, and their ensemble, which shares their backbones."""
+    members = [pull(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]
+    return [*members, publish_ensemble(store)]
+
+
+def publish_ensemble(store: ModelStore) -> ModelConfig:
+    """The mean of the group's probabilities, from what the store holds of it."""
+    return ensemble(store, IMAGENET_ENSEMBLE, list(IMAGENET_GROUP))
+
+
+def _existing(store: ModelStore, name: str, source: Published) -> ModelConfig | None:
+    """The version that was pulled from this file, sound or not."""
+    prefix = hash_prefix(Path(source.url).name)
+    for number in reversed(store.versions(name)):
+        try:
+            config = store.config(name, number)
+        except WeightsError:
+            continue
+        if config.lineage.get("weights") == source.weights and str(config.lineage.get("sha256", "")).startswith(prefix):
+            return config
+    return None
+
+
+def _mirrored(url: str, base_url: str | None) -> httpx.URL:
+    original = httpx.URL(url)
+    if base_url is None:
+        return original
+    base = httpx.URL(base_url)
+    return base.copy_with(path=base.path.rstrip("/") + original.path)
+
+
+def _publish(name: str, store: ModelStore, source: Published, path: Path, existing: ModelConfig | None) -> ModelConfig:
+    network = fit(name, read_state(path), channels=3, source=str(path))
+    ref = store.put_backbone(name, network.backbone, source.preprocessing)
+    if existing is not None and store.is_sound(existing):
+        logger.info("the damaged backbone of %s was replaced; version %d is whole again", name, existing.version)
+        return existing
+    lineage = {
+        "source": source.url,
+        "sha256": sha256_of(path),
+        "weights": source.weights,
+        "torchvision": version("torchvision"),
+        "recipe": source.recipe,
+    }
+    return store.publish(name, [ref], Head.of(network.layer), source.classes, dict(source.metrics), lineage)

@@ -1,0 +1,22 @@
+"""A backbone made fast for the device it lands on."""
+
+from models.runtime.allocator import trim_allocator, tune_allocator
+from models.runtime.compiler import Runtime, compile_backbone
+from models.runtime.device import cpu_count, devices, is_device_lost, is_out_of_memory, pick_device
+from models.runtime.options import Agreement, Candidate, Options, RuntimeInfo
+
+__all__ = [
+    "Agreement",
+    "Candidate",
+    "Options",
+    "Runtime",
+    "RuntimeInfo",
+    "compile_backbone",
+    "cpu_count",
+    "devices",
+    "is_device_lost",
+    "is_out_of_memory",
+    "pick_device",
+    "trim_allocator",
+    "tune_allocator",
+]

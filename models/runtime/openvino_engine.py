@@ -1,0 +1,151 @@
+"""A backbone run by OpenVINO on the CPU: converted once, kept on disk, and loaded from there at the next start.
+
+Converting ResNet-50 takes seconds, loading the result 0.2 s. OpenVINO is an extra: `pip install imago[openvino]`.
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.classifier import Backbone, Preprocessing
+from models.runtime.options import EngineName, MemoryFormat, Precision
+
+log = logging.getLogger(__name__)
+
+HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+KEPT = 16  # converted networks on disk; the one unused for longest goes first
+
+_conversion = threading.Lock()  # tracing silences warnings for the whole process, so one at a time
+
+
+def openvino_version() -> str | None:
+    """The installed version, without importing it; None where the extra is not installed."""
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class OpenVinoEngine:
+    """uint8 (N, C, H, W) on the CPU -> float32 (N, D). Holds nothing of the torch module once it is made."""
+
+    name: EngineName = "openvino"
+    memory_format: MemoryFormat = "channels_last"
+    folded = True
+    device = torch.device("cpu")
+
+    def __init__(self, backbone: Backbone, precision: Precision, threads: int, cache_dir: Path | None) -> None:
+        self.precision = precision
+        self.threads = threads
+        self.openvino = import_openvino()
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_NUM_THREADS": str(threads),
+            "NUM_STREAMS": "1",
+            "ENABLE_CPU_PINNING": "NO",  # a pinned thread waits while decoding has its processor
+        }
+        network = _network(self.openvino, backbone, cache_dir)
+        self.compiled = self.openvino.Core().compile_model(network, "CPU", settings)
+        self.request = self.compiled.create_infer_request()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        rows = pixels.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C): no copy where memory is channels_last
+        self.request.set_input_tensor(self.openvino.Tensor(rows.numpy(), shared_memory=True))
+        self.request.infer()
+        return torch.from_numpy(self.request.get_output_tensor().data.copy())
+
+    def release_memory(self) -> None:
+        """Gives back the activations of the largest batch so far."""
+        self.compiled.release_memory()
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry, which reports each import and each conversion over the network.
+
+    Where `openvino_telemetry` cannot be imported, OpenVINO puts a stub of its own in its place.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import system's "not there"
+    import openvino
+
+    return openvino
+
+
+class PixelNetwork(nn.Module):
+    """uint8 (N, H, W, C) -> float32 (N, D): what is converted, so that normalisation is compiled with the network."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        pixels = rows.permute(0, 3, 1, 2).float()
+        features: Tensor = self.network((pixels - self.mean) / self.std)
+        return features
+
+
+def convert(openvino: Any, backbone: Backbone) -> Any:
+    """An `openvino.Model` of the whole way from pixels to features, for any batch size."""
+    shape = backbone.ref.preprocessing
+    rows = torch.zeros(2, shape.crop, shape.crop, shape.channels, dtype=torch.uint8)
+    network = PixelNetwork(backbone.module, shape).eval()
+    with _conversion, warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # TorchScript's own deprecation, and what tracing says of constants
+        # Its own check would take four more forward passes; the probe compares anyway.
+        traced = torch.jit.trace(network, rows, check_trace=False)  # type: ignore[no-untyped-call]
+        return openvino.convert_model(traced, example_input=rows, input=[-1, *rows.shape[1:]])
+
+
+def _network(openvino: Any, backbone: Backbone, cache_dir: Path | None) -> Any:
+    """The converted network: the path of its file, or the model itself where nothing may be kept on disk."""
+    if cache_dir is None:
+        return convert(openvino, backbone)
+    folder = converted_folder(cache_dir, backbone)
+    if not folder.is_dir():
+        _store(openvino, convert(openvino, backbone), folder)
+    os.utime(folder)
+    return folder / "network.xml"
+
+
+def converted_folder(cache_dir: Path, backbone: Backbone) -> Path:
+    """Where the converted network belongs: the name holds all that it was made of. The precision is chosen when it is loaded."""
+    made_of = f"{backbone.ref.model_dump_json()} {openvino_version()} {torch.__version__}"
+    return cache_dir / "openvino" / f"{backbone.ref.key}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+def _store(openvino: Any, network: Any, folder: Path) -> None:
+    """Writes beside and renames: another process sees all of it or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        openvino.save_model(network, beside / "network.xml", compress_to_fp16=False)
+        beside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # no other process was faster
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _sweep(folder.parent)
+
+
+def _sweep(parent: Path) -> None:
+    folders = [path for path in parent.iterdir() if not path.name.startswith(".")]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        log.info("removing the converted network %s, unused for longest", folder.name)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""What may be forced, and what is reported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from models.classifier import Record
+
+EngineName = Literal["torch", "openvino"]
+Precision = Literal["float32", "bfloat16", "float16"]
+MemoryFormat = Literal["channels_last", "contiguous"]
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile a backbone. `auto`, and None, leave it to what the device gains and to measurement.
+
+    threads: of one forward pass on the CPU; None: every processor that the process may use.
+    max_batch: images in one forward pass. cache_dir: where choices and converted networks are kept; None: nowhere.
+    """
+
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    threads: int | None = None
+    max_batch: int | None = None
+    cache_dir: Path | None = None
+
+
+class Candidate(Record):
+    """What one engine reached, in images a second: `rates` by batch size. `error`: why it could not be used."""
+
+    engine: EngineName
+    precision: Precision
+    rates: dict[int, float] = Field(default_factory=dict)
+    error: str | None = None
+
+
+class Agreement(Record):
+    """Compiled features against the float32 original, on `images` probe images.
+
+    max_difference: the largest absolute difference over the largest absolute feature.
+    top1: the share of probe images with the same best class; None where no last layer was given.
+    """
+
+    images: int
+    max_difference: float
+    top1: float | None
+
+
+class RuntimeInfo(Record):
+    """How a backbone runs, for `GET /models`. `source`: measured now, cached from an earlier measurement, or forced by a setting."""
+
+    engine: EngineName
+    precision: Precision
+    memory_format: MemoryFormat
+    folded: bool
+    device: str
+    threads: int | None
+    max_batch: int
+    source: Literal["measured", "cached", "forced"]
+    candidates: tuple[Candidate, ...]
+    agreement: Agreement
+    compile_seconds: float

@@ -1,0 +1,54 @@
+"""A backbone run by torch: batch norm folded into the convolutions, one memory format, one precision."""
+
+import torch
+from torch import Tensor
+
+from models.classifier import Backbone
+from models.runtime.folding import fold_batch_norm
+from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
+
+FORMATS: dict[MemoryFormat, torch.memory_format] = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}
+
+
+class TorchEngine:
+    """uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's is left as it was."""
+
+    name: EngineName = "torch"
+
+    def __init__(
+        self, backbone: Backbone, device: torch.device, precision: Precision, memory_format: MemoryFormat, threads: int
+    ) -> None:
+        preprocessing = backbone.ref.preprocessing
+        example = torch.zeros(1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+        module, count = fold_batch_norm(backbone.module, example)
+        self.folded = count > 0
+        self.device = device
+        self.precision = precision
+        self.memory_format = memory_format
+        self.threads = threads
+        self.dtype = DTYPES[precision]
+        self.format = FORMATS[memory_format]
+        self.module = module.to(device, self.dtype).to(memory_format=self.format)
+        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self._own_threads()
+        x = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.format)
+        x = x.float().sub_(self.mean).div_(self.std)  # as models.classifier.normalise
+        features: Tensor = self.module(x.to(self.dtype))
+        return features.float()
+
+    def release_memory(self) -> None:
+        """Gives back the activations of the largest batch so far."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _own_threads(self) -> None:
+        """The number of threads belongs to the calling thread, and another part of the process may have set its own."""
+        if self.device.type == "cpu" and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)

@@ -1,0 +1,136 @@
+"""`create_app` assembles the service: settings, engine, store, routes, middleware. Nothing else happens here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import NoReturn
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from models.store import ModelStore
+from service.auth import Keys, require_user
+from service.engine import Engine
+from service.errors import (
+    BadRequest,
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    ServiceError,
+    UnknownField,
+    ValidationFailed,
+)
+from service.metrics import Metrics
+from service.middleware import Edge, UserCORS
+from service.routes import models, ops, predict
+from service.routes.upload import printable
+from service.settings import Settings
+from service.state import State
+
+DESCRIPTION = "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`."
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine | None = None,
+    store: ModelStore | None = None,
+    metrics: Metrics | None = None,
+    keys: Keys | None = None,
+) -> FastAPI:
+    """The ASGI application. Its lifespan starts the engine and closes it, and makes of the settings whatever is not given."""
+    metrics = metrics or Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
+        state = _state(settings, engine, store, metrics, keys)
+        state["engine"].start()
+        try:
+            yield state
+        finally:
+            state["engine"].close()
+
+    app = FastAPI(
+        title="Imago",
+        version=version("imago"),
+        description=DESCRIPTION,
+        servers=[{"url": "/"}],
+        lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # asking whether it is on costs 15 us a request
+        redirect_slashes=False,  # a redirect would be built from the Host header
+        generate_unique_id_function=_operation_id,
+        exception_handlers={HTTPException: _framework_error, RequestValidationError: _invalid_request},
+    )
+    user = [Depends(require_user)] if settings.api_key else []
+    app.include_router(predict.router, dependencies=user)
+    app.include_router(models.router, dependencies=user)
+    app.include_router(models.admin_router)
+    app.include_router(ops.router)
+    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            UserCORS,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
+            expose_headers=("X-Request-ID", "Server-Timing", "Retry-After"),
+        )
+    return app
+
+
+def _state(
+    settings: Settings, engine: Engine | None, store: ModelStore | None, metrics: Metrics, keys: Keys | None
+) -> State:
+    store = store or ModelStore(settings.weights)
+    return State(
+        settings=settings,
+        engine=engine or Engine(settings, store, metrics),
+        store=store,
+        metrics=metrics,
+        keys=keys or Keys.of(settings),
+        swapping=asyncio.Lock(),
+    )
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+# Errors of FastAPI and Starlette become errors of ours; the middleware answers them all.
+
+
+async def _framework_error(request: Request, error: Exception) -> NoReturn:
+    assert isinstance(error, HTTPException)  # noqa: S101  (registered for it alone)
+    raise _translate(error) from error
+
+
+def _translate(error: HTTPException) -> ServiceError:
+    match error.status_code:
+        case 404:
+            return NotFound("no such path; /docs lists those there are")
+        case 405:
+            allow = (error.headers or {}).get("Allow", "")
+            return MethodNotAllowed(f"this path has no such method; it has {allow}", allow)
+        case 413:
+            return PayloadTooLarge("the request body is too large")
+        case 400:
+            return BadRequest("the request could not be read")
+        case _:
+            return Internal("internal error; the log has the details")
+
+
+async def _invalid_request(request: Request, error: Exception) -> NoReturn:
+    """The first complaint of several, without the input that it is about."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101  (registered for it alone)
+    first = error.errors()[0]
+    param = printable(".".join(str(part) for part in first["loc"][1:])) or None
+    match first["type"]:
+        case "json_invalid":
+            raise BadRequest("the body is not valid JSON") from None
+        case "extra_forbidden":
+            raise UnknownField("there is no field of that name", param=param) from None
+        case _:
+            raise ValidationFailed(first["msg"], param=param) from None

@@ -1,0 +1,214 @@
+"""`imago models`: the store. Nothing here talks to a server; each change says how a running one picks it up."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.cli.options import settings_options
+from service.cli.progress import progress
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from models.classifier import ModelConfig
+    from models.store import ModelStore
+
+GROUP = "imagenet"  # what `pull` knows several models by
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  imago models list
+  imago models pull resnet50
+  imago models import mine.safetensors --name mine --architecture resnet18 --classes labels.txt
+  imago models activate mine@2"""
+)
+def command() -> None:
+    """List, pull, import, remove and switch models."""
+
+
+@command.command("list", epilog="Example: imago models list --json")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON")
+@settings_options("weights")
+def list_models(as_json: bool, **flags: Any) -> None:
+    """List the models of the store; the version that is served is marked."""
+    rows = listing(open_store(flags))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        print_listing(rows)
+    else:
+        click.echo("the store is empty; `imago models pull resnet18` fetches a model", err=True)
+
+
+@command.command("show", epilog="Examples: imago models show resnet50; imago models show cifar10@2")
+@click.argument("name")
+@click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Classes of an architecture")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Input channels")
+@settings_options("weights")
+def show(name: str, classes: int, channels: str, **flags: Any) -> None:
+    """Show a stored model, or an architecture: its layers with output shapes, parameters and multiply-adds."""
+    from models.layers import layer_table
+
+    store = open_store(flags)
+    stored, version = split_version(name)
+    if stored not in store.names():
+        click.echo(layer_table(name, classes, int(channels)))
+        return
+    config = store.config(stored, version)
+    click.echo(config.model_dump_json(indent=2))
+    for ref in config.backbones:
+        click.echo(layer_table(ref.architecture, len(config.classes), ref.preprocessing.channels))
+
+
+@command.command("pull", epilog="Examples: imago models pull resnet50 densenet121; imago models pull imagenet")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which of the published weights")
+@settings_options("weights", "data", "weights_url")
+def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
+    """Download published weights of torchvision, check their hash, and store them. `imagenet` stands for a group of six."""
+    from models.pull import IMAGENET_ENSEMBLE, publish_ensemble
+    from models.pull import pull as pull_weights
+
+    settings = Settings.load(**flags)
+    store = open_store(flags)
+    for name in expanded(names):
+        if name == IMAGENET_ENSEMBLE:
+            stored(store, publish_ensemble(store))
+            continue
+        with progress(f"pull {name}", "bytes") as update:
+            config = pull_weights(name, store, settings.data / "downloads", update, pretrained, settings.weights_url)
+        stored(store, config)
+
+
+@command.command("import", epilog="Example: imago models import net.pth --name mine --architecture resnet18")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", required=True, help="Name to serve it under")
+@click.option("--architecture", required=True, help="Architecture that the weights belong to")
+@click.option(
+    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list, or a name a line"
+)
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Input channels; by default read off the weights")
+@settings_options("weights")
+def import_model(
+    file: Path, name: str, architecture: str, classes: Path | None, channels: str | None, **flags: Any
+) -> None:
+    """Store someone's state dict: .safetensors, or .pth (read without running any code in it)."""
+    from models.importing import import_weights, read_classes
+
+    store = open_store(flags)
+    labels = read_classes(classes) if classes else None
+    stored(store, import_weights(file, store, name, architecture, labels, int(channels) if channels else None))
+
+
+@command.command("remove", epilog="Examples: imago models remove mine; imago models remove mine@1")
+@click.argument("name", metavar="NAME[@VERSION]")
+@settings_options("weights")
+def remove(name: str, **flags: Any) -> None:
+    """Remove a model, or one version of it, and the backbones that nothing else stands on."""
+    model, version = split_version(name)
+    open_store(flags).remove(model, version)
+    changed(f"removed {name}")
+
+
+@command.command("activate", epilog="Example: imago models activate mine@2")
+@click.argument("name", metavar="NAME[@VERSION]")
+@settings_options("weights")
+def activate(name: str, **flags: Any) -> None:
+    """Serve this version of a model from now on; without a version, the latest."""
+    store = open_store(flags)
+    model, version = split_version(name)
+    version = version or store.config(model).version
+    store.activate(model, version)
+    changed(f"{model}@{version} is the version to serve")
+
+
+@command.command("rollback", epilog="Example: imago models rollback mine")
+@click.argument("name")
+@settings_options("weights")
+def rollback(name: str, **flags: Any) -> None:
+    """Serve the version that was served before."""
+    serving = open_store(flags).rollback(name)
+    changed(f"{name}@{serving.models[name]} is the version to serve")
+
+
+def open_store(flags: dict[str, Any]) -> "ModelStore":
+    from models.store import ModelStore
+
+    return ModelStore(Settings.load(**flags).weights)
+
+
+def split_version(name: str) -> tuple[str, int | None]:
+    """`mine@2` -> `("mine", 2)`; `mine` -> `("mine", None)`."""
+    model, at, version = name.partition("@")
+    if at and not version.isdecimal():
+        raise click.UsageError(f"{name!r}: after the @ stands a version number, as in {model}@2")
+    return model, int(version) if at else None
+
+
+def expanded(names: tuple[str, ...]) -> list[str]:
+    """The names with the group `imagenet` replaced by its members and their ensemble, each once."""
+    from models.pull import IMAGENET_ENSEMBLE, IMAGENET_GROUP
+
+    group = (*IMAGENET_GROUP, IMAGENET_ENSEMBLE)
+    members = [member for name in names for member in (group if name == GROUP else (name,))]
+    return list(dict.fromkeys(members))
+
+
+def stored(store: "ModelStore", config: "ModelConfig") -> None:
+    """Says what was stored. A name's first version is served from now on; a later one waits until it is activated."""
+    label = f"{config.name}@{config.version}"
+    served = store.serving().models.get(config.name)
+    if served is None:
+        store.activate(config.name, config.version)
+        changed(f"stored {label}, {len(config.classes)} classes; it is the version to serve")
+    elif served != config.version:
+        click.echo(f"stored {label}, {len(config.classes)} classes; served is {config.name}@{served}")
+        click.echo(f"`imago models activate {label}` switches to it", err=True)
+    else:
+        click.echo(f"{label} is stored and served already")
+
+
+def changed(what: str) -> None:
+    click.echo(what)
+    click.echo("A running server picks it up on POST /models/sync, or at its next start.", err=True)
+
+
+def listing(store: "ModelStore") -> list[dict[str, Any]]:
+    """One row per model, by name: what is stored and which version of it is served."""
+    serving = store.serving()
+    rows = []
+    for name in store.names():
+        config = store.config(name, serving.models.get(name))
+        rows.append(
+            {
+                "name": name,
+                "default": name == serving.default,
+                "served": serving.models.get(name),
+                "versions": store.versions(name),
+                "classes": len(config.classes),
+                "backbones": [ref.key for ref in config.backbones],
+                "bytes": sum(store.backbone_size(ref) for ref in config.backbones),
+                "metrics": config.metrics,
+            }
+        )
+    return rows
+
+
+def print_listing(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "served", "versions", "classes", "backbones", "MB", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row["name"] + (" (default)" if row["default"] else ""),
+            str(row["served"] or "-"),
+            ", ".join(map(str, row["versions"])),
+            str(row["classes"]),
+            ", ".join(row["backbones"]),
+            f"{row['bytes'] / 2**20:.1f}",
+        )
+    Console().print(table, markup=False)

@@ -1,0 +1,59 @@
+"""Command-line options made of the fields of `Settings`: one definition for flag, environment variable and help."""
+
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from service.settings import PREFIX, Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# What a command that computes in this process can be told of where models are and how they run.
+RUNTIME = ("weights", "data", "device", "engine", "precision", "memory_format", "threads", "max_batch")
+# What bounds an image, whoever sends it.
+IMAGES = ("max_image_mb", "max_image_megapixels", "max_image_side", "extra_formats", "decode_threads")
+
+
+def settings_options(*names: str) -> Callable[[F], F]:
+    """Adds an option for each of these settings, or for all. One that is not given is None: `Settings.load` then looks further."""
+
+    def decorate(command: F) -> F:
+        for name in reversed(names or tuple(Settings.model_fields)):
+            command = _option(name, Settings.model_fields[name])(command)
+        return command
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+    flag = f"--{name.replace('_', '-')}"
+    kind = _plain_type(field.annotation)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=_help(name, field))
+    return click.option(flag, name, type=_click_type(kind), default=None, help=_help(name, field))
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`int | None` -> `int`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next(arg for arg in get_args(annotation) if arg is not NoneType)
+    return annotation
+
+
+def _click_type(kind: Any) -> click.ParamType[Any]:
+    """Numbers and choices are checked by click; ranges, patterns and comma separated names by `Settings`."""
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if kind in (int, float):
+        return click.INT if kind is int else click.FLOAT
+    return click.STRING
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default in (None, (), PydanticUndefined) else f"; default {default}"
+    return f"{field.description}  [{PREFIX}{name.upper()}{shown}]"

@@ -1,0 +1,118 @@
+"""`imago predict`: the server's own engine in this process, without the server."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from models.errors import ModelError
+from service.cli.options import IMAGES, RUNTIME, settings_options
+from service.cli.progress import Update, progress
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.engine import Answer, Prediction
+
+AT_ONCE = 32  # images that are in the engine together
+PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that the settings allow
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  imago predict cat.jpg dog.png
+  imago predict --model resnet50 --top-k 3 --json photos/*.jpg"""
+)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--model", "models", multiple=True, help="Model to ask; may be repeated. Default: the store's default")
+@click.option("--top-k", type=click.IntRange(1), help="Predictions per image  [IMAGO_TOP_K; default 5]")
+@click.option("--json", "as_json", is_flag=True, help="Print what POST /predict would answer")
+@settings_options(*RUNTIME, *IMAGES)
+def command(files: tuple[Path, ...], models: tuple[str, ...], top_k: int | None, as_json: bool, **flags: Any) -> None:
+    """Classify image files without a server: the same code and the same numbers as POST /predict.
+
+    Exit code 1 if no image could be classified.
+    """
+    settings = Settings.load(**flags, top_k=top_k, timeout_ms=PATIENCE_MS)
+    with progress("predict", "images") as update:
+        answers = asyncio.run(classify(settings, files, models, update))
+    if as_json:
+        click.echo(json.dumps(document(files, answers), indent=2))
+    else:
+        print_table(files, answers)
+    if all(isinstance(result, ModelError) for answer in answers for result in answer.results):
+        raise SystemExit(1)
+
+
+async def classify(settings: Settings, files: Sequence[Path], models: Sequence[str], update: Update) -> "list[Answer]":
+    """One answer per model, over all files in their order. Only the models that are asked are loaded."""
+    from models.store import ModelStore
+    from service.engine import Engine
+    from service.loaded import plan_serving
+    from service.metrics import Metrics
+
+    store = ModelStore(settings.weights)
+    names = tuple(models) or tuple(filter(None, [plan_serving(settings, store).default]))
+    alone = settings.model_copy(update={"models": names, "default_model": next(iter(names), None)})
+    engine = Engine(alone, store, Metrics())
+    engine.start()
+    try:
+        await engine.wait_ready()
+        answers: list[Answer] = []
+        for start in range(0, len(files), AT_ONCE):
+            chunk = [file.read_bytes() for file in files[start : start + AT_ONCE]]
+            answers = joined(answers, await engine.predict(chunk, names, settings.top_k))
+            update(min(start + AT_ONCE, len(files)), len(files))
+        return answers
+    finally:
+        engine.close()
+
+
+def joined(before: "list[Answer]", chunk: "list[Answer]") -> "list[Answer]":
+    """The same models' answers over the files before and those of this chunk."""
+    if not before:
+        return chunk
+    return [replace(new, results=old.results + new.results) for old, new in zip(before, chunk, strict=True)]
+
+
+def document(files: Sequence[Path], answers: "Sequence[Answer]") -> dict[str, Any]:
+    """What POST /predict answers for these files as the parts of one multipart request; a test holds the two together."""
+    bodies = [
+        {
+            "model": answer.model,
+            "version": answer.version,
+            "results": [item(file, result) for file, result in zip(files, answer.results, strict=True)],
+        }
+        for answer in answers
+    ]
+    return bodies[0] if len(bodies) == 1 else {"models": bodies}
+
+
+def item(file: Path, result: "Prediction | ModelError") -> dict[str, Any]:
+    if isinstance(result, ModelError):
+        return {"filename": file.name, "error": {"code": result.code, "message": str(result)}}
+    rows = zip(result.labels, result.indices, result.probabilities, strict=True)
+    predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
+    return {"filename": file.name, "predictions": predictions}
+
+
+def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "model", "label", "probability", box=None, pad_edge=False)
+    for answer in answers:
+        for file, result in zip(files, answer.results, strict=True):
+            rows = [(f"error: {result}", "")] if isinstance(result, ModelError) else shown(result)
+            for n, (label, probability) in enumerate(rows):
+                first = (str(file), f"{answer.model}@{answer.version}") if n == 0 else ("", "")
+                table.add_row(*first, label, probability)
+    Console().print(table, markup=False)
+
+
+def shown(prediction: "Prediction") -> list[tuple[str, str]]:
+    return [(label, f"{p:.2%}") for label, p in zip(prediction.labels, prediction.probabilities, strict=True)]

@@ -1,0 +1,215 @@
+"""What can go wrong in serving, and the one table from every error to its HTTP status."""
+
+from typing import Any
+
+from models import errors as model
+
+
+class ServiceError(Exception):
+    """The root of what a request can be refused for. `code` is stable; the message says the limit and what to do, never what was sent.
+
+    `param` names the field at fault. `retry_after_s` becomes `Retry-After`.
+    """
+
+    code = "internal"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class Internal(ServiceError):
+    """A bug of ours. The message is fixed; the traceback is in the log, beside the request id."""
+
+    code = "internal"
+
+
+# What the caller sent
+
+
+class BadRequest(ServiceError):
+    """Malformed HTTP, multipart, JSON or header; a scalar field given twice."""
+
+    code = "bad_request"
+
+
+class ValidationFailed(ServiceError):
+    """A field whose value is out of range or of the wrong type."""
+
+    code = "validation_error"
+
+
+class UnknownField(ServiceError):
+    """A query or form field that the route does not know."""
+
+    code = "unknown_field"
+
+
+class MissingFile(ServiceError):
+    """A multipart request without a `file` part."""
+
+    code = "missing_file"
+
+
+class AllImagesFailed(ServiceError):
+    """Several images, and none could be classified. The answer carries the results too, so that each reason is seen."""
+
+    code = "invalid_image"
+
+    def __init__(self, message: str, results: dict[str, Any]) -> None:
+        super().__init__(message, param="file")
+        self.beside = results  # stands in the body beside the envelope
+
+
+class UnsupportedMediaType(ServiceError):
+    """A content type or encoding that the route does not read."""
+
+    code = "unsupported_media_type"
+
+
+class PayloadTooLarge(ServiceError):
+    """More bytes than the limit."""
+
+    code = "payload_too_large"
+
+
+class HeadersTooLarge(ServiceError):
+    """A request head beyond its limit."""
+
+    code = "headers_too_large"
+
+
+class RequestTimeout(ServiceError):
+    """A head or body that did not arrive in time."""
+
+    code = "request_timeout"
+
+
+class NotFound(ServiceError):
+    """No such path."""
+
+    code = "not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    """The path has no such method; `allow` are those it has, comma separated."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.headers = {"Allow": allow}
+
+
+# Who may
+
+
+class Unauthorized(ServiceError):
+    """No key, or a wrong one."""
+
+    code = "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """A valid key that does not reach this far."""
+
+    code = "forbidden"
+
+
+class PathNotAllowed(ServiceError):
+    """A path outside the datasets folder, symlinks resolved."""
+
+    code = "path_not_allowed"
+
+
+# What the server can take on now
+
+
+class QueueFull(ServiceError):
+    """As many images wait as the server admits."""
+
+    code = "queue_full"
+
+
+class NotReady(ServiceError):
+    """The model is still being loaded, or the device was lost."""
+
+    code = "not_ready"
+
+
+class Draining(ServiceError):
+    """The server is shutting down and takes no new work."""
+
+    code = "draining"
+
+
+class OutOfMemory(ServiceError):
+    """The device has no memory left for even one image."""
+
+    code = "out_of_memory"
+
+
+class DeviceLost(ServiceError):
+    """The device failed for good; the process has to be started again."""
+
+    code = "device_lost"
+
+
+class DeadlineExceeded(ServiceError):
+    """The answer was not there in the time the request had."""
+
+    code = "deadline_exceeded"
+
+
+STATUS: dict[type[Exception], int] = {
+    model.ModelError: 500,
+    model.ImageError: 422,
+    model.InvalidImage: 422,
+    model.EmptyImage: 400,
+    model.UnsupportedImage: 415,
+    model.ImageTooLarge: 413,
+    model.WeightsError: 422,
+    model.DownloadError: 502,
+    model.InvalidName: 422,
+    model.NameConflict: 409,
+    model.ModelNotFound: 404,
+    model.ArchitectureNotFound: 404,
+    model.DatasetError: 422,
+    model.TrainingError: 500,
+    model.DeviceUnavailable: 503,
+    model.InferenceFailed: 500,
+    model.NonFiniteOutput: 500,
+    ServiceError: 500,
+    Internal: 500,
+    BadRequest: 400,
+    ValidationFailed: 422,
+    UnknownField: 422,
+    MissingFile: 422,
+    AllImagesFailed: 422,
+    UnsupportedMediaType: 415,
+    PayloadTooLarge: 413,
+    HeadersTooLarge: 431,
+    RequestTimeout: 408,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    Unauthorized: 401,
+    Forbidden: 403,
+    PathNotAllowed: 403,
+    QueueFull: 429,
+    NotReady: 503,
+    Draining: 503,
+    OutOfMemory: 503,
+    DeviceLost: 503,
+    DeadlineExceeded: 504,
+}
+
+
+def status_of(error: model.ModelError | ServiceError) -> int:
+    """The HTTP status of an error raised on purpose. KeyError means that the table misses a row."""
+    return STATUS[type(error)]
+
+
+def envelope(code: str, message: str, param: str | None = None, request_id: str | None = None) -> dict[str, Any]:
+    """The one shape of every failure."""
+    return {"error": {"code": code, "message": message, "param": param, "request_id": request_id}}

@@ -1,0 +1,296 @@
+"""What is in memory: backbones, each on every device with its queue, and the models whose heads stand on them."""
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from models.classifier import BackboneRef, Head, ModelConfig
+from models.errors import ModelNotFound, WeightsError
+from models.runtime import RuntimeInfo, compile_backbone
+from models.store import ModelStore
+from service.batcher import BackboneQueue, Batcher
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+IMAGENET = "imagenet"  # the group's name in the setting `models`
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBackbone:
+    """A backbone compiled for every device, and the queue that its images wait in. Freed when no served model stands on it."""
+
+    ref: BackboneRef
+    feature_dim: int
+    size: int  # bytes of its weights on disk
+    queue: BackboneQueue
+    infos: Mapping[str, RuntimeInfo]  # by device
+
+
+class HeadPart:
+    """What one backbone's batch computes for one head: features (n, D) -> its part (n, K); the probabilities, where it stands alone."""
+
+    def __init__(self, heads: Mapping[torch.device, Head], member: int) -> None:
+        self._heads, self._member = heads, member
+
+    def __call__(self, features: Tensor) -> Tensor:
+        head = self._heads[features.device]
+        part = head.part(self._member, features)
+        return head.combine([part]) if len(head.layers) == 1 else part
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One version of a model, in memory."""
+
+    config: ModelConfig
+    backbones: tuple[LoadedBackbone, ...]
+    parts: tuple[HeadPart, ...]
+    head: Head  # on the CPU
+
+    @torch.inference_mode()
+    def probabilities(self, values: Sequence[Tensor]) -> Tensor:
+        """One image's values, one (K,) per backbone -> probabilities (1, classes)."""
+        rows = [value[None] for value in values]
+        return self.head.combine(rows) if len(rows) > 1 else rows[0]
+
+
+class Loader:
+    """From the store to memory, each backbone once. Used on the event loop; the work itself is done in threads."""
+
+    def __init__(
+        self, settings: Settings, store: ModelStore, metrics: Metrics, devices: Sequence[torch.device]
+    ) -> None:
+        self._settings, self._store, self._metrics, self._devices = settings, store, metrics, devices
+        # One thread per device: compiling measures, and two measurements at once would each see half the machine.
+        self._compilers = ThreadPoolExecutor(len(devices), "compile")
+        self._readers = ThreadPoolExecutor(2, "load")
+        self._pulling = threading.Lock()
+        self._loaded: weakref.WeakValueDictionary[BackboneRef, LoadedBackbone] = weakref.WeakValueDictionary()
+        self._under_way: dict[BackboneRef, asyncio.Task[LoadedBackbone]] = {}
+
+    async def load(self, name: str, version: int | None, batcher: Batcher) -> Served:
+        """Reads, compiles and tries a version (None: the latest; pulled first if the store lacks it and the settings say so)."""
+        loop = asyncio.get_running_loop()
+        config = await loop.run_in_executor(self._readers, self._config, name, version)
+        head = await loop.run_in_executor(self._readers, self._store.load_head, config)
+        layers = [*head.layers] if head.config.kind != "feature_sum" else [None] * len(head.layers)
+        backbones = tuple(
+            await asyncio.gather(*(self._backbone(r, layer) for r, layer in zip(config.backbones, layers, strict=True)))
+        )
+        heads = {device: head if device.type == "cpu" else deepcopy(head).to(device) for device in self._devices}
+        parts = tuple(HeadPart(heads, member) for member in range(len(backbones)))
+        served = Served(config, backbones, parts, head)
+        await _probe(served, batcher)
+        return served
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+
+    def _config(self, name: str, version: int | None) -> ModelConfig:
+        try:
+            return self._store.config(name, version)
+        except ModelNotFound:
+            if not self._settings.pull_missing:
+                raise ModelNotFound(
+                    f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
+                ) from None
+        with self._pulling:
+            return self._pull(name)
+
+    def _pull(self, name: str) -> ModelConfig:
+        from models.pull import IMAGENET_ENSEMBLE, pull, pull_group
+
+        log.info("%s: pulling its published weights", name)
+        downloads, mirror = self._settings.data / "downloads", self._settings.weights_url
+        if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
+            return pull_group(self._store, downloads, base_url=mirror)[-1]
+        return pull(name, self._store, downloads, base_url=mirror)
+
+    async def _backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+        """The backbone in memory, or loaded now, or the load that is under way already.
+
+        `layer` turns features into scores, by which the compiled backbone is compared with the original.
+        """
+        if (loaded := self._loaded.get(ref)) is not None:
+            return loaded
+        if ref not in self._under_way:
+            task = asyncio.create_task(self._load_backbone(ref, layer))
+            self._under_way[ref] = task
+            task.add_done_callback(lambda _: self._under_way.pop(ref, None))
+        return await asyncio.shield(self._under_way[ref])
+
+    async def _load_backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+        loop = asyncio.get_running_loop()
+        started = time.monotonic()
+        log.info("%s: reading", ref.key)
+        backbone = await loop.run_in_executor(self._readers, self._store.load_backbone, ref)
+        read = time.monotonic()
+        options = self._settings.runtime_options()
+        compiled = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._compilers, compile_backbone, backbone, device, options, layer)
+                for device in self._devices
+            )
+        )
+        runtimes = dict(zip(self._devices, compiled, strict=True))
+        info = compiled[0].info
+        log.info(
+            "%s: read in %.1f s, compiled in %.1f s: %s %s, batches of %d (%s)",
+            *(
+                ref.key,
+                read - started,
+                time.monotonic() - read,
+                info.engine,
+                info.precision,
+                info.max_batch,
+                info.source,
+            ),
+        )
+        settings = self._settings
+        queue = BackboneQueue(ref.key, runtimes, settings.max_queue_images, settings.max_queue_mb << 20, self._metrics)
+        loaded = LoadedBackbone(
+            ref,
+            backbone.feature_dim,
+            self._store.backbone_size(ref),
+            queue,
+            {str(device): runtime.info for device, runtime in runtimes.items()},
+        )
+        self._loaded[ref] = loaded
+        weakref.finalize(loaded, self._metrics.forget, ref.key)
+        return loaded
+
+
+async def _probe(served: Served, batcher: Batcher) -> None:
+    """One gray image through the real path, so that weights which fail or answer NaN are refused before anyone is served by them."""
+    deadline = time.monotonic() + 300
+    values = []
+    for backbone, part in zip(served.backbones, served.parts, strict=True):
+        kind = backbone.ref.preprocessing
+        pixels = torch.full((kind.crop, kind.crop, kind.channels), 127, dtype=torch.uint8).permute(2, 0, 1)
+        output = await batcher.submit(backbone.queue, pixels, [part], deadline)
+        values += output.values
+    probabilities = served.probabilities(values)
+    if probabilities.shape != (1, len(served.config.classes)):
+        raise WeightsError(
+            f"the head answers {probabilities.shape[1]} classes, but {len(served.config.classes)} are named"
+        )
+    if not bool(probabilities.isfinite().all()):
+        raise WeightsError("the model answers NaN for a plain gray image; its weights are not usable")
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """Which models are to be served. A name without a configuration is damaged, or yet to be pulled."""
+
+    names: tuple[str, ...]  # the default first
+    versions: Mapping[str, int]
+    configs: Mapping[str, ModelConfig]
+    default: str | None
+
+
+def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
+    """The setting `models` (default: all that the store serves) against the store."""
+    serving = store.serving()
+    names: list[str] = []
+    for name in settings.models or serving.models:
+        names += _imagenet_group() if name == IMAGENET else (name,)
+    default = settings.default_model or (serving.default if serving.default in names else None)
+    default = default or (names[0] if names else None)
+    ordered = tuple(dict.fromkeys([default, *names] if default else names))
+    versions: dict[str, int] = {}
+    configs: dict[str, ModelConfig] = {}
+    for name in ordered:
+        stored = serving.models.get(name) or max(store.versions(name), default=None)
+        if stored is not None:
+            versions[name] = stored
+            with suppress(ModelNotFound, WeightsError):  # loading it says what is wrong
+                configs[name] = store.config(name, stored)
+    return ServingPlan(ordered, versions, configs, default)
+
+
+def _imagenet_group() -> tuple[str, ...]:
+    from models.pull import IMAGENET_ENSEMBLE, IMAGENET_GROUP
+
+    return (*IMAGENET_GROUP, IMAGENET_ENSEMBLE)
+
+
+class BackboneStatus(BaseModel):
+    """A backbone under a served model."""
+
+    key: str
+    architecture: str
+    sha256: str
+    feature_dim: int
+    input: tuple[int, int, int]
+    shared_with: list[str]
+    memory_bytes: int
+    runtime: dict[str, RuntimeInfo]
+
+
+class ModelStatus(BaseModel):
+    """One entry of `GET /models`."""
+
+    name: str
+    default: bool
+    state: Literal["ready", "loading", "failed"]
+    version: int | None = None
+    error: str | None = None
+    classes: list[str] = []
+    head: str | None = None
+    head_bytes: int | None = None
+    backbones: list[BackboneStatus] = []
+    metrics: dict[str, Any] = {}
+    created_at: datetime | None = None
+
+
+def describe(
+    name: str, served_by_name: Mapping[str, Served], *, default: bool, loading: bool, error: str | None
+) -> ModelStatus:
+    """The state of one model. One that failed to load a new version, or is loading it, still shows the version that serves."""
+    served = served_by_name.get(name)
+    state: Literal["ready", "loading", "failed"] = "ready" if served else "loading" if loading else "failed"
+    if served is None:
+        return ModelStatus(name=name, default=default, state=state, error=error)
+    return ModelStatus(
+        name=name,
+        default=default,
+        state=state,
+        version=served.config.version,
+        error=error,
+        classes=list(served.config.classes),
+        head=served.config.head.kind,
+        head_bytes=sum(p.nbytes for p in served.head.parameters()),
+        backbones=[_describe_backbone(name, b, served_by_name) for b in served.backbones],
+        metrics=served.config.metrics,
+        created_at=served.config.created_at,
+    )
+
+
+def _describe_backbone(name: str, backbone: LoadedBackbone, served_by_name: Mapping[str, Served]) -> BackboneStatus:
+    kind = backbone.ref.preprocessing
+    return BackboneStatus(
+        key=backbone.ref.key,
+        architecture=backbone.ref.architecture,
+        sha256=backbone.ref.sha256,
+        feature_dim=backbone.feature_dim,
+        input=(kind.channels, kind.crop, kind.crop),
+        shared_with=sorted(n for n, other in served_by_name.items() if n != name and backbone in other.backbones),
+        memory_bytes=backbone.size,
+        runtime=dict(backbone.infos),
+    )

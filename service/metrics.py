@@ -1,0 +1,99 @@
+"""What the server counts, in a registry of its own. No label holds what a caller chose: routes are templates, the rest is "other"."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+Stage = Literal["decode", "queue", "compute"]
+Rejection = Literal["queue_full", "deadline", "client_left", "draining", "not_ready", "too_large", "unauthorized"]
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """Every metric of one server. Each is safe to touch from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("imago_requests", "Requests answered", ("route", "method", "status"), registry=registry)
+        self.request_seconds = Histogram(
+            "imago_request_seconds",
+            "From a request's head to its answer",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stage_seconds = Histogram(
+            "imago_stage_seconds", "Time per stage of a prediction", ("stage",), buckets=_SECONDS, registry=registry
+        )
+        self.batch_size = Histogram(
+            "imago_batch_size", "Images per forward pass", ("backbone",), buckets=_BATCH, registry=registry
+        )
+        self.waiting_images = Gauge(
+            "imago_waiting_images", "Images in the queue of a backbone", ("backbone",), registry=registry
+        )
+        self.rejected = Counter(
+            "imago_rejected", "Requests that got no answer, by reason", ("reason",), registry=registry
+        )
+        self.images = Counter(
+            "imago_images", "Images by outcome: ok, or an error's code", ("outcome",), registry=registry
+        )
+        self.model_info = Gauge(
+            "imago_model_info", "Served model versions, always 1", ("model", "version", "backbone"), registry=registry
+        )
+        self.swap_seconds = Histogram(
+            "imago_swap_seconds",
+            "From a sync to the new models serving",
+            buckets=(*_SECONDS, 60.0, 120.0),
+            registry=registry,
+        )
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        ProcessCollector(namespace="imago", registry=registry)
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """`route` is a template such as `/models/{name}`, or "other"."""
+        method = method if method in _METHODS else "other"
+        key = (route, method, status)
+        if key not in self._answered:  # looking a series up by its labels takes longer than counting
+            self._answered[key] = (
+                self.requests.labels(route, method, str(status)),
+                self.request_seconds.labels(route),
+            )
+        count, duration = self._answered[key]
+        count.inc()
+        duration.observe(seconds)
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        self.stage_seconds.labels(stage).observe(seconds)
+
+    def batch(self, backbone: str, size: int) -> None:
+        self.batch_size.labels(backbone).observe(size)
+
+    def waiting(self, backbone: str) -> Gauge:
+        """The gauge of one backbone's queue, to `set`."""
+        return self.waiting_images.labels(backbone)
+
+    def reject(self, reason: Rejection, count: int = 1) -> None:
+        self.rejected.labels(reason).inc(count)
+
+    def image(self, outcome: str, count: int = 1) -> None:
+        """`outcome` is "ok" or the code of a ModelError, never anything that a caller chose."""
+        self.images.labels(outcome).inc(count)
+
+    def serve(self, served: Iterable[tuple[str, int, str]]) -> None:
+        """What is served now, as (model, version, backbone); replaces what was."""
+        self.model_info.clear()
+        for model, version, backbone in served:
+            self.model_info.labels(model, str(version), backbone).set(1)
+
+    def forget(self, backbone: str) -> None:
+        """A backbone left memory: its series go with it."""
+        for metric in (self.waiting_images, self.batch_size):
+            metric.remove_by_labels({"backbone": backbone})
+
+    def exposition(self) -> bytes:
+        """Everything in the Prometheus text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,261 @@
+"""The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
+
+head -> request id -> draining? declared size? -> routes, which receive the body counted -> headers, metrics, access log
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any
+
+import anyio
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import ModelError
+from service.errors import BadRequest, Draining, Internal, PayloadTooLarge, QueueFull, ServiceError, envelope, status_of
+from service.metrics import Metrics, Rejection
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("service.access")
+
+SMALL_BODY = 2**20  # bytes: all that a route without images may be sent
+IMAGE_PATHS = frozenset({"/predict", "/embed"})
+USER_PATHS = {"POST": re.compile(r"/predict|/embed"), "GET": re.compile(r"/models(/[^/]+)?")}
+OPEN_WHILE_DRAINING = ("/health/", "/metrics")
+LINGER_BYTES, LINGER_S = (
+    2**20,
+    2.0,
+)  # of a refused body we still read so much, so that the sender gets to read our answer
+CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+_REJECTIONS: dict[str, Rejection] = {
+    "queue_full": "queue_full",
+    "draining": "draining",
+    "not_ready": "not_ready",
+    "unauthorized": "unauthorized",
+    "payload_too_large": "too_large",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """One request and its answer, as the middleware sees them."""
+
+    request_id: bytes
+    limit: int  # bytes of body
+    started: float = field(default_factory=time.perf_counter)
+    received: int = 0
+    status: int = 0
+    complete: bool = False  # the whole body has been received
+    closing: bool = False  # the connection is to be closed after the answer
+    refusal: ServiceError | None = None  # raised to whoever read the body, who may have taken it for something else
+
+
+class Edge:
+    """Pure ASGI. Its state is what this process holds of bodies, which slow senders must not fill the memory with."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.held = 0  # bytes of the bodies of all requests under way
+        self._max_held = settings.max_queue_mb * 2**20
+        self._raw_limit = settings.max_body_mb * 2**20
+        self._multipart_limit = settings.max_multipart_mb * 2**20
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope["path"], headers))
+        exchange.complete = b"content-length" not in headers and b"transfer-encoding" not in headers
+        scope["state"]["request_id"] = exchange.request_id.decode()
+        try:
+            await self._answer(scope, headers, exchange, receive, send)
+        finally:
+            self.held -= exchange.received
+            self._record(scope, exchange)
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive, send: Send
+    ) -> None:
+        reply = self._reply_to(exchange, send)
+        counted = self._counted(exchange, receive)
+        try:
+            self._admit(scope, headers, exchange)
+            await self.app(scope, counted, reply)
+        except ClientDisconnect:
+            exchange.status = CLIENT_LEFT
+        except asyncio.CancelledError:  # the grace time of a shutdown is over
+            if exchange.status or not scope["state"]["engine"].draining:
+                raise
+            await self._refuse(Draining("the server shut down before the answer was there"), exchange, receive, reply)
+        except (ServiceError, ModelError) as error:
+            await self._refuse(exchange.refusal or error, exchange, receive, reply)
+        except Exception:
+            log.exception("request %s failed", exchange.request_id.decode())
+            if exchange.status:  # the answer had begun: all we can do is to break it off
+                raise
+            await self._refuse(Internal("internal error; the log has the details"), exchange, receive, reply)
+
+    def _limit(self, path: str, headers: dict[bytes, bytes]) -> int:
+        if path not in IMAGE_PATHS:
+            return SMALL_BODY
+        multipart = headers.get(b"content-type", b"")[:10].lower() == b"multipart/"
+        return self._multipart_limit if multipart else self._raw_limit
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
+        """Raises what can be said of a request by its head alone."""
+        if scope["state"]["engine"].draining:
+            exchange.closing = True
+            if not scope["path"].startswith(OPEN_WHILE_DRAINING):
+                raise Draining("the server is shutting down; try again", retry_after_s=self.settings.drain_seconds)
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit():
+            raise BadRequest("Content-Length must be a number")
+        if int(declared) > exchange.limit:
+            raise _too_large(exchange.limit)
+
+    def _counted(self, exchange: Exchange, receive: Receive) -> Receive:
+        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs."""
+
+        async def counted() -> Message:
+            message = await receive()
+            size = len(message.get("body", b""))
+            exchange.received += size
+            self.held += size
+            exchange.complete = exchange.complete or not message.get("more_body", False)
+            if exchange.received > exchange.limit:
+                exchange.refusal = _too_large(exchange.limit)
+            elif self.held > self._max_held and exchange.received < self.held:
+                held = f"the server already holds {self._max_held >> 20} MB of requests; try again later"
+                exchange.refusal = QueueFull(held, retry_after_s=1.0)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+            return message
+
+        return counted
+
+    def _reply_to(self, exchange: Exchange, send: Send) -> Send:
+        async def reply(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", exchange.request_id),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+                if exchange.closing:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        return reply
+
+    async def _refuse(
+        self, error: ServiceError | ModelError, exchange: Exchange, receive: Receive, reply: Send
+    ) -> None:
+        """Answers an error. Where the body was not read to its end, reads on a little so that the sender sees the answer, and closes."""
+        count_rejection(self.metrics, error)
+        exchange.closing = exchange.closing or not exchange.complete
+        status, headers, body = render(error, exchange.request_id.decode())
+        await reply({"type": "http.response.start", "status": status, "headers": headers})
+        if not exchange.complete:
+            await reply({"type": "http.response.body", "body": body, "more_body": True})
+            body = b""
+            with anyio.move_on_after(LINGER_S):
+                await _discard(receive, LINGER_BYTES)
+        await reply({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _record(self, scope: Scope, exchange: Exchange) -> None:
+        reached = (
+            scope["path"] if scope["path"] in IMAGE_PATHS else "other"
+        )  # a body can be refused before any route is looked for
+        route: str = getattr(scope.get("route"), "path", reached)
+        seconds = time.perf_counter() - exchange.started
+        self.metrics.request(route, scope["method"], exchange.status or CLIENT_LEFT, seconds)
+        if self.settings.access_log:
+            access_log.info("%s", _access_line(scope, exchange, seconds))
+
+
+class UserCORS(CORSMiddleware):
+    """Cross-origin answers for the user routes alone: no page of another origin reaches an admin route."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_user_route(scope):
+            await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def render(error: ServiceError | ModelError, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An error as status, headers and JSON body."""
+    status = status_of(error)
+    param = getattr(error, "param", None)
+    body = encode(envelope(error.code, str(error), param, request_id) | getattr(error, "beside", {}))
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in getattr(error, "headers", {}).items()]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status in (429, 503):
+        seconds = max(1, round(getattr(error, "retry_after_s", None) or 1))
+        headers.append((b"retry-after", str(seconds).encode()))
+    return status, headers, body
+
+
+def encode(content: Any) -> bytes:
+    """Strict JSON: NaN and infinity raise."""
+    return _ENCODER.encode(content).encode()
+
+
+def count_rejection(metrics: Metrics, error: ServiceError | ModelError) -> None:
+    """Counts a refusal, where its reason is one that the engine does not count itself."""
+    if (reason := _REJECTIONS.get(error.code)) is not None:
+        metrics.reject(reason)
+
+
+def _request_id(given: bytes | None) -> bytes:
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return token_hex(8).encode()
+
+
+def _is_user_route(scope: Scope) -> bool:
+    """Whether a request, or the one that a preflight asks for, is for a user route."""
+    method = scope["method"]
+    if method == "OPTIONS":
+        method = dict(scope["headers"]).get(b"access-control-request-method", b"").decode("latin-1")
+    paths = USER_PATHS.get(method)
+    return paths is not None and paths.fullmatch(scope["path"]) is not None
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request body is larger than {limit >> 20} MB")
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    while most > 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+
+
+def _access_line(scope: Scope, exchange: Exchange, seconds: float) -> str:
+    client = scope.get("client")
+    line = {
+        "client": client[0] if client else None,
+        "method": scope["method"],
+        "path": scope["path"][:256],
+        "status": exchange.status,
+        "ms": round(seconds * 1000, 1),
+        "request_id": exchange.request_id.decode(),
+    }
+    return json.dumps(line)  # control characters are escaped

@@ -1,0 +1,86 @@
+"""`/models`: what is served, for users; what the store holds and which version serves, for admins."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Request
+from starlette.concurrency import run_in_threadpool
+
+from models.errors import WeightsError
+from models.store import Serving
+from service.auth import require_admin
+from service.loaded import ModelStatus
+from service.schemas import ERROR_ANSWERS, MODEL_EXAMPLE, Activate, ModelList, json_answer
+from service.state import EngineDep, StoreDep, state_of
+
+router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
+admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+
+Name = Annotated[str, Path(description="A model's name", examples=["cifar10"])]
+Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
+
+LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE]})
+SHOWN = json_answer("The model", MODEL_EXAMPLE)
+
+
+@router.get("/models", summary="What is served", responses={200: LISTED})
+async def list_models(engine: EngineDep) -> ModelList:
+    """Every model that serves, is being loaded, or failed to load, with its classes, backbones and figures."""
+    return ModelList(models=engine.models())
+
+
+@router.get("/models/{name}", summary="One served model", responses={200: SHOWN})
+async def show_model(name: Name, engine: EngineDep) -> ModelStatus:
+    return engine.model(name)
+
+
+@admin_router.post("/models/sync", summary="Make what serves equal to the store", responses={200: LISTED})
+async def sync_models(engine: EngineDep) -> ModelList:
+    """Loads what is new in the store beside what serves, and swaps. What fails to load shows its error, and its old version serves on."""
+    await engine.sync()
+    return ModelList(models=engine.models())
+
+
+@admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})
+async def activate_model(request: Request, name: Name, body: Activate) -> ModelStatus:
+    """Loads the version beside the one that serves, tries it, and swaps; requests under way keep theirs. 422 if it cannot be loaded."""
+    return await _serve(request, name, partial(state_of(request)["store"].activate, name, body.version))
+
+
+@admin_router.post("/models/{name}/rollback", summary="Serve the version before", responses={200: SHOWN})
+async def roll_back_model(request: Request, name: Name) -> ModelStatus:
+    """Swaps back to the version that served before this one. 409 if there is none."""
+    return await _serve(request, name, partial(state_of(request)["store"].rollback, name))
+
+
+@admin_router.delete("/models/{name}", summary="Remove a model", status_code=204)
+async def remove_model(name: Name, engine: EngineDep, store: StoreDep) -> None:
+    """Removes every version, and the backbones that no other model stands on. Requests under way are still answered."""
+    await run_in_threadpool(store.remove, name)
+    await engine.sync()
+
+
+@admin_router.delete("/models/{name}/versions/{version}", summary="Remove a version", status_code=204)
+async def remove_version(name: Name, version: Version, engine: EngineDep, store: StoreDep) -> None:
+    """409 if it serves."""
+    await run_in_threadpool(store.remove, name, version)
+    await engine.sync()
+
+
+async def _serve(request: Request, name: str, change: Callable[[], Serving]) -> ModelStatus:
+    """Changes what the store says is served, one change at a time, and undoes it where the new version fails to load (WeightsError)."""
+    state = state_of(request)
+    engine, store = state["engine"], state["store"]
+    async with state["swapping"]:
+        before = (await run_in_threadpool(store.serving)).models.get(name)
+        version = (await run_in_threadpool(change)).models[name]
+        await engine.sync()
+        status = next((status for status in engine.models() if status.name == name), None)
+        if status is not None and status.version == version:
+            return status
+        undo = partial(store.deactivate, name) if before is None else partial(store.activate, name, before)
+        await run_in_threadpool(undo)
+        await engine.sync()
+    reason = status.error if status is not None else "the setting `models` names others"
+    raise WeightsError(f"version {version} could not be loaded: {reason}")

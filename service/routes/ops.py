@@ -1,0 +1,54 @@
+"""Health and metrics, always open, and the root."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service.errors import Draining, NotReady
+from service.schemas import ERROR_ANSWERS, Health, error_example, json_answer
+from service.state import EngineDep, MetricsDep
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get(
+    "/health/live",
+    summary="Is the process sound?",
+    responses={200: json_answer("It is", {"status": "live"}), **ERROR_ANSWERS},
+)
+async def live(engine: EngineDep) -> Health:
+    """503 when a device thread died or hangs: the process has to be started again."""
+    if not engine.live:
+        raise NotReady("a device is lost or hangs; the server has to be started again")
+    return Health(status="live")
+
+
+@router.get(
+    "/health/ready",
+    summary="Can it answer?",
+    responses={
+        200: json_answer("It can", {"status": "ready"}),
+        503: json_answer("Not now", error_example("not_ready", "the default model is still loading")),
+    },
+)
+async def ready(engine: EngineDep) -> Health:
+    """503 with the reason until the default model is warm, and again from the moment the server begins to shut down."""
+    if engine.draining:
+        raise Draining(engine.not_ready_reason())
+    if not engine.ready:
+        raise NotReady(engine.not_ready_reason(), retry_after_s=2.0)
+    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"example": 'imago_images_total{outcome="ok"} 41.0'}}}},
+)
+async def metrics(metrics: MetricsDep) -> Response:
+    return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> dict[str, str]:
+    return {"service": "imago", "docs": "/docs", "models": "/models", "predict": "POST an image to /predict"}

@@ -1,0 +1,126 @@
+"""`POST /predict` and `POST /embed`: images in, classes or feature vectors out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from models.errors import ModelError
+from service.auth import UserRoute
+from service.engine import Answer, Embedding, Prediction, Timings
+from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
+from service.middleware import encode
+from service.routes.upload import read_upload, while_connected
+from service.schemas import (
+    EMBED_EXAMPLE,
+    ERROR_ANSWERS,
+    MODEL_FIELD,
+    MODELS_FIELD,
+    PREDICT_EXAMPLE,
+    PREDICT_SEVERAL_EXAMPLE,
+    TIMEOUT_FIELD,
+    TOP_K_FIELD,
+    EmbedAnswer,
+    PredictAnswer,
+    PredictAnswers,
+    image_request,
+    json_answer,
+)
+from service.state import state_of
+
+router = APIRouter(tags=["images"], route_class=UserRoute)
+
+MAX_MODELS = 16  # in one request
+PREDICT_FIELDS = frozenset({"model", "top_k", "timeout_ms"})
+EMBED_FIELDS = frozenset({"model", "timeout_ms"})
+
+
+@router.post(
+    "/predict",
+    summary="Classify one or more images",
+    response_class=Response,
+    responses={
+        200: {
+            "model": PredictAnswer | PredictAnswers,
+            **json_answer("Predictions, in the order of the images", PREDICT_EXAMPLE, PREDICT_SEVERAL_EXAMPLE),
+        },
+        **ERROR_ANSWERS,
+    },
+    openapi_extra=image_request(MODELS_FIELD, TOP_K_FIELD, TIMEOUT_FIELD),
+)
+async def predict(request: Request) -> Response:
+    """Send a raw image, or multipart with one `file` part per image. One bad image is an error in its place; only if all fail does the
+    request fail. Several `model`s are answered from one forward pass per backbone."""
+    state = state_of(request)
+    upload = await read_upload(request, state["settings"], PREDICT_FIELDS)
+    models = list(dict.fromkeys(upload.fields.get("model", ())))
+    if len(models) > MAX_MODELS:
+        raise ValidationFailed(f"at most {MAX_MODELS} models can be asked at once", param="model")
+    k = upload.whole_number("top_k") or state["settings"].top_k
+    timeout_ms = upload.whole_number("timeout_ms")
+    answers = await while_connected(request, state["engine"].predict(upload.images, models, k, timeout_ms))
+    bodies = [_predictions(answer, upload.filenames) for answer in answers]
+    content = bodies[0] if len(bodies) == 1 else {"models": bodies}
+    _raise_if_all_failed([result for answer in answers for result in answer.results], len(upload.images), content)
+    return _respond(content, answers[0].timings)
+
+
+@router.post(
+    "/embed",
+    summary="Feature vectors of one or more images",
+    response_class=Response,
+    responses={200: {"model": EmbedAnswer, **json_answer("Feature vectors", EMBED_EXAMPLE)}, **ERROR_ANSWERS},
+    openapi_extra=image_request(MODEL_FIELD, TIMEOUT_FIELD),
+)
+async def embed(request: Request) -> Response:
+    """The features on which the model's head stands; of a model with several backbones, one after another."""
+    state = state_of(request)
+    upload = await read_upload(request, state["settings"], EMBED_FIELDS)
+    model, timeout_ms = upload.one("model"), upload.whole_number("timeout_ms")
+    embedding = await while_connected(request, state["engine"].embed(upload.images, model, timeout_ms))
+    content = _embeddings(embedding, upload.filenames)
+    _raise_if_all_failed(embedding.results, len(upload.images), content)
+    return _respond(content, embedding.timings)
+
+
+def _predictions(answer: Answer, filenames: Sequence[str | None]) -> dict[str, Any]:
+    results = []
+    for filename, result in zip(filenames, answer.results, strict=True):
+        if isinstance(result, Prediction):
+            rows = zip(result.labels, result.indices, result.probabilities, strict=True)
+            predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
+            results.append({"filename": filename, "predictions": predictions})
+        else:
+            results.append(_failed(filename, result))
+    return {"model": answer.model, "version": answer.version, "results": results}
+
+
+def _embeddings(embedding: Embedding, filenames: Sequence[str | None]) -> dict[str, Any]:
+    results, dim = [], 0
+    for filename, result in zip(filenames, embedding.results, strict=True):
+        if isinstance(result, ModelError):
+            results.append(_failed(filename, result))
+        else:
+            vector = result.tolist()
+            dim = len(vector)
+            results.append({"filename": filename, "embedding": vector})
+    return {"model": embedding.model, "version": embedding.version, "dim": dim, "results": results}
+
+
+def _failed(filename: str | None, error: ModelError) -> dict[str, Any]:
+    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
+
+
+def _raise_if_all_failed(results: Sequence[object], images: int, content: dict[str, Any]) -> None:
+    """One image: its own error and status. Several: 422 with every reason; our own failure, where it was none of the images' fault."""
+    errors = [result for result in results if isinstance(result, ModelError | ServiceError)]
+    if not errors or len(errors) < len(results):
+        return
+    if images == 1 or all(status_of(error) >= 500 for error in errors):
+        raise errors[0]
+    raise AllImagesFailed(f"none of the {images} images could be classified; `results` says why for each", content)
+
+
+def _respond(content: dict[str, Any], timings: Timings) -> Response:
+    took = f"decode;dur={timings.decode:.2f}, queue;dur={timings.queue:.2f}, compute;dur={timings.compute:.2f}"
+    return Response(encode(content), media_type="application/json", headers={"Server-Timing": took})

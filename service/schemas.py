@@ -1,0 +1,190 @@
+"""What the API says and hears: JSON bodies, and the documented shapes of answers, which the hot path builds as plain dicts."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.classifier import NAME_PATTERN
+from service.loaded import ModelStatus
+
+
+class ErrorBody(BaseModel):
+    code: str = Field(description="Stable, for programs")
+    message: str = Field(description="One sentence for people: the limit or cause, and what to do")
+    param: str | None = Field(description="The field at fault")
+    request_id: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The one shape of every failure."""
+
+    error: ErrorBody
+
+
+class ImageErrorBody(BaseModel):
+    code: str
+    message: str
+
+
+class LabelScore(BaseModel):
+    label: str
+    index: int = Field(description="The class's place in the model's `classes`")
+    probability: float
+
+
+class ImageResult(BaseModel):
+    """One image's predictions, best first, or its error."""
+
+    filename: str | None = Field(description="As the part named it, made printable; null for a raw body")
+    predictions: list[LabelScore] | None = None
+    error: ImageErrorBody | None = None
+
+
+class PredictAnswer(BaseModel):
+    """Results stand in the order of the images."""
+
+    model: str
+    version: int
+    results: list[ImageResult]
+
+
+class PredictAnswers(BaseModel):
+    """The answer to a request that names several models."""
+
+    models: list[PredictAnswer]
+
+
+class EmbedResult(BaseModel):
+    filename: str | None
+    embedding: list[float] | None = None
+    error: ImageErrorBody | None = None
+
+
+class EmbedAnswer(BaseModel):
+    model: str
+    version: int
+    dim: int = Field(description="Length of each embedding")
+    results: list[EmbedResult]
+
+
+class ModelList(BaseModel):
+    models: list[ModelStatus]
+
+
+class Activate(BaseModel):
+    """Which version is to serve."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"version": 2}]})
+
+    version: int = Field(ge=1, description="A version that the store has")
+
+
+class Health(BaseModel):
+    status: str
+
+
+PREDICT_EXAMPLE = {
+    "model": "cifar10",
+    "version": 1,
+    "results": [
+        {"filename": "cat.jpg", "predictions": [{"label": "cat", "index": 3, "probability": 0.931}]},
+        {"filename": "broken.jpg", "error": {"code": "invalid_image", "message": "the JPEG is truncated"}},
+    ],
+}
+PREDICT_SEVERAL_EXAMPLE = {
+    "models": [
+        {
+            "model": name,
+            "version": 1,
+            "results": [{"filename": None, "predictions": [{"label": "cat", "index": 3, "probability": 0.93}]}],
+        }
+        for name in ("cifar10", "pets")
+    ]
+}
+EMBED_EXAMPLE = {
+    "model": "cifar10",
+    "version": 1,
+    "dim": 3,
+    "results": [{"filename": "cat.jpg", "embedding": [0.12, 0.0, 1.7]}],
+}
+MODEL_EXAMPLE = {
+    "name": "cifar10",
+    "default": True,
+    "state": "ready",
+    "version": 1,
+    "error": None,
+    "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
+
+
+def error_example(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, "param": param, "request_id": "9f86d081884c7d65"}}
+
+
+def json_answer(description: str, *examples: dict[str, Any]) -> dict[str, Any]:
+    """How a route's `responses` documents one status, with examples."""
+    named = {f"example{number}": {"value": example} for number, example in enumerate(examples, 1)}
+    return {"description": description, "content": {"application/json": {"examples": named}}}
+
+
+ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": ErrorAnswer,
+        **json_answer("Refused", error_example("validation_error", "must be a whole number from 1", "top_k")),
+    },
+    "5XX": {
+        "model": ErrorAnswer,
+        **json_answer("Not now", error_example("not_ready", "the default model is still loading")),
+    },
+}
+
+_IMAGE = {"type": "string", "format": "binary"}
+
+
+def image_request(*fields: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI of a route that reads a raw image or multipart files, and `fields` as query parameters or form fields."""
+    properties = {field["name"]: field["schema"] for field in fields}
+    files = {"type": "array", "items": _IMAGE, "description": "One or more images"}
+    form = {"type": "object", "properties": {"file": files, **properties}, "required": ["file"]}
+    return {
+        "parameters": list(fields),
+        "requestBody": {
+            "required": True,
+            "content": {
+                "image/*": {"schema": _IMAGE},
+                "application/octet-stream": {"schema": _IMAGE},
+                "multipart/form-data": {"schema": form},
+            },
+        },
+    }
+
+
+_NAME = {"type": "string", "pattern": NAME_PATTERN}
+MODELS_FIELD = {
+    "name": "model",
+    "in": "query",
+    "description": "Model to ask; repeat it to ask several at once; by default the default model",
+    "schema": {"type": "array", "items": _NAME},
+    "example": ["cifar10"],
+}
+MODEL_FIELD = {
+    "name": "model",
+    "in": "query",
+    "description": "Model whose features to give; by default the default model's",
+    "schema": _NAME,
+    "example": "cifar10",
+}
+TOP_K_FIELD = {
+    "name": "top_k",
+    "in": "query",
+    "description": "Predictions per image; more than there are classes gives all of them",
+    "schema": {"type": "integer", "minimum": 1, "default": 5},
+    "example": 5,
+}
+TIMEOUT_FIELD = {
+    "name": "timeout_ms",
+    "in": "query",
+    "description": "Milliseconds to wait for the answer; can only shorten the server's own limit",
+    "schema": {"type": "integer", "minimum": 1},
+    "example": 2000,
+}

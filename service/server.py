@@ -1,0 +1,161 @@
+"""The server process: uvicorn with our protocol, a drain that loses nothing, and exit codes that mean something.
+
+SIGTERM or SIGINT: not ready, new requests 503 -> requests under way finish -> connections close -> exit 0
+a second signal, or the grace time over: exit 1          a lost device: exit 4, so that a supervisor starts it again
+"""
+
+import asyncio
+import gc
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+
+from models.runtime import tune_allocator
+from models.store import ModelStore
+from service.app import create_app
+from service.auth import Keys
+from service.engine import Engine
+from service.errors import NotReady
+from service.metrics import Metrics
+from service.protocol import GuardedProtocol, Guards
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+EXIT_CUT_SHORT = 1  # requests were under way
+EXIT_DEVICE_LOST = 4  # 3 is uvicorn's: it could not start, the port being taken, say
+
+_IMPORTED_AT = time.monotonic()
+
+
+def run(settings: Settings) -> NoReturn:
+    """Serves until a signal comes, and ends the process. First raises DeviceUnavailable, or OSError for the data folder."""
+    _configure_logging(settings)
+    tune_allocator()
+    keys, metrics, store = Keys.of(settings), Metrics(), ModelStore(settings.weights)
+    engine = Engine(settings, store, metrics)
+    log.info("computing on %s", ", ".join(map(str, engine.devices)))
+    server = make_server(settings, create_app(settings, engine, store, metrics, keys), engine)
+    server.run()
+    # Without the interpreter's own farewell: it would wait for threads that still load a model, and for what torch's companions tear down.
+    logging.shutdown()
+    os._exit(server.exit_code)
+
+
+def make_server(settings: Settings, app: FastAPI, engine: Engine) -> "Server":
+    protocol: Any = partial(GuardedProtocol, guards=Guards.of(settings))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # the middleware writes one of its own
+        proxy_headers=False,
+        server_header=False,
+    )
+    return Server(config, engine, settings.drain_seconds)
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that keeps listening while it drains, so that whoever still comes is told so."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.engine = engine
+        self.drain_seconds = drain_seconds
+        self.exit_code = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                host, port = listener.getsockname()[:2]
+                log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self._tasks.append(asyncio.create_task(self._announce()))
+
+    async def _announce(self) -> None:
+        try:
+            await self.engine.wait_ready()
+        except NotReady as error:
+            log.error("not ready: %s", error)
+            return
+        except Exception:
+            log.exception("not ready: the models could not be loaded")
+            return
+        # What is in memory now stays: let no collection walk it again (a full one takes 0.1 s and more with torch imported).
+        gc.collect()
+        gc.freeze()
+        ready = [model.name for model in self.engine.models() if model.state == "ready"]
+        log.info("ready in %.1f s: %s", process_age_s(), ", ".join(ready))
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 9 and not self._draining and not self.engine.live:  # once a second
+            log.critical("a device is lost or hangs; leaving, to be started again")
+            self.exit_code = EXIT_DEVICE_LOST
+            self.should_exit = self.force_exit = True
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn, we do not raise the signal again at the end: a drained server exits 0."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """The first time drains and leaves, the second time leaves."""
+        if not self._draining:
+            self._draining = True
+            self._tasks.append(asyncio.create_task(self._drain()))
+            return
+        log.warning("told twice to stop: leaving at once")
+        self.exit_code = EXIT_CUT_SHORT
+        self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        log.info("shutting down: requests under way have %g s to finish", self.drain_seconds)
+        ends = time.monotonic() + self.drain_seconds
+        if not await self.engine.drain(self.drain_seconds):
+            log.error("requests were still under way after %g s", self.drain_seconds)
+            self.exit_code = EXIT_CUT_SHORT
+        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, ends - time.monotonic()))
+        self.should_exit = True
+
+
+def process_age_s() -> float:
+    """Seconds since this process began, imports included; where there is no /proc, since this module was imported."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic() - _IMPORTED_AT
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): in ticks, since the machine booted
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def _configure_logging(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    if settings.log_level != "debug":  # what uvicorn and httpx say of every step is ours to say
+        for name in ("uvicorn", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,195 @@
+"""Every knob, its unit, its default. A flag wins over an `IMAGO_*` environment variable, that over `.env`, that over the default."""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
+
+if TYPE_CHECKING:
+    from models.images import Limits
+    from models.runtime import Options
+
+PREFIX = "IMAGO_"
+NOT_SETTINGS = frozenset({"IMAGO_TEST_DATA"})  # read by the tests alone
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown or has a value it cannot have; the message names the variable, never a value."""
+
+
+def _split(value: object) -> object:
+    """`"a, b"` -> `("a", "b")`; anything but a string is left for pydantic to judge."""
+    if isinstance(value, str):
+        return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
+    return value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """What `imago serve` can be told. Every field is a flag, an environment variable and a line in the README."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    # The server
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log")
+    access_log: bool = Field(False, description="Log one line per request")
+    cors_origins: Names = Field(
+        (), description="Origins whose pages may call the user routes, comma separated; none by default"
+    )
+    admin_key: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Key of the admin routes, at least 32 characters; by default one is made in the data folder",
+    )
+    api_key: SecretStr | None = Field(
+        None, min_length=16, description="Key of the user routes, at least 16 characters; by default they are open"
+    )
+
+    # Where things are
+    weights: Path = Field(Path("weights"), description="Folder of the model store")
+    data: Path = Field(Path("data"), description="Folder of the server's own state: the admin key, measurements, jobs")
+    datasets: Path = Field(Path("datasets"), description="Folder under which datasets are looked for")
+
+    # What is served, and on what
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    models: Names = Field(
+        (), description="Models to serve, comma separated; by default all that the store says are served"
+    )
+    default_model: str | None = Field(
+        None, description="Model that answers when a request names none; by default the store's"
+    )
+    pull_missing: bool = Field(False, description="Download a model named in `models` that the store lacks")
+    weights_url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Mirror to download published weights from; by default their publisher's",
+    )
+    engine: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What runs the backbones; auto measures at load"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Arithmetic of the backbones"
+    )
+    memory_format: Literal["auto", "channels_last", "contiguous"] = Field(
+        "auto", description="Layout of images in memory"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of one forward pass; by default measured")
+    max_batch: int | None = Field(
+        None, ge=1, le=4096, description="Most images in one forward pass; by default measured"
+    )
+
+    # Admission
+    max_queue_images: int = Field(
+        1024, ge=1, description="Most images waiting in the server; beyond it requests get 429"
+    )
+    max_queue_mb: int = Field(
+        512, ge=1, description="Most megabytes of images waiting in the server; beyond it requests get 429"
+    )
+    timeout_ms: int = Field(
+        10_000, ge=1, le=600_000, description="Milliseconds within which a request is answered, or gets 504"
+    )
+    drain_seconds: float = Field(
+        30, ge=0, le=3600, description="Seconds that requests under way are given to finish on SIGTERM"
+    )
+    top_k: int = Field(5, ge=1, description="Predictions per image when a request does not say")
+
+    # Limits on what arrives
+    max_body_mb: int = Field(16, ge=1, description="Largest request body of one raw image, in megabytes")
+    max_multipart_mb: int = Field(64, ge=1, description="Largest multipart request body, in megabytes")
+    max_files: int = Field(32, ge=1, le=1000, description="Most images in one multipart request")
+    max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
+    max_image_megapixels: int = Field(50, ge=1, description="Largest image, in millions of pixels")
+    max_image_side: int = Field(20_000, ge=1, description="Longest side of an image, in pixels")
+    extra_formats: Formats = Field(
+        (), description="Image formats to accept besides the usual: tiff, avif, comma separated"
+    )
+    decode_threads: int | None = Field(
+        None, ge=1, le=1024, description="Threads that decode images; by default one per core"
+    )
+    head_timeout_s: float = Field(
+        10, gt=0, description="Seconds within which a request's head must arrive, or it gets 408"
+    )
+    body_timeout_s: float = Field(
+        60, gt=0, description="Seconds within which a request's body must arrive, or it gets 408"
+    )
+    max_head_kb: int = Field(
+        32, ge=1, le=1024, description="Largest request head, in kilobytes; beyond it requests get 431"
+    )
+
+    @classmethod
+    def load(cls, **flags: Any) -> "Settings":
+        """Settings from flags, environment, `.env` and defaults; a flag that is None was not given. Raises SettingsError."""
+        try:
+            return cls(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            reasons = (f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors(include_input=False))
+            raise SettingsError("; ".join(reasons)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        for source, where in ((env_settings, "the environment"), (dotenv_settings, ".env")):
+            if isinstance(source, EnvSettingsSource | DotEnvSettingsSource):
+                _refuse_unknown(source.env_vars, set(settings_cls.model_fields), where)
+        return init_settings, env_settings, dotenv_settings
+
+    def limits(self) -> "Limits":
+        """What one image may weigh and measure."""
+        from models.images import Limits
+
+        return Limits(
+            max_bytes=self.max_image_mb * 2**20,
+            max_pixels=self.max_image_megapixels * 10**6,
+            max_side=self.max_image_side,
+        )
+
+    def runtime_options(self) -> "Options":
+        """How backbones are to be made fast; what is None or auto is measured, and remembered under `data`."""
+        from models.runtime import Options
+
+        return Options(
+            engine=self.engine,
+            precision=self.precision,
+            memory_format=self.memory_format,
+            threads=self.threads,
+            max_batch=self.max_batch,
+            cache_dir=self.data / "runtime",
+        )
+
+    @property
+    def decoders(self) -> int:
+        """Threads that decode: as many as this process has cores, unless told."""
+        return self.decode_threads or len(os.sched_getaffinity(0))
+
+
+def _refuse_unknown(variables: Mapping[str, Any] | Iterable[str], fields: set[str], where: str) -> None:
+    """Raises SettingsError for an `IMAGO_*` variable that is no setting, and names the nearest one."""
+    known = {f"{PREFIX}{field}".upper() for field in fields} | NOT_SETTINGS
+    for name in sorted(variable.upper() for variable in variables):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known - NOT_SETTINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`imago serve --help` lists the settings"
+            raise SettingsError(f"{name} in {where} is not a setting; {hint}")

@@ -1,0 +1,48 @@
+"""What the lifespan builds and every request may ask for."""
+
+import asyncio
+from typing import Annotated, TypedDict, cast
+
+from fastapi import Depends, Request
+
+from models.store import ModelStore
+from service.auth import Keys
+from service.engine import Engine
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+class State(TypedDict):
+    """The lifespan's state, of which uvicorn puts a copy into each request's scope."""
+
+    settings: Settings
+    engine: Engine
+    store: ModelStore
+    metrics: Metrics
+    keys: Keys
+    swapping: asyncio.Lock  # held while a version is being swapped in: one at a time
+
+
+def state_of(request: Request) -> State:
+    """For the routes where every 0.1 ms counts: a dependency costs FastAPI 0.03 ms."""
+    return cast(State, request.scope["state"])
+
+
+# `async`, though they await nothing: FastAPI would run plain functions in a thread.
+
+
+async def get_engine(request: Request) -> Engine:
+    return state_of(request)["engine"]
+
+
+async def get_store(request: Request) -> ModelStore:
+    return state_of(request)["store"]
+
+
+async def get_metrics(request: Request) -> Metrics:
+    return state_of(request)["metrics"]
+
+
+EngineDep = Annotated[Engine, Depends(get_engine)]
+StoreDep = Annotated[ModelStore, Depends(get_store)]
+MetricsDep = Annotated[Metrics, Depends(get_metrics)]

@@ -1,0 +1,101 @@
+"""Image files of every kind for the tests, made on the spot: sound ones by Pillow, odd and hostile ones by hand."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from models.classifier import Preprocessing
+
+IMAGENET = Preprocessing(resize=256, crop=224)
+SMALL = Preprocessing(resize=32, crop=32)
+GRAY = Preprocessing(resize=28, crop=28, channels=1, mean=(0.5,), std=(0.5,))
+ORANGE = (200, 60, 20)
+
+
+def save(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def solid(mode: str = "RGB", colour: object = ORANGE, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.new(mode, size, colour)  # type: ignore[arg-type]
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth shapes, an edge and fine texture: what the resizer's differences depend on."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / min(width, height)
+    smooth = np.stack([np.sin(3 * x + c) * np.cos(4 * y - c) for c in range(3)], axis=2)
+    pixels = 120 + 70 * smooth + 40 * (x + y > 1)[..., None] + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def png(size: tuple[int, int], colour_type: int, bits: int, rows: bytes, interlaced: bool = False) -> bytes:
+    """A PNG by hand, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", *size, bits, colour_type, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def ycck() -> bytes:
+    """A JPEG as Photoshop writes it: the YCbCr of CMY, and inverted K, with Adobe's transform flag at 2."""
+    inverse = tuple(255 - value for value in ORANGE)
+    y, cb, cr = solid(colour=inverse).convert("YCbCr").tobytes()[:3]
+    data = save(solid("CMYK", (255 - y, 255 - cb, 255 - cr, 0)), "JPEG", quality=95)
+    adobe = data.index(b"Adobe")
+    return data[: adobe + 11] + b"\x02" + data[adobe + 12 :]
+
+
+def gif(width: int, height: int) -> bytes:
+    """A GIF of 43 bytes with such a first frame, to be disposed of to the background."""
+    screen = b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return screen + b"!\xf9\x04\x08\0\0\0\0," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\0;"
+
+
+def webp(width: int, height: int) -> bytes:
+    """An animated WebP whose canvas says this size."""
+    data = bytearray(save(solid(), "WEBP", save_all=True, append_images=[solid(colour="blue")]))
+    data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+def transparent_palette() -> bytes:
+    image = solid("P", 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return save(image, transparency=1)
+
+
+def jpeg_of_segments() -> bytes:
+    data = save(solid(), "JPEG")
+    return data[:2] + b"\xff\xfe\0\x02" * 200_000 + data[2:]
+
+
+def png_of_chunks() -> bytes:
+    data = save(solid())
+    return data[:33] + png_chunk(b"teSt", b"") * 100_000 + data[33:]
+
+
+def gif_of_blocks() -> bytes:
+    data = gif(8, 8)
+    return data[:19] + b"!\xfe" + b"\1x" * 200_000 + b"\0" + data[19:]
+
+
+def jpeg_of_scans() -> bytes:
+    data = save(solid("L", 9, (2000, 2000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * 400 + data[-2:]
+
+
+def difference(one: Tensor, other: Tensor) -> tuple[float, int]:
+    """Mean and maximum, of 255."""
+    gap = (one.int() - other.int()).abs()
+    return gap.float().mean().item(), int(gap.max())

@@ -1,0 +1,172 @@
+"""An engine and a store that answer at once, and a client that talks to the real application around them."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from starlette.types import Receive, Scope, Send
+
+from models.errors import EmptyImage, InvalidImage, ModelError, ModelNotFound, NameConflict, UnsupportedImage
+from models.store import ModelStore, Serving
+from service.app import create_app
+from service.engine import Answer, Embedding, Engine, Prediction, Timings
+from service.errors import Draining
+from service.loaded import ModelStatus
+from service.metrics import Metrics
+from service.settings import Settings
+
+ADMIN_KEY = "a" * 32
+API_KEY = "u" * 32
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+GOOD, BAD, TEXT = b"good image", b"bad image", b"no image"
+CLASSES = ["cat", "dog", "owl"]
+TIMINGS = Timings(decode=1.5, queue=0.25, compute=3.0)
+
+FAILURES: dict[bytes, ModelError] = {
+    b"": EmptyImage("the file is empty"),
+    BAD: InvalidImage("the JPEG is truncated"),
+    TEXT: UnsupportedImage("send JPEG, PNG, WebP, GIF or BMP"),
+}
+
+
+class FakeStore(ModelStore):
+    """Two versions of `pets`, of which the first serves."""
+
+    def __init__(self) -> None:
+        self.version, self.calls = 1, list[tuple[Any, ...]]()
+
+    def activate(self, name: str, version: int) -> Serving:
+        if version > 2:
+            raise ModelNotFound(f"no version {version}")
+        self.version = version
+        return self.serving()
+
+    def rollback(self, name: str) -> Serving:
+        raise NameConflict("there is no previous version")
+
+    def serving(self) -> Serving:
+        return Serving(default="pets", models={"pets": self.version}, previous={})
+
+    def remove(self, name: str, version: int | None = None) -> None:
+        self.calls.append(("remove", name, version))
+
+
+class FakeEngine(Engine):
+    """Answers by the bytes of the image; `gate`, when set to an unset event, holds the answers back."""
+
+    def __init__(self, store: FakeStore) -> None:
+        self.store: FakeStore = store
+        self.devices = [torch.device("cpu")]
+        self.draining = self.closed = self.cancelled = False
+        self.is_ready = self.is_live = True
+        self.asked: dict[str, Any] = {}
+        self.gate: asyncio.Event | None = None
+        self.error: Exception | None = None
+        self.waiting = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.under_way = 0
+        self.version, self.broken = 1, set[int]()
+
+    def start(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None: ...
+
+    @property
+    def ready(self) -> bool:
+        return self.is_ready and not self.draining
+
+    @property
+    def live(self) -> bool:
+        return self.is_live
+
+    def not_ready_reason(self) -> str:
+        return "the default model is still loading"
+
+    async def drain(self, grace_s: float) -> bool:
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self.idle.wait()
+        return self.under_way == 0
+
+    async def predict(
+        self, files: Sequence[bytes], models: Sequence[str] = (), k: int = 5, timeout_ms: int | None = None
+    ) -> list[Answer]:
+        self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": timeout_ms}
+        await self._work()
+        best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
+        results = [FAILURES.get(data, best) for data in files]
+        return [Answer(name, self.version, results, TIMINGS) for name in models or ["pets"]]
+
+    async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
+        self.asked = {"model": model, "timeout_ms": timeout_ms}
+        await self._work()
+        return Embedding("pets", 1, [FAILURES.get(data, torch.tensor([0.5, 2.0])) for data in files], TIMINGS)
+
+    async def _work(self) -> None:
+        if self.draining:
+            raise Draining("shutting down")
+        if self.error:
+            raise self.error
+        self.under_way += 1
+        self.idle.clear()
+        self.waiting.set()
+        try:
+            if self.gate:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        finally:
+            self.under_way -= 1
+            if not self.under_way:
+                self.idle.set()
+
+    async def sync(self) -> None:
+        if self.store.version not in self.broken:
+            self.version = self.store.version
+
+    def models(self) -> list[ModelStatus]:
+        return [self.model("pets")]
+
+    def model(self, name: str) -> ModelStatus:
+        if name != "pets":
+            raise ModelNotFound("no model of that name is served")
+        return ModelStatus(name="pets", default=True, state="ready", version=self.version, classes=CLASSES)
+
+
+class Service:
+    """The application around the fakes; `http` is a client of it, with no socket between."""
+
+    def __init__(self, data: Path, **settings: Any) -> None:
+        self.settings = Settings(**{"data": data, "admin_key": ADMIN_KEY, **settings})
+        self.store, self.metrics = FakeStore(), Metrics()
+        self.engine = FakeEngine(self.store)
+        self.app = create_app(self.settings, self.engine, self.store, self.metrics)
+        self.state: dict[str, Any] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI, with the lifespan's state in the scope, as uvicorn puts it there."""
+        scope["state"] = dict(self.state)
+        await self.app(scope, receive, send)
+
+    def count(self, metric: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(metric, labels) or 0.0
+
+
+@asynccontextmanager
+async def client_of(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    async with service.app.router.lifespan_context(service.app) as state:
+        service.state = dict(state or {})
+        transport = httpx.ASGITransport(service)
+        async with httpx.AsyncClient(transport=transport, base_url="http://imago") as client:
+            yield client

@@ -1,0 +1,83 @@
+"""Keys: who is let in, and where the admin key comes from."""
+
+import logging
+import stat
+from pathlib import Path
+
+import pytest
+from fastapi.routing import iter_route_contexts
+from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
+
+from service.auth import Keys, admin_key_of
+from service.errors import Forbidden, Unauthorized
+
+OPEN = {"/", "/health/live", "/health/ready", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+USER = {("POST", "/predict"), ("POST", "/embed"), ("GET", "/models"), ("GET", "/models/{name}")}
+
+
+@pytest.mark.parametrize("key", [None, "", "b" * 32, ADMIN_KEY[:-1], ADMIN_KEY + "a", ADMIN_KEY.upper(), "ü"])
+def test_a_wrong_admin_key(key: str | None) -> None:
+    with pytest.raises(Unauthorized):
+        Keys(ADMIN_KEY, API_KEY).check_admin(key)
+
+
+def test_the_api_key_does_not_reach_admin_routes() -> None:
+    with pytest.raises(Forbidden):
+        Keys(ADMIN_KEY, API_KEY).check_admin(API_KEY)
+
+
+def test_user_routes_are_open_without_an_api_key() -> None:
+    Keys(ADMIN_KEY).check_user(None)
+
+
+def test_with_an_api_key_either_key_opens_user_routes() -> None:
+    keys = Keys(ADMIN_KEY, API_KEY)
+    keys.check_user(API_KEY)
+    keys.check_user(ADMIN_KEY)
+    with pytest.raises(Unauthorized):
+        keys.check_user(None)
+
+
+def test_the_admin_key_is_made_once_for_the_owner_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    key = admin_key_of(tmp_path / "data")
+    path = tmp_path / "data" / "admin.key"
+    assert (len(key) >= 32, stat.S_IMODE(path.stat().st_mode)) == (True, 0o600)
+    assert admin_key_of(tmp_path / "data") == key
+    assert str(path) in caplog.text
+    assert key not in caplog.text
+
+
+def test_an_empty_key_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "admin.key").write_text("\n")
+    with pytest.raises(OSError, match=r"admin\.key holds no key"):
+        admin_key_of(tmp_path)
+
+
+@pytest.mark.anyio
+async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None:
+    service = Service(tmp_path, api_key=API_KEY)
+    routes = {
+        (method, route.path or "")
+        for route in iter_route_contexts(service.app.routes)
+        for method in route.methods or ()
+    }
+    guarded = sorted((method, path) for method, path in routes if path not in OPEN)
+    assert len(guarded) >= 9
+    async with client_of(service) as http:
+        for method, path in guarded:
+            url = path.replace("{name}", "pets").replace("{version}", "1")
+            bare = await http.request(method, url, json={"version": 1})
+            user = await http.request(method, url, headers={"Authorization": f"Bearer {API_KEY}"}, json={"version": 1})
+            assert (bare.status_code, bare.headers["www-authenticate"]) == (401, "Bearer"), (method, path)
+            assert (user.status_code == 403) == ((method, path) not in USER), (method, path)
+    assert service.store.calls == []
+
+
+@pytest.mark.anyio
+async def test_without_an_api_key_users_need_none(tmp_path: Path) -> None:
+    async with client_of(Service(tmp_path)) as http:
+        predicted = await http.post("/predict", content=GOOD)
+        synced = await http.post("/models/sync")
+        with_key = await http.post("/models/sync", headers=ADMIN)
+    assert [predicted.status_code, synced.status_code, with_key.status_code] == [200, 401, 200]

@@ -1,0 +1,235 @@
+"""The batcher with fake backbones: batches, isolation, deadlines, leaving callers, memory, lost devices."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.errors import InferenceFailed, NonFiniteOutput
+from service.batcher import BackboneQueue, Batcher, Output, apply_parts
+from service.errors import DeadlineExceeded, DeviceLost, OutOfMemory, QueueFull
+from service.metrics import Metrics
+
+CPU = torch.device("cpu")
+
+
+class FakeRuntime:
+    """Features = the image's first pixel, twice. `gate` holds the device until it is opened; `fail` may raise."""
+
+    def __init__(self, max_batch: int = 8, fail: Callable[[Tensor], None] = lambda pixels: None) -> None:
+        self.max_batch, self.fail = max_batch, fail
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.batches.append(len(pixels))
+        self.entered.set()
+        self.gate.wait(5)
+        self.fail(pixels)
+        return pixels[:, 0, 0, 0].float().unsqueeze(1).repeat(1, 2)
+
+
+def image(value: int) -> Tensor:
+    return torch.full((1, 2, 2), value, dtype=torch.uint8)
+
+
+def identity(features: Tensor) -> Tensor:
+    return features
+
+
+@asynccontextmanager
+async def batching(
+    runtime: FakeRuntime, max_images: int = 100, max_bytes: int = 10**6
+) -> AsyncIterator[tuple[Callable[..., asyncio.Task[Output]], BackboneQueue, Metrics]]:
+    metrics = Metrics()
+    batcher = Batcher([CPU], metrics)
+    queue = BackboneQueue("fake", {CPU: runtime}, max_images, max_bytes, metrics)
+    batcher.start()
+
+    def submit(value: int, timeout_s: float = 5.0, part: Callable[[Tensor], Tensor] = identity) -> asyncio.Task[Output]:
+        return asyncio.create_task(batcher.submit(queue, image(value), [part], time.monotonic() + timeout_s))
+
+    try:
+        yield submit, queue, metrics
+    finally:
+        runtime.gate.set()
+        batcher.close()
+
+
+def answers(outputs: Iterable[Output | BaseException]) -> list[object]:
+    return [output.values[0][0].item() if isinstance(output, Output) else type(output) for output in outputs]
+
+
+async def held(runtime: FakeRuntime, submit: Callable[..., asyncio.Task[Output]]) -> asyncio.Task[Output]:
+    """Occupies the device with an image of value 0, so that what follows waits in the queue."""
+    runtime.gate.clear()
+    first = submit(0)
+    assert await asyncio.to_thread(runtime.entered.wait, 5)
+    return first
+
+
+async def test_images_that_wait_travel_together() -> None:
+    runtime = FakeRuntime(max_batch=8)
+    async with batching(runtime) as (submit, _, metrics):
+        tasks = [await held(runtime, submit), *(submit(v) for v in range(1, 21))]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        assert answers(await asyncio.gather(*tasks)) == list(range(21))
+    assert runtime.batches == [1, 8, 8, 4]
+    assert metrics.registry.get_sample_value("imago_batch_size_count", {"backbone": "fake"}) == 4
+
+
+async def test_only_the_poisoned_item_of_a_batch_fails() -> None:
+    def fail(pixels: Tensor) -> None:
+        if (pixels == 13).any():
+            raise ValueError("poison")
+
+    runtime = FakeRuntime(max_batch=32, fail=fail)
+    async with batching(runtime) as (submit, _, _):
+        tasks = [await held(runtime, submit), *(submit(v) for v in range(1, 32))]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        got = answers(await asyncio.gather(*tasks, return_exceptions=True))
+    assert got == [InferenceFailed if value == 13 else value for value in range(32)]
+
+
+async def test_a_nan_is_its_own_items_error() -> None:
+    def part(features: Tensor) -> Tensor:
+        return torch.where(features == 7, torch.nan, features)
+
+    async with batching(FakeRuntime()) as (submit, _, _):
+        got = await asyncio.gather(*(submit(v, part=part) for v in (6, 7, 8)), return_exceptions=True)
+    assert answers(got) == [6, NonFiniteOutput, 8]
+
+
+async def test_out_of_memory_halves_the_batch_and_remembers() -> None:
+    def fail(pixels: Tensor) -> None:
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    runtime = FakeRuntime(max_batch=8, fail=fail)
+    async with batching(runtime) as (submit, queue, _):
+        tasks = [await held(runtime, submit), *(submit(v) for v in range(1, 9))]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        assert answers(await asyncio.gather(*tasks)) == list(range(9))
+        assert queue.batch_limit(CPU) == 2
+    assert runtime.batches == [1, 8, 4, 2, 2, 4, 2, 2]
+
+
+async def test_out_of_memory_with_one_image_says_so() -> None:
+    def fail(pixels: Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    async with batching(FakeRuntime(fail=fail)) as (submit, _, _):
+        with pytest.raises(OutOfMemory):
+            await submit(1)
+
+
+async def test_the_limit_is_raised_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = BackboneQueue("fake", {CPU: FakeRuntime(max_batch=8)}, 100, 100, Metrics())
+    queue.lower_limit(CPU, 8)
+    assert queue.batch_limit(CPU) == 4
+    monkeypatch.setattr("service.batcher.RAISE_LIMIT_AFTER_S", 0.0)
+    assert [queue.batch_limit(CPU) for _ in range(2)] == [8, 8]
+
+
+async def test_callers_who_left_are_dropped_when_the_batch_is_cut() -> None:
+    runtime = FakeRuntime()
+    async with batching(runtime) as (submit, _, metrics):
+        first, leaving, staying = await held(runtime, submit), submit(1), submit(2)
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        assert answers(await asyncio.gather(first, staying)) == [0, 2]
+    assert runtime.batches == [1, 1]
+    assert metrics.registry.get_sample_value("imago_rejected_total", {"reason": "client_left"}) == 1
+
+
+async def test_an_image_past_its_deadline_is_not_computed() -> None:
+    runtime = FakeRuntime()
+    async with batching(runtime) as (submit, _, _):
+        first, late = await held(runtime, submit), submit(1, timeout_s=0.01)
+        await asyncio.sleep(0.05)
+        runtime.gate.set()
+        with pytest.raises(DeadlineExceeded):
+            await late
+        await first
+    assert runtime.batches == [1]
+
+
+async def test_a_full_queue_refuses_with_the_time_it_needs_to_drain() -> None:
+    queue = BackboneQueue("fake", {CPU: FakeRuntime()}, 10, 10**6, Metrics())
+    queue.images_per_s = 5.0
+    with queue.admit(10, 100), pytest.raises(QueueFull, match="10 images") as refused, queue.admit(1, 100):
+        pass
+    assert refused.value.retry_after_s == 2.0
+    with queue.admit(10, 100):
+        pass
+
+
+async def test_a_queue_is_bounded_by_bytes_too() -> None:
+    queue = BackboneQueue("fake", {CPU: FakeRuntime()}, 10, 1000, Metrics())
+    with queue.admit(1, 900), pytest.raises(QueueFull), queue.admit(1, 200):
+        pass
+
+
+async def test_a_wrong_number_of_rows_is_an_error_not_a_mix_up() -> None:
+    runtime = FakeRuntime()
+    runtime.__class__ = type(
+        "Short", (FakeRuntime,), {"__call__": lambda self, pixels: torch.zeros(len(pixels) + 1, 2)}
+    )
+    async with batching(runtime) as (submit, _, _):
+        with pytest.raises(InferenceFailed):
+            await submit(1)
+
+
+async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
+    def fail(pixels: Tensor) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runtime = FakeRuntime(max_batch=1, fail=fail)
+    async with batching(runtime) as (submit, _, _):
+        tasks = [await held(runtime, submit), submit(1)]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        assert answers(await asyncio.gather(*tasks, return_exceptions=True)) == [DeviceLost, DeviceLost]
+        await asyncio.sleep(0.05)
+        with pytest.raises(DeviceLost):
+            await submit(2)
+
+
+async def test_the_backbone_that_waited_longest_goes_first() -> None:
+    metrics = Metrics()
+    batcher = Batcher([CPU], metrics)
+    order: list[int] = []
+    runtimes = [FakeRuntime(fail=lambda pixels: order.append(int(pixels[0, 0, 0, 0]))) for _ in range(2)]
+    queues = [BackboneQueue(str(i), {CPU: runtime}, 100, 10**6, metrics) for i, runtime in enumerate(runtimes)]
+    tasks = []
+    for which in (1, 0, 1):
+        tasks.append(asyncio.create_task(batcher.submit(queues[which], image(which), [identity], time.monotonic() + 5)))
+        await asyncio.sleep(0.002)
+    batcher.start()
+    await asyncio.gather(*tasks)
+    batcher.close()
+    assert order == [1, 0]
+
+
+def test_rows_that_share_a_part_go_through_it_together() -> None:
+    calls: list[int] = []
+
+    def double(features: Tensor) -> Tensor:
+        calls.append(len(features))
+        return features * 2
+
+    values = apply_parts(torch.arange(3.0).unsqueeze(1), [[double], [identity], [identity, double]])
+    assert [[v.item() for v in row] for row in values] == [[0.0], [1.0], [2.0, 4.0]]
+    assert calls == [2]

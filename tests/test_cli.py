@@ -1,0 +1,361 @@
+"""The command line: what it prints, its exit codes, and that it does what the server does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from models import architectures
+from models.classifier import Head, ModelConfig
+from models.errors import InvalidImage, ModelError
+from models.store import ModelStore
+from models.training.request import FinetuneRequest, Hyperparameters, command
+from service.cli import COMMANDS, main
+from service.cli.finetune import command as finetune_command
+from service.cli.models import expanded
+from service.cli.options import settings_options
+from service.cli.predict import document
+from service.cli.progress import Update
+from service.settings import Settings
+
+
+def imago(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="imago")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder: no `.env`, no store, no data of the checkout's."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"IMAGO_{name.upper()}", raising=False)
+
+
+def publish(store: ModelStore, name: str = "digits", classes: int = 3) -> ModelConfig:
+    """A version of a small random network."""
+    torch.manual_seed(len(store.versions(name)))
+    network = architectures.create("lenet5", classes)
+    ref = store.put_backbone("lenet5", network.backbone, network.preprocessing)
+    return store.publish(name, [ref], Head.of(network.layer), [f"c{i}" for i in range(classes)])
+
+
+@pytest.fixture
+def store() -> ModelStore:
+    """`weights/` of the current folder, with digits@1 served."""
+    store = ModelStore(Path("weights"))
+    store.activate("digits", publish(store).version)
+    return store
+
+
+def photo(path: Path, colour: tuple[int, int, int] = (200, 30, 30)) -> Path:
+    Image.new("RGB", (40, 40), colour).save(path)
+    return path
+
+
+# The whole
+
+
+def test_help_names_every_command_and_waits_for_nothing_heavy() -> None:
+    code = "import sys; from service.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(name in output for name in COMMANDS)
+    assert not {"torch", "torchvision", "fastapi", "pydantic"} & set(output.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    result = imago(name, "--help")
+    assert result.exit_code == 0
+    assert f"imago {name}" in result.output.partition("Example")[2]
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = imago("train")
+    assert result.exit_code == 2
+    assert "train" in result.stderr
+
+
+def test_an_error_is_one_line(store: ModelStore) -> None:
+    result = imago("models", "rollback", "nobody")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_setting_is_a_usage_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGO_WIEGHTS", "elsewhere")
+    result = imago("models", "list")
+    assert result.exit_code == 2
+    assert "IMAGO_WIEGHTS" in result.stderr
+
+
+# Settings
+
+
+def test_serve_has_a_flag_for_every_setting() -> None:
+    output = imago("serve", "--help").output
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "dotenv", "port"),
+    [
+        pytest.param(["--port", "1"], "2", "3", 1, id="a flag first"),
+        pytest.param([], "2", "3", 2, id="then the environment"),
+        pytest.param([], None, "3", 3, id="then .env"),
+        pytest.param([], None, None, 8000, id="then the default"),
+    ],
+)
+def test_where_a_setting_comes_from(
+    flags: list[str], environment: str | None, dotenv: str | None, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment:
+        monkeypatch.setenv("IMAGO_PORT", environment)
+    if dotenv:
+        Path(".env").write_text(f"IMAGO_PORT={dotenv}\n")
+    assert parsed(*flags).port == port
+
+
+def parsed(*words: str) -> Settings:
+    """The settings that these words on a command line, and what surrounds it, amount to."""
+    import click
+
+    @click.command()
+    @settings_options()
+    def probe(**flags: Any) -> Settings:
+        return Settings.load(**flags)
+
+    settings = probe.main(list(words), standalone_mode=False)
+    assert isinstance(settings, Settings)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        pytest.param(["--models", "a,b"], "models", ("a", "b"), id="names"),
+        pytest.param(["--access-log"], "access_log", True, id="yes"),
+        pytest.param(["--no-access-log"], "access_log", False, id="no"),
+        pytest.param(["--threads", "2"], "threads", 2, id="optional number"),
+        pytest.param(["--drain-seconds", "1.5"], "drain_seconds", 1.5, id="float"),
+        pytest.param(["--weights", "w"], "weights", Path("w"), id="path"),
+        pytest.param(["--engine", "torch"], "engine", "torch", id="choice"),
+    ],
+)
+def test_a_flag_reaches_its_setting(words: list[str], field: str, value: object) -> None:
+    assert getattr(parsed(*words), field) == value
+
+
+# models
+
+
+def test_list_shows_what_is_stored_and_served(store: ModelStore) -> None:
+    publish(store)
+    [row] = json.loads(imago("models", "list", "--json").stdout)
+    assert (row["name"], row["versions"], row["served"], row["default"]) == ("digits", [1, 2], 1, True)
+    assert "digits (default)" in imago("models", "list").stdout
+
+
+def test_list_of_an_empty_store_says_what_to_do() -> None:
+    result = imago("models", "list")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "imago models pull" in result.stderr
+
+
+def test_activate_and_rollback(store: ModelStore) -> None:
+    publish(store)
+    result = imago("models", "activate", "digits@2")
+    assert store.serving().models == {"digits": 2}
+    assert "/models/sync" in result.stderr
+    imago("models", "rollback", "digits")
+    assert store.serving().models == {"digits": 1}
+    imago("models", "activate", "digits")
+    assert store.serving().models == {"digits": 2}
+
+
+def test_remove(store: ModelStore) -> None:
+    publish(store)
+    assert imago("models", "remove", "digits@1").exit_code == 1  # served
+    assert imago("models", "remove", "digits@2").exit_code == 0
+    assert store.versions("digits") == [1]
+    assert imago("models", "remove", "digits@x").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["lenet5", "digits"])
+def test_show_prints_a_layer_table(store: ModelStore, name: str) -> None:
+    result = imago("models", "show", name)
+    assert result.exit_code == 0
+    assert "conv" in result.stdout.lower()
+
+
+def test_import_serves_a_first_version_and_leaves_a_later_one_to_be_activated(store: ModelStore) -> None:
+    torch.save(architectures.build("lenet5", 2).state_dict(), "net.pth")
+    Path("labels.txt").write_text("ant\nbee\n")
+    words = ["models", "import", "net.pth", "--architecture", "lenet5", "--classes", "labels.txt", "--name"]
+    assert imago(*words, "insects").exit_code == 0
+    assert store.serving().models["insects"] == 1
+    assert store.config("insects").classes == ("ant", "bee")
+    result = imago(*words, "digits")
+    assert store.serving().models["digits"] == 1
+    assert "imago models activate digits@2" in result.stderr
+
+
+def test_pull_passes_on_what_is_asked_for(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def pull(name: str, store: ModelStore, cache: Path, progress: Update, weights: str, url: str | None) -> ModelConfig:
+        asked.append((name, cache, weights, url))
+        progress(1, None)
+        return publish(store, name)
+
+    monkeypatch.setattr("models.pull.pull", pull)
+    words = ["--pretrained", "IMAGENET1K_V2", "--weights-url", "http://mirror", "--data", "d"]
+    assert imago("models", "pull", "resnet18", "vgg13", *words).exit_code == 0
+    assert asked == [(name, Path("d/downloads"), "IMAGENET1K_V2", "http://mirror") for name in ("resnet18", "vgg13")]
+    assert store.serving().models == {"digits": 1, "resnet18": 1, "vgg13": 1}
+
+
+def test_the_imagenet_group_is_six_models() -> None:
+    assert expanded(("resnet50", "imagenet")) == [
+        "resnet50",
+        "alexnet",
+        "vgg13",
+        "densenet121",
+        "inception_v3",
+        "imagenet-ensemble",
+    ]
+
+
+# predict
+
+
+OFFLINE = ("--engine", "torch", "--precision", "float32", "--threads", "1", "--max-batch", "4", "--device", "cpu")
+
+
+def test_predict_prints_json(store: ModelStore) -> None:
+    photo(Path("red.png"))
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    result = imago("predict", "red.png", "broken.png", "--top-k", 2, "--json", *OFFLINE)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    good, bad = answer["results"]
+    assert (answer["model"], answer["version"]) == ("digits", 1)
+    assert good["filename"] == "red.png"
+    assert [set(p) for p in good["predictions"]] == [{"label", "index", "probability"}] * 2
+    assert (bad["filename"], bad["error"]["code"]) == ("broken.png", "invalid_image")
+
+
+def test_predict_has_the_shape_of_http() -> None:
+    from service.engine import Answer, Prediction, Timings
+    from service.routes.predict import _predictions
+
+    results: list[Prediction | ModelError] = [
+        Prediction(["b", "a"], [1, 0], [0.75, 0.25]),
+        InvalidImage("truncated"),
+    ]
+    answer = Answer("digits", 2, results, Timings())
+    files = [Path("x/red.png"), Path("broken.png")]
+    body = _predictions(answer, [file.name for file in files])
+    assert document(files, [answer]) == body
+    assert document(files, [answer, answer]) == {"models": [body, body]}
+
+
+def test_predict_gives_the_classifiers_own_numbers(store: ModelStore) -> None:
+    from models.images import decode
+
+    path = photo(Path("green.png"), (10, 200, 40))
+    classifier = store.load("digits")
+    pixels = decode(path.read_bytes(), classifier.config.backbones[0].preprocessing)
+    expected = classifier.probabilities([pixels[None]])[0].sort(descending=True).values
+    [answer] = json.loads(imago("predict", path, "--json", *OFFLINE).stdout)["results"]
+    assert [p["probability"] for p in answer["predictions"]] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_predict_shows_a_table(store: ModelStore) -> None:
+    result = imago("predict", photo(Path("red.png")), "--model", "digits", *OFFLINE)
+    assert "digits@1" in result.stdout
+    assert "%" in result.stdout
+
+
+def test_predict_fails_if_every_image_does(store: ModelStore) -> None:
+    Path("broken.png").write_bytes(b"no image")
+    assert imago("predict", "broken.png", *OFFLINE).exit_code == 1
+
+
+def test_predict_names_a_model_that_is_not_there(store: ModelStore) -> None:
+    result = imago("predict", photo(Path("red.png")), "--model", "nobody", *OFFLINE)
+    assert result.exit_code == 1
+    assert "nobody" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# finetune
+
+
+def test_finetune_takes_the_command_of_the_lineage() -> None:
+    chosen = Hyperparameters(epochs=3, batch_size=8, lr=0.1, augmentation="none", ema=0.0, seed=7)
+    request = FinetuneRequest(
+        dataset=Path("d"), name="n", base="lenet5", mode="scratch", half=True, hyperparameters=chosen
+    )
+    Path("d").mkdir()
+    context = finetune_command.make_context("finetune", command(request).split()[2:])
+    given = {name: value for name, value in context.params.items() if value is not None}
+    assert given == {
+        "dataset": Path("d"),
+        "name": "n",
+        "base": "lenet5",
+        "mode": "scratch",
+        "val_fraction": 0.2,
+        "on_bad_file": "skip",
+        "half": True,
+        **chosen.model_dump(exclude_none=True),
+    }
+
+
+def test_finetune_trains_and_says_how_well(store: ModelStore) -> None:
+    for name, colour in (("dark", 20), ("light", 220)):
+        (Path("photos") / name).mkdir(parents=True)
+        for n in range(10):
+            photo(Path("photos") / name / f"{n}.png", (colour + n, colour, colour - n))
+    result = imago("finetune", "photos", "--name", "shade", "--base", "digits", "--val-fraction", 0.3)
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.stdout
+    assert "interval" in result.stdout
+    assert store.serving().models["shade"] == 1
+
+
+def test_finetune_explains_a_contradiction(store: ModelStore) -> None:
+    Path("photos").mkdir()
+    result = imago("finetune", "photos", "--name", "shade", "--mode", "head", "--half")
+    assert result.exit_code == 2
+    assert "half" in result.stderr
+
+
+# bench
+
+
+def test_bench_prints_json_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.bench import Load, Report
+
+    def run(load: Load, bodies: list[bytes], on_tick: object) -> Report:
+        assert (load.duration_s, load.requests, len(bodies)) == (None, 5, 1)
+        return Report(load.url, load.models, 32, 1.0, 5, 5, {"200": 5}, {}, 5.0, {"p50": 1.0})
+
+    monkeypatch.setattr("service.cli.bench.run", run)
+    result = imago("bench", "--requests", 5, photo(Path("red.png")))
+    assert result.exit_code == 0
+    assert json.loads(result.stdout.splitlines()[-1])["images_per_second"] == 5.0
+
+
+def test_bench_without_a_server_is_one_line() -> None:
+    result = imago("bench", "--url", "http://127.0.0.1:9", photo(Path("red.png")))
+    assert result.exit_code == 1
+    assert "http://127.0.0.1:9" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,279 @@
+"""The engine over a real store of tiny networks: shared backbones, ensembles, isolation, admission, hot swap, drain."""
+
+import asyncio
+import gc
+import io
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from models import architectures, images
+from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing
+from models.errors import EmptyImage, InvalidImage, ModelNotFound
+from models.store import ModelStore
+from service.engine import Answer, Engine, Prediction
+from service.errors import DeadlineExceeded, Draining, NotReady, QueueFull
+from service.metrics import Metrics
+from service.settings import Settings
+
+KIND = Preprocessing(resize=32, crop=32)
+
+
+def picture(seed: int, size: int = 48) -> bytes:
+    """A PNG whose colours the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+def add_backbone(
+    store: ModelStore, seed: int, architecture: str = "lenet5", kind: Preprocessing = KIND
+) -> tuple[Any, int]:
+    torch.manual_seed(seed)
+    network = architectures.create(architecture, 2)
+    return store.put_backbone(architecture, network.backbone.eval(), kind), network.feature_dim
+
+
+def add_head(store: ModelStore, name: str, ref: Any, dim: int, classes: int, seed: int = 0) -> int:
+    torch.manual_seed(seed)
+    head = Head(HeadConfig(layers=(LayerConfig(in_features=dim),)), classes)
+    version = store.publish(name, [ref], head, [f"{name}{i}" for i in range(classes)]).version
+    store.activate(name, version)
+    return version
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    """Models `a` (2 classes) and `b` (7 classes) on one backbone, `c` on another, and the mean of `a2` and `c2` as `both`."""
+    store = ModelStore(tmp_path / "weights")
+    first, second = add_backbone(store, 1), add_backbone(store, 2, "lenet5", Preprocessing(resize=40, crop=32))
+    add_head(store, "a", *first, classes=2)
+    add_head(store, "b", *first, classes=7)
+    add_head(store, "c", *second, classes=2)
+    layers = tuple(LayerConfig(in_features=dim) for _, dim in (first, second))
+    mean = Head(HeadConfig(kind="mean", layers=layers), 2)
+    for i, member in enumerate(("a", "c")):
+        mean.layers[i] = store.load_head(store.config(member)).layers[0]
+    store.publish("both", [first[0], second[0]], mean, ["x", "y"])
+    store.activate("both", 1)
+    return store
+
+
+@asynccontextmanager
+async def serving(store: ModelStore, **flags: Any) -> AsyncIterator[Engine]:
+    plain = {"weights": store.root, "data": store.root.parent / "data", "device": "cpu", "engine": "torch", "max_batch": 8}
+    settings = Settings.load(**plain | flags)
+    engine = Engine(settings, store, Metrics())
+    engine.start()
+    try:
+        await engine.wait_ready(60)
+        yield engine
+    finally:
+        engine.close()
+
+
+def reference(store: ModelStore, model: str, data: bytes) -> torch.Tensor:
+    """Probabilities by the uncompiled float32 network, alone."""
+    classifier = store.load(model)
+    pixels = [images.decode(data, backbone.ref.preprocessing)[None] for backbone in classifier.backbones]
+    return classifier.probabilities(pixels)[0]
+
+
+def probabilities(answer: Answer, row: int = 0) -> torch.Tensor:
+    """Back in class order."""
+    result = answer.results[row]
+    assert isinstance(result, Prediction)
+    ordered = torch.zeros(len(result.indices))
+    ordered[result.indices] = torch.tensor(result.probabilities)
+    return ordered
+
+
+async def test_the_answer_is_the_reference_networks(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        for model in ("a", "b", "c", "both"):
+            [answer] = await engine.predict([picture(1)], [model], k=10)
+            assert torch.allclose(probabilities(answer), reference(store, model, picture(1)), atol=1e-5)
+
+
+async def test_top_k_is_sorted_and_named(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        [answer] = await engine.predict([picture(1)], ["b"], k=3)
+    result = answer.results[0]
+    assert isinstance(result, Prediction)
+    assert result.labels == [f"b{i}" for i in result.indices]
+    assert result.probabilities == sorted(result.probabilities, reverse=True)
+    assert len(result.labels) == 3
+
+
+async def test_no_name_means_the_default_model(store: ModelStore) -> None:
+    store.set_default("b")
+    async with serving(store) as engine:
+        [answer] = await engine.predict([picture(1)])
+    assert answer.model == "b"
+
+
+async def test_models_on_one_backbone_share_it_and_cost_one_forward_pass(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        key = engine.model("a").backbones[0].key
+        before = forward_passes(engine, key)
+        answers = await engine.predict([picture(1)], ["a", "b"])
+        assert forward_passes(engine, key) == before + 1
+        assert [answer.model for answer in answers] == ["a", "b"]
+        assert engine.model("a").backbones[0].shared_with == ["b", "both"]
+
+
+def forward_passes(engine: Engine, key: str) -> float:
+    return engine.metrics.registry.get_sample_value("imago_batch_size_count", {"backbone": key}) or 0
+
+
+async def test_an_ensemble_is_the_mean_and_shares_its_members_backbones(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        a, c, both = await engine.predict([picture(5)], ["a", "c", "both"])
+        mean = (probabilities(a) + probabilities(c)) / 2
+        assert torch.allclose(probabilities(both), mean, atol=1e-6)
+
+
+async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
+    good = picture(1)
+    async with serving(store) as engine:
+        [answer] = await engine.predict([good, good[:60], b"", good], ["a"])
+        alone = await engine.predict([good], ["a"])
+    assert [type(result) for result in answer.results] == [Prediction, InvalidImage, EmptyImage, Prediction]
+    assert torch.allclose(probabilities(answer, 3), probabilities(alone[0]), atol=1e-6)
+
+
+async def test_an_answer_does_not_depend_on_its_neighbours(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        [together] = await engine.predict([picture(i) for i in range(20)], ["b"], k=7)
+        for i in range(20):
+            [alone] = await engine.predict([picture(i)], ["b"], k=7)
+            assert torch.allclose(probabilities(together, i), probabilities(alone), atol=1e-4)
+
+
+async def test_an_embedding_is_the_backbones_features(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        embedding = await engine.embed([picture(1), b"no image"], "a")
+    features = embedding.results[0]
+    assert isinstance(features, torch.Tensor)
+    assert features.shape == (store.load("a").backbones[0].feature_dim,)
+    assert not isinstance(embedding.results[1], torch.Tensor)
+
+
+async def test_an_unknown_model_is_not_found(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(ModelNotFound):
+            await engine.predict([picture(1)], ["../a"])
+
+
+async def test_before_the_default_model_is_warm_the_engine_is_not_ready(store: ModelStore) -> None:
+    engine = Engine(Settings(weights=store.root, device="cpu", engine="torch"), store, Metrics())
+    with pytest.raises(NotReady, match="loading"):
+        await engine.predict([picture(1)])
+    engine.close()
+
+
+async def test_a_full_queue_refuses_before_decoding(store: ModelStore) -> None:
+    async with serving(store, max_queue_images=4) as engine:
+        first = asyncio.create_task(engine.predict([picture(i) for i in range(4)], ["a"]))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await engine.predict([picture(9)], ["a"])
+        await first
+        await engine.predict([picture(9)], ["a"])
+
+
+async def test_a_request_past_its_deadline_gets_no_answer(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict([picture(i, size=1500) for i in range(8)], ["a"], timeout_ms=1)
+        await engine.predict([picture(1)], ["a"])
+
+
+async def test_a_model_that_cannot_load_is_reported_and_stops_nothing(store: ModelStore) -> None:
+    (store.root / "models" / "b" / "1" / "head.safetensors").write_bytes(b"damaged")
+    async with serving(store) as engine:
+        status = {model.name: model for model in engine.models()}
+        assert [status[name].state for name in ("a", "b", "c")] == ["ready", "failed", "ready"]
+        assert "head" in (status["b"].error or "")
+
+
+async def test_models_names_what_to_serve(store: ModelStore) -> None:
+    async with serving(store, models=("c", "missing")) as engine:
+        assert {model.name: model.state for model in engine.models()} == {"c": "ready", "missing": "failed"}
+        assert "imago models pull missing" in (engine.model("missing").error or "")
+
+
+async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> None:
+    ref = store.config("a").backbones[0]
+    dim = store.load_backbone(ref).feature_dim
+    stop = asyncio.Event()
+    seen: set[int] = set()
+
+    async def caller(engine: Engine, seed: int) -> None:
+        while not stop.is_set():
+            [answer] = await engine.predict([picture(seed)], ["a"])
+            result = answer.results[0]
+            assert isinstance(result, Prediction)
+            assert (len(result.labels) == 2) == (answer.version % 2 == 1), "a version answered with another's classes"
+            seen.add(answer.version)
+
+    async with serving(store, models=("a",)) as engine:
+        callers = [asyncio.create_task(caller(engine, i)) for i in range(8)]
+        for version in range(2, 102):
+            add_head(store, "a", ref, dim, classes=2 if version % 2 else 3, seed=version)
+            await engine.sync()
+        stop.set()
+        await asyncio.gather(*callers)
+        assert engine.model("a").version == 101
+        assert len(seen) > 20
+
+
+async def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore) -> None:
+    ref = store.config("a").backbones[0]
+    dim = store.load_backbone(ref).feature_dim
+    head = Head(HeadConfig(layers=(LayerConfig(in_features=dim + 1),)), 2)
+    async with serving(store) as engine:
+        store.activate("a", store.publish("a", [ref], head, ["x", "y"]).version)
+        await engine.sync()
+        [answer] = await engine.predict([picture(1)], ["a"])
+        assert answer.version == 1
+        assert engine.model("a").error
+
+
+async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:
+    async with serving(store, models=("c",)) as engine:
+        old = weakref.ref(engine._served["c"].backbones[0])
+        await engine.predict([picture(1)], ["c"])
+        add_head(store, "c", *add_backbone(store, 3), classes=2)
+        await engine.sync()
+        gc.collect()
+        assert old() is None
+        assert (await engine.predict([picture(1)], ["c"]))[0].version == 2
+
+
+async def test_draining_finishes_what_is_under_way_and_refuses_the_rest(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        under_way = asyncio.create_task(engine.predict([picture(i) for i in range(8)], ["a"]))
+        await asyncio.sleep(0)
+        drained = asyncio.create_task(engine.drain(10))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await engine.predict([picture(1)], ["a"])
+        assert await drained
+        assert len((await under_way)[0].results) == 8
+
+
+async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:
+    async with serving(store, timeout_ms=60_000) as engine:
+        expected = [probabilities((await engine.predict([picture(i)], ["b"], k=7))[0]) for i in range(25)]
+        answers = await asyncio.gather(*(engine.predict([picture(i % 25)], ["b"], k=7) for i in range(1000)))
+    for i, [answer] in enumerate(answers):
+        assert torch.allclose(probabilities(answer), expected[i % 25], atol=1e-4)

@@ -1,0 +1,181 @@
+"""The layer around every request, driven by hand-made ASGI messages."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service_fakes import ADMIN_KEY, GOOD, Service, client_of
+from starlette.types import Message
+
+pytestmark = pytest.mark.anyio
+MB = 2**20
+LEFT: Message = {"type": "http.disconnect"}
+
+
+def chunk(body: bytes, more: bool = False) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+@dataclass
+class Call:
+    """A request whose body comes as `messages`; when they are over, the client waits."""
+
+    messages: Iterable[Message]
+    path: str = "/predict"
+    headers: dict[str, str] = field(default_factory=lambda: {"transfer-encoding": "chunked"})
+    sent: list[Message] = field(default_factory=list)
+    reads: int = 0
+
+    async def run(self, service: Service) -> "Call":
+        self._left = iter(self.messages)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in self.headers.items()]
+        scope = {"type": "http", "method": "POST", "path": self.path, "query_string": b"", "headers": headers}
+        await service(scope | {"raw_path": b"", "root_path": "", "client": ("10.0.0.1", 5)}, self.receive, self.send)
+        return self
+
+    async def receive(self) -> Message:
+        self.reads += 1
+        for message in self._left:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def header(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.sent[0]["headers"]}
+
+    @property
+    def error(self) -> dict[str, Any]:
+        body = b"".join(message.get("body", b"") for message in self.sent[1:])
+        error: dict[str, Any] = json.loads(body)["error"]
+        return error
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path, max_body_mb=1, max_multipart_mb=2, max_queue_mb=1)
+
+
+async def test_a_declared_size_is_refused_before_the_body(service: Service) -> None:
+    async with client_of(service):
+        call = await Call([chunk(b"x")], headers={"content-length": "99999999999"}).run(service)
+    assert (call.status, call.error["code"]) == (413, "payload_too_large")
+    assert call.header["connection"] == "close"
+    assert call.sent[1]["body"] != b""  # all of the answer is out
+    assert call.sent[1]["more_body"]  # but the connection stays to read on a little
+    assert service.count("imago_rejected_total", reason="too_large") == 1
+    assert service.count("imago_requests_total", route="/predict", method="POST", status="413") == 1
+
+
+async def test_multipart_may_be_larger(service: Service) -> None:
+    async with client_of(service):
+        headers = {"content-length": str(2 * MB), "content-type": "multipart/form-data; boundary=b"}
+        call = await Call([chunk(b"x")], headers=headers).run(service)
+    assert call.status == 400
+
+
+async def test_an_undeclared_size_is_refused_at_the_limit(service: Service) -> None:
+    async with client_of(service):
+        call = await Call([chunk(b"x" * MB, more=True), chunk(b"x", more=True), chunk(b"", more=False)]).run(service)
+    assert (call.status, call.error["code"]) == (413, "payload_too_large")
+
+
+async def test_at_the_limit_is_not_beyond_it(service: Service) -> None:
+    async with client_of(service):
+        assert (await Call([chunk(b"x" * MB)]).run(service)).status == 200
+
+
+async def test_other_routes_take_little(service: Service) -> None:
+    headers = {
+        "authorization": f"Bearer {ADMIN_KEY}",
+        "content-type": "application/json",
+        "transfer-encoding": "chunked",
+    }
+    async with client_of(service):
+        call = await Call([chunk(b"1" * MB, more=True), chunk(b"1")], "/models/pets/activate", headers).run(service)
+    assert (call.status, call.error["code"]) == (413, "payload_too_large")
+
+
+async def test_a_refused_body_is_read_a_little(service: Service) -> None:
+    flood = (chunk(b"x" * 2**16, more=True) for _ in range(1000))
+    async with client_of(service):
+        call = await Call(flood, headers={"content-length": "65536000"}).run(service)
+    assert call.reads == 16  # of 64 KB each: 1 MB
+
+
+async def test_the_length_must_be_a_number(service: Service) -> None:
+    async with client_of(service):
+        call = await Call([chunk(b"x")], headers={"content-length": "-1"}).run(service)
+    assert (call.status, call.error["code"]) == (400, "bad_request")
+
+
+async def test_all_bodies_together_are_bounded(service: Service) -> None:
+    service.engine.gate = asyncio.Event()
+    async with client_of(service) as http:
+        first = asyncio.create_task(http.post("/predict", content=b"x" * 900_000))
+        await service.engine.waiting.wait()
+        second = await http.post("/predict", content=b"x" * 900_000)
+        service.engine.gate.set()
+        assert (await first).status_code == 200
+        third = await http.post("/predict", content=b"x" * 900_000)
+    assert (second.status_code, third.status_code) == (429, 200)
+    assert (second.json()["error"]["code"], second.headers["retry-after"]) == ("queue_full", "1")
+
+
+async def test_a_client_that_leaves_while_sending(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    async with client_of(service):
+        call = await Call([chunk(b"half", more=True), LEFT]).run(service)
+    assert call.sent == []
+    assert service.count("imago_requests_total", route="/predict", method="POST", status="499") == 1
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_client_that_leaves_while_waiting_cancels_the_engine(service: Service) -> None:
+    service.engine.gate = asyncio.Event()
+    async with client_of(service):
+        call = await asyncio.wait_for(Call([chunk(GOOD), LEFT]).run(service), 5)
+    assert service.engine.cancelled
+    assert call.sent == []
+
+
+async def test_draining_refuses_what_is_new(service: Service) -> None:
+    async with client_of(service):
+        service.engine.draining = True
+        call = await Call([chunk(GOOD)]).run(service)
+    assert (call.status, call.error["code"]) == (503, "draining")
+    assert (call.header["retry-after"], call.header["connection"]) == ("30", "close")
+
+
+async def test_what_is_cut_short_by_a_shutdown_gets_503(service: Service) -> None:
+    service.engine.gate = asyncio.Event()
+    async with client_of(service):
+        call = Call([chunk(GOOD)])
+        task = asyncio.create_task(call.run(service))
+        await service.engine.waiting.wait()
+        service.engine.draining = True
+        task.cancel()
+        await task
+    assert (call.status, call.error["code"]) == (503, "draining")
+
+
+async def test_the_access_log_is_one_line_of_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service = Service(tmp_path, access_log=True)
+    caplog.set_level(logging.INFO, "service.access")
+    async with client_of(service):
+        await Call([chunk(b"")], path="/nowhere\n\x1b[31m" + "x" * 1000).run(service)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.access"]
+    assert "\n" not in line
+    assert len(line) < 512
+    assert json.loads(line)["status"] == 404

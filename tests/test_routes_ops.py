@@ -1,0 +1,56 @@
+"""Health, metrics and the root."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from service_fakes import API_KEY, GOOD, Service, client_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path, api_key=API_KEY)  # health and metrics are open all the same
+
+
+@pytest.fixture
+async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(service) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"])
+async def test_open_to_all(http: httpx.AsyncClient, path: str) -> None:
+    assert (await http.get(path)).status_code == 200
+
+
+async def test_not_ready_says_why(http: httpx.AsyncClient, service: Service) -> None:
+    service.engine.is_ready = False
+    answer = await http.get("/health/ready")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert answer.json()["error"]["message"] == "the default model is still loading"
+
+
+async def test_not_ready_while_draining_but_live(http: httpx.AsyncClient, service: Service) -> None:
+    service.engine.draining = True
+    ready, live = await http.get("/health/ready"), await http.get("/health/live")
+    assert (ready.status_code, ready.json()["error"]["code"], live.status_code) == (503, "draining", 200)
+
+
+async def test_not_live_when_a_device_hangs(http: httpx.AsyncClient, service: Service) -> None:
+    service.engine.is_live = False
+    assert (await http.get("/health/live")).status_code == 503
+
+
+async def test_metrics_count_by_route_template(http: httpx.AsyncClient, service: Service) -> None:
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    await http.post("/predict", content=GOOD, headers=headers)
+    await http.get("/models/anything", headers=headers)
+    await http.get("/made/up/by/a/caller")
+    text = (await http.get("/metrics")).text
+    assert 'imago_requests_total{method="POST",route="/predict",status="200"} 1.0' in text
+    assert 'imago_requests_total{method="GET",route="/models/{name}",status="404"} 1.0' in text
+    assert 'imago_requests_total{method="GET",route="other",status="404"} 1.0' in text
+    assert "made/up" not in text

@@ -1,0 +1,243 @@
+"""`POST /predict` and `POST /embed`, around an engine that answers at once."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from service_fakes import BAD, GOOD, TEXT, Service, client_of
+
+from models.errors import InferenceFailed, ModelNotFound
+from service.errors import DeadlineExceeded, QueueFull
+
+pytestmark = pytest.mark.anyio
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path)
+
+
+@pytest.fixture
+async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(service) as client:
+        yield client
+
+
+def parts(*contents: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("file", (f"{number}.jpg", content)) for number, content in enumerate(contents)]
+
+
+async def test_a_raw_image(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict?top_k=2", content=GOOD, headers=JPEG)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "model": "pets",
+        "version": 1,
+        "results": [
+            {
+                "filename": None,
+                "predictions": [
+                    {"label": "cat", "index": 0, "probability": 0.5},
+                    {"label": "dog", "index": 1, "probability": 0.25},
+                ],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", ["image/png", "IMAGE/JPEG; q=1", "application/octet-stream", None])
+async def test_content_types_of_raw_images(http: httpx.AsyncClient, kind: str | None) -> None:
+    answer = await http.post("/predict", content=GOOD, headers={"Content-Type": kind} if kind else {})
+    assert answer.status_code == 200
+
+
+async def test_server_timing(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict", content=GOOD, headers=JPEG)
+    assert answer.headers["server-timing"] == "decode;dur=1.50, queue;dur=0.25, compute;dur=3.00"
+
+
+async def test_several_files_answer_in_their_order_with_errors_in_place(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict", files=parts(GOOD, BAD, GOOD))
+    results = answer.json()["results"]
+    assert answer.status_code == 200
+    assert [result["filename"] for result in results] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert results[1] == {
+        "filename": "1.jpg",
+        "error": {"code": "invalid_image", "message": "the JPEG is truncated"},
+    }
+    assert "predictions" in results[2]
+
+
+async def test_several_models_answer_side_by_side(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict?model=pets&model=birds&model=pets", content=GOOD, headers=JPEG)
+    assert [entry["model"] for entry in answer.json()["models"]] == ["pets", "birds"]
+
+
+async def test_form_fields_mean_the_same_as_query_parameters(http: httpx.AsyncClient, service: Service) -> None:
+    fields = {"model": ["a", "b"], "top_k": "3", "timeout_ms": "200"}
+    assert (await http.post("/predict", files=parts(GOOD), data=fields)).status_code == 200
+    assert service.engine.asked == {"files": [GOOD], "models": ["a", "b"], "k": 3, "timeout_ms": 200}
+
+
+async def test_the_defaults(http: httpx.AsyncClient, service: Service) -> None:
+    await http.post("/predict", content=GOOD, headers=JPEG)
+    assert service.engine.asked == {"files": [GOOD], "models": [], "k": 5, "timeout_ms": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        pytest.param(BAD, 422, "invalid_image", id="truncated"),
+        pytest.param(TEXT, 415, "unsupported_media_type", id="no image"),
+        pytest.param(b"", 400, "empty_file", id="empty"),
+    ],
+)
+async def test_one_image_that_fails_is_the_request_that_fails(
+    http: httpx.AsyncClient, content: bytes, status: int, code: str
+) -> None:
+    answer = await http.post("/predict", content=content, headers=JPEG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+async def test_when_all_fail_each_reason_is_shown(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict", files=parts(BAD, TEXT))
+    body = answer.json()
+    assert (answer.status_code, body["error"]["code"]) == (422, "invalid_image")
+    assert [result["error"]["code"] for result in body["results"]] == ["invalid_image", "unsupported_media_type"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1e9", "NaN", "5.0", "", "９", "%00", "9" * 5000, " 5", "+5"])
+async def test_top_k_is_a_plain_whole_number(http: httpx.AsyncClient, text: str) -> None:
+    answer = await http.post("/predict", params={"top_k": text}, content=GOOD, headers=JPEG)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, "validation_error", "top_k")
+    assert len(text) < 2 or text not in error["message"]
+
+
+async def test_an_unknown_field_is_named(http: httpx.AsyncClient) -> None:
+    in_query = await http.post("/predict?topk=5", content=GOOD, headers=JPEG)
+    in_form = await http.post("/predict", files=parts(GOOD), data={"explain": "true"})
+    assert [in_query.status_code, in_form.status_code] == [422, 422]
+    assert in_query.json()["error"] | {"request_id": ""} == {
+        "code": "unknown_field",
+        "message": "there is no field of that name; there are model, timeout_ms, top_k",
+        "param": "topk",
+        "request_id": "",
+    }
+
+
+async def test_a_repeated_scalar_is_400(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/predict?top_k=1", files=parts(GOOD), data={"top_k": "2"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_k")
+
+
+async def test_too_many_models(http: httpx.AsyncClient) -> None:
+    query = "&".join(f"model=m{number}" for number in range(17))
+    assert (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({"Content-Type": "application/json"}, id="json"),
+        pytest.param({"Content-Type": "application/x-www-form-urlencoded"}, id="curl's default"),
+        pytest.param({"Content-Type": "image/jpeg", "Content-Encoding": "gzip"}, id="compressed"),
+    ],
+)
+async def test_what_is_not_read_is_415_and_says_what_to_send(http: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    answer = await http.post("/predict", content=GOOD, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert "send" in answer.json()["error"]["message"]
+
+
+def multipart(body: bytes, boundary: str = "b") -> dict[str, Any]:
+    return {"content": body, "headers": {"Content-Type": f"multipart/form-data; boundary={boundary}"}}
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\ngood image\r\n'
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, id="no boundary"),
+        pytest.param(multipart(b"--other\r\n\r\nx"), id="wrong boundary"),
+        pytest.param(multipart(b"--b\r\n\r\nx\r\n--b--"), id="part without a name"),
+        pytest.param(multipart(b"--b\r\nX: " + b"y" * 10_000 + b"\r\n\r\nx\r\n--b--"), id="huge part header"),
+        pytest.param(multipart(b"x", boundary="b" * 300), id="long boundary"),
+        pytest.param({"files": parts(*[GOOD] * 33)}, id="33 files"),
+        pytest.param({"files": parts(GOOD), "data": {"model": ["m"] * 17}}, id="17 fields"),
+        pytest.param({"files": parts(GOOD), "data": {"model": "m" * 5000}}, id="long field"),
+    ],
+)
+async def test_malformed_multipart_is_400(http: httpx.AsyncClient, request_: dict[str, Any]) -> None:
+    answer = await http.post("/predict", **request_)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        pytest.param({"files": {"image": ("a.jpg", GOOD)}}, "unknown_field", id="part of another name"),
+        pytest.param(multipart(b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--'), "missing_file", id="text"),
+        pytest.param(multipart(b"--b--\r\n"), "missing_file", id="no part"),
+    ],
+)  # fmt: skip
+async def test_multipart_without_a_file(http: httpx.AsyncClient, request_: dict[str, Any], code: str) -> None:
+    answer = await http.post("/predict", **request_)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param(b"../../etc/passwd", "passwd", id="path"),
+        pytest.param(b"C:/photos/cat.jpg", "cat.jpg", id="Windows path"),
+        pytest.param("\U0001f431.jpg".encode(), "\U0001f431.jpg", id="emoji"),
+        pytest.param(b"\x1b[31mred\x07.jpg", "\ufffd[31mred\ufffd.jpg", id="ANSI"),
+        pytest.param(b"\xff\xfe.jpg", "\xff\xfe.jpg", id="not UTF-8"),
+        pytest.param(b"n" * 3000, "n" * 128, id="3 kB"),
+    ],
+)
+async def test_file_names_are_made_printable(http: httpx.AsyncClient, name: bytes, shown: str) -> None:
+    answer = await http.post("/predict", **multipart(PART % name + b"--b--\r\n"))
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["filename"] == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry"),
+    [
+        pytest.param(QueueFull("full", retry_after_s=7.2), 429, "7", id="queue full"),
+        pytest.param(DeadlineExceeded("late"), 504, None, id="deadline"),
+        pytest.param(ModelNotFound("none"), 404, None, id="no model"),
+        pytest.param(InferenceFailed("failed"), 500, None, id="inference"),
+    ],
+)
+async def test_the_engines_errors(
+    http: httpx.AsyncClient, service: Service, error: Exception, status: int, retry: str | None
+) -> None:
+    service.engine.error = error
+    answer = await http.post("/predict", content=GOOD, headers=JPEG)
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, retry)
+
+
+async def test_embed(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/embed", files=parts(GOOD, BAD))
+    body = answer.json()
+    assert (answer.status_code, body["dim"]) == (200, 2)
+    assert body["results"][0] == {"filename": "0.jpg", "embedding": [0.5, 2.0]}
+    assert body["results"][1]["error"]["code"] == "invalid_image"
+
+
+async def test_embed_asks_one_model(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/embed?model=a&model=b", content=GOOD, headers=JPEG)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+async def test_embed_has_no_top_k(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/embed?top_k=3", content=GOOD, headers=JPEG)
+    assert answer.json()["error"]["code"] == "unknown_field"

@@ -1,0 +1,417 @@
+"""Compiled backbones compute what the original does, and what is measured is remembered."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import runtime
+from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
+from models.errors import DeviceUnavailable
+from models.runtime import Options, choice, compile_backbone, compiler, device
+from models.runtime.openvino_engine import converted_folder, openvino_version
+from models.runtime.options import Candidate
+
+CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(openvino_version() is None, reason="the extra openvino is not installed")
+ENGINES = [pytest.param("torch", id="torch"), pytest.param("openvino", id="openvino", marks=needs_openvino)]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut: Tensor = x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return shortcut
+
+
+class Attention(nn.Module):
+    """Patches, a class token for each image, one transformer layer: what is easily traced for one batch size only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, 16, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = self.patches(x).flatten(2).transpose(1, 2)
+        encoded: Tensor = self.layer(torch.cat([self.token.expand(x.shape[0], -1, -1), words], dim=1))
+        return encoded[:, 0]
+
+
+def residual(channels: int) -> nn.Module:
+    stem = nn.Conv2d(channels, 16, 3, padding=1)
+    return nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), Residual(16), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+
+NETWORKS = [
+    pytest.param(residual, 3, id="residual"),
+    pytest.param(residual, 1, id="residual-gray"),
+    pytest.param(Attention, 3, id="attention"),
+]
+
+
+def make_backbone(network: Callable[[int], nn.Module] = residual, channels: int = 3, seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    module = network(channels).eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean, layer.running_var = torch.randn(16), torch.rand(16) + 0.5
+    shape = Preprocessing(resize=16, crop=16, channels=channels, mean=(0.4,) * channels, std=(0.2,) * channels)
+    ref = BackboneRef(architecture=network.__name__.lower(), sha256=f"{seed:064x}", preprocessing=shape)
+    return Backbone(ref, module, 64)
+
+
+def make_pixels(count: int, channels: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 16, 16, channels), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+def forced(engine: str, **more: object) -> Options:
+    return replace(Options(engine=engine, threads=1, max_batch=8), **more)  # type: ignore[arg-type]
+
+
+# The same as the original
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("network", "channels"), NETWORKS)
+def test_features_are_those_of_the_original(engine: str, network: Callable[[int], nn.Module], channels: int) -> None:
+    backbone, pixels = make_backbone(network, channels), make_pixels(5, channels)
+    compiled = compile_backbone(backbone, CPU, forced(engine))
+    assert compiled.info.engine == engine
+    expected = backbone.module(normalise(pixels, backbone.ref.preprocessing))
+    torch.testing.assert_close(compiled(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("network", "channels"), NETWORKS)
+def test_an_image_does_not_depend_on_its_batch(engine: str, network: Callable[[int], nn.Module], channels: int) -> None:
+    compiled = compile_backbone(make_backbone(network, channels), CPU, forced(engine))
+    image = make_pixels(1, channels)
+    alone = compiled(image)[0].softmax(dim=0)
+    for size in (3, 8):
+        batch = make_pixels(size, channels, seed=size)
+        batch[size - 1] = image[0]
+        torch.testing.assert_close(compiled(batch)[size - 1].softmax(dim=0), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pixels_in_any_memory_format_give_the_same(engine: str) -> None:
+    compiled, pixels = compile_backbone(make_backbone(), CPU, forced(engine)), make_pixels(4)
+    features = compiled(pixels)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(compiled(pixels.contiguous()), features)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_features_outlive_the_next_batch(engine: str) -> None:
+    compiled = compile_backbone(make_backbone(), CPU, forced(engine))
+    first = compiled(make_pixels(2))
+    kept = first.clone()
+    compiled(make_pixels(2, seed=1))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_callers_module_is_unharmed_and_not_kept(engine: str) -> None:
+    backbone = make_backbone()
+    before = {name: value.clone() for name, value in backbone.module.state_dict().items()}
+    compiled = compile_backbone(backbone, CPU, forced(engine))
+    after = backbone.module.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    module = weakref.ref(backbone.module)
+    del backbone, after
+    gc.collect()
+    assert module() is None
+    assert len(compiled(make_pixels(2))) == 2
+
+
+def test_bfloat16_stays_within_two_percent_of_the_largest_feature() -> None:
+    info = compile_backbone(make_backbone(), CPU, forced("torch", precision="bfloat16")).info
+    assert info.precision == "bfloat16"
+    assert 0 < info.agreement.max_difference < 0.02
+
+
+def test_a_precision_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compiler.TOLERANCE, "bfloat16", 1e-6)
+    info = compile_backbone(make_backbone(), CPU, forced("torch", precision="bfloat16")).info
+    assert info.precision == "float32"
+
+
+def test_top1_agreement_needs_a_layer() -> None:
+    backbone = make_backbone()
+    assert compile_backbone(backbone, CPU, forced("torch")).info.agreement.top1 is None
+    assert compile_backbone(backbone, CPU, forced("torch"), nn.Linear(64, 10)).info.agreement.top1 == 1.0
+
+
+@needs_openvino
+def test_converting_disturbs_no_forward_of_another_thread() -> None:
+    serving, backbone, errors = compile_backbone(make_backbone(), CPU, forced("torch")), make_backbone(seed=1), []
+    expected, stop = serving(make_pixels(2)), threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            if not torch.equal(serving(make_pixels(2)), expected):
+                errors.append("another result")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    compile_backbone(backbone, CPU, forced("openvino"))
+    stop.set()
+    thread.join()
+    assert errors == []
+
+
+# The choice
+
+
+class FakeEngine:
+    """Takes `overhead` for a batch and `each` for an image, in seconds."""
+
+    def __init__(self, overhead: float, each: float) -> None:
+        self.overhead, self.each = overhead, each
+        self.sizes: set[int] = set()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.sizes.add(len(pixels))
+        return pixels
+
+    def seconds(self, size: int) -> float:
+        return self.overhead + self.each * size
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_of(engine: FakeEngine, device: torch.device, pixels: Tensor) -> float:
+        return engine(pixels) is pixels and engine.seconds(len(pixels))
+
+    monkeypatch.setattr(choice, "seconds_of", seconds_of)
+
+
+@pytest.mark.usefixtures("fake_clock")
+@pytest.mark.parametrize(
+    ("engine", "largest"),
+    [
+        pytest.param(FakeEngine(0.01, 0.001), 64, id="gains-to-the-end"),
+        pytest.param(FakeEngine(0, 0.01), 4, id="gains-nothing"),
+        pytest.param(FakeEngine(0.05, 0.15), 4, id="takes-too-long"),
+    ],
+)
+def test_batches_grow_while_they_pay(engine: FakeEngine, largest: int) -> None:
+    choice.measure([engine], CPU, make_backbone().ref.preprocessing)
+    assert max(engine.sizes) == largest
+
+
+def test_the_recommended_batch_is_the_smallest_that_is_nearly_the_best() -> None:
+    assert choice.recommended_batch({1: 50.0, 2: 80.0, 4: 96.0, 8: 100.0, 16: 90.0}) == 4
+
+
+def test_the_fastest_engine_without_an_error_is_chosen() -> None:
+    slow = Candidate(engine="torch", precision="float32", rates={1: 50.0, 2: 60.0})
+    failed = Candidate(engine="openvino", precision="float32", error="no such operation")
+    fast = Candidate(engine="openvino", precision="float32", rates={1: 100.0, 2: 60.0})
+    assert choice.choose([slow, fast]).engine == "openvino"
+    assert choice.choose([slow, failed]).engine == "torch"
+
+
+def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(cache_dir=tmp_path, threads=1)
+    measured = compile_backbone(make_backbone(), CPU, options).info
+    assert measured.source == "measured"
+    monkeypatch.setattr(compiler, "measure", None)
+    other_weights = compile_backbone(make_backbone(seed=1), CPU, options).info
+    assert (other_weights.source, other_weights.candidates) == ("cached", measured.candidates)
+
+
+def test_a_damaged_choice_is_measured_again(tmp_path: Path) -> None:
+    options = Options(engine="torch", cache_dir=tmp_path, threads=1)
+    compile_backbone(make_backbone(), CPU, options)
+    (path,) = (tmp_path / "engines").iterdir()
+    path.write_text("{")
+    assert compile_backbone(make_backbone(), CPU, options).info.candidates
+    assert choice.Choice.model_validate_json(path.read_bytes())
+
+
+def test_an_engine_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(compiler, "openvino_version", lambda: "2026")
+    monkeypatch.setattr(compiler, "OpenVinoEngine", fail)
+    info = compile_backbone(make_backbone(), CPU, Options(threads=1)).info
+    assert info.engine == "torch"
+    assert [c.error for c in info.candidates] == [None, "RuntimeError: no such operation"]
+
+
+def test_what_is_forced_needs_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "measure", None)
+    options = Options(engine="torch", precision="float32", memory_format="contiguous", threads=1, max_batch=5)
+    info = compile_backbone(make_backbone(), CPU, options).info
+    assert (info.source, info.memory_format, info.threads, info.max_batch) == ("forced", "contiguous", 1, 5)
+
+
+def test_a_forced_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "openvino_version", lambda: None)
+    with pytest.raises(DeviceUnavailable, match="pip install"):
+        compile_backbone(make_backbone(), CPU, Options(engine="openvino"))
+
+
+# Converted networks on disk
+
+
+@needs_openvino
+def test_a_converted_network_is_kept_on_disk(tmp_path: Path) -> None:
+    options, backbone = forced("openvino", cache_dir=tmp_path), make_backbone()
+    compile_backbone(backbone, CPU, options)
+    folder = converted_folder(tmp_path, backbone)
+    written = (folder / "network.xml").stat().st_mtime_ns
+    assert compile_backbone(backbone, CPU, options).info.engine == "openvino"
+    assert (folder / "network.xml").stat().st_mtime_ns == written
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@needs_openvino
+@pytest.mark.parametrize("file", ["network.bin", "network.xml"])
+def test_a_damaged_converted_network_is_converted_again(tmp_path: Path, file: str) -> None:
+    options, backbone = forced("openvino", cache_dir=tmp_path), make_backbone()
+    compile_backbone(backbone, CPU, options)
+    path = converted_folder(tmp_path, backbone) / file
+    path.write_bytes(bytes(path.stat().st_size))
+    info = compile_backbone(backbone, CPU, options).info
+    assert info.engine == "openvino"
+    assert info.agreement.max_difference < 1e-4
+
+
+@needs_openvino
+def test_openvino_reports_nothing_to_anyone(tmp_path: Path) -> None:
+    program = """
+import socket
+def refuse(*args): raise SystemExit("tried the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from models.runtime.openvino_engine import import_openvino
+import_openvino().convert_model
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # it is silent there anyway
+    environment["HOME"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, cwd=Path(__file__).parents[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Devices
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "expected"),
+    [
+        pytest.param("auto", 0, ["cpu"], id="auto-without-gpu"),
+        pytest.param("auto", 2, ["cuda:0", "cuda:1"], id="auto-with-gpus"),
+        pytest.param("cuda", 2, ["cuda:0", "cuda:1"], id="every-gpu"),
+        pytest.param("cuda:1", 2, ["cuda:1"], id="one-gpu"),
+        pytest.param("cpu", 2, ["cpu"], id="cpu"),
+    ],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected: list[str]) -> None:
+    with_gpus(monkeypatch, gpus)
+    assert [str(device) for device in runtime.devices(name)] == expected
+    assert str(runtime.pick_device(name)) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "message"),
+    [
+        pytest.param("cuda", 0, "no CUDA device is visible", id="no-gpu"),
+        pytest.param("cuda:0", 0, "no device cuda:0", id="no-gpu-0"),
+        pytest.param("cuda:2", 2, "there are 2, numbered from 0", id="too-few"),
+        pytest.param("tpu", 2, "unknown device 'tpu'", id="unknown"),
+        pytest.param("cuda:x", 2, "unknown device 'cuda:x'", id="not-a-number"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str) -> None:
+    with_gpus(monkeypatch, gpus)
+    with pytest.raises(DeviceUnavailable, match=message):
+        runtime.devices(name)
+
+
+def test_a_fall_back_to_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with_gpus(monkeypatch, 0)
+    runtime.devices("auto")
+    assert "running on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        pytest.param("max 100000", 4, id="none"),
+        pytest.param("150000 100000", 2, id="one-and-a-half"),
+        pytest.param("900000 100000", 4, id="more-than-there-are"),
+    ],
+)
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, expected: int) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(device, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    assert runtime.cpu_count() == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory", "lost"),
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), True, False, id="cuda-memory"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), True, False, id="cpu-memory"),
+        pytest.param(RuntimeError("Exception from src/core: std::bad_alloc"), True, False, id="openvino-memory"),
+        pytest.param(MemoryError(), True, False, id="python-memory"),
+        pytest.param(RuntimeError("CUDA error: device-side assert triggered"), False, True, id="assert"),
+        pytest.param(torch.AcceleratorError("an illegal memory access was encountered"), False, True, id="access"),
+        pytest.param(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False, id="shapes"),
+        pytest.param(ValueError("CUDA error"), False, False, id="another"),
+    ],
+)
+def test_what_an_error_means(error: BaseException, out_of_memory: bool, lost: bool) -> None:
+    assert runtime.is_out_of_memory(error) is out_of_memory
+    assert runtime.is_device_lost(error) is lost
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of glibc's malloc")
+def test_a_tuned_allocator_faults_pages_in_once() -> None:
+    program = """
+import resource, runpy, sys, threading
+allocator = runpy.run_path("models/runtime/allocator.py")
+if sys.argv[1] == "tuned": allocator["tune_allocator"]()
+def fill():
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory = bytearray(b"x") * (100 * 2**20)  # over 64 MB, in a thread that would have an arena of its own
+        del memory
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=fill)
+thread.start(); thread.join()
+"""
+    root = Path(__file__).parents[1]
+    faults = {
+        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], cwd=root))
+        for mode in ("default", "tuned")
+    }
+    assert faults["default"] > 20_000
+    assert faults["tuned"] < 100

@@ -1,0 +1,223 @@
+"""The server on a real socket: guards against slow and oversized clients, draining, exit codes."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from service_fakes import GOOD, Service
+
+import service.server as server_module
+from service.server import Server, make_server, process_age_s
+
+pytestmark = pytest.mark.anyio
+OK = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[Server]:
+    server = make_server(service.settings, service.app, service.engine)
+    running = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
+        await asyncio.sleep(0.01)
+    yield server
+    server.should_exit = True
+    await asyncio.wait_for(running, 5)
+
+
+def port_of(server: Server) -> int:
+    port: int = server.servers[0].sockets[0].getsockname()[1]
+    return port
+
+
+def url_of(server: Server) -> str:
+    return f"http://127.0.0.1:{port_of(server)}"
+
+
+def small(tmp_path: Path, **settings: Any) -> Service:
+    return Service(tmp_path, **{"port": 0, "head_timeout_s": 0.3, "body_timeout_s": 0.3, "max_body_mb": 1, **settings})
+
+
+async def talk(server: Server, *pieces: bytes, timeout_s: float = 5) -> tuple[int, dict[str, Any]]:
+    """Sends, and reads until the server closes: status and the error's body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+    for piece in pieces:
+        writer.write(piece)
+    answer = await asyncio.wait_for(reader.read(), timeout_s)
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"] if body else {}
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "code"),
+    [
+        pytest.param([], 408, "request_timeout", id="nothing"),
+        pytest.param([b"POST /predict HTTP/1.1\r\nHo"], 408, "request_timeout", id="half a head"),
+        pytest.param([HEAD + b"Content-Length: 9\r\n\r\nhalf"], 408, "request_timeout", id="half a body"),
+        pytest.param([HEAD + b"X: " + b"y" * 40_000 + b"\r\n\r\n"], 431, "headers_too_large", id="large header"),
+        pytest.param([HEAD + b"X: " + b"y" * 500_000], 431, "headers_too_large", id="endless header"),
+        pytest.param([HEAD + b"x: y\r\n" * 9000 + b"\r\n"], 431, "headers_too_large", id="many headers"),
+        pytest.param([b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n"], 431, "headers_too_large", id="long path"),
+        pytest.param([HEAD + b"Content-Length: -1\r\n\r\n"], 400, "bad_request", id="negative length"),
+        pytest.param([HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx"], 400, "bad_request", id="two lengths"),
+        pytest.param(
+            [HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"], 400, "bad_request", id="both"
+        ),
+        pytest.param([b"GET @evil/ HTTP/1.1\r\nHost: x\r\n\r\n"], 400, "bad_request", id="odd target"),
+        pytest.param([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "bad_request", id="TLS"),
+    ],
+)
+async def test_what_is_slow_or_malformed_is_answered_and_closed(
+    tmp_path: Path, pieces: list[bytes], status: int, code: str
+) -> None:
+    async with serving(small(tmp_path)) as server:
+        answered, error = await talk(server, *pieces)
+    assert (answered, error["code"]) == (status, code)
+
+
+async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path: Path) -> None:
+    async with serving(small(tmp_path, body_timeout_s=60)) as server:
+        started = time.monotonic()
+        status, error = await talk(server, HEAD + b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n")
+    assert (status, error["code"]) == (413, "payload_too_large")
+    assert time.monotonic() - started < 4  # it lingers for 2 s
+
+
+async def test_a_client_that_sends_first_and_reads_later_still_reads_the_413(tmp_path: Path) -> None:
+    async with serving(small(tmp_path)) as server:
+        answer = await asyncio.to_thread(
+            httpx.post, url_of(server) + "/predict", content=b"x" * (2 * 2**20), headers={"Content-Type": "image/png"}
+        )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+async def test_requests_follow_each_other_on_one_connection(tmp_path: Path) -> None:
+    async with serving(small(tmp_path)) as server, httpx.AsyncClient(base_url=url_of(server)) as http:
+        statuses = []
+        for _ in range(3):
+            statuses.append((await http.post("/predict", content=GOOD)).status_code)
+            await asyncio.sleep(0.2)  # together longer than the head's deadline: it must not run between requests
+    assert statuses == [200, 200, 200]
+
+
+async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
+    async with serving(small(tmp_path)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(OK + OK + b"GET /health/live HTTP/1.0\r\n\r\n")
+        answers = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
+
+
+async def test_a_chunked_body(tmp_path: Path) -> None:
+    async with serving(small(tmp_path)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        chunked = (
+            b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n4\r\ngood\r\n6\r\n image\r\n0\r\nX-T: 1\r\n\r\n"
+        )
+        writer.write(HEAD + chunked)
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_slow_clients_do_not_hold_up_others(tmp_path: Path) -> None:
+    async with serving(small(tmp_path, head_timeout_s=60)) as server:
+        idle = [await asyncio.open_connection("127.0.0.1", port_of(server)) for _ in range(200)]
+        for _, writer in idle:
+            writer.write(b"GET / HTTP/1.1\r\nHo")
+        async with httpx.AsyncClient(base_url=url_of(server)) as http:
+            answer = await http.get("/health/ready", timeout=2)
+        for _, writer in idle:
+            writer.close()
+    assert answer.status_code == 200
+
+
+async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> None:
+    service = small(tmp_path)
+    service.engine.gate = asyncio.Event()
+    async with serving(service) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(HEAD + b"Content-Length: 1\r\n\r\nx")
+        await service.engine.waiting.wait()
+        writer.close()
+        await asyncio.wait_for(service.engine.idle.wait(), 2)
+    assert service.engine.cancelled
+
+
+async def test_a_drain_finishes_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
+    service = small(tmp_path)
+    service.engine.gate = asyncio.Event()
+    async with serving(service) as server, httpx.AsyncClient(base_url=url_of(server)) as http:
+        under_way = asyncio.create_task(http.post("/predict", content=GOOD))
+        await service.engine.waiting.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not service.engine.draining:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        ready, refused = await http.get("/health/ready"), await http.post("/predict", content=GOOD)
+        service.engine.gate.set()
+        assert (await under_way).status_code == 200
+    assert (ready.status_code, refused.status_code) == (503, 503)
+    assert (refused.headers["retry-after"], refused.headers["connection"]) == ("30", "close")
+    assert server.exit_code == 0
+
+
+async def test_when_the_grace_time_is_over_requests_get_503(tmp_path: Path) -> None:
+    service = small(tmp_path, drain_seconds=0.2)
+    service.engine.gate = asyncio.Event()
+    async with serving(service) as server, httpx.AsyncClient(base_url=url_of(server)) as http:
+        under_way = asyncio.create_task(http.post("/predict", content=GOOD))
+        await service.engine.waiting.wait()
+        server.stop()
+        assert (await under_way).status_code == 503
+    assert server.exit_code == 1
+
+
+async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
+    service = small(tmp_path)
+    service.engine.gate = asyncio.Event()
+    async with serving(service) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(HEAD + b"Content-Length: 1\r\n\r\nx")
+        await service.engine.waiting.wait()
+        server.stop()
+        server.stop()
+        await asyncio.sleep(0.3)
+        writer.close()
+    assert (server.exit_code, server.force_exit) == (1, True)
+
+
+async def test_a_lost_device_ends_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service = small(tmp_path)
+    async with serving(service) as server:
+        service.engine.is_live = False
+        await asyncio.sleep(1.3)  # it looks once a second
+    assert server.exit_code == 4
+    assert "a device is lost" in caplog.text
+
+
+async def test_the_log_says_where_it_listens_and_what_is_ready(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with serving(small(tmp_path)) as server:
+        port = port_of(server)
+    assert f"listening on http://127.0.0.1:{port}" in caplog.text
+    assert "s: pets" in caplog.text
+
+
+def test_the_age_of_the_process_counts_from_before_any_import() -> None:
+    began = time.monotonic() - process_age_s()
+    assert began < server_module._IMPORTED_AT
