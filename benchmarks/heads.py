@@ -1,6 +1,6 @@
-"""A hundred custom heads on one ResNet-18 backbone, against one.
+"""A hundred custom heads on one backbone, against one.
 
-    python -m benchmarks.heads [--quick] [--heads 100] [--rounds N] [--seconds S]
+    python -m benchmarks.heads [--quick] [--heads 100] [--network resnet18] [--rounds N] [--seconds S]
 
 Two servers on two stores that hold the same backbone, one with a single head of ten classes and one with a hundred such heads;
 requests name the models in turn. The servers take turns at 32 connections; the ratio of throughputs is the median over the rounds,
@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks import rig
 
-ARCHITECTURE = "resnet18"
 CLASSES = 10
 
 
@@ -20,7 +19,7 @@ def names(count: int) -> list[str]:
     return [f"custom-{n}" for n in range(count)]
 
 
-def publish_heads(weights: Path, count: int) -> None:
+def publish_heads(weights: Path, architecture: str, count: int) -> None:
     """`count` models with heads of their own on one random backbone, all served."""
     import torch
 
@@ -30,8 +29,8 @@ def publish_heads(weights: Path, count: int) -> None:
 
     store = ModelStore(weights)
     torch.manual_seed(0)
-    network = architectures.create(ARCHITECTURE)
-    ref = store.put_backbone(ARCHITECTURE, network.backbone, network.preprocessing)
+    network = architectures.create(architecture)
+    ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     for name in names(count):
         head = Head.of(torch.nn.Linear(network.feature_dim, CLASSES))
         store.activate(name, store.publish(name, [ref], head, [f"class {i}" for i in range(CLASSES)]).version)
@@ -60,19 +59,20 @@ def compare(one: rig.Server, many: rig.Server, count: int, rounds: int, seconds:
 def main() -> None:
     parser = rig.arguments(__doc__)
     parser.add_argument("--heads", type=int, default=100)
+    parser.add_argument("--network", default="resnet18")
     args = parser.parse_args()
     rounds, seconds = args.rounds or (1 if args.quick else 5), args.seconds or (2 if args.quick else 10)
     machine = rig.machine()
     with rig.store_of() as one_root, rig.store_of() as many_root:
-        rig.in_child(publish_heads, one_root / "weights", 1)
-        rig.in_child(publish_heads, many_root / "weights", args.heads)
+        rig.in_child(publish_heads, one_root / "weights", args.network, 1)
+        rig.in_child(publish_heads, many_root / "weights", args.network, args.heads)
         shared = ("--data", str(one_root / "data"))  # one measurement of the backbone, one choice for both servers
         with (
             rig.serving(rig.imago(one_root), "/health/ready", one_root / "serve.log") as one,
             rig.serving([*rig.imago(many_root), *shared], "/health/ready", many_root / "serve.log") as many,
         ):
             found = compare(one, many, args.heads, rounds, seconds)
-    rig.finish({"benchmark": "heads", "machine": machine, "heads": args.heads, **found})
+    rig.finish({"benchmark": "heads", "machine": machine, "network": args.network, "heads": args.heads, **found})
 
 
 if __name__ == "__main__":

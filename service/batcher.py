@@ -178,13 +178,10 @@ class Batcher:
         return items
 
     def close(self) -> None:
-        """Ends the device threads after the batch each is in; what still waits fails."""
+        """Tells the device threads to end after the batch each is in, without waiting for them; what still waits fails."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for worker in self.workers:
-            if worker.is_alive():
-                worker.join(timeout=10)
         self.fail_waiting(DeviceLost("the server is shutting down"))
 
     def fail_waiting(self, error: Exception) -> None:
@@ -226,9 +223,9 @@ class DeviceThread(threading.Thread):
             if all(worker.lost for worker in self._batcher.workers):
                 self._batcher.fail_waiting(lost)
             return False
-        deliver(items, answers)
         queue.batch_done(size, oldest)
         self._batcher.metrics.batch(queue.name, size)
+        deliver(items, answers)
         return True
 
     def _compute(self, queue: BackboneQueue, items: list[Item]) -> list[Output | Exception]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,23 @@ class Answer:
     version: int
     results: list[Prediction | ModelError]
     timings: Timings
+
+    def document(self, filenames: Sequence[str | None]) -> dict[str, Any]:
+        """As `POST /predict` and `imago predict --json` show it."""
+        results = []
+        for filename, result in zip(filenames, self.results, strict=True):
+            if isinstance(result, ModelError):
+                results.append(failed(filename, result))
+            else:
+                rows = zip(result.labels, result.indices, result.probabilities, strict=True)
+                predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
+                results.append({"filename": filename, "predictions": predictions})
+        return {"model": self.model, "version": self.version, "results": results}
+
+
+def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
+    """An image's own error, in its place among the results."""
+    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ class Edge:
         reached = (
             scope["path"] if scope["path"] in IMAGE_PATHS else "other"
         )  # a body can be refused before any route is looked for
-        route: str = getattr(scope.get("route"), "path", reached)
+        matched = scope.get("route")
+        route: str = reached if matched is None else matched.path
         seconds = time.perf_counter() - exchange.started
         self.metrics.request(route, scope["method"], exchange.status or CLIENT_LEFT, seconds)
         if self.settings.access_log:

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     max_files: int = Field(32, ge=1, le=1000, description="Most images in one multipart request")
     max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
     max_image_megapixels: int = Field(50, ge=1, description="Largest image, in millions of pixels")
-    max_image_side: int = Field(20_000, ge=1, description="Longest side of an image, in pixels")
+    max_image_side: int = Field(65_535, ge=1, description="Longest side of an image, in pixels")
     extra_formats: Formats = Field(
         (), description="Image formats to accept besides the usual: tiff, avif, comma separated"
     )

@@ -13,14 +13,12 @@ from PIL import Image
 
 from models import architectures
 from models.classifier import Head, ModelConfig
-from models.errors import InvalidImage, ModelError
 from models.store import ModelStore
 from models.training.request import FinetuneRequest, Hyperparameters, command
 from service.cli import COMMANDS, main
 from service.cli.finetune import command as finetune_command
 from service.cli.models import expanded
 from service.cli.options import settings_options
-from service.cli.predict import document
 from service.cli.progress import Update
 from service.settings import Settings
 
@@ -250,21 +248,6 @@ def test_predict_prints_json(store: ModelStore) -> None:
     assert good["filename"] == "red.png"
     assert [set(p) for p in good["predictions"]] == [{"label", "index", "probability"}] * 2
     assert (bad["filename"], bad["error"]["code"]) == ("broken.png", "invalid_image")
-
-
-def test_predict_has_the_shape_of_http() -> None:
-    from service.engine import Answer, Prediction, Timings
-    from service.routes.predict import _predictions
-
-    results: list[Prediction | ModelError] = [
-        Prediction(["b", "a"], [1, 0], [0.75, 0.25]),
-        InvalidImage("truncated"),
-    ]
-    answer = Answer("digits", 2, results, Timings())
-    files = [Path("x/red.png"), Path("broken.png")]
-    body = _predictions(answer, [file.name for file in files])
-    assert document(files, [answer]) == body
-    assert document(files, [answer, answer]) == {"models": [body, body]}
 
 
 def test_predict_gives_the_classifiers_own_numbers(store: ModelStore) -> None:

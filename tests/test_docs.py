@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 import pytest
-from fastapi.routing import APIRoute
 from pydantic_core import PydanticUndefined
 
 from models.errors import ModelError
@@ -43,14 +42,11 @@ def test_the_readme_has_every_setting() -> None:
     assert stands == settings_table()
 
 
-def routes() -> list[APIRoute]:
-    return [route for route in create_app(Settings()).routes if isinstance(route, APIRoute) and route.include_in_schema]
-
-
 def test_every_route_is_documented() -> None:
-    documented = README + OPERATIONS
-    missing = [f"{m} {r.path}" for r in routes() for m in r.methods if f"`{m} {r.path}`" not in documented]
-    assert not missing
+    paths = create_app(Settings()).openapi()["paths"]
+    routes = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    assert len(routes) > 10
+    assert not [route for route in routes if f"`{route}`" not in OPERATIONS]
 
 
 def test_every_metric_is_documented() -> None:

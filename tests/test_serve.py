@@ -1,6 +1,7 @@
 """`imago serve` as a process of its own, with the real engine and a small network of random weights."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -83,6 +84,21 @@ def test_predict_with_a_broken_neighbour(server: str) -> None:
         "invalid_image",
         "unsupported_media_type",
     ]
+
+
+def test_the_command_line_gives_the_same_numbers(server: str, weights: Path, tmp_path: Path) -> None:
+    colours = [(200, 30, 30), (10, 90, 240), (128, 128, 128)]
+    files = [tmp_path / f"{i}.png" for i in range(len(colours))]
+    for file, colour in zip(files, colours, strict=True):
+        Image.radial_gradient("L").convert("RGB").point(lambda v, c=colour: v * max(c) // 255).save(file)
+    command = [sys.executable, "-m", "service.cli", "predict", "--json", "--engine", "torch", "--device", "cpu"]
+    command += ["--weights", str(weights), "--data", str(tmp_path), *map(str, files)]
+    offline = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    online = httpx.post(f"{server}/predict", files=[("file", (f.name, f.read_bytes())) for f in files]).json()
+    assert [r["filename"] for r in offline["results"]] == [r["filename"] for r in online["results"]]
+    for ours, theirs in zip(offline["results"], online["results"], strict=True):
+        expected = {p["label"]: p["probability"] for p in theirs["predictions"]}
+        assert {p["label"]: p["probability"] for p in ours["predictions"]} == pytest.approx(expected, abs=1e-6)
 
 
 def test_embed(server: str) -> None:

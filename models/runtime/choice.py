@@ -27,17 +27,22 @@ ENOUGH = 0.95  # of the best throughput: the smallest batch that reaches it answ
 LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the batch under way and then for its own
 LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 TINY_PIXELS = 64 * 64  # images up to this size go in batches twice as large
+BUSY = 1.5  # load average per processor
 RUNS = 3  # of each batch size; the fastest counts
 RUNS_SECONDS = 0.3  # ... fewer where they take longer
 
 
 class Choice(Record):
-    """The engine that won, the batch size recommended, and the figures of all."""
+    """The engine that won, the batch size recommended, and the figures of all.
+
+    busy: whether the machine had other work while they were measured, so that batches seem slower than they are.
+    """
 
     engine: EngineName
     precision: Precision
     max_batch: int
     candidates: tuple[Candidate, ...]
+    busy: bool = False
 
 
 def measure(
@@ -112,7 +117,13 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
         precision=best.precision,
         max_batch=recommended_batch(best.rates),
         candidates=tuple(candidates),
+        busy=machine_is_busy(),
     )
+
+
+def machine_is_busy() -> bool:
+    """More threads want to run than there are processors: a measurement would be of the others as well."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
 def recommended_batch(rates: dict[int, float]) -> int:
@@ -145,9 +156,11 @@ def _cpu_model() -> str:
 
 
 def read_choice(cache_dir: Path, key: dict[str, Any]) -> Choice | None:
-    """The choice made earlier under the same circumstances; None where there is none, or it cannot be read."""
+    """The choice made earlier under the same circumstances; None where there is none, it cannot be read, or it was made on a
+    busy machine and this moment is a better one."""
     try:
-        return Choice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
+        choice = Choice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
+        return None if choice.busy and not machine_is_busy() else choice
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:

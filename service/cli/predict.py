@@ -80,24 +80,9 @@ def joined(before: "list[Answer]", chunk: "list[Answer]") -> "list[Answer]":
 
 
 def document(files: Sequence[Path], answers: "Sequence[Answer]") -> dict[str, Any]:
-    """What POST /predict answers for these files as the parts of one multipart request; a test holds the two together."""
-    bodies = [
-        {
-            "model": answer.model,
-            "version": answer.version,
-            "results": [item(file, result) for file, result in zip(files, answer.results, strict=True)],
-        }
-        for answer in answers
-    ]
+    """What POST /predict answers for these files as the parts of one multipart request."""
+    bodies = [answer.document([file.name for file in files]) for answer in answers]
     return bodies[0] if len(bodies) == 1 else {"models": bodies}
-
-
-def item(file: Path, result: "Prediction | ModelError") -> dict[str, Any]:
-    if isinstance(result, ModelError):
-        return {"filename": file.name, "error": {"code": result.code, "message": str(result)}}
-    rows = zip(result.labels, result.indices, result.probabilities, strict=True)
-    predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
-    return {"filename": file.name, "predictions": predictions}
 
 
 def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:

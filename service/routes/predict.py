@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from models.errors import ModelError
 from service.auth import UserRoute
-from service.engine import Answer, Embedding, Prediction, Timings
+from service.engine import Embedding, Timings, failed
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
 from service.middleware import encode
 from service.routes.upload import read_upload, while_connected
@@ -59,7 +59,7 @@ async def predict(request: Request) -> Response:
     k = upload.whole_number("top_k") or state["settings"].top_k
     timeout_ms = upload.whole_number("timeout_ms")
     answers = await while_connected(request, state["engine"].predict(upload.images, models, k, timeout_ms))
-    bodies = [_predictions(answer, upload.filenames) for answer in answers]
+    bodies = [answer.document(upload.filenames) for answer in answers]
     content = bodies[0] if len(bodies) == 1 else {"models": bodies}
     _raise_if_all_failed([result for answer in answers for result in answer.results], len(upload.images), content)
     return _respond(content, answers[0].timings)
@@ -83,32 +83,16 @@ async def embed(request: Request) -> Response:
     return _respond(content, embedding.timings)
 
 
-def _predictions(answer: Answer, filenames: Sequence[str | None]) -> dict[str, Any]:
-    results = []
-    for filename, result in zip(filenames, answer.results, strict=True):
-        if isinstance(result, Prediction):
-            rows = zip(result.labels, result.indices, result.probabilities, strict=True)
-            predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
-            results.append({"filename": filename, "predictions": predictions})
-        else:
-            results.append(_failed(filename, result))
-    return {"model": answer.model, "version": answer.version, "results": results}
-
-
 def _embeddings(embedding: Embedding, filenames: Sequence[str | None]) -> dict[str, Any]:
     results, dim = [], 0
     for filename, result in zip(filenames, embedding.results, strict=True):
         if isinstance(result, ModelError):
-            results.append(_failed(filename, result))
+            results.append(failed(filename, result))
         else:
             vector = result.tolist()
             dim = len(vector)
             results.append({"filename": filename, "embedding": vector})
     return {"model": embedding.model, "version": embedding.version, "dim": dim, "results": results}
-
-
-def _failed(filename: str | None, error: ModelError) -> dict[str, Any]:
-    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
 
 
 def _raise_if_all_failed(results: Sequence[object], images: int, content: dict[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""Which devices there are, what their errors mean, and the allocator."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import runtime
+from models.errors import DeviceUnavailable
+from models.runtime import device
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "expected"),
+    [
+        pytest.param("auto", 0, ["cpu"], id="auto-without-gpu"),
+        pytest.param("auto", 2, ["cuda:0", "cuda:1"], id="auto-with-gpus"),
+        pytest.param("cuda", 2, ["cuda:0", "cuda:1"], id="every-gpu"),
+        pytest.param("cuda:1", 2, ["cuda:1"], id="one-gpu"),
+        pytest.param("cpu", 2, ["cpu"], id="cpu"),
+    ],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected: list[str]) -> None:
+    with_gpus(monkeypatch, gpus)
+    assert [str(device) for device in runtime.devices(name)] == expected
+    assert str(runtime.pick_device(name)) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "message"),
+    [
+        pytest.param("cuda", 0, "no CUDA device is visible", id="no-gpu"),
+        pytest.param("cuda:0", 0, "no device cuda:0", id="no-gpu-0"),
+        pytest.param("cuda:2", 2, "there are 2, numbered from 0", id="too-few"),
+        pytest.param("tpu", 2, "unknown device 'tpu'", id="unknown"),
+        pytest.param("cuda:x", 2, "unknown device 'cuda:x'", id="not-a-number"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str) -> None:
+    with_gpus(monkeypatch, gpus)
+    with pytest.raises(DeviceUnavailable, match=message):
+        runtime.devices(name)
+
+
+def test_a_fall_back_to_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with_gpus(monkeypatch, 0)
+    runtime.devices("auto")
+    assert "running on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        pytest.param("max 100000", 4, id="none"),
+        pytest.param("150000 100000", 2, id="one-and-a-half"),
+        pytest.param("900000 100000", 4, id="more-than-there-are"),
+    ],
+)
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, expected: int) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(device, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    assert runtime.cpu_count() == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory", "lost"),
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), True, False, id="cuda-memory"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), True, False, id="cpu-memory"),
+        pytest.param(RuntimeError("Exception from src/core: std::bad_alloc"), True, False, id="openvino-memory"),
+        pytest.param(MemoryError(), True, False, id="python-memory"),
+        pytest.param(RuntimeError("CUDA error: device-side assert triggered"), False, True, id="assert"),
+        pytest.param(torch.AcceleratorError("an illegal memory access was encountered"), False, True, id="access"),
+        pytest.param(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False, id="shapes"),
+        pytest.param(ValueError("CUDA error"), False, False, id="another"),
+    ],
+)
+def test_what_an_error_means(error: BaseException, out_of_memory: bool, lost: bool) -> None:
+    assert runtime.is_out_of_memory(error) is out_of_memory
+    assert runtime.is_device_lost(error) is lost
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of glibc's malloc")
+def test_a_tuned_allocator_faults_pages_in_once() -> None:
+    program = """
+import resource, runpy, sys, threading
+allocator = runpy.run_path("models/runtime/allocator.py")
+if sys.argv[1] == "tuned": allocator["tune_allocator"]()
+def fill():
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory = bytearray(b"x") * (100 * 2**20)  # over 64 MB, in a thread that would have an arena of its own
+        del memory
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=fill)
+thread.start(); thread.join()
+"""
+    root = Path(__file__).parents[1]
+    faults = {
+        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], cwd=root))
+        for mode in ("default", "tuned")
+    }
+    assert faults["default"] > 20_000
+    assert faults["tuned"] < 100
