@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [--quick] [--rounds N] [--groups default resnet50 imagenet]
 
-`default` is the model in the checkout's `weights/`; `resnet50` and `imagenet` (five networks and their ensemble) have random weights. The
-first start measures which engine is fastest and remembers it; the figure is that of later starts, of which the median is given, and
+`default` is the model in the checkout's `weights/`; `imagenet` (five networks and their ensemble) and any architecture by its name
+have random weights. The first start measures which engine is fastest and remembers it; the figure is the median of later starts, and
 the first stands beside it. `parts` is what the server's log says of itself; `import_s` what Python says of the imports alone.
 """
 
@@ -37,9 +37,11 @@ def publish_group(weights: Path) -> None:
 @contextmanager
 def store_of(group: str) -> Iterator[Path]:
     """A folder with the group's `weights/`."""
-    architectures = ("resnet50",) if group == "resnet50" else ()
+    architectures = () if group in ("default", "imagenet") else (group,)
     with rig.store_of(*architectures) as root:
         if group == "default":
+            if not (rig.ROOT / "weights" / "serving.json").exists():
+                raise SystemExit("weights/ of this checkout serves no model; name other --groups, or publish one")
             shutil.copytree(rig.ROOT / "weights", root / "weights", dirs_exist_ok=True)
         if group == "imagenet":
             rig.in_child(publish_group, root / "weights")

@@ -218,16 +218,24 @@ def test_batches_grow_while_they_pay(engine: FakeEngine, largest: int) -> None:
     assert max(engine.sizes) == largest
 
 
-def test_the_recommended_batch_is_the_smallest_that_is_nearly_the_best() -> None:
-    assert choice.recommended_batch({1: 50.0, 2: 80.0, 4: 96.0, 8: 100.0, 16: 90.0}) == 4
+@pytest.mark.parametrize(
+    ("shortest_s", "size"),
+    [
+        pytest.param(0.0, 4, id="the smallest that is nearly the best"),
+        pytest.param(0.05, 8, id="long enough"),
+        pytest.param(1.0, 8, id="none is long enough"),
+    ],
+)
+def test_the_recommended_batch(shortest_s: float, size: int) -> None:
+    assert choice.recommended_batch({1: 50.0, 2: 80.0, 4: 96.0, 8: 100.0, 16: 90.0}, shortest_s) == size
 
 
 def test_the_fastest_engine_without_an_error_is_chosen() -> None:
     slow = Candidate(engine="torch", precision="float32", rates={1: 50.0, 2: 60.0})
     failed = Candidate(engine="openvino", precision="float32", error="no such operation")
     fast = Candidate(engine="openvino", precision="float32", rates={1: 100.0, 2: 60.0})
-    assert choice.choose([slow, fast]).engine == "openvino"
-    assert choice.choose([slow, failed]).engine == "torch"
+    assert choice.choose([slow, fast], CPU).engine == "openvino"
+    assert choice.choose([slow, failed], CPU).engine == "torch"
 
 
 def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

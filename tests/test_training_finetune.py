@@ -1,4 +1,5 @@
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,8 @@ def test_finetuning_gives_a_backbone_of_its_own(
     config = run(request, store, silent)
     assert config.backbones[0].sha256 != base.backbones[0].sha256
     assert config.metrics["val"]["accuracy"] > 0.8
+    assert config.lineage["base_model"]["backbone_sha256"] == base.backbones[0].sha256
+    assert config.lineage["base_model"]["lineage"] == base.lineage
 
 
 def test_a_bad_file_is_told_and_recorded(tmp_path: Path) -> None:
@@ -179,8 +182,6 @@ def test_the_shipped_model_is_as_good_as_it_says(data_dir: Path, tmp_path: Path)
 
 def first_test_images(data_dir: Path, tmp_path: Path) -> Path:
     """A zip of the first hundred test images of each class of CIFAR-10."""
-    import zipfile
-
     with zipfile.ZipFile(data_dir / "cifar10.zip") as source:
         names = [n for n in source.namelist() if n.startswith("test/") and int(Path(n).stem) < 100]
         return archive(tmp_path / "test.zip", {name: source.read(name) for name in names})

@@ -24,6 +24,7 @@ from models.runtime.options import Candidate, EngineName, Options, Precision
 log = logging.getLogger(__name__)
 
 ENOUGH = 0.95  # of the best throughput: the smallest batch that reaches it answers soonest
+SHORTEST_BATCH_SECONDS = {"cpu": 0.05, "cuda": 0.005}  # below it, what the server adds to each batch (0.5 ms and more) would show
 LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the batch under way and then for its own
 LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 TINY_PIXELS = 64 * 64  # images up to this size go in batches twice as large
@@ -108,14 +109,14 @@ def seconds_of(engine: Callable[[Tensor], Tensor], device: torch.device, pixels:
     return time.perf_counter() - start
 
 
-def choose(candidates: Sequence[Candidate]) -> Choice:
+def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
     """The best of those without an error: alone in its batch and in the best batch count alike."""
     able = [candidate for candidate in candidates if candidate.error is None]
     best = max(able, key=lambda candidate: candidate.rates[1] * max(candidate.rates.values()))
     return Choice(
         engine=best.engine,
         precision=best.precision,
-        max_batch=recommended_batch(best.rates),
+        max_batch=recommended_batch(best.rates, SHORTEST_BATCH_SECONDS[device.type]),
         candidates=tuple(candidates),
         busy=machine_is_busy(),
     )
@@ -126,8 +127,10 @@ def machine_is_busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
-def recommended_batch(rates: dict[int, float]) -> int:
-    return min(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+def recommended_batch(rates: dict[int, float], shortest_s: float) -> int:
+    """The smallest batch that is fast enough and takes at least `shortest_s`; the largest that is fast enough, where none does."""
+    fast = [size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
+    return min((size for size in fast if size / rates[size] >= shortest_s), default=max(fast))
 
 
 def circumstances(ref: BackboneRef, device: torch.device, options: Options) -> dict[str, Any]:

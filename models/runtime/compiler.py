@@ -158,7 +158,7 @@ class _Workbench:
             for p, e in outcomes.items()
             if isinstance(e, str)
         ]
-        choice = choose([*tried, *failed])
+        choice = choose([*tried, *failed], self.device)
         return able[Plan(choice.engine, choice.precision)], choice
 
     def _built(self, plan: Plan) -> Built:

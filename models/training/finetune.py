@@ -211,11 +211,17 @@ def _lineage(job: Job, seconds: float) -> dict[str, Any]:
             "skipped_files": named,
         },
         "base": request.base,
+        "base_model": None if request.mode == "scratch" else _ancestry(job.store.config(request.base)),
         "mode": request.mode,
         "hyperparameters": asdict(job.settings),
         "code": {"version": _package_version(), "commit": _commit(), "torch": torch.__version__},
         "seconds": round(seconds, 1),
     }
+
+
+def _ancestry(base: ModelConfig) -> dict[str, Any]:
+    """Which model a run started from, and how that one was made, down to the first of the line."""
+    return {"version": base.version, "backbone_sha256": base.backbones[0].sha256, "lineage": base.lineage}
 
 
 def _package_version() -> str | None:
