@@ -12,7 +12,17 @@ from service.cli.progress import Update, progress
 if TYPE_CHECKING:
     from models.training.finetune import Event
 
-HYPERPARAMETERS = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "augmentation", "ema", "seed")
+HYPERPARAMETERS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "label_smoothing",
+    "augmentation",
+    "ema",
+    "small_until",
+    "seed",
+)
 
 
 @click.command(
@@ -34,6 +44,7 @@ Examples:
 @click.option("--label-smoothing", type=float, help="0 to less than 1")
 @click.option("--augmentation", type=click.Choice(["none", "light"]), help="Random changes to training images")
 @click.option("--ema", type=float, help="Decay of the averaged weights; 0 for no average")
+@click.option("--small-until", type=float, help="Share of the epochs at 3/4 of the image's side, for 0.6 of the cost")
 @click.option("--seed", type=int, help="Of everything random  [default: 0]")
 @click.option("--half", is_flag=True, help="Store the backbone in float16")
 @settings_options("weights")
