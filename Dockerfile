@@ -25,9 +25,10 @@ LABEL org.opencontainers.image.title="Imago" \
       org.opencontainers.image.description="Self-hosted image classification: a folder of images becomes a served classifier" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/imago --shell /usr/sbin/nologin imago
+WORKDIR /var/lib/imago
+RUN install --directory --owner imago --group imago --mode 0750 weights data datasets
 COPY --from=build /opt/imago /opt/imago
-COPY --chown=imago:imago weights /var/lib/imago/weights
-RUN install --directory --owner imago --group imago --mode 0750 /var/lib/imago/data /var/lib/imago/datasets
+COPY --chown=imago:imago weights weights
 ENV PATH=/opt/imago/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -38,7 +39,6 @@ ENV PATH=/opt/imago/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER imago
-WORKDIR /var/lib/imago
 VOLUME ["/var/lib/imago/weights", "/var/lib/imago/data"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM

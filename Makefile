@@ -14,7 +14,9 @@ setup: $(STAMP)
 
 $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Imago needs Python 3.11 or newer; set PYTHON=python3.x")'
-	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
+	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; } \
+	  || { echo "no virtual environment: this Python lacks venv (Debian: apt install python3-venv), or PyPI was not reached" >&2; \
+	       rm -rf .venv; exit 1; }
 	$(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes -r requirements-dev.lock
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@touch $(STAMP)

@@ -109,6 +109,12 @@ class InferenceFailed(ModelError):
     code = "inference_failed"
 
 
+class OutOfMemory(InferenceFailed):
+    """The device has no memory left for even this one image."""
+
+    code = "out_of_memory"
+
+
 class NonFiniteOutput(InferenceFailed):
     """The network answered NaN or infinity for this item."""
 

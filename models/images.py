@@ -169,6 +169,8 @@ def _open(data: bytes, file_format: str, limits: Limits) -> Image.Image:
     file = _File(data)
     if file_format == "GIF":
         _check_size(_first_frame(file), limits)
+    if file_format == "WEBP":
+        _check_size(_webp_canvas(data), limits)
     try:
         image = Image.open(file, formats=(file_format,))
     except Image.DecompressionBombError as error:
@@ -193,6 +195,23 @@ def _first_frame(file: BytesIO) -> tuple[int, int]:
     edges = file.read(8)
     left, top, width, height = (int.from_bytes(edges[i : i + 2], "little") for i in (0, 2, 4, 6))
     return left + width, top + height
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """Width and height in the first chunk of a WebP. Pillow allocates two such canvases while it reads the header, so we look before.
+
+    Its openers of the other formats, TIFF and AVIF among them, allocate nothing so early.
+    """
+
+    def number(first: int, end: int) -> int:
+        return int.from_bytes(data[first:end], "little")
+
+    if data[12:16] == b"VP8X":
+        return number(24, 27) + 1, number(27, 30) + 1
+    if data[12:16] == b"VP8L":
+        sides = number(21, 25)  # 14 bits each
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    return number(26, 28) & 0x3FFF, number(28, 30) & 0x3FFF  # the top two bits are a scale that nobody uses
 
 
 def _check_scans(data: bytes, pixels: int) -> None:

@@ -25,7 +25,7 @@ from service.errors import (
     ValidationFailed,
 )
 from service.metrics import Metrics
-from service.middleware import Edge, UserCORS
+from service.middleware import Edge, Traffic, UserCORS
 from service.routes import models, ops, predict
 from service.routes.upload import printable
 from service.settings import Settings
@@ -40,6 +40,7 @@ def create_app(
     store: ModelStore | None = None,
     metrics: Metrics | None = None,
     keys: Keys | None = None,
+    traffic: Traffic | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine and closes it, and makes of the settings whatever is not given."""
     metrics = metrics or Metrics()
@@ -69,7 +70,7 @@ def create_app(
     app.include_router(models.router, dependencies=user)
     app.include_router(models.admin_router)
     app.include_router(ops.router)
-    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic())
     if settings.cors_origins:
         app.add_middleware(
             UserCORS,

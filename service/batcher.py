@@ -21,10 +21,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.errors import InferenceFailed, NonFiniteOutput
+from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from models.images import stack
 from models.runtime import is_device_lost, is_out_of_memory
-from service.errors import DeadlineExceeded, DeviceLost, OutOfMemory, QueueFull
+from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class BackboneQueue:
         self._images = self._bytes = 0
         self._limited_at: dict[torch.device, float] = {}
         self._last_batch_at = 0.0
-        self._waiting = metrics.waiting(name)
+        self._metrics = metrics
 
     @contextmanager
     def admit(self, images: int, size: int) -> Iterator[None]:
@@ -89,12 +89,12 @@ class BackboneQueue:
                 retry_after_s=self.drain_s(),
             )
         self._images, self._bytes = self._images + images, self._bytes + size
-        self._waiting.set(self._images)
+        self._metrics.waiting(self.name).set(self._images)
         try:
             yield
         finally:
             self._images, self._bytes = self._images - images, self._bytes - size
-            self._waiting.set(self._images)
+            self._metrics.waiting(self.name).set(self._images)
 
     def drain_s(self) -> float:
         """Seconds until what waits now is answered, at the measured rate."""
@@ -241,7 +241,7 @@ class DeviceThread(threading.Thread):
         if out_of_memory and self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(items) == 1:
-            failed = OutOfMemory("the device has no memory left for this image; try again later", retry_after_s=1.0)
+            failed = OutOfMemory("the device has no memory left for this image; try again later")
             return [failed if out_of_memory else InferenceFailed("the model failed on this image")]
         if out_of_memory:
             queue.lower_limit(self.device, len(items))

@@ -10,81 +10,29 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from models import images
-from models.classifier import ModelConfig, Preprocessing, top_k
-from models.errors import ImageError, InferenceFailed, ModelError, ModelNotFound
+from models.classifier import Preprocessing
+from models.errors import ImageError, ModelError, ModelNotFound
 from models.runtime import devices
 from models.store import ModelStore
-from service.batcher import Batcher, Part
-from service.errors import DeadlineExceeded, Draining, NotReady, ServiceError
-from service.loaded import LoadedBackbone, Loader, ModelStatus, Served, describe, plan_serving
+from service.answers import Answer, Embedding, Prediction, Timings, best
+from service.batcher import Batcher, Output, Part
+from service.errors import DeadlineExceeded, NotReady, ServiceError
+from service.loaded import LoadedBackbone, Loader, ModelStatus, Served, ServingPlan, describe, plan_serving
 from service.metrics import Metrics
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """The best classes of one image, best first."""
-
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where a call's time went, in ms; of several images, the slowest counts."""
-
-    decode: float = 0.0
-    queue: float = 0.0
-    compute: float = 0.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one model says of each image of a call, in order; an image that failed has its error in its place."""
-
-    model: str
-    version: int
-    results: list[Prediction | ModelError]
-    timings: Timings
-
-    def document(self, filenames: Sequence[str | None]) -> dict[str, Any]:
-        """As `POST /predict` and `imago predict --json` show it."""
-        results = []
-        for filename, result in zip(filenames, self.results, strict=True):
-            if isinstance(result, ModelError):
-                results.append(failed(filename, result))
-            else:
-                rows = zip(result.labels, result.indices, result.probabilities, strict=True)
-                predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
-                results.append({"filename": filename, "predictions": predictions})
-        return {"model": self.model, "version": self.version, "results": results}
-
-
-def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
-    """An image's own error, in its place among the results."""
-    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Feature vectors, float32 (D,) each, of one model's backbones (concatenated where there are several)."""
-
-    model: str
-    version: int
-    results: list[Tensor | ModelError]
-    timings: Timings
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,7 +53,7 @@ class Engine:
         self._loader = Loader(settings, store, metrics, self.devices)
         self._limits = settings.limits()
         self._formats = frozenset(settings.extra_formats)
-        self._decoders = ThreadPoolExecutor(settings.decode_threads or torch.get_num_threads(), "decode")
+        self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self._served: Mapping[str, Served] = {}
         self._default: str | None = None
         self._failures: dict[str, str] = {}
@@ -127,7 +75,7 @@ class Engine:
 
     async def _load_first(self) -> None:
         try:
-            with contextlib.suppress(OSError):  # a read-only store can be served all the same
+            with contextlib.suppress(OSError, ModelError):  # a read-only store can be served all the same
                 await asyncio.to_thread(self.store.sweep)
             await self.sync()
         except Exception as error:
@@ -201,17 +149,32 @@ class Engine:
         rows = await self._rows(files, wanted, timeout_ms)
         answers = []
         for served, places in zip(bound, slots, strict=True):
-            results: list[Prediction | ModelError] = []
-            for row in rows:
-                if isinstance(row, ModelError):
-                    results.append(row)
-                else:
-                    values = [row.values[backbone][slot] for backbone, slot in places]
-                    results.append(_prediction(served, values, k))
+            results = await self._results(served, places, rows, k)
             answers.append(Answer(served.config.name, served.config.version, results, _slowest(rows)))
             for result in results:
                 self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
         return answers
+
+    async def _results(
+        self,
+        served: Served,
+        places: Sequence[tuple[LoadedBackbone, int]],
+        rows: Sequence["_Row | ModelError"],
+        k: int,
+    ) -> list[Prediction | ModelError]:
+        """The parts of each image joined to its best classes. An ensemble's joining computes, and goes to the pool."""
+
+        def joined() -> list[Prediction | ModelError]:
+            return [
+                row
+                if isinstance(row, ModelError)
+                else best(served.probabilities([row.values[b][slot] for b, slot in places]), served.config.classes, k)
+                for row in rows
+            ]
+
+        if len(places) == 1:
+            return joined()
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, joined)
 
     async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
@@ -224,9 +187,7 @@ class Engine:
         return Embedding(served.config.name, served.config.version, results, _slowest(rows))
 
     def _bind(self, name: str | None) -> Served:
-        if self.draining:
-            raise Draining("the server is shutting down; try again", retry_after_s=self.settings.drain_seconds)
-        if name is None and not self.ready:
+        if not name and self._default not in self._served:
             raise NotReady(self.not_ready_reason(), retry_after_s=2.0)
         served = self._served.get(name or self._default or "")
         if served is not None:
@@ -248,25 +209,42 @@ class Engine:
             admitted.enter_context(self._under_way())
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await asyncio.gather(*(self._row(data, wanted, deadline) for data in files))
-            except (TimeoutError, DeadlineExceeded):
+                    rows = await asyncio.gather(*(self._row(data, wanted, deadline) for data in files))
+            except TimeoutError:
                 self.metrics.reject("deadline")
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
+        answered: list[_Row | ModelError] = []
+        for row in rows:
+            if isinstance(row, ServiceError):  # what befell the server, not the image: nobody gets half an answer
+                raise row
+            answered.append(row)
+        return answered
 
-    async def _row(self, data: bytes, wanted: dict[LoadedBackbone, list[Part]], deadline: float) -> _Row | ModelError:
+    async def _row(
+        self, data: bytes, wanted: dict[LoadedBackbone, list[Part]], deadline: float
+    ) -> _Row | ModelError | ServiceError:
+        """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
         started = time.monotonic()
         kinds = dict.fromkeys(backbone.ref.preprocessing for backbone in wanted)
         try:
             pixels = dict(zip(kinds, await asyncio.gather(*(self._decode(data, kind) for kind in kinds)), strict=True))
-            decoded = time.monotonic()
-            outputs = await asyncio.gather(
-                *(
-                    self.batcher.submit(backbone.queue, pixels[backbone.ref.preprocessing], parts, deadline)
-                    for backbone, parts in wanted.items()
-                )
-            )
-        except (ImageError, InferenceFailed) as error:
+        except ImageError as error:
             return error
+        decoded = time.monotonic()
+        outcomes = await asyncio.gather(
+            *(
+                self.batcher.submit(backbone.queue, pixels[backbone.ref.preprocessing], parts, deadline)
+                for backbone, parts in wanted.items()
+            ),
+            return_exceptions=True,
+        )
+        outputs: list[Output] = []
+        for outcome in outcomes:
+            if isinstance(outcome, ModelError | ServiceError):
+                return outcome
+            if isinstance(outcome, BaseException):
+                raise outcome
+            outputs.append(outcome)
         timings = Timings(
             decode=(decoded - started) * 1000,
             queue=max(output.queue_ms for output in outputs),
@@ -303,17 +281,29 @@ class Engine:
     async def sync(self) -> None:
         """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
 
-        What fails to load keeps its old version serving, and its error shows in `models()`.
+        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled, one
+        after the other, after everything else serves, if the setting `pull_missing` says so.
         """
+        missing = await self._load_stored()
+        for name in missing:
+            if await self._attempt(name, self._loader.pull(name)) is not None:
+                await self._load_stored()
+
+    async def _load_stored(self) -> list[str]:
+        """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
         async with self._sync_lock:
             started = time.monotonic()
             plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
-            self._default = plan.default
-            self._served = {name: served for name, served in self._served.items() if name in plan.names}
-            self._failures = {}
-            stale = [name for name in plan.names if not self._is_current(name, plan.configs.get(name))]
+            self._store_error = None
+            if self._default not in self._served or plan.default in self._served:
+                self._default = plan.default  # otherwise the old default answers until the new one is loaded
+            self._served = {n: served for n, served in self._served.items() if n in plan.names or n == self._default}
+            self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
+            stale = [name for name in plan.names if not self._is_current(name, plan)]
+            to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
             self._loading = set(stale)
-            await asyncio.gather(*(self._swap_in(name, plan.versions.get(name)) for name in stale))
+            await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
+            self._served = {n: served for n, served in self._served.items() if n in plan.names}
             self.metrics.serve(
                 (name, served.config.version, backbone.ref.key)
                 for name, served in self._served.items()
@@ -321,27 +311,35 @@ class Engine:
             )
             if stale:
                 self.metrics.swap_seconds.observe(time.monotonic() - started)
+            return to_pull
 
-    def _is_current(self, name: str, config: ModelConfig | None) -> bool:
+    def _is_current(self, name: str, plan: ServingPlan) -> bool:
         """By the whole configuration: a model that was removed and published anew begins at version 1 again."""
-        return name in self._served and self._served[name].config == config
+        return name in self._served and self._served[name].config == plan.configs.get(name)
 
-    async def _swap_in(self, name: str, version: int | None) -> None:
+    async def _swap_in(self, name: str, plan: ServingPlan) -> None:
         started = time.monotonic()
+        served = await self._attempt(name, self._loader.load(name, plan.versions.get(name), self.batcher))
+        if served is None:
+            return
+        self._served = {**self._served, name: served}
+        if name == plan.default:
+            self._default = name
+        log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
+
+    async def _attempt(self, name: str, work: Awaitable[T]) -> T | None:
+        """The result of loading or pulling a model, or None after its failure is noted."""
         try:
-            served = await self._loader.load(name, version, self.batcher)
+            return await work
         except (ModelError, ServiceError) as error:
             self._failures[name] = str(error)
             log.error("%s could not be loaded: %s", name, error)
-            return
         except Exception:
             self._failures[name] = "an internal error; the log has the details"
             log.exception("%s could not be loaded", name)
-            return
         finally:
             self._loading.discard(name)
-        self._served = {**self._served, name: served}
-        log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
+        return None
 
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name."""
@@ -364,11 +362,6 @@ class Engine:
 def _features(features: Tensor) -> Tensor:
     """The part that `embed` asks for: the features themselves."""
     return features
-
-
-def _prediction(served: Served, values: Sequence[Tensor], k: int) -> Prediction:
-    indices, probabilities = top_k(served.probabilities(values), k)
-    return Prediction([served.config.classes[i] for i in indices[0]], indices[0], probabilities[0])
 
 
 def _slowest(rows: Sequence[_Row | ModelError]) -> Timings:

@@ -144,12 +144,6 @@ class Draining(ServiceError):
     code = "draining"
 
 
-class OutOfMemory(ServiceError):
-    """The device has no memory left for even one image."""
-
-    code = "out_of_memory"
-
-
 class DeviceLost(ServiceError):
     """The device failed for good; the process has to be started again."""
 
@@ -179,6 +173,7 @@ STATUS: dict[type[Exception], int] = {
     model.TrainingError: 500,
     model.DeviceUnavailable: 503,
     model.InferenceFailed: 500,
+    model.OutOfMemory: 503,
     model.NonFiniteOutput: 500,
     ServiceError: 500,
     Internal: 500,
@@ -199,7 +194,6 @@ STATUS: dict[type[Exception], int] = {
     QueueFull: 429,
     NotReady: 503,
     Draining: 503,
-    OutOfMemory: 503,
     DeviceLost: 503,
     DeadlineExceeded: 504,
 }

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from models.classifier import BackboneRef, Head, ModelConfig
-from models.errors import ModelNotFound, WeightsError
+from models.errors import InvalidName, ModelNotFound, WeightsError
 from models.runtime import RuntimeInfo, compile_backbone
 from models.store import ModelStore
 from service.batcher import BackboneQueue, Batcher
@@ -36,7 +35,7 @@ class LoadedBackbone:
 
     ref: BackboneRef
     feature_dim: int
-    size: int  # bytes of its weights on disk
+    size: int  # bytes of its weights in memory, over all devices
     queue: BackboneQueue
     infos: Mapping[str, RuntimeInfo]  # by device
 
@@ -79,12 +78,12 @@ class Loader:
         # One thread per device: compiling measures, and two measurements at once would each see half the machine.
         self._compilers = ThreadPoolExecutor(len(devices), "compile")
         self._readers = ThreadPoolExecutor(2, "load")
-        self._pulling = threading.Lock()
+        self._puller = ThreadPoolExecutor(1, "pull")
         self._loaded: weakref.WeakValueDictionary[BackboneRef, LoadedBackbone] = weakref.WeakValueDictionary()
         self._under_way: dict[BackboneRef, asyncio.Task[LoadedBackbone]] = {}
 
     async def load(self, name: str, version: int | None, batcher: Batcher) -> Served:
-        """Reads, compiles and tries a version (None: the latest; pulled first if the store lacks it and the settings say so)."""
+        """Reads, compiles and tries a version (None: the latest)."""
         loop = asyncio.get_running_loop()
         config = await loop.run_in_executor(self._readers, self._config, name, version)
         head = await loop.run_in_executor(self._readers, self._store.load_head, config)
@@ -101,17 +100,11 @@ class Loader:
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._puller.shutdown(wait=False, cancel_futures=True)
 
-    def _config(self, name: str, version: int | None) -> ModelConfig:
-        try:
-            return self._store.config(name, version)
-        except ModelNotFound:
-            if not self._settings.pull_missing:
-                raise ModelNotFound(
-                    f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
-                ) from None
-        with self._pulling:
-            return self._pull(name)
+    async def pull(self, name: str) -> ModelConfig:
+        """Published weights -> a version in the store. One at a time, in a thread of their own: loading does not wait for them."""
+        return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name)
 
     def _pull(self, name: str) -> ModelConfig:
         from models.pull import IMAGENET_ENSEMBLE, pull, pull_group
@@ -121,6 +114,14 @@ class Loader:
         if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
             return pull_group(self._store, downloads, base_url=mirror)[-1]
         return pull(name, self._store, downloads, base_url=mirror)
+
+    def _config(self, name: str, version: int | None) -> ModelConfig:
+        try:
+            return self._store.config(name, version)
+        except ModelNotFound:
+            raise ModelNotFound(
+                f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
+            ) from None
 
     async def _backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
         """The backbone in memory, or loaded now, or the load that is under way already.
@@ -167,13 +168,23 @@ class Loader:
         loaded = LoadedBackbone(
             ref,
             backbone.feature_dim,
-            self._store.backbone_size(ref),
+            sum(_bytes(backbone.module, runtime.info.precision) for runtime in compiled),
             queue,
             {str(device): runtime.info for device, runtime in runtimes.items()},
         )
         self._loaded[ref] = loaded
-        weakref.finalize(loaded, self._metrics.forget, ref.key)
+        weakref.finalize(loaded, self._forget, ref.key)
         return loaded
+
+    def _forget(self, key: str) -> None:
+        """A backbone left memory. Another may have its key: the same weights after another preprocessing."""
+        if not any(ref.key == key for ref in list(self._loaded)):
+            self._metrics.forget(key)
+
+
+def _bytes(module: nn.Module, precision: str) -> int:
+    elements = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+    return elements * (4 if precision == "float32" else 2)
 
 
 async def _probe(served: Served, batcher: Batcher) -> None:
@@ -196,30 +207,36 @@ async def _probe(served: Served, batcher: Batcher) -> None:
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """Which models are to be served. A name without a configuration is damaged, or yet to be pulled."""
+    """Which models are to be served. A name without a configuration is damaged or missing."""
 
     names: tuple[str, ...]  # the default first
     versions: Mapping[str, int]
     configs: Mapping[str, ModelConfig]
     default: str | None
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """What the store has no version of."""
+        return frozenset(self.names) - frozenset(self.versions)
+
 
 def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
     """The setting `models` (default: all that the store serves) against the store."""
     serving = store.serving()
     names: list[str] = []
-    for name in settings.models or serving.models:
+    for name in settings.models:
         names += _imagenet_group() if name == IMAGENET else (name,)
+    names = names or [*serving.models]
     default = settings.default_model or (serving.default if serving.default in names else None)
     default = default or (names[0] if names else None)
     ordered = tuple(dict.fromkeys([default, *names] if default else names))
     versions: dict[str, int] = {}
     configs: dict[str, ModelConfig] = {}
     for name in ordered:
-        stored = serving.models.get(name) or max(store.versions(name), default=None)
-        if stored is not None:
-            versions[name] = stored
-            with suppress(ModelNotFound, WeightsError):  # loading it says what is wrong
+        with suppress(InvalidName, ModelNotFound, WeightsError):  # loading it says what is wrong
+            stored = serving.models.get(name) or max(store.versions(name), default=None)
+            if stored is not None:
+                versions[name] = stored
                 configs[name] = store.config(name, stored)
     return ServingPlan(ordered, versions, configs, default)
 

@@ -4,6 +4,7 @@ head -> request id -> draining? declared size? -> routes, which receive the body
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -55,16 +56,42 @@ class Exchange:
     started: float = field(default_factory=time.perf_counter)
     received: int = 0
     status: int = 0
+    admitted: bool = False  # it counts as traffic, and a shutdown waits for it
     complete: bool = False  # the whole body has been received
     closing: bool = False  # the connection is to be closed after the answer
     refusal: ServiceError | None = None  # raised to whoever read the body, who may have taken it for something else
 
 
+class Traffic:
+    """How many requests are under way, from admission to the end of the answer; health and metrics do not count."""
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        self.under_way += 1
+        self._none.clear()
+
+    def end(self) -> None:
+        self.under_way -= 1
+        if self.under_way == 0:
+            self._none.set()
+
+    async def ended(self, within_s: float) -> bool:
+        """Waits until no request is under way; False if some still are after `within_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._none.wait()
+        return self.under_way == 0
+
+
 class Edge:
     """Pure ASGI. Its state is what this process holds of bodies, which slow senders must not fill the memory with."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic) -> None:
+        self.app, self.settings, self.metrics, self.traffic = app, settings, metrics, traffic
         self.held = 0  # bytes of the bodies of all requests under way
         self._max_held = settings.max_queue_mb * 2**20
         self._raw_limit = settings.max_body_mb * 2**20
@@ -82,6 +109,8 @@ class Edge:
             await self._answer(scope, headers, exchange, receive, send)
         finally:
             self.held -= exchange.received
+            if exchange.admitted:
+                self.traffic.end()
             self._record(scope, exchange)
 
     async def _answer(
@@ -114,10 +143,13 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
         """Raises what can be said of a request by its head alone."""
-        if scope["state"]["engine"].draining:
-            exchange.closing = True
-            if not scope["path"].startswith(OPEN_WHILE_DRAINING):
+        draining = scope["state"]["engine"].draining
+        exchange.closing = draining
+        if not scope["path"].startswith(OPEN_WHILE_DRAINING):
+            if draining:
                 raise Draining("the server is shutting down; try again", retry_after_s=self.settings.drain_seconds)
+            exchange.admitted = True
+            self.traffic.begin()
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
             raise BadRequest("Content-Length must be a number")

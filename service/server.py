@@ -28,6 +28,7 @@ from service.auth import Keys
 from service.engine import Engine
 from service.errors import NotReady
 from service.metrics import Metrics
+from service.middleware import LINGER_S, Traffic
 from service.protocol import GuardedProtocol, Guards
 from service.settings import Settings
 
@@ -43,17 +44,18 @@ def run(settings: Settings) -> NoReturn:
     """Serves until a signal comes, and ends the process. First raises DeviceUnavailable, or OSError for the data folder."""
     _configure_logging(settings)
     tune_allocator()
-    keys, metrics, store = Keys.of(settings), Metrics(), ModelStore(settings.weights)
+    keys, metrics, traffic, store = Keys.of(settings), Metrics(), Traffic(), ModelStore(settings.weights)
     engine = Engine(settings, store, metrics)
     log.info("computing on %s", ", ".join(map(str, engine.devices)))
-    server = make_server(settings, create_app(settings, engine, store, metrics, keys), engine)
+    app = create_app(settings, engine, store, metrics, keys, traffic)
+    server = make_server(settings, app, engine, traffic)
     server.run()
     # Without the interpreter's own farewell: it would wait for threads that still load a model, and for what torch's companions tear down.
     logging.shutdown()
     os._exit(server.exit_code)
 
 
-def make_server(settings: Settings, app: FastAPI, engine: Engine) -> "Server":
+def make_server(settings: Settings, app: FastAPI, engine: Engine, traffic: Traffic) -> "Server":
     protocol: Any = partial(GuardedProtocol, guards=Guards.of(settings))
     config = uvicorn.Config(
         app,
@@ -68,15 +70,15 @@ def make_server(settings: Settings, app: FastAPI, engine: Engine) -> "Server":
         proxy_headers=False,
         server_header=False,
     )
-    return Server(config, engine, settings.drain_seconds)
+    return Server(config, engine, traffic, settings.drain_seconds)
 
 
 class Server(uvicorn.Server):
     """A uvicorn server that keeps listening while it drains, so that whoever still comes is told so."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, traffic: Traffic, drain_seconds: float) -> None:
         super().__init__(config)
-        self.engine = engine
+        self.engine, self.traffic = engine, traffic
         self.drain_seconds = drain_seconds
         self.exit_code = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -137,11 +139,18 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         log.info("shutting down: requests under way have %g s to finish", self.drain_seconds)
         ends = time.monotonic() + self.drain_seconds
-        if not await self.engine.drain(self.drain_seconds):
+        answered = await self.engine.drain(self.drain_seconds)
+        if not (answered and await self.traffic.ended(max(0.0, ends - time.monotonic()))):  # uploads that had begun
             log.error("requests were still under way after %g s", self.drain_seconds)
             self.exit_code = EXIT_CUT_SHORT
         self.config.timeout_graceful_shutdown = math.ceil(max(0.0, ends - time.monotonic()))
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What uvicorn cancels at the end of the grace time is told 503, and has the time to read it."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks and not self.force_exit:
+            await asyncio.wait(self.server_state.tasks, timeout=LINGER_S + 1)
 
 
 def process_age_s() -> float:

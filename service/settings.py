@@ -115,7 +115,9 @@ class Settings(BaseSettings):
     max_multipart_mb: int = Field(64, ge=1, description="Largest multipart request body, in megabytes")
     max_files: int = Field(32, ge=1, le=1000, description="Most images in one multipart request")
     max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
-    max_image_megapixels: int = Field(50, ge=1, description="Largest image, in millions of pixels")
+    max_image_megapixels: int = Field(  # at most what models.images.PIXEL_CEILING lets through
+        50, ge=1, le=178, description="Largest image, in millions of pixels"
+    )
     max_image_side: int = Field(65_535, ge=1, description="Longest side of an image, in pixels")
     extra_formats: Formats = Field(
         (), description="Image formats to accept besides the usual: tiff, avif, comma separated"

@@ -68,6 +68,21 @@ def webp(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def avif(width: int, height: int) -> bytes:
+    """An AVIF whose image says this size."""
+    data = bytearray(save(solid(), "AVIF"))
+    sides = data.index(b"ispe") + 8
+    data[sides : sides + 8] = struct.pack(">II", width, height)
+    return bytes(data)
+
+
+def tiff(width: int, height: int) -> bytes:
+    """A TIFF without pixels that says this size."""
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (278, height), (279, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+
+
 def transparent_palette() -> bytes:
     image = solid("P", 1)
     image.putpalette([0, 0, 0, 255, 0, 0])

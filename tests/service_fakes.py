@@ -13,11 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from models.errors import EmptyImage, InvalidImage, ModelError, ModelNotFound, NameConflict, UnsupportedImage
 from models.store import ModelStore, Serving
+from service.answers import Answer, Embedding, Prediction, Timings
 from service.app import create_app
-from service.engine import Answer, Embedding, Engine, Prediction, Timings
-from service.errors import Draining
+from service.engine import Engine
 from service.loaded import ModelStatus
 from service.metrics import Metrics
+from service.middleware import Traffic
 from service.settings import Settings
 
 ADMIN_KEY = "a" * 32
@@ -46,6 +47,10 @@ class FakeStore(ModelStore):
         self.version = version
         return self.serving()
 
+    def restore(self, name: str, before: Serving) -> Serving:
+        self.version = before.models[name]
+        return self.serving()
+
     def rollback(self, name: str) -> Serving:
         raise NameConflict("there is no previous version")
 
@@ -59,8 +64,8 @@ class FakeStore(ModelStore):
 class FakeEngine(Engine):
     """Answers by the bytes of the image; `gate`, when set to an unset event, holds the answers back."""
 
-    def __init__(self, store: FakeStore) -> None:
-        self.store: FakeStore = store
+    def __init__(self, store: ModelStore) -> None:
+        self.store = store
         self.devices = [torch.device("cpu")]
         self.draining = self.closed = self.cancelled = False
         self.is_ready = self.is_live = True
@@ -113,8 +118,6 @@ class FakeEngine(Engine):
         return Embedding("pets", 1, [FAILURES.get(data, torch.tensor([0.5, 2.0])) for data in files], TIMINGS)
 
     async def _work(self) -> None:
-        if self.draining:
-            raise Draining("shutting down")
         if self.error:
             raise self.error
         self.under_way += 1
@@ -132,8 +135,9 @@ class FakeEngine(Engine):
                 self.idle.set()
 
     async def sync(self) -> None:
-        if self.store.version not in self.broken:
-            self.version = self.store.version
+        version = self.store.serving().models.get("pets", self.version)
+        if version not in self.broken:
+            self.version = version
 
     def models(self) -> list[ModelStatus]:
         return [self.model("pets")]
@@ -149,9 +153,9 @@ class Service:
 
     def __init__(self, data: Path, **settings: Any) -> None:
         self.settings = Settings(**{"data": data, "admin_key": ADMIN_KEY, **settings})
-        self.store, self.metrics = FakeStore(), Metrics()
+        self.store, self.metrics, self.traffic = FakeStore(), Metrics(), Traffic()
         self.engine = FakeEngine(self.store)
-        self.app = create_app(self.settings, self.engine, self.store, self.metrics)
+        self.app = create_app(self.settings, self.engine, self.store, self.metrics, traffic=self.traffic)
         self.state: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

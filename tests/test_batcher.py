@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.errors import InferenceFailed, NonFiniteOutput
+from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from service.batcher import BackboneQueue, Batcher, Output, apply_parts
-from service.errors import DeadlineExceeded, DeviceLost, OutOfMemory, QueueFull
+from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.metrics import Metrics
 
 CPU = torch.device("cpu")
@@ -205,6 +205,27 @@ async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
         await asyncio.sleep(0.05)
         with pytest.raises(DeviceLost):
             await submit(2)
+
+
+async def test_every_device_has_a_replica_and_one_may_be_lost() -> None:
+    def fail(pixels: Tensor) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    good, bad = FakeRuntime(max_batch=1), FakeRuntime(max_batch=1, fail=fail)
+    metrics, other = Metrics(), torch.device("meta")
+    batcher = Batcher([CPU, other], metrics)
+    queue = BackboneQueue("fake", {CPU: good, other: bad}, 100, 10**6, metrics)
+    good.gate.clear()
+    tasks = [asyncio.create_task(batcher.submit(queue, image(v), [identity], time.monotonic() + 5)) for v in range(6)]
+    await asyncio.sleep(0)
+    batcher.start()
+    assert await asyncio.to_thread(bad.entered.wait, 5)
+    good.gate.set()
+    got = answers(await asyncio.gather(*tasks, return_exceptions=True))
+    assert got.count(DeviceLost) == 1
+    assert len(good.batches) == 5
+    assert [worker.lost for worker in batcher.workers] == [False, True]
+    batcher.close()
 
 
 async def test_the_backbone_that_waited_longest_goes_first() -> None:

@@ -1,10 +1,12 @@
 """The command line: what it prints, its exit codes, and that it does what the server does."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from PIL import Image
 from models import architectures
 from models.classifier import Head, ModelConfig
 from models.store import ModelStore
-from models.training.request import FinetuneRequest, Hyperparameters, command
+from models.training.request import Augmentation, FinetuneRequest, Hyperparameters, command
 from service.cli import COMMANDS, main
+from service.cli.finetune import HYPERPARAMETERS
 from service.cli.finetune import command as finetune_command
 from service.cli.models import expanded
 from service.cli.options import settings_options
@@ -161,6 +164,44 @@ def test_list_shows_what_is_stored_and_served(store: ModelStore) -> None:
     assert "digits (default)" in imago("models", "list").stdout
 
 
+def damage_config(store: ModelStore) -> None:
+    config = Path("weights/models/broken/1/config.json")
+    config.write_bytes(config.read_bytes()[:40])
+
+
+def damage_backbone(store: ModelStore) -> None:
+    (ref,) = store.config("broken").backbones
+    (Path("weights/backbones") / ref.key / "model.safetensors").unlink()
+
+
+def lose_served_version(store: ModelStore) -> None:
+    store.activate("broken", publish(store, "broken", 5).version)
+    shutil.rmtree("weights/models/broken/2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(damage_config, "config.json is damaged", id="truncated configuration"),
+        pytest.param(damage_backbone, "model.safetensors is missing", id="no weights"),
+        pytest.param(lose_served_version, "broken@2", id="served version gone"),
+    ],
+)
+def test_list_shows_a_damaged_model_among_the_others(
+    store: ModelStore, damage: Callable[[ModelStore], None], message: str
+) -> None:
+    publish(store, "broken", 4)
+    damage(store)
+    broken, digits = json.loads(imago("models", "list", "--json").stdout)
+    assert (broken["name"], broken["classes"], broken["bytes"]) == ("broken", None, None)
+    assert message in broken["error"]
+    assert (digits["name"], digits["classes"], digits["error"]) == ("digits", 3, None)
+    table = imago("models", "list")
+    assert table.exit_code == 0
+    assert "digits (default)" in table.stdout
+    assert message.split()[-1] in table.stdout
+
+
 def test_list_of_an_empty_store_says_what_to_do() -> None:
     result = imago("models", "list")
     assert (result.exit_code, result.stdout) == (0, "")
@@ -283,7 +324,12 @@ def test_predict_names_a_model_that_is_not_there(store: ModelStore) -> None:
 
 
 def test_finetune_takes_the_command_of_the_lineage() -> None:
-    chosen = Hyperparameters(epochs=3, batch_size=8, lr=0.1, augmentation="none", ema=0.0, seed=7)
+    fields = {name: field.annotation for name, field in Hyperparameters.model_fields.items()}
+    assert set(HYPERPARAMETERS) == set(fields)
+    values = {int: 3, float: 0.5, Augmentation: "none"}  # in the range of every field of its kind
+    chosen = Hyperparameters.model_validate(
+        {name: next(v for kind, v in values.items() if kind in (of, *get_args(of))) for name, of in fields.items()}
+    )
     request = FinetuneRequest(
         dataset=Path("d"), name="n", base="lenet5", mode="scratch", half=True, hyperparameters=chosen
     )

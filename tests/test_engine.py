@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import threading
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +16,12 @@ from PIL import Image
 
 from models import architectures, images
 from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing
-from models.errors import EmptyImage, InvalidImage, ModelNotFound
+from models.errors import DownloadError, EmptyImage, InvalidImage, ModelNotFound, OutOfMemory
 from models.store import ModelStore
-from service.engine import Answer, Engine, Prediction
-from service.errors import DeadlineExceeded, Draining, NotReady, QueueFull
+from service.answers import Answer, Prediction
+from service.engine import Engine
+from service.errors import DeadlineExceeded, NotReady, QueueFull
+from service.loaded import Loader
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -69,7 +72,13 @@ def store(tmp_path: Path) -> ModelStore:
 
 @asynccontextmanager
 async def serving(store: ModelStore, **flags: Any) -> AsyncIterator[Engine]:
-    plain = {"weights": store.root, "data": store.root.parent / "data", "device": "cpu", "engine": "torch", "max_batch": 8}
+    plain = {
+        "weights": store.root,
+        "data": store.root.parent / "data",
+        "device": "cpu",
+        "engine": "torch",
+        "max_batch": 8,
+    }
     settings = Settings.load(**plain | flags)
     engine = Engine(settings, store, Metrics())
     engine.start()
@@ -180,14 +189,42 @@ async def test_before_the_default_model_is_warm_the_engine_is_not_ready(store: M
     engine.close()
 
 
-async def test_a_full_queue_refuses_before_decoding(store: ModelStore) -> None:
+async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    decode = images.decode
+
+    def recorded(data: bytes, *rest: Any) -> torch.Tensor:
+        decoded.append(data)
+        return decode(data, *rest)
+
+    monkeypatch.setattr(images, "decode", recorded)
     async with serving(store, max_queue_images=4) as engine:
         first = asyncio.create_task(engine.predict([picture(i) for i in range(4)], ["a"]))
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await engine.predict([picture(9)], ["a"])
         await first
+        assert picture(9) not in decoded
         await engine.predict([picture(9)], ["a"])
+        assert picture(9) in decoded
+
+
+async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(store, max_batch=4) as engine:
+        backbone = engine._served["a"].backbones[0]
+        [runtime] = backbone.queue.runtimes.values()
+        poison = images.decode(picture(2), KIND)
+
+        def fail(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+            if any(torch.equal(row, poison) for row in pixels):
+                raise torch.OutOfMemoryError("out of memory")
+            return call(self, pixels)
+
+        call = type(runtime).__call__
+        monkeypatch.setattr(type(runtime), "__call__", fail)
+        [answer] = await engine.predict([picture(i) for i in range(4)], ["a"])
+        assert [type(result) for result in answer.results] == [Prediction, Prediction, OutOfMemory, Prediction]
+        assert not backbone.queue.items
 
 
 async def test_a_request_past_its_deadline_gets_no_answer(store: ModelStore) -> None:
@@ -203,6 +240,53 @@ async def test_a_model_that_cannot_load_is_reported_and_stops_nothing(store: Mod
         status = {model.name: model for model in engine.models()}
         assert [status[name].state for name in ("a", "b", "c")] == ["ready", "failed", "ready"]
         assert "head" in (status["b"].error or "")
+
+
+async def test_a_name_that_is_none_stops_nothing(store: ModelStore) -> None:
+    async with serving(store, models=("a", "ResNet50")) as engine:
+        assert {model.name: model.state for model in engine.models()} == {"ResNet50": "failed", "a": "ready"}
+
+
+async def test_a_model_may_have_the_groups_name(store: ModelStore) -> None:
+    ref = store.config("a").backbones[0]
+    add_head(store, "imagenet", ref, store.load_backbone(ref).feature_dim, classes=2)
+    async with serving(store) as engine:
+        assert engine.model("imagenet").state == "ready"
+
+
+async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def pull(self: Loader, name: str) -> None:
+        assert release.wait(30)
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(Loader, "_pull", pull)
+    settings = Settings.load(
+        weights=store.root, device="cpu", engine="torch", models=("a", "p", "q"), pull_missing=True
+    )
+    engine = Engine(settings, store, Metrics())
+    engine.start()
+    async with asyncio.timeout(30):
+        while not engine.ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert engine.model("p").state == "loading"
+    await engine.predict([picture(1)])
+    release.set()
+    await engine.wait_ready(30)
+    assert engine.model("q").error == "no network"
+    engine.close()
+
+
+async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        add_head(store, "b", store.config("b").backbones[0], 84, classes=2, seed=9)
+        (store.root / "models" / "b" / "2" / "head.safetensors").write_bytes(b"damaged")
+        engine._served = {name: served for name, served in engine._served.items() if name != "b"}
+        store.set_default("b")
+        await engine.sync()
+        assert engine.ready
+        assert (await engine.predict([picture(1)]))[0].model == "a"
 
 
 async def test_models_names_what_to_serve(store: ModelStore) -> None:
@@ -259,16 +343,13 @@ async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) ->
         assert (await engine.predict([picture(1)], ["c"]))[0].version == 2
 
 
-async def test_draining_finishes_what_is_under_way_and_refuses_the_rest(store: ModelStore) -> None:
+async def test_draining_waits_for_what_is_under_way(store: ModelStore) -> None:
     async with serving(store) as engine:
         under_way = asyncio.create_task(engine.predict([picture(i) for i in range(8)], ["a"]))
         await asyncio.sleep(0)
-        drained = asyncio.create_task(engine.drain(10))
-        await asyncio.sleep(0)
-        with pytest.raises(Draining):
-            await engine.predict([picture(1)], ["a"])
-        assert await drained
-        assert len((await under_way)[0].results) == 8
+        assert await engine.drain(10)
+        assert under_way.done()
+        assert not engine.ready
 
 
 async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:

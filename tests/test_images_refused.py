@@ -1,6 +1,9 @@
 """Decoding what nobody should send: other formats, bombs, damage."""
 
+import os
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -111,6 +114,55 @@ def test_too_large_is_refused_before_pixels_are_allocated(data: bytes, limits: L
     with pytest.raises(ImageTooLarge, match=message):
         decode(data, SMALL, limits)
     assert images_made() == made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="VP8"),
+        pytest.param({"lossless": True}, id="VP8L"),
+        pytest.param({"exif": b"Exif\0\0"}, id="VP8X"),
+    ],
+)
+def test_size_of_a_webp_is_checked_before_its_opener_runs(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = save(photo(61, 40), "WEBP", **options)
+    assert decode(data, SMALL, Limits(max_pixels=61 * 40, max_side=61)).shape == (3, 32, 32)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("an opener ran"))
+    with pytest.raises(ImageTooLarge, match="61 x 40 is 2,440 pixels"):
+        decode(data, SMALL, Limits(max_pixels=61 * 40 - 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_bomb_leaves_memory_behind() -> None:
+    """With the allocator as the server sets it, what is touched once stays with the process: two canvases are 429 MB."""
+    program = r"""
+import re
+from image_files import SMALL, avif, gif, save, solid, tiff, webp
+from models.errors import ImageTooLarge
+from models.images import EXTRA_FORMATS, decode
+from models.runtime import tune_allocator
+
+def resident():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+tune_allocator()
+decode(save(solid()), SMALL)
+for bomb in (gif, webp, tiff, avif):
+    before = resident()
+    for _ in range(3):
+        try:
+            decode(bomb(7500, 7500), SMALL, extra_formats=frozenset(EXTRA_FORMATS))
+        except ImageTooLarge:
+            print(bomb.__name__, resident() - before)
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    grown = [(name, float(megabytes)) for name, megabytes in map(str.split, run.stdout.splitlines())]
+    assert len(grown) == 12
+    assert max(megabytes for _, megabytes in grown) < 20, grown
 
 
 def test_limit_beyond_the_ceiling_is_refused() -> None:

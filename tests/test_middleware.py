@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,30 @@ async def test_draining_refuses_what_is_new(service: Service) -> None:
         call = await Call([chunk(GOOD)]).run(service)
     assert (call.status, call.error["code"]) == (503, "draining")
     assert (call.header["retry-after"], call.header["connection"]) == ("30", "close")
+
+
+async def test_traffic_counts_until_the_answer_has_ended(service: Service) -> None:
+    service.engine.gate = asyncio.Event()
+    async with client_of(service) as http:
+        task = asyncio.create_task(http.post("/predict", content=GOOD))
+        await service.engine.waiting.wait()
+        assert not await service.traffic.ended(0.01)
+        await http.get("/health/live")
+        assert service.traffic.under_way == 1
+        service.engine.gate.set()
+        await task
+    assert await service.traffic.ended(0)
+
+
+async def test_an_upload_that_began_before_the_drain_is_answered(service: Service) -> None:
+    def messages() -> Iterator[Message]:
+        yield chunk(GOOD[:4], more=True)
+        service.engine.draining = True
+        yield chunk(GOOD[4:])
+
+    async with client_of(service):
+        call = await Call(messages()).run(service)
+    assert (call.status, service.engine.asked["files"]) == (200, [GOOD])
 
 
 async def test_what_is_cut_short_by_a_shutdown_gets_503(service: Service) -> None:

@@ -33,6 +33,13 @@ async def test_not_ready_says_why(http: httpx.AsyncClient, service: Service) -> 
     assert answer.json()["error"]["message"] == "the default model is still loading"
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+async def test_head_tells_as_get_does(http: httpx.AsyncClient, service: Service, path: str) -> None:
+    good = await http.head(path)
+    service.engine.is_ready = service.engine.is_live = False
+    assert (good.status_code, (await http.head(path)).status_code) == (200, 503)
+
+
 async def test_not_ready_while_draining_but_live(http: httpx.AsyncClient, service: Service) -> None:
     service.engine.draining = True
     ready, live = await http.get("/health/ready"), await http.get("/health/live")

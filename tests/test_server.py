@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,25 @@ import service.server as server_module
 from service.server import Server, make_server, process_age_s
 
 pytestmark = pytest.mark.anyio
+PATIENCE_S = 20  # for what takes milliseconds on a machine that has nothing else to do
 OK = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[Server]:
-    server = make_server(service.settings, service.app, service.engine)
+    server = make_server(service.settings, service.app, service.engine, service.traffic)
     running = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
-        await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     yield server
     server.should_exit = True
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, PATIENCE_S)
+
+
+async def until(happened: Callable[[], object]) -> None:
+    """For what has no event to wait for."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not happened():
+            await asyncio.sleep(0.01)
 
 
 def port_of(server: Server) -> int:
@@ -43,10 +50,10 @@ def url_of(server: Server) -> str:
 
 
 def small(tmp_path: Path, **settings: Any) -> Service:
-    return Service(tmp_path, **{"port": 0, "head_timeout_s": 0.3, "body_timeout_s": 0.3, "max_body_mb": 1, **settings})
+    return Service(tmp_path, **{"port": 0, "max_body_mb": 1, **settings})
 
 
-async def talk(server: Server, *pieces: bytes, timeout_s: float = 5) -> tuple[int, dict[str, Any]]:
+async def talk(server: Server, *pieces: bytes, timeout_s: float = PATIENCE_S) -> tuple[int, dict[str, Any]]:
     """Sends, and reads until the server closes: status and the error's body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
     for piece in pieces:
@@ -82,7 +89,8 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
 async def test_what_is_slow_or_malformed_is_answered_and_closed(
     tmp_path: Path, pieces: list[bytes], status: int, code: str
 ) -> None:
-    async with serving(small(tmp_path)) as server:
+    limit_s = 0.3 if status == 408 else 2 * PATIENCE_S
+    async with serving(small(tmp_path, head_timeout_s=limit_s, body_timeout_s=limit_s)) as server:
         answered, error = await talk(server, *pieces)
     assert (answered, error["code"]) == (status, code)
 
@@ -92,7 +100,7 @@ async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path:
         started = time.monotonic()
         status, error = await talk(server, HEAD + b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n")
     assert (status, error["code"]) == (413, "payload_too_large")
-    assert time.monotonic() - started < 4  # it lingers for 2 s
+    assert time.monotonic() - started < PATIENCE_S  # it lingers for 2 s
 
 
 async def test_a_client_that_sends_first_and_reads_later_still_reads_the_413(tmp_path: Path) -> None:
@@ -104,11 +112,12 @@ async def test_a_client_that_sends_first_and_reads_later_still_reads_the_413(tmp
 
 
 async def test_requests_follow_each_other_on_one_connection(tmp_path: Path) -> None:
-    async with serving(small(tmp_path)) as server, httpx.AsyncClient(base_url=url_of(server)) as http:
+    service = small(tmp_path, head_timeout_s=1)
+    async with serving(service) as server, httpx.AsyncClient(base_url=url_of(server)) as http:
         statuses = []
         for _ in range(3):
             statuses.append((await http.post("/predict", content=GOOD)).status_code)
-            await asyncio.sleep(0.2)  # together longer than the head's deadline: it must not run between requests
+            await asyncio.sleep(0.6)  # together longer than the head's deadline: it must not run between requests
     assert statuses == [200, 200, 200]
 
 
@@ -116,7 +125,7 @@ async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
         writer.write(OK + OK + b"GET /health/live HTTP/1.0\r\n\r\n")
-        answers = await asyncio.wait_for(reader.read(), 5)
+        answers = await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
     assert answers.count(b"HTTP/1.1 200 OK") == 3
 
@@ -128,18 +137,18 @@ async def test_a_chunked_body(tmp_path: Path) -> None:
             b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n4\r\ngood\r\n6\r\n image\r\n0\r\nX-T: 1\r\n\r\n"
         )
         writer.write(HEAD + chunked)
-        answer = await asyncio.wait_for(reader.read(), 5)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
     assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
 async def test_slow_clients_do_not_hold_up_others(tmp_path: Path) -> None:
-    async with serving(small(tmp_path, head_timeout_s=60)) as server:
+    async with serving(small(tmp_path, head_timeout_s=2 * PATIENCE_S)) as server:
         idle = [await asyncio.open_connection("127.0.0.1", port_of(server)) for _ in range(200)]
         for _, writer in idle:
             writer.write(b"GET / HTTP/1.1\r\nHo")
         async with httpx.AsyncClient(base_url=url_of(server)) as http:
-            answer = await http.get("/health/ready", timeout=2)
+            answer = await http.get("/health/ready", timeout=PATIENCE_S)
         for _, writer in idle:
             writer.close()
     assert answer.status_code == 200
@@ -153,7 +162,7 @@ async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> 
         writer.write(HEAD + b"Content-Length: 1\r\n\r\nx")
         await service.engine.waiting.wait()
         writer.close()
-        await asyncio.wait_for(service.engine.idle.wait(), 2)
+        await asyncio.wait_for(service.engine.idle.wait(), PATIENCE_S)
     assert service.engine.cancelled
 
 
@@ -164,14 +173,46 @@ async def test_a_drain_finishes_what_is_under_way_and_refuses_the_rest(tmp_path:
         under_way = asyncio.create_task(http.post("/predict", content=GOOD))
         await service.engine.waiting.wait()
         os.kill(os.getpid(), signal.SIGTERM)
-        while not service.engine.draining:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await until(lambda: service.engine.draining)
         ready, refused = await http.get("/health/ready"), await http.post("/predict", content=GOOD)
         service.engine.gate.set()
         assert (await under_way).status_code == 200
     assert (ready.status_code, refused.status_code) == (503, 503)
     assert (refused.headers["retry-after"], refused.headers["connection"]) == ("30", "close")
     assert server.exit_code == 0
+
+
+@asynccontextmanager
+async def half_an_upload(
+    service: Service, server: Server
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that has sent `good` of `good image`, to a server that has been told to stop since."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+    writer.write(HEAD + b"Content-Length: 10\r\n\r\ngood")
+    await until(lambda: service.traffic.under_way)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await until(lambda: service.engine.draining)
+    yield reader, writer
+    writer.close()
+
+
+async def test_a_drain_waits_for_an_upload_that_had_begun(tmp_path: Path) -> None:
+    service = small(tmp_path)
+    async with serving(service) as server, half_an_upload(service, server) as (reader, writer):
+        await asyncio.sleep(0.5)  # five ticks: a server that did not wait would be gone
+        writer.write(b" image")
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert (service.engine.asked["files"], server.exit_code) == ([GOOD], 0)
+
+
+async def test_when_the_grace_time_is_over_an_upload_gets_503(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service = small(tmp_path, drain_seconds=0.2)
+    async with serving(service) as server, half_an_upload(service, server) as (reader, _):
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert (head.split()[1], json.loads(body)["error"]["code"], server.exit_code) == (b"503", "draining", 1)
+    assert "Exception in ASGI application" not in caplog.text
 
 
 async def test_when_the_grace_time_is_over_requests_get_503(tmp_path: Path) -> None:
@@ -194,7 +235,6 @@ async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
         await service.engine.waiting.wait()
         server.stop()
         server.stop()
-        await asyncio.sleep(0.3)
         writer.close()
     assert (server.exit_code, server.force_exit) == (1, True)
 
@@ -203,7 +243,7 @@ async def test_a_lost_device_ends_the_server(tmp_path: Path, caplog: pytest.LogC
     service = small(tmp_path)
     async with serving(service) as server:
         service.engine.is_live = False
-        await asyncio.sleep(1.3)  # it looks once a second
+        await until(lambda: server.exit_code)  # it looks once a second
     assert server.exit_code == 4
     assert "a device is lost" in caplog.text
 
@@ -214,6 +254,7 @@ async def test_the_log_says_where_it_listens_and_what_is_ready(
     caplog.set_level(logging.INFO)
     async with serving(small(tmp_path)) as server:
         port = port_of(server)
+        await until(lambda: "s: pets" in caplog.text)
     assert f"listening on http://127.0.0.1:{port}" in caplog.text
     assert "s: pets" in caplog.text
 

@@ -67,6 +67,7 @@ def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param("IMAGO_ADMIN_KEY", "too-short-a-secret", id="short key"),
         pytest.param("IMAGO_DEVICE", "gpu", id="device"),
         pytest.param("IMAGO_EXTRA_FORMATS", "jpeg2000", id="format"),
+        pytest.param("IMAGO_MAX_IMAGE_MEGAPIXELS", "179", id="megapixels"),
     ],
 )
 def test_a_wrong_value_names_the_variable_and_not_the_value(
@@ -90,6 +91,10 @@ def test_a_key_does_not_show() -> None:
 def test_limits_are_in_bytes_and_pixels() -> None:
     limits = Settings.load(max_image_mb=2, max_image_megapixels=3, max_image_side=4).limits()
     assert (limits.max_bytes, limits.max_pixels, limits.max_side) == (2 * 2**20, 3_000_000, 4)
+
+
+def test_the_largest_image_there_can_be_is_one_that_can_be_decoded() -> None:
+    assert Settings.load(max_image_megapixels=178).limits().max_pixels == 178_000_000
 
 
 def test_runtime_options_carry_what_was_forced() -> None:

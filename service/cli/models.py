@@ -177,24 +177,30 @@ def changed(what: str) -> None:
 
 
 def listing(store: "ModelStore") -> list[dict[str, Any]]:
-    """One row per model, by name: what is stored and which version of it is served."""
+    """One row per model, by name: what is stored and which version of it is served, or what is wrong with it."""
+    from models.errors import ModelError
+
     serving = store.serving()
     rows = []
     for name in store.names():
-        config = store.config(name, serving.models.get(name))
-        rows.append(
-            {
-                "name": name,
-                "default": name == serving.default,
-                "served": serving.models.get(name),
-                "versions": store.versions(name),
-                "classes": len(config.classes),
-                "backbones": [ref.key for ref in config.backbones],
-                "bytes": sum(store.backbone_size(ref) for ref in config.backbones),
-                "metrics": config.metrics,
-            }
-        )
+        served = serving.models.get(name)
+        row = {"name": name, "default": name == serving.default, "served": served, "versions": store.versions(name)}
+        try:
+            rows.append({**row, **contents(store, name, served), "error": None})
+        except ModelError as error:
+            unknown = {"classes": None, "backbones": [], "bytes": None, "metrics": {}}
+            rows.append({**row, **unknown, "error": str(error)})
     return rows
+
+
+def contents(store: "ModelStore", name: str, version: int | None) -> dict[str, Any]:
+    config = store.config(name, version)
+    return {
+        "classes": len(config.classes),
+        "backbones": [ref.key for ref in config.backbones],
+        "bytes": sum(store.backbone_size(ref) for ref in config.backbones),
+        "metrics": config.metrics,
+    }
 
 
 def print_listing(rows: list[dict[str, Any]]) -> None:
@@ -207,8 +213,8 @@ def print_listing(rows: list[dict[str, Any]]) -> None:
             row["name"] + (" (default)" if row["default"] else ""),
             str(row["served"] or "-"),
             ", ".join(map(str, row["versions"])),
-            str(row["classes"]),
-            ", ".join(row["backbones"]),
-            f"{row['bytes'] / 2**20:.1f}",
+            str(row["classes"] or "-"),
+            row["error"] or ", ".join(row["backbones"]),
+            "-" if row["bytes"] is None else f"{row['bytes'] / 2**20:.1f}",
         )
-    Console().print(table, markup=False)
+    Console(markup=False).print(table)  # an error may quote brackets

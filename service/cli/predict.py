@@ -15,7 +15,7 @@ from service.cli.progress import Update, progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.engine import Answer, Prediction
+    from service.answers import Answer, Prediction
 
 AT_ONCE = 32  # images that are in the engine together
 PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that the settings allow

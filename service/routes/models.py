@@ -1,13 +1,16 @@
 """`/models`: what is served, for users; what the store holds and which version serves, for admins."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
+from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
-from models.errors import WeightsError
+from models.classifier import NAME_PATTERN
+from models.errors import ModelNotFound, WeightsError
 from models.store import Serving
 from service.auth import require_admin
 from service.loaded import ModelStatus
@@ -17,7 +20,15 @@ from service.state import EngineDep, StoreDep, state_of
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
 
-Name = Annotated[str, Path(description="A model's name", examples=["cifar10"])]
+
+def _possible(name: str) -> str:
+    """A name that no model can have is one that is not there."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ModelNotFound("no model has such a name; GET /models lists those that are served")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_possible), Path(description="A model's name", examples=["cifar10"])]
 Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
 
 LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE]})
@@ -73,14 +84,13 @@ async def _serve(request: Request, name: str, change: Callable[[], Serving]) -> 
     state = state_of(request)
     engine, store = state["engine"], state["store"]
     async with state["swapping"]:
-        before = (await run_in_threadpool(store.serving)).models.get(name)
+        before = await run_in_threadpool(store.serving)
         version = (await run_in_threadpool(change)).models[name]
         await engine.sync()
         status = next((status for status in engine.models() if status.name == name), None)
         if status is not None and status.version == version:
             return status
-        undo = partial(store.deactivate, name) if before is None else partial(store.activate, name, before)
-        await run_in_threadpool(undo)
+        await run_in_threadpool(store.restore, name, before)
         await engine.sync()
     reason = status.error if status is not None else "the setting `models` names others"
     raise WeightsError(f"version {version} could not be loaded: {reason}")

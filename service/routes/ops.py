@@ -10,6 +10,7 @@ from service.state import EngineDep, MetricsDep
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health/live", include_in_schema=False)  # as some load balancers ask
 @router.get(
     "/health/live",
     summary="Is the process sound?",
@@ -22,6 +23,7 @@ async def live(engine: EngineDep) -> Health:
     return Health(status="live")
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get(
     "/health/ready",
     summary="Can it answer?",

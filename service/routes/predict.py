@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from models.errors import ModelError
+from service.answers import Embedding, Timings, failed
 from service.auth import UserRoute
-from service.engine import Embedding, Timings, failed
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
 from service.middleware import encode
 from service.routes.upload import read_upload, while_connected
