@@ -8,17 +8,18 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/*
 
-FROM base AS build
+FROM base AS dependencies
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv ca-certificates
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv && python3 -m venv --without-pip /opt/imago
-# The dependencies, 6 GB with CUDA, are a layer of their own: it is built again only when the lock changes.
 COPY requirements.lock /src/
 RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --require-hashes \
     --requirement /src/requirements.lock
+
+FROM dependencies AS app
 COPY pyproject.toml README.md LICENSE /src/
 COPY models /src/models
 COPY service /src/service
-RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --no-deps /src
+RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --no-deps --target /opt/app /src
 
 FROM base
 LABEL org.opencontainers.image.title="Imago" \
@@ -27,9 +28,12 @@ LABEL org.opencontainers.image.title="Imago" \
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/imago --shell /usr/sbin/nologin imago
 WORKDIR /var/lib/imago
 RUN install --directory --owner imago --group imago --mode 0750 weights data datasets
-COPY --from=build /opt/imago /opt/imago
+# The dependencies, 6 GB with CUDA, are a layer of their own: it changes only when the lock does.
+COPY --from=dependencies /opt/imago /opt/imago
+COPY --from=app /opt/app /opt/app
 COPY --chown=imago:imago weights weights
 ENV PATH=/opt/imago/bin:$PATH \
+    PYTHONPATH=/opt/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     IMAGO_HOST=0.0.0.0 \
@@ -44,5 +48,5 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('IMAGO_PORT', '8000')}/health/ready\", timeout=2)"]
-ENTRYPOINT ["imago"]
+ENTRYPOINT ["python3", "-m", "service.cli"]
 CMD ["serve"]

@@ -184,7 +184,7 @@ def lose_served_version(store: ModelStore) -> None:
     [
         pytest.param(damage_config, "config.json is damaged", id="truncated configuration"),
         pytest.param(damage_backbone, "model.safetensors is missing", id="no weights"),
-        pytest.param(lose_served_version, "broken@2", id="served version gone"),
+        pytest.param(lose_served_version, "no version 2", id="served version gone"),
     ],
 )
 def test_list_shows_a_damaged_model_among_the_others(
@@ -199,7 +199,7 @@ def test_list_shows_a_damaged_model_among_the_others(
     table = imago("models", "list")
     assert table.exit_code == 0
     assert "digits (default)" in table.stdout
-    assert message.split()[-1] in table.stdout
+    assert message.split()[-1] in table.stdout  # whatever the lines' ends
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:

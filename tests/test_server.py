@@ -36,7 +36,7 @@ async def serving(service: Service) -> AsyncIterator[Server]:
 async def until(happened: Callable[[], object]) -> None:
     """For what has no event to wait for."""
     async with asyncio.timeout(PATIENCE_S):
-        while not happened():
+        while not happened():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -130,6 +130,15 @@ async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     assert answers.count(b"HTTP/1.1 200 OK") == 3
 
 
+async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
+    service = small(tmp_path)
+    async with serving(service) as server:
+        ready = await talk(server, b"HEAD /health/ready HTTP/1.0\r\n\r\n")
+        service.engine.is_ready = False
+        not_ready = await talk(server, b"HEAD /health/ready HTTP/1.0\r\n\r\n")
+    assert (ready, not_ready) == ((200, {}), (503, {}))
+
+
 async def test_a_chunked_body(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
@@ -199,7 +208,8 @@ async def half_an_upload(
 async def test_a_drain_waits_for_an_upload_that_had_begun(tmp_path: Path) -> None:
     service = small(tmp_path)
     async with serving(service) as server, half_an_upload(service, server) as (reader, writer):
-        await asyncio.sleep(0.5)  # five ticks: a server that did not wait would be gone
+        await asyncio.sleep(0.5)  # five ticks: a server that did not wait would be leaving
+        assert not server.should_exit
         writer.write(b" image")
         answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
     assert answer.startswith(b"HTTP/1.1 200 OK")

@@ -188,7 +188,7 @@ def listing(store: "ModelStore") -> list[dict[str, Any]]:
         try:
             rows.append({**row, **contents(store, name, served), "error": None})
         except ModelError as error:
-            unknown = {"classes": None, "backbones": [], "bytes": None, "metrics": {}}
+            unknown: dict[str, Any] = {"classes": None, "backbones": [], "bytes": None, "metrics": {}}
             rows.append({**row, **unknown, "error": str(error)})
     return rows
 
