@@ -240,7 +240,7 @@ def test_batches_grow_while_they_pay(engine: FakeEngine, largest: int) -> None:
     [
         pytest.param(0.0, 4, id="the smallest that is nearly the best"),
         pytest.param(0.05, 8, id="long enough"),
-        pytest.param(1.0, 8, id="none is long enough"),
+        pytest.param(1.0, 16, id="none is long enough"),
     ],
 )
 def test_the_recommended_batch(shortest_s: float, size: int) -> None:
