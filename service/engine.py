@@ -136,7 +136,7 @@ class Engine:
     ) -> list[Answer]:
         """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
-        Raises ModelNotFound, QueueFull, NotReady, Draining, DeadlineExceeded; an image's own error stands in its place.
+        Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded; an image's own error stands in its place.
         """
         bound = [self._bind(name) for name in dict.fromkeys(models)] or [self._bind(None)]
         wanted: dict[LoadedBackbone, list[Part]] = {}
@@ -210,15 +210,10 @@ class Engine:
             try:
                 async with asyncio.timeout(timeout_s):
                     rows = await asyncio.gather(*(self._row(data, wanted, deadline) for data in files))
-            except TimeoutError:
+                return _answered(rows)
+            except (TimeoutError, DeadlineExceeded):
                 self.metrics.reject("deadline")
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
-        answered: list[_Row | ModelError] = []
-        for row in rows:
-            if isinstance(row, ServiceError):  # what befell the server, not the image: nobody gets half an answer
-                raise row
-            answered.append(row)
-        return answered
 
     async def _row(
         self, data: bytes, wanted: dict[LoadedBackbone, list[Part]], deadline: float
@@ -301,7 +296,9 @@ class Engine:
             self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
             stale = [name for name in plan.names if not self._is_current(name, plan)]
             to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
-            self._loading = set(stale)
+            self._loading = {
+                name for name in stale if name not in self._failures
+            }  # a pull that failed is not under way
             await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
             self._served = {n: served for n, served in self._served.items() if n in plan.names}
             self.metrics.serve(
@@ -362,6 +359,16 @@ class Engine:
 def _features(features: Tensor) -> Tensor:
     """The part that `embed` asks for: the features themselves."""
     return features
+
+
+def _answered(rows: Sequence[_Row | ModelError | ServiceError]) -> list[_Row | ModelError]:
+    """The rows; raises what befell the server and not an image: nobody gets half an answer."""
+    answered: list[_Row | ModelError] = []
+    for row in rows:
+        if isinstance(row, ServiceError):
+            raise row
+        answered.append(row)
+    return answered
 
 
 def _slowest(rows: Sequence[_Row | ModelError]) -> Timings:

@@ -278,6 +278,21 @@ async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeyp
     engine.close()
 
 
+async def test_a_failed_pull_stays_failed_when_another_succeeds(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = store.config("a").backbones[0]
+
+    def pull(self: Loader, name: str) -> int:
+        if name == "p":
+            raise DownloadError("no network")
+        return add_head(store, name, ref, 84, classes=2)
+
+    monkeypatch.setattr(Loader, "_pull", pull)
+    async with serving(store, models=("a", "p", "q"), pull_missing=True) as engine:
+        assert {model.name: model.state for model in engine.models()} == {"a": "ready", "p": "failed", "q": "ready"}
+
+
 async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store: ModelStore) -> None:
     async with serving(store) as engine:
         add_head(store, "b", store.config("b").backbones[0], 84, classes=2, seed=9)

@@ -24,10 +24,8 @@ from models.runtime.options import Candidate, EngineName, Options, Precision
 log = logging.getLogger(__name__)
 
 ENOUGH = 0.9  # of the best throughput: the smallest batch that reaches it answers soonest; rates differ by 5 % from run to run
-SHORTEST_BATCH_SECONDS = {
-    "cpu": 0.05,
-    "cuda": 0.005,
-}  # below it, what the server adds to each batch (0.5 ms and more) would show
+# Below it, what the server adds to each batch (0.5 ms and more) would show.
+SHORTEST_BATCH_SECONDS = {"cpu": 0.05, "cuda": 0.005}
 LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the batch under way and then for its own
 LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 TINY_PIXELS = 64 * 64  # images up to this size go in batches twice as large
