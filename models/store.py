@@ -201,22 +201,6 @@ class ModelStore:
                 previous=serving.previous | {name: current},
             )
 
-    def restore(self, name: str, before: Serving) -> Serving:
-        """Takes back an activation or a rollback of this model, its rollback target included.
-
-        Other models stay as they are now, and what was removed since then stays removed.
-        """
-        with self._locked():
-            serving, there = self.serving(), self.versions(name)
-            served, previous = (
-                {name: then[name]} if then.get(name) in there else {} for then in (before.models, before.previous)
-            )
-            return self._record(
-                default=before.default if serving.default == name else serving.default,
-                models=_without(serving.models, name) | served,
-                previous=_without(serving.previous, name) | previous,
-            )
-
     def set_default(self, name: str) -> Serving:
         """The model that answers when a request names none. It must be served."""
         with self._locked():

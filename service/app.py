@@ -1,6 +1,5 @@
 """`create_app` assembles the service: settings, engine, store, routes, middleware. Nothing else happens here."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -92,7 +91,6 @@ def _state(
         store=store,
         metrics=metrics,
         keys=keys or Keys.of(settings),
-        swapping=asyncio.Lock(),
     )
 
 

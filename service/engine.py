@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from models import images
 from models.classifier import Preprocessing
-from models.errors import ImageError, ModelError, ModelNotFound
+from models.errors import ImageError, ModelError, ModelNotFound, NameConflict, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service.answers import Answer, Embedding, Prediction, Timings, best
@@ -60,6 +61,7 @@ class Engine:
         self._loading: set[str] = set()
         self._store_error: str | None = None
         self._sync_lock = asyncio.Lock()
+        self._pulls: dict[str, asyncio.Task[None]] = {}
         self._first_sync: asyncio.Task[None] | None = None
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -87,6 +89,8 @@ class Engine:
         assert self._first_sync is not None, "start() comes first"  # noqa: S101
         async with asyncio.timeout(timeout_s):
             await asyncio.shield(self._first_sync)
+            while pulls := list(self._pulls.values()):
+                await asyncio.wait(pulls)
         if not self.ready:
             raise NotReady(self.not_ready_reason())
 
@@ -125,6 +129,8 @@ class Engine:
     def close(self) -> None:
         if self._first_sync is not None:
             self._first_sync.cancel()
+        for pull in self._pulls.values():
+            pull.cancel()
         self.batcher.close()
         self._loader.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
@@ -276,13 +282,59 @@ class Engine:
     async def sync(self) -> None:
         """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
 
-        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled, one
-        after the other, after everything else serves, if the setting `pull_missing` says so.
+        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
+        background, one after the other, if the setting `pull_missing` says so.
         """
-        missing = await self._load_stored()
-        for name in missing:
+        for name in await self._load_stored():
+            if name not in self._pulls:
+                self._pulls[name] = asyncio.create_task(self._pull(name))
+
+    async def _pull(self, name: str) -> None:
+        try:
             if await self._attempt(name, self._loader.pull(name)) is not None:
                 await self._load_stored()
+        finally:
+            del self._pulls[name]
+
+    async def activate(self, name: str, version: int) -> ModelStatus:
+        """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
+
+        Raises ModelNotFound, NameConflict (the setting `models` names others) and WeightsError; then everything is as it was.
+        """
+        return await self._serve(name, version, partial(self.store.activate, name, version))
+
+    async def rollback(self, name: str) -> ModelStatus:
+        """The same with the version that served before. Raises NameConflict also where there is none."""
+        serving = await asyncio.to_thread(self.store.serving)
+        before = serving.previous.get(name)
+        if before is None:
+            await asyncio.to_thread(self.store.rollback, name)  # says why it cannot
+            raise NameConflict(f"{name!r} was changed by someone else at the same moment; look at GET /models")
+        return await self._serve(name, before, partial(self.store.rollback, name))
+
+    async def _serve(self, name: str, version: int, record: Callable[[], object]) -> ModelStatus:
+        async with self._sync_lock:
+            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+            if self.settings.models and name not in plan.names:
+                raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
+            served = await self._loaded(name, version)
+            await asyncio.to_thread(record)
+            self._failures.pop(name, None)
+            self._served = {**self._served, name: served}
+            self._default = self._default or name
+            self._announce()
+        return self.model(name)
+
+    async def _loaded(self, name: str, version: int) -> Served:
+        started = time.monotonic()
+        try:
+            served = await self._loader.load(name, version, self.batcher)
+        except ModelNotFound:
+            raise
+        except (ModelError, ServiceError) as error:
+            raise WeightsError(f"version {version} could not be loaded: {error}") from error
+        self.metrics.swap_seconds.observe(time.monotonic() - started)
+        return served
 
     async def _load_stored(self) -> list[str]:
         """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
@@ -301,14 +353,17 @@ class Engine:
             }  # a pull that failed is not under way
             await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
             self._served = {n: served for n, served in self._served.items() if n in plan.names}
-            self.metrics.serve(
-                (name, served.config.version, backbone.ref.key)
-                for name, served in self._served.items()
-                for backbone in served.backbones
-            )
+            self._announce()
             if stale:
                 self.metrics.swap_seconds.observe(time.monotonic() - started)
             return to_pull
+
+    def _announce(self) -> None:
+        self.metrics.serve(
+            (name, served.config.version, backbone.ref.key)
+            for name, served in self._served.items()
+            for backbone in served.backbones
+        )
 
     def _is_current(self, name: str, plan: ServingPlan) -> bool:
         """By the whole configuration: a model that was removed and published anew begins at version 1 again."""

@@ -1,6 +1,5 @@
 """What the lifespan builds and every request may ask for."""
 
-import asyncio
 from typing import Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
@@ -20,7 +19,6 @@ class State(TypedDict):
     store: ModelStore
     metrics: Metrics
     keys: Keys
-    swapping: asyncio.Lock  # held while a version is being swapped in: one at a time
 
 
 def state_of(request: Request) -> State:

@@ -11,7 +11,15 @@ import httpx
 import torch
 from starlette.types import Receive, Scope, Send
 
-from models.errors import EmptyImage, InvalidImage, ModelError, ModelNotFound, NameConflict, UnsupportedImage
+from models.errors import (
+    EmptyImage,
+    InvalidImage,
+    ModelError,
+    ModelNotFound,
+    NameConflict,
+    UnsupportedImage,
+    WeightsError,
+)
 from models.store import ModelStore, Serving
 from service.answers import Answer, Embedding, Prediction, Timings
 from service.app import create_app
@@ -45,10 +53,6 @@ class FakeStore(ModelStore):
         if version > 2:
             raise ModelNotFound(f"no version {version}")
         self.version = version
-        return self.serving()
-
-    def restore(self, name: str, before: Serving) -> Serving:
-        self.version = before.models[name]
         return self.serving()
 
     def rollback(self, name: str) -> Serving:
@@ -138,6 +142,16 @@ class FakeEngine(Engine):
         version = self.store.serving().models.get("pets", self.version)
         if version not in self.broken:
             self.version = version
+
+    async def activate(self, name: str, version: int) -> ModelStatus:
+        if version in self.broken:
+            raise WeightsError(f"version {version} could not be loaded")
+        self.version = self.store.activate(name, version).models[name]
+        return self.model(name)
+
+    async def rollback(self, name: str) -> ModelStatus:
+        self.version = self.store.rollback(name).models[name]
+        return self.model(name)
 
     def models(self) -> list[ModelStatus]:
         return [self.model("pets")]

@@ -219,6 +219,15 @@ def test_activate_and_rollback(store: ModelStore) -> None:
     assert store.serving().models == {"digits": 2}
 
 
+def test_default(store: ModelStore) -> None:
+    publish(store)
+    publish(store, "other")
+    store.activate("other", 1)
+    assert imago("models", "default", "other").exit_code == 0
+    assert store.serving().default == "other"
+    assert "not served" in imago("models", "default", "nobody").stderr
+
+
 def test_remove(store: ModelStore) -> None:
     publish(store)
     assert imago("models", "remove", "digits@1").exit_code == 1  # served

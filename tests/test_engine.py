@@ -16,12 +16,21 @@ from PIL import Image
 
 from models import architectures, images
 from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing
-from models.errors import DownloadError, EmptyImage, InvalidImage, ModelNotFound, OutOfMemory
+from models.errors import (
+    DownloadError,
+    EmptyImage,
+    InvalidImage,
+    ModelNotFound,
+    NameConflict,
+    OutOfMemory,
+    WeightsError,
+)
 from models.store import ModelStore
 from service.answers import Answer, Prediction
+from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import DeadlineExceeded, NotReady, QueueFull
-from service.loaded import Loader
+from service.loaded import Loader, Served
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -45,11 +54,14 @@ def add_backbone(
     return store.put_backbone(architecture, network.backbone.eval(), kind), network.feature_dim
 
 
-def add_head(store: ModelStore, name: str, ref: Any, dim: int, classes: int, seed: int = 0) -> int:
+def add_head(
+    store: ModelStore, name: str, ref: Any, dim: int, classes: int, seed: int = 0, activate: bool = True
+) -> int:
     torch.manual_seed(seed)
     head = Head(HeadConfig(layers=(LayerConfig(in_features=dim),)), classes)
     version = store.publish(name, [ref], head, [f"{name}{i}" for i in range(classes)]).version
-    store.activate(name, version)
+    if activate:
+        store.activate(name, version)
     return version
 
 
@@ -71,7 +83,7 @@ def store(tmp_path: Path) -> ModelStore:
 
 
 @asynccontextmanager
-async def serving(store: ModelStore, **flags: Any) -> AsyncIterator[Engine]:
+async def serving(store: ModelStore, ready: bool = True, **flags: Any) -> AsyncIterator[Engine]:
     plain = {
         "weights": store.root,
         "data": store.root.parent / "data",
@@ -83,7 +95,8 @@ async def serving(store: ModelStore, **flags: Any) -> AsyncIterator[Engine]:
     engine = Engine(settings, store, Metrics())
     engine.start()
     try:
-        await engine.wait_ready(60)
+        if ready:
+            await engine.wait_ready(60)
         yield engine
     finally:
         engine.close()
@@ -345,6 +358,79 @@ async def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore) ->
         [answer] = await engine.predict([picture(1)], ["a"])
         assert answer.version == 1
         assert engine.model("a").error
+
+
+async def test_activate_and_roll_back(store: ModelStore) -> None:
+    ref = store.config("a").backbones[0]
+    async with serving(store) as engine:
+        add_head(store, "a", ref, store.load_backbone(ref).feature_dim, classes=3, activate=False)
+        assert (await engine.activate("a", 2)).version == 2
+        assert (await engine.predict([picture(1)], ["a"]))[0].version == 2
+        assert (await engine.rollback("a")).version == 1
+        assert store.serving().previous == {"a": 2}
+        with pytest.raises(NameConflict, match="no previous version"):
+            await engine.rollback("b")
+
+
+async def test_a_version_is_recorded_only_when_it_has_been_tried(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = store.config("a").backbones[0]
+    version = add_head(store, "a", ref, store.load_backbone(ref).feature_dim, classes=3, activate=False)
+    recorded: list[int] = []
+    load = Loader.load
+
+    async def watched(self: Loader, name: str, version: int | None, batcher: Batcher) -> Served:
+        served = await load(self, name, version, batcher)
+        recorded.append(store.serving().models["a"])
+        return served
+
+    async with serving(store, models=("a",)) as engine:
+        monkeypatch.setattr(Loader, "load", watched)
+        await engine.activate("a", version)
+        assert (recorded, store.serving().models["a"]) == ([1], version)
+
+
+@pytest.mark.parametrize(("name", "version"), [("a", 2), ("new", 1)])
+async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, name: str, version: int) -> None:
+    ref = store.config("a").backbones[0]
+    head = Head(HeadConfig(layers=(LayerConfig(in_features=store.load_backbone(ref).feature_dim + 1),)), 2)
+    store.publish(name, [ref], head, ["x", "y"])
+    before = store.serving()
+    async with serving(store) as engine:
+        with pytest.raises(WeightsError, match=f"version {version} could not be loaded"):
+            await engine.activate(name, version)
+        assert store.serving() == before
+        assert (await engine.predict([picture(1)], ["a"]))[0].version == 1
+
+
+async def test_a_model_that_the_setting_leaves_out_is_not_activated(store: ModelStore) -> None:
+    before = store.serving()
+    async with serving(store, models=("a",)) as engine:
+        with pytest.raises(NameConflict, match="setting `models`"):
+            await engine.activate("b", 1)
+        assert store.serving() == before
+
+
+async def test_the_first_model_of_an_empty_server_is_its_default(store: ModelStore) -> None:
+    for name in ("a", "b", "c"):
+        store.deactivate(name)
+    async with serving(store, ready=False) as engine:
+        await engine.activate("b", 1)
+        assert engine.ready
+        assert (await engine.predict([picture(1)]))[0].model == "b"
+
+
+async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(Loader, "_pull", lambda self, name: release.wait(30))
+    async with serving(store, ready=False, models=("a", "p"), pull_missing=True) as engine:
+        async with asyncio.timeout(20):
+            while not engine.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await engine.sync()
+        assert engine.model("p").state == "loading"
+        release.set()
 
 
 async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from models import architectures, backbones
 from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
-from models.store import ModelStore, Serving
+from models.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
 CLASSES = ["a", "b", "c"]
@@ -302,25 +302,6 @@ def test_rollback_says_why_it_cannot(store: ModelStore) -> None:
     store.activate("digits", 1)
     with pytest.raises(NameConflict, match="no previous version"):
         store.rollback("digits")
-
-
-def test_restoring_takes_one_activation_back_and_leaves_other_models_alone(store: ModelStore) -> None:
-    for version in (1, 2, 3):
-        publish(store)
-        before = store.serving()
-        store.activate("digits", version)
-    publish(store, "other")
-    store.activate("other", 1)
-    expected = {"default": "digits", "models": {"other": 1, "digits": 2}, "previous": {"digits": 1}}
-    assert store.restore("digits", before).model_dump() == expected
-    assert store.restore("digits", Serving()).model_dump() == {"default": None, "models": {"other": 1}, "previous": {}}
-
-
-def test_restoring_does_not_bring_back_what_was_removed(store: ModelStore) -> None:
-    publish(store)
-    before = store.activate("digits", 1)
-    store.remove("digits")
-    assert store.restore("digits", before) == Serving()
 
 
 def test_the_default_is_the_first_until_another_is_set(store: ModelStore) -> None:

@@ -134,6 +134,15 @@ def rollback(name: str, **flags: Any) -> None:
     changed(f"{name}@{serving.models[name]} is the version to serve")
 
 
+@command.command("default", epilog="Example: imago models default mine")
+@click.argument("name")
+@settings_options("weights")
+def default(name: str, **flags: Any) -> None:
+    """Answer with this model where a request names none. It must be served."""
+    open_store(flags).set_default(name)
+    changed(f"{name} is the default")
+
+
 def open_store(flags: dict[str, Any]) -> "ModelStore":
     from models.store import ModelStore
 

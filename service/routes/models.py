@@ -1,21 +1,18 @@
 """`/models`: what is served, for users; what the store holds and which version serves, for admins."""
 
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
 from models.classifier import NAME_PATTERN
-from models.errors import ModelNotFound, WeightsError
-from models.store import Serving
+from models.errors import ModelNotFound
 from service.auth import require_admin
 from service.loaded import ModelStatus
 from service.schemas import ERROR_ANSWERS, MODEL_EXAMPLE, Activate, ModelList, json_answer
-from service.state import EngineDep, StoreDep, state_of
+from service.state import EngineDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
@@ -54,15 +51,15 @@ async def sync_models(engine: EngineDep) -> ModelList:
 
 
 @admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})
-async def activate_model(request: Request, name: Name, body: Activate) -> ModelStatus:
+async def activate_model(name: Name, body: Activate, engine: EngineDep) -> ModelStatus:
     """Loads the version beside the one that serves, tries it, and swaps; requests under way keep theirs. 422 if it cannot be loaded."""
-    return await _serve(request, name, partial(state_of(request)["store"].activate, name, body.version))
+    return await engine.activate(name, body.version)
 
 
 @admin_router.post("/models/{name}/rollback", summary="Serve the version before", responses={200: SHOWN})
-async def roll_back_model(request: Request, name: Name) -> ModelStatus:
+async def roll_back_model(name: Name, engine: EngineDep) -> ModelStatus:
     """Swaps back to the version that served before this one. 409 if there is none."""
-    return await _serve(request, name, partial(state_of(request)["store"].rollback, name))
+    return await engine.rollback(name)
 
 
 @admin_router.delete("/models/{name}", summary="Remove a model", status_code=204)
@@ -77,20 +74,3 @@ async def remove_version(name: Name, version: Version, engine: EngineDep, store:
     """409 if it serves."""
     await run_in_threadpool(store.remove, name, version)
     await engine.sync()
-
-
-async def _serve(request: Request, name: str, change: Callable[[], Serving]) -> ModelStatus:
-    """Changes what the store says is served, one change at a time, and undoes it where the new version fails to load (WeightsError)."""
-    state = state_of(request)
-    engine, store = state["engine"], state["store"]
-    async with state["swapping"]:
-        before = await run_in_threadpool(store.serving)
-        version = (await run_in_threadpool(change)).models[name]
-        await engine.sync()
-        status = next((status for status in engine.models() if status.name == name), None)
-        if status is not None and status.version == version:
-            return status
-        await run_in_threadpool(store.restore, name, before)
-        await engine.sync()
-    reason = status.error if status is not None else "the setting `models` names others"
-    raise WeightsError(f"version {version} could not be loaded: {reason}")
