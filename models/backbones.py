@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import architectures, files, tensors
-from models.classifier import Backbone, BackboneRef, Preprocessing
+from models.classifier import Backbone, BackboneRef, Preprocessing, Tap
 from models.errors import WeightsError
 from models.records import CONFIG, read_record, to_json
 
@@ -39,7 +39,7 @@ class BackboneShelf:
         module = skeleton(ref.architecture, ref.preprocessing)
         tensors.load(module, path, ref.sha256)
         _fill_buffers(module, ref)
-        module.eval().requires_grad_(False)
+        module = _tapped(module, ref).eval().requires_grad_(False)
         return Backbone(ref, module, _feature_dim(module, ref.preprocessing, path))
 
     def size(self, ref: BackboneRef) -> int:
@@ -113,6 +113,15 @@ class BackboneShelf:
 def skeleton(architecture: str, preprocessing: Preprocessing) -> nn.Module:
     """The network on the meta device, without memory for its weights, in eval mode. Raises ArchitectureNotFound."""
     return architectures.create_backbone(architecture, preprocessing.channels).eval()
+
+
+def _tapped(module: nn.Module, ref: BackboneRef) -> nn.Module:
+    if ref.output is None:
+        return module
+    names = [name for name, _ in module.named_modules() if name]
+    if ref.output not in names:
+        raise WeightsError(f"{ref.architecture} has no module {ref.output!r}; it has {', '.join(names)[:2000]}")
+    return Tap(module, ref.output)
 
 
 @torch.inference_mode()

@@ -52,11 +52,15 @@ class Preprocessing(Record):
 
 
 class BackboneRef(Record):
-    """Which backbone a model stands on: `sha256` is the hash of its weights file in the store."""
+    """Which backbone a model stands on: `sha256` is the hash of its weights file in the store.
+
+    `output` names the module whose output, averaged over its positions, are the features; None: all of the network.
+    """
 
     architecture: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     preprocessing: Preprocessing
+    output: str | None = None
 
     @property
     def key(self) -> str:
@@ -188,6 +192,25 @@ class Head(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         """One (N, D) per backbone -> class scores (N, classes), to train on."""
         return self.scores([self.part(i, f) for i, f in enumerate(features)])
+
+
+class Tap(nn.Module):
+    """The output of a network's module `name`, (N, D, ...) -> (N, D) by the mean over whatever follows. To be called from one thread."""
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        super().__init__()
+        self.network = network
+        self._tapped: Tensor | None = None
+        network.get_submodule(name).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._tapped = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.network(images)
+        assert self._tapped is not None  # noqa: S101  (its hook has just run)
+        features, self._tapped = self._tapped, None
+        return features.flatten(2).mean(dim=2) if features.ndim > 2 else features
 
 
 @dataclass(frozen=True, eq=False)

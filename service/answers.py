@@ -11,6 +11,15 @@ from models.errors import ModelError
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An image's bytes, and the probabilities by class index that they are known to get."""
+
+    name: str
+    data: bytes
+    probabilities: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The best classes of one image, best first."""
 

@@ -23,9 +23,10 @@ from service.errors import (
     UnknownField,
     ValidationFailed,
 )
+from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Edge, Traffic, UserCORS
-from service.routes import models, ops, predict
+from service.routes import finetune, models, ops, predict
 from service.routes.upload import printable
 from service.settings import Settings
 from service.state import State
@@ -40,17 +41,20 @@ def create_app(
     metrics: Metrics | None = None,
     keys: Keys | None = None,
     traffic: Traffic | None = None,
+    jobs: Jobs | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine and closes it, and makes of the settings whatever is not given."""
     metrics = metrics or Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        state = _state(settings, engine, store, metrics, keys)
+        state = _state(settings, engine, store, metrics, keys, jobs)
         state["engine"].start()
+        state["jobs"].start()
         try:
             yield state
         finally:
+            await state["jobs"].close()
             state["engine"].close()
 
     app = FastAPI(
@@ -68,6 +72,7 @@ def create_app(
     app.include_router(predict.router, dependencies=user)
     app.include_router(models.router, dependencies=user)
     app.include_router(models.admin_router)
+    app.include_router(finetune.router)
     app.include_router(ops.router)
     app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic())
     if settings.cors_origins:
@@ -82,15 +87,22 @@ def create_app(
 
 
 def _state(
-    settings: Settings, engine: Engine | None, store: ModelStore | None, metrics: Metrics, keys: Keys | None
+    settings: Settings,
+    engine: Engine | None,
+    store: ModelStore | None,
+    metrics: Metrics,
+    keys: Keys | None,
+    jobs: Jobs | None,
 ) -> State:
     store = store or ModelStore(settings.weights)
+    engine = engine or Engine(settings, store, metrics)
     return State(
         settings=settings,
-        engine=engine or Engine(settings, store, metrics),
+        engine=engine,
         store=store,
         metrics=metrics,
         keys=keys or Keys.of(settings),
+        jobs=jobs or Jobs(settings, engine, store),
     )
 
 

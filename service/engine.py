@@ -24,7 +24,7 @@ from models.classifier import Preprocessing
 from models.errors import ImageError, ModelError, ModelNotFound, NameConflict, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
-from service.answers import Answer, Embedding, Prediction, Timings, best
+from service.answers import Answer, Embedding, Prediction, Sample, Timings, best
 from service.batcher import Batcher, Output, Part
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.loaded import LoadedBackbone, Loader, ModelStatus, Served, ServingPlan, describe, plan_serving
@@ -34,6 +34,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PARITY = 0.05  # of a probability, between training in float32 and serving, which may be in bfloat16
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,14 @@ class Engine:
         Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded; an image's own error stands in its place.
         """
         bound = [self._bind(name) for name in dict.fromkeys(models)] or [self._bind(None)]
+        answers = await self._answers(files, bound, k, timeout_ms)
+        for result in (result for answer in answers for result in answer.results):
+            self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
+        return answers
+
+    async def _answers(
+        self, files: Sequence[bytes], bound: Sequence[Served], k: int, timeout_ms: int | None = None
+    ) -> list[Answer]:
         wanted: dict[LoadedBackbone, list[Part]] = {}
         slots: list[list[tuple[LoadedBackbone, int]]] = []  # for each model, where the values of its parts will stand
         for served in bound:
@@ -157,8 +167,6 @@ class Engine:
         for served, places in zip(bound, slots, strict=True):
             results = await self._results(served, places, rows, k)
             answers.append(Answer(served.config.name, served.config.version, results, _slowest(rows)))
-            for result in results:
-                self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
         return answers
 
     async def _results(
@@ -296,12 +304,13 @@ class Engine:
         finally:
             del self._pulls[name]
 
-    async def activate(self, name: str, version: int) -> ModelStatus:
+    async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
         """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
 
-        Raises ModelNotFound, NameConflict (the setting `models` names others) and WeightsError; then everything is as it was.
+        Each of `samples` must get the probabilities that it is said to have, from its bytes on. Raises ModelNotFound, NameConflict
+        (the setting `models` names others) and WeightsError; then everything is as it was.
         """
-        return await self._serve(name, version, partial(self.store.activate, name, version))
+        return await self._serve(name, version, partial(self.store.activate, name, version), samples)
 
     async def rollback(self, name: str) -> ModelStatus:
         """The same with the version that served before. Raises NameConflict also where there is none."""
@@ -312,12 +321,15 @@ class Engine:
             raise NameConflict(f"{name!r} was changed by someone else at the same moment; look at GET /models")
         return await self._serve(name, before, partial(self.store.rollback, name))
 
-    async def _serve(self, name: str, version: int, record: Callable[[], object]) -> ModelStatus:
+    async def _serve(
+        self, name: str, version: int, record: Callable[[], object], samples: Sequence[Sample] = ()
+    ) -> ModelStatus:
         async with self._sync_lock:
             plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
             if self.settings.models and name not in plan.names:
                 raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
             served = await self._loaded(name, version)
+            await self._compare(served, samples)
             await asyncio.to_thread(record)
             self._failures.pop(name, None)
             self._served = {**self._served, name: served}
@@ -335,6 +347,18 @@ class Engine:
             raise WeightsError(f"version {version} could not be loaded: {error}") from error
         self.metrics.swap_seconds.observe(time.monotonic() - started)
         return served
+
+    async def _compare(self, served: Served, samples: Sequence[Sample]) -> None:
+        """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
+        if not samples:
+            return
+        [answer] = await self._answers([s.data for s in samples], [served], len(served.config.classes))
+        for sample, found in zip(samples, answer.results, strict=True):
+            if isinstance(found, ModelError):
+                raise WeightsError(f"{sample.name}, an image of its training, is refused here: {found}")
+            off = max(abs(p - sample.probabilities[i]) for i, p in zip(found.indices, found.probabilities, strict=True))
+            if off > PARITY:
+                raise WeightsError(f"{sample.name} gets other probabilities here than in training: by up to {off:.3f}")
 
     async def _load_stored(self) -> list[str]:
         """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""

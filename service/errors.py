@@ -123,6 +123,57 @@ class PathNotAllowed(ServiceError):
     code = "path_not_allowed"
 
 
+# Jobs
+
+
+class JobNotFound(ServiceError):
+    """No job with that id."""
+
+    code = "job_not_found"
+
+
+class ReportNotFound(ServiceError):
+    """The job has no report, or none yet."""
+
+    code = "report_not_found"
+
+
+class JobFinished(ServiceError):
+    """The job is at its end, or about to be: too late to cancel or stop it."""
+
+    code = "job_finished"
+
+
+class JobNotStarted(ServiceError):
+    """The job still waits, so that it has nothing to keep."""
+
+    code = "job_not_started"
+
+
+class JobActive(ServiceError):
+    """The job is not at its end yet, and cannot be deleted."""
+
+    code = "job_active"
+
+
+class IdempotencyMismatch(ServiceError):
+    """An Idempotency-Key that came with another request before."""
+
+    code = "idempotency_mismatch"
+
+
+class InsufficientStorage(ServiceError):
+    """Less free disk than a job may need."""
+
+    code = "insufficient_storage"
+
+
+class TrainerUnavailable(ServiceError):
+    """The jobs database cannot be used, or belongs to another server."""
+
+    code = "trainer_unavailable"
+
+
 # What the server can take on now
 
 
@@ -191,6 +242,14 @@ STATUS: dict[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     PathNotAllowed: 403,
+    JobNotFound: 404,
+    ReportNotFound: 404,
+    JobFinished: 409,
+    JobNotStarted: 409,
+    JobActive: 409,
+    IdempotencyMismatch: 409,
+    InsufficientStorage: 507,
+    TrainerUnavailable: 503,
     QueueFull: 429,
     NotReady: 503,
     Draining: 503,
@@ -202,6 +261,12 @@ STATUS: dict[type[Exception], int] = {
 def status_of(error: model.ModelError | ServiceError) -> int:
     """The HTTP status of an error raised on purpose. KeyError means that the table misses a row."""
     return STATUS[type(error)]
+
+
+def error_of(code: str, message: str) -> model.ModelError:
+    """The error that another process of ours reported by its code; what has no class of its own is a TrainingError."""
+    kinds = (kind for kind in STATUS if issubclass(kind, model.ModelError) and kind.code == code)
+    return next(kinds, model.TrainingError)(message)
 
 
 def envelope(code: str, message: str, param: str | None = None, request_id: str | None = None) -> dict[str, Any]:

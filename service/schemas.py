@@ -1,10 +1,11 @@
 """What the API says and hears: JSON bodies, and the documented shapes of answers, which the hot path builds as plain dicts."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.classifier import NAME_PATTERN
+from service.jobs import Job
 from service.loaded import ModelStatus
 
 
@@ -71,6 +72,36 @@ class ModelList(BaseModel):
     models: list[ModelStatus]
 
 
+class JobList(BaseModel):
+    """Jobs from the latest on; for the next page, `after` is the id of the last one here."""
+
+    object: Literal["list"] = "list"
+    data: list[Job]
+    has_more: bool
+
+
+class JobEvent(BaseModel):
+    """A sign of life of a job; what it has no value for is left out."""
+
+    seq: int = Field(description="Ascending, from 1")
+    at: str = Field(description="When, in ISO 8601")
+    level: str | None = Field(None, description="info, warning or error")
+    status: str | None = Field(None, description="Where the status has changed: the new one")
+    phase: str | None = None
+    progress: float | None = Field(None, description="Of the phase, from 0 to 1")
+    epoch: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    accuracy: float | None = None
+    message: str | None = None
+
+
+class EventList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[JobEvent]
+    has_more: bool
+
+
 class Activate(BaseModel):
     """Which version is to serve."""
 
@@ -114,6 +145,38 @@ MODEL_EXAMPLE = {
     "version": 1,
     "error": None,
     "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
+
+JOB_EXAMPLE = {
+    "id": "ftjob-0f8fad5bd9cb469fa16570867728950e",
+    "object": "fine_tuning.job",
+    "created_at": "2026-11-22T09:30:00Z",
+    "started_at": "2026-11-22T09:30:01Z",
+    "finished_at": None,
+    "status": "running",
+    "terminal": False,
+    "phase": "features",
+    "progress": 0.41,
+    "eta_seconds": 12.5,
+    "queue_position": None,
+    "stop_reason": None,
+    "attempt": 1,
+    "request": {"dataset": "hymenoptera.zip", "name": "bees", "mode": "head", "deploy": "gate"},
+    "effective": None,
+    "error": None,
+    "model": None,
+    "version": None,
+    "deployment": None,
+}
+EVENT_EXAMPLE = {
+    "seq": 7,
+    "at": "2026-11-22T09:30:04.120+00:00",
+    "level": "info",
+    "phase": "train",
+    "progress": 0.5,
+    "epoch": 4,
+    "loss": 0.31,
+    "accuracy": 0.93,
 }
 
 

@@ -95,6 +95,26 @@ class Settings(BaseSettings):
         None, ge=1, le=4096, description="Most images in one forward pass; by default measured"
     )
 
+    # Fine-tuning
+    jobs_database: SecretStr | None = Field(
+        None,
+        description="URL of a PostgreSQL database for the jobs; by default they are in jobs.sqlite in the data folder",
+    )
+    server_name: str = Field(
+        "imago",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Name of this server among those that share `jobs_database`: each goes on with its own jobs after a restart",
+    )
+    max_queued_jobs: int = Field(100, ge=1, description="Most fine-tuning jobs waiting; beyond it requests get 429")
+    trainer_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of a fine-tuning job; by default half of the cores"
+    )
+    trainer_memory_mb: int | None = Field(
+        None,
+        ge=64,
+        description="Most memory of a fine-tuning job, in megabytes; beyond it the job fails. By default no limit",
+    )
+
     # Admission
     max_queue_images: int = Field(
         1024, ge=1, description="Most images waiting in the server; beyond it requests get 429"
@@ -185,6 +205,11 @@ class Settings(BaseSettings):
     def decoders(self) -> int:
         """Threads that decode: as many as this process has cores, unless told."""
         return self.decode_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def trainer_cores(self) -> int:
+        """Threads that a training run computes with: half of this process's cores, at least one, unless told."""
+        return self.trainer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def _refuse_unknown(variables: Mapping[str, Any] | Iterable[str], fields: set[str], where: str) -> None:

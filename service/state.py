@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 from models.store import ModelStore
 from service.auth import Keys
 from service.engine import Engine
+from service.jobs import Jobs
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -19,6 +20,7 @@ class State(TypedDict):
     store: ModelStore
     metrics: Metrics
     keys: Keys
+    jobs: Jobs
 
 
 def state_of(request: Request) -> State:
@@ -41,6 +43,11 @@ async def get_metrics(request: Request) -> Metrics:
     return state_of(request)["metrics"]
 
 
+async def get_jobs(request: Request) -> Jobs:
+    return state_of(request)["jobs"]
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 StoreDep = Annotated[ModelStore, Depends(get_store)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
+JobsDep = Annotated[Jobs, Depends(get_jobs)]

@@ -26,7 +26,7 @@ from models.errors import (
     WeightsError,
 )
 from models.store import ModelStore
-from service.answers import Answer, Prediction
+from service.answers import Answer, Prediction, Sample
 from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import DeadlineExceeded, NotReady, QueueFull
@@ -402,6 +402,22 @@ async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, n
             await engine.activate(name, version)
         assert store.serving() == before
         assert (await engine.predict([picture(1)], ["a"]))[0].version == 1
+
+
+@pytest.mark.parametrize("off", [pytest.param(0.0, id="equal"), pytest.param(0.2, id="different")])
+async def test_a_version_answers_as_in_training_or_is_not_activated(store: ModelStore, off: float) -> None:
+    version = add_head(store, "a", store.config("a").backbones[0], 84, classes=2, seed=5, activate=False)
+    classifier, data = store.load("a", version), picture(3)
+    pixels = images.decode(data, classifier.backbones[0].ref.preprocessing)[None]
+    first, second = classifier.probabilities([pixels])[0].tolist()
+    samples = [Sample("bee.png", data, [first - off, second + off])]
+    async with serving(store) as engine:
+        if not off:
+            assert (await engine.activate("a", version, samples)).version == version
+            return
+        with pytest.raises(WeightsError, match=r"bee\.png gets other probabilities .* 0\.2"):
+            await engine.activate("a", version, samples)
+        assert store.serving().models["a"] == 1
 
 
 async def test_a_model_that_the_setting_leaves_out_is_not_activated(store: ModelStore) -> None:

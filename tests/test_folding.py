@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.classifier import Tap
 from models.runtime.folding import fold_batch_norm
 
 
@@ -64,3 +65,14 @@ def test_other_threads_go_on_while_a_network_is_folded() -> None:
     stop.set()
     thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("name", ["0", "1"])
+def test_a_tapped_module_keeps_its_output(name: str) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    tap, images = Tap(network, name), torch.randn(2, 3, 8, 8)
+    folded, count = fold_batch_norm(tap, images[:1])
+    assert count == 1
+    torch.testing.assert_close(folded(images), tap(images))

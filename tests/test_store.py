@@ -382,3 +382,22 @@ def test_removing_what_is_not_there(store: ModelStore) -> None:
     publish(store)
     with pytest.raises(ModelNotFound):
         store.remove("digits", 2)
+
+
+def test_the_features_of_a_named_module(tmp_path: Path) -> None:
+    store, network = ModelStore(tmp_path), architectures.create("lenet5", 2)
+    ref = store.put_backbone("lenet5", network.backbone, network.preprocessing)
+    name = next(name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.Conv2d))
+    tapped = store.load_backbone(ref.model_copy(update={"output": name}))
+    images, seen = torch.randn(2, 3, 32, 32), list[torch.Tensor]()
+    network.backbone.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    network.backbone.eval()(images)
+    torch.testing.assert_close(tapped.module(images), seen[0].mean(dim=(2, 3)))
+    assert tapped.feature_dim == seen[0].shape[1]
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    store, network = ModelStore(tmp_path), architectures.create("lenet5", 2)
+    ref = store.put_backbone("lenet5", network.backbone, network.preprocessing)
+    with pytest.raises(WeightsError, match=r"no module 'layer9'; it has "):
+        store.load_backbone(ref.model_copy(update={"output": "layer9"}))

@@ -1,24 +1,34 @@
 import math
+import os
 import zipfile
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_data import PREPROCESSING, SIDE, archive, coloured, folder
+from PIL import Image
+from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
+from models.classifier import Preprocessing
 from models.errors import DatasetError
 from models.training import dataset
-from models.training.dataset import Dataset, load, stratified_split
+from models.training.dataset import Dataset, load, pixels
 
 BAD = {"red/broken.png": b"\x89PNG\r\n\x1a\nnothing"}
+SAME = png((200, 40, 40), 7)
 
 
-def load_all(path: Path, **options: object) -> Dataset:
-    return load(path, PREPROCESSING, **{"val_fraction": 0.25, "seed": 0, **options})  # type: ignore[arg-type]
+def load_all(path: Path, **options: Any) -> Dataset:
+    return load(path, PREPROCESSING, **{"val_fraction": 0.25, "seed": 0, **options})
 
 
 def sizes(data: Dataset) -> list[int]:
     return [len(data.rows[part]) for part in dataset.PARTS]
+
+
+def paths(data: Dataset, part: dataset.Part) -> list[str]:
+    return [data.paths[row] for row in data.rows[part].tolist()]
 
 
 def test_class_folders_are_split_by_class(tmp_path: Path) -> None:
@@ -38,7 +48,7 @@ def test_pixels_are_what_decode_gives_and_in_channels_last_memory(tmp_path: Path
 
 def test_given_parts_are_kept(tmp_path: Path) -> None:
     files = coloured(4, "train/") | coloured(2, "val/", seed=50) | coloured(1, "test/", seed=60)
-    assert sizes(load_all(folder(tmp_path, files))) == [12, 6, 3]
+    assert sizes(load_all(folder(tmp_path, files), test_fraction=0.2)) == [12, 6, 3]
 
 
 def test_without_val_a_part_of_train_is_held_out_and_test_is_left_alone(tmp_path: Path) -> None:
@@ -46,12 +56,22 @@ def test_without_val_a_part_of_train_is_held_out_and_test_is_left_alone(tmp_path
     assert sizes(load_all(folder(tmp_path, files))) == [9, 3, 6]
 
 
+def test_without_test_a_part_of_train_is_held_out_and_val_is_left_alone(tmp_path: Path) -> None:
+    files = coloured(4, "train/") | coloured(2, "val/", seed=60)
+    assert sizes(load_all(folder(tmp_path, files), test_fraction=0.25)) == [9, 6, 3]
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="too little to train on"):
+        load_all(folder(tmp_path, coloured(4)), val_fraction=0.5, test_fraction=0.5)
+
+
 @pytest.mark.parametrize("top", [pytest.param("", id="plain"), pytest.param("photos/", id="wrapped in one folder")])
 def test_a_zip_is_the_same_dataset_as_its_folder(tmp_path: Path, top: str) -> None:
     files = coloured(4, "train/") | coloured(2, "val/", seed=50)
     one = load_all(folder(tmp_path / "dir", files))
     other = load_all(archive(tmp_path / "a.zip", {top + name: content for name, content in files.items()}))
-    assert one.sha256 == other.sha256
+    assert (one.sha256, one.paths, one.digests) == (other.sha256, other.paths, other.digests)
     assert torch.equal(one.pixels, other.pixels)
     assert torch.equal(one.rows["val"], other.rows["val"])
 
@@ -63,23 +83,60 @@ def test_the_hash_follows_the_content(tmp_path: Path) -> None:
     assert load_all(folder(tmp_path / "two", files)).sha256 != one
 
 
-def test_hidden_files_are_no_part_of_it(tmp_path: Path) -> None:
-    hidden = {"__MACOSX/red/000.png": b"x", "red/.DS_Store": b"x", ".git/config": b"x", "README.txt": b"x"}
-    data = load_all(archive(tmp_path / "a.zip", coloured(2) | hidden))
-    assert (data.classes, len(data.pixels), data.bad) == (("blue", "green", "red"), 6, ())
+def test_the_hash_of_a_csv_follows_its_labels(tmp_path: Path) -> None:
+    names = list(coloured(4))
+    folder(tmp_path, coloured(4))
+    lines = [f"{name},{name.split('/')[0]}" for name in names]
+    csv = tmp_path / "list.csv"
+    csv.write_text("\n".join(["path,label", *lines]))
+    one = load_all(csv)
+    csv.write_text("\n".join(["path,label", *reversed(lines)]))
+    assert load_all(csv).sha256 == one.sha256
+    csv.write_text("\n".join(["path,label", *lines[:-1], f"{names[-1]},blue"]))
+    assert load_all(csv).sha256 != one.sha256
 
 
-def test_members_outside_the_archive_are_only_names(tmp_path: Path) -> None:
-    evil = {"../../red/evil.png": b"x", "/red/evil.png": coloured(1)["red/000.png"]}
-    load_all(archive(tmp_path / "a.zip", coloured(9) | evil))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        pytest.param("red/broken.png", b"\x89PNG\r\n\x1a\nnothing", "damaged PNG", id="damaged"),
+        pytest.param("red/half.png", SAME[:-40], "truncated PNG", id="truncated"),
+        pytest.param("red/zero.png", b"", "zero bytes", id="empty"),
+        pytest.param("red/notes.txt", b"buy milk\n", "not an image: text", id="text"),
+    ],
+)
+def test_a_bad_file_is_named_and_has_no_row(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    data = load_all(folder(tmp_path, coloured(4) | {name: content}))
+    assert [file.path for file in data.audit.bad] == [name]
+    assert reason in data.audit.bad[0].reason
+    assert name not in data.paths
+    assert (len(data.paths), len(data.pixels), len(data.labels), sum(sizes(data))) == (12, 12, 12, 12)
 
 
-def test_a_bad_file_is_named_and_left_out(tmp_path: Path) -> None:
-    data = load_all(folder(tmp_path, coloured(4) | BAD))
-    assert [file.path for file in data.bad] == ["red/broken.png"]
-    assert "PNG" in data.bad[0].reason
-    assert sum(sizes(data)) == 12
+def test_rows_stay_with_their_paths_when_bad_files_lie_between(tmp_path: Path) -> None:
+    whole = load_all(folder(tmp_path / "whole", coloured(4)))
+    holes = {"blue/0000.png": b"", "green/0015.png": b"x", "red/0025.png": b"y"}
+    data = load_all(folder(tmp_path / "holes", coloured(4) | holes))
+    assert data.paths == whole.paths
+    assert torch.equal(data.pixels, whole.pixels)
+
+
+def test_links_that_lead_outside_and_pipes_are_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(SAME)
+    root = folder(tmp_path / "d", coloured(6))
+    (root / "red/link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(root / "red/pipe.png")
+    reasons = {file.path: file.reason for file in load_all(root).audit.bad}
+    assert reasons["red/link.png"] == "cannot be read: a link that leads out of the dataset"
+    assert "pipe" in reasons["red/pipe.png"]
+
+
+def test_animations_are_bad_files(tmp_path: Path) -> None:
+    buffer = BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    data = load_all(folder(tmp_path, coloured(4) | {"red/moving.gif": buffer.getvalue()}))
+    assert "animated" in data.audit.bad[0].reason
 
 
 def test_fail_stops_at_a_bad_file(tmp_path: Path) -> None:
@@ -92,23 +149,31 @@ def test_too_many_bad_files_are_no_dataset(tmp_path: Path) -> None:
         load_all(folder(tmp_path, coloured(2) | BAD | {"blue/text.png": b"hello"}))
 
 
-def test_an_encrypted_or_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
+def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", coloured(4))
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as source:
         start = source.getinfo("red/000.png").header_offset
     content[start + 60] ^= 0xFF  # a byte of the first red image: its checksum no longer fits
     path.write_bytes(content)
-    assert [file.path for file in load_all(path).bad] == ["red/000.png"]
+    assert [file.path for file in load_all(path).audit.bad] == ["red/000.png"]
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         pytest.param({}, "0 classes", id="empty"),
-        pytest.param({"red/000.png": coloured(1)["red/000.png"]}, "1 classes", id="one class"),
-        pytest.param(coloured(1), "at least 2 are needed", id="one image per class"),
-        pytest.param(coloured(2, "train/") | {"val/pink/1.png": b"x"}, "val/pink: no such class", id="strange class"),
+        pytest.param({"red/000.png": SAME}, "1 classes", id="one class"),
+        pytest.param(coloured(1), "'blue' has 1 usable .* at least 2 are needed", id="one image per class"),
+        pytest.param(
+            coloured(4) | {"pink/0.png": b"", "pink/1.png": b"x"}, "'pink' has 0 usable training images", id="all bad"
+        ),
+        pytest.param(
+            coloured(4, "train/")
+            | {f"{part}/x/{i}.png": png((9, 9, 9), i) for part in ("train", "val") for i in (1, 2)},
+            "2 more show what is in validation",
+            id="all in validation",
+        ),
     ],
 )
 def test_what_is_no_dataset_says_why(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
@@ -116,28 +181,84 @@ def test_what_is_no_dataset_says_why(tmp_path: Path, files: dict[str, bytes], me
         load_all(folder(tmp_path, files))
 
 
-def test_neither_folder_nor_zip(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"x")
-    with pytest.raises(DatasetError, match="neither a folder nor a zip"):
-        load_all(tmp_path / "a.tar")
+def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
+    (folder(tmp_path, coloured(4)) / "pink").mkdir()
+    with pytest.raises(DatasetError, match="'pink' has 0 usable training images"):
+        load_all(tmp_path)
+
+
+def test_duplicates_share_a_group_and_a_side(tmp_path: Path) -> None:
+    copies = {f"red/copy{i}.png": SAME for i in range(6)}
+    data = load_all(folder(tmp_path, coloured(10) | copies))
+    rows = [row for row, path in enumerate(data.paths) if "copy" in path]
+    assert len(set(data.groups[rows].tolist())) == 1
+    assert sum(bool(torch.isin(torch.tensor(rows), data.rows[part]).any()) for part in dataset.PARTS) == 1
+    assert data.audit.duplicates == (tuple(copies),)
+
+
+def test_training_images_that_are_in_test_are_left_out(tmp_path: Path) -> None:
+    files = coloured(4, "train/") | coloured(2, "test/", seed=60)
+    files["train/red/leak.png"] = files["test/red/000.png"]
+    data = load_all(folder(tmp_path, files))
+    assert data.audit.left_out == ("train/red/leak.png",)
+    assert sizes(data) == [9, 3, 6]
+    assert "train/red/leak.png" in data.paths
+
+
+def test_a_picture_under_two_labels_is_told(tmp_path: Path) -> None:
+    files = coloured(4) | {"red/same.png": SAME, "blue/same.png": SAME}
+    data = load_all(folder(tmp_path, files))
+    assert data.audit.conflicts == (("blue/same.png", "red/same.png"),)
+    assert any("more than one label" in warning for warning in data.audit.warnings)
+
+
+def test_a_class_of_one_picture_trains_all_the_same(tmp_path: Path) -> None:
+    data = load_all(folder(tmp_path, coloured(4) | {f"pink/{i}.png": SAME for i in range(4)}))
+    assert [sum("pink" in path for path in paths(data, part)) for part in dataset.PARTS] == [3, 1, 0]
+    assert any("pink are nearly the same picture" in warning for warning in data.audit.warnings)
+
+
+def test_another_preprocessing_keeps_the_rows(tmp_path: Path) -> None:
+    data = load_all(folder(tmp_path, coloured(4) | BAD))
+    larger = Preprocessing(resize=16, crop=16)
+    found, digests = pixels(tmp_path, data, larger)
+    assert found.shape == (12, 3, 16, 16)
+    assert torch.equal(found.float().mean(dim=(2, 3)).argmax(dim=1), 2 - data.labels)
+    assert len(set(digests)) == 12
+    assert set(digests).isdisjoint(data.digests)
+
+
+def test_a_dataset_that_changed_is_noticed(tmp_path: Path) -> None:
+    data = load_all(folder(tmp_path, coloured(4)))
+    (tmp_path / "red/000.png").write_bytes(SAME)
+    with pytest.raises(DatasetError, match="has changed since the run began"):
+        pixels(tmp_path, data, PREPROCESSING)
 
 
 def test_large_datasets_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load_all(folder(tmp_path, coloured(4)))
+    small = load_all(folder(tmp_path, coloured(4) | BAD))
     monkeypatch.setattr(dataset, "MAX_BYTES_IN_MEMORY", 0)
     assert torch.equal(load_all(tmp_path).pixels, small.pixels)
 
 
-def test_the_split_follows_the_seed() -> None:
-    labels = torch.arange(2).repeat_interleave(50)
-    first, again, other = (stratified_split(torch.arange(100), labels, ("a", "b"), 0.2, s)[1] for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def test_a_full_disk_is_an_error_and_no_dead_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "MAX_BYTES_IN_MEMORY", 0)
+    with pytest.raises(OSError, match="bytes of pixels do not fit in"):
+        dataset._allocate((2**20, 1024, 1024, 3))
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5])
-def test_the_split_leaves_something_on_either_side(fraction: float) -> None:
-    labels = torch.tensor([0, 0, 1, 1, 1, 1, 1])
-    train, val = stratified_split(torch.arange(7), labels, ("a", "b"), fraction, 0)
-    assert sorted([*train.tolist(), *val.tolist()]) == list(range(7))
-    assert math.prod(labels[train].bincount().tolist()) * math.prod(labels[val].bincount().tolist()) > 0
+def test_progress_rises_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "TICK_S", 0)
+    told: list[float] = []
+    load_all(folder(tmp_path, coloured(4)), progress=told.append)
+    assert told == sorted(told)
+    assert len(told) > 12
+    assert math.isclose(told[-1], 1)
+
+
+@pytest.mark.data
+def test_the_file_of_hymenoptera_that_is_no_photograph_is_found(data_dir: Path) -> None:
+    data = load(data_dir / "hymenoptera.zip", Preprocessing(resize=32, crop=32), val_fraction=0.2, seed=0)
+    assert [file.path for file in data.audit.bad] == ["train/ants/imageNotFound.gif"]
+    assert "no photograph" in data.audit.bad[0].reason
+    assert data.audit.parts == {"train": 244, "val": 153, "test": 0}

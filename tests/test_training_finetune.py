@@ -1,21 +1,67 @@
+"""A run from end to end, on tiny networks: every mode, resuming, the gate, the report; and the model that the project ships."""
+
 import json
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
-from models.errors import ArchitectureNotFound, ModelNotFound
+from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
 from models.images import decode, stack
 from models.store import ModelStore
+from models.training import finetune, fitting
 from models.training.dataset import load
 from models.training.evaluate import outputs
-from models.training.finetune import Event, FinetuneRequest, Hyperparameters, run
+from models.training.finetune import Event, FinetuneRequest
+from models.training.handover import ParitySamples, Result
+from models.training.job import forget
+from models.training.network import Trainer
+from models.training.rehearsal import dry_run
+from models.training.report import Report
 
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"
+QUICK = {"epochs": 8, "batch_size": 8, "lr": 0.02}
+
+
+@dataclass
+class Workshop:
+    """A store, a dataset, and a folder for each run."""
+
+    root: Path
+    photos: Path
+
+    @property
+    def store(self) -> ModelStore:
+        return ModelStore(self.root / "weights")
+
+    def ask(self, **request: Any) -> tuple[Result, list[Event]]:
+        events: list[Event] = []
+        given = {"dataset": self.photos, "name": "colours", **request}
+        asked = FinetuneRequest.model_validate(given)
+        torch.set_num_threads(1)
+        job_dir = self.root / "jobs" / str(given["name"])
+        result = finetune.run(asked, self.store, events.append, job_dir=job_dir, cache=self.root / "features")
+        return result, events
+
+    def run(self, **request: Any) -> ModelConfig:
+        """The version that came of it, served as the gate says."""
+        result, _ = self.ask(**request)
+        forget(self.root / "jobs" / str(result.model))
+        if result.deployment == "activate":
+            self.store.activate(result.model or "", result.version or 0)
+        return self.store.config(result.model or "", result.version)
+
+    def scratch(self, **request: Any) -> ModelConfig:
+        return self.run(**{"base": "lenet5", "mode": "scratch", "half": True, "hyperparameters": QUICK, **request})
+
+    def report(self, name: str = "colours") -> Report:
+        return Report.model_validate_json((self.root / "jobs" / name / "report.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -24,34 +70,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> tuple[ModelStore, ModelConfig, list[Event]]:
-    """A store with one model, `colours`, trained from scratch in float16."""
-    store, events = ModelStore(tmp_path_factory.mktemp("weights")), list[Event]()
-    return store, run(scratch(photos), store, events.append), events
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Workshop:
+    """With one model, `colours`, trained from scratch in float16, and served."""
+    workshop = Workshop(tmp_path_factory.mktemp("trained"), photos)
+    workshop.scratch()
+    return workshop
 
 
-def scratch(dataset: Path, name: str = "colours", half: bool = True) -> FinetuneRequest:
-    torch.set_num_threads(1)
-    chosen = Hyperparameters(epochs=8, batch_size=8, lr=0.02)
-    return FinetuneRequest(dataset=dataset, name=name, base="lenet5", mode="scratch", half=half, hyperparameters=chosen)
+@pytest.fixture
+def workshop(tmp_path: Path, photos: Path) -> Workshop:
+    return Workshop(tmp_path, photos)
 
 
-def silent(event: Event) -> None:
-    pass
+# Modes
 
 
-def test_a_scratch_run_learns_and_is_served(trained: tuple[ModelStore, ModelConfig, list[Event]]) -> None:
-    store, config, _ = trained
-    assert config.metrics["test"]["accuracy"] > 0.8
-    assert store.serving().models == {"colours": 1}
-    assert store.serving().default == "colours"
+def test_a_scratch_run_learns(trained: Workshop) -> None:
+    assert trained.store.config("colours").metrics["test"]["accuracy"] > 0.8
+    assert trained.store.serving().models["colours"] == 1
 
 
-def test_the_published_model_predicts_what_the_metrics_say(
-    trained: tuple[ModelStore, ModelConfig, list[Event]],
-) -> None:
-    store, config, _ = trained
-    classifier = store.load("colours")
+def test_the_published_model_predicts_what_the_metrics_say(trained: Workshop) -> None:
+    config, classifier = trained.store.config("colours", 1), trained.store.load("colours", 1)
     names = [name for name in FILES if name.startswith("test/")]
     images = [decode(FILES[name], config.backbones[0].preprocessing) for name in names]
     found = classifier.probabilities([stack(images)]).argmax(dim=1)
@@ -59,80 +99,278 @@ def test_the_published_model_predicts_what_the_metrics_say(
     assert sum(right) / len(right) == pytest.approx(config.metrics["test"]["accuracy"])
 
 
-def test_the_lineage_says_how_to_make_it_again(trained: tuple[ModelStore, ModelConfig, list[Event]]) -> None:
-    _, config, _ = trained
-    assert config.lineage["dataset"]["images"] == {"train": 48, "val": 12, "test": 15}
-    assert config.lineage["hyperparameters"]["batch_size"] == 8
-    assert config.lineage["command"].startswith("imago finetune photos")
-    assert set(config.lineage["code"]) == {"version", "commit", "torch"}
-    json.dumps(config.lineage)
+def test_a_head_shares_its_bases_backbone_to_the_byte(trained: Workshop) -> None:
+    config = trained.run(name="head", base="colours")
+    assert config.backbones == trained.store.config("colours", 1).backbones
+    assert config.metrics["test"]["accuracy"] > 0.8  # chance is a third
 
 
-def test_events_name_the_phases_in_order(trained: tuple[ModelStore, ModelConfig, list[Event]]) -> None:
-    phases = [event.phase for event in trained[2]]
-    assert list(dict.fromkeys(phases)) == ["decode", "train", "features", "evaluate", "publish"]
+def test_without_a_base_the_model_served_by_default_is_it(trained: Workshop) -> None:
+    assert trained.run(name="by-default").lineage["base"] == "colours"
 
 
-def test_a_finished_run_leaves_no_checkpoint(trained: tuple[ModelStore, ModelConfig, list[Event]]) -> None:
-    assert not list(trained[0].root.rglob("*.pt"))
-
-
-def test_the_same_request_gives_the_same_weights(
-    trained: tuple[ModelStore, ModelConfig, list[Event]], tmp_path: Path
+def test_a_second_head_on_the_same_images_computes_no_features(
+    trained: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, config, _ = trained
-    again = run(scratch(archive(tmp_path / "photos.zip", FILES)), ModelStore(tmp_path / "weights"), silent)
+    first = trained.run(name="first", base="colours")
+    monkeypatch.setattr("models.training.features._forward", None)
+    assert trained.run(name="second", base="colours").head_sha256 == first.head_sha256
+
+
+def test_augmented_copies_are_more_to_fit_to(trained: Workshop) -> None:
+    chosen = {"copies": 2, "augmentation": "light"}
+    config = trained.run(name="copies", base="colours", hyperparameters=chosen)
+    assert config.metrics["test"]["accuracy"] > 0.8
+    assert config.head_sha256 != trained.run(name="no-copies", base="colours").head_sha256
+
+
+def test_an_ensemble_joins_its_bases(trained: Workshop) -> None:
+    other = trained.scratch(name="other", hyperparameters={**QUICK, "seed": 1})
+    config = trained.run(name="both", base=["colours", "other"])
+    assert config.head.kind == "feature_sum"
+    assert config.backbones == (trained.store.config("colours", 1).backbones[0], other.backbones[0])
+    assert config.metrics["test"]["accuracy"] > 0.8
+
+
+def test_features_of_a_named_module(trained: Workshop) -> None:
+    module = trained.store.load_backbone(trained.store.config("colours", 1).backbones[0]).module
+    name = next(name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d))
+    config = trained.run(name="early", base="colours", hyperparameters={"features_from": name})
+    assert config.backbones[0].output == name
+    classifier = trained.store.load("early")
+    image = decode(FILES["test/red/000.png"], config.backbones[0].preprocessing)
+    assert config.classes[int(classifier.probabilities([image[None]]).argmax())] == "red"
+
+
+def test_a_heads_base_keeps_its_batch_norm_statistics(workshop: Workshop) -> None:
+    ref = workshop.scratch(name="normed", base="resnet20_v1", hyperparameters={"epochs": 1}).backbones[0]
+    before = {name: value.clone() for name, value in workshop.store.load_backbone(ref).module.named_buffers()}
+    config = workshop.run(name="head", base="normed")
+    after = workshop.store.load_backbone(config.backbones[0]).module.named_buffers()
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in after)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "head_then_finetune"])
+def test_finetuning_gives_a_backbone_of_its_own(trained: Workshop, mode: str) -> None:
+    base = trained.store.config("colours", 1)
+    config = trained.run(
+        name=mode.replace("_", "-"), base="colours", mode=mode, hyperparameters={"epochs": 4, "lr": 0.01}
+    )
+    assert config.backbones[0].sha256 != base.backbones[0].sha256
+    assert config.metrics["val"]["accuracy"] > 0.8
+    [ancestor] = config.lineage["base_model"]
+    assert (ancestor["model"], ancestor["backbone_sha256"]) == ("colours", base.backbones[0].sha256)
+    assert ancestor["lineage"] == base.lineage
+
+
+def test_head_then_finetune_begins_where_the_head_is(trained: Workshop) -> None:
+    chosen = {"epochs": 1, "lr": 1e-9, "ema": 0.0}
+    trained.run(name="begun", base="colours", mode="head_then_finetune", hyperparameters=chosen)
+    head = trained.run(name="head-alone", base="colours")
+    assert trained.report("begun").history[0].val_accuracy == pytest.approx(head.metrics["val"]["accuracy"])
+
+
+def test_mode_auto_without_a_gpu_is_a_head(trained: Workshop) -> None:
+    assert trained.run(name="auto", base="colours", mode="auto").lineage["mode"] == "head"
+
+
+def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
+    workshop.scratch(name="good")
+    workshop.scratch(name="poor", hyperparameters={"epochs": 1, "lr": 1e-9, "seed": 3})
+    config = workshop.run(name="chosen", base="auto")
+    table = workshop.report("chosen").candidates
+    assert table is not None
+    assert config.lineage["base"] == table.best
+    assert {row.name for row in table.candidates} == {"good", "poor"}
+    assert all(row.latency_ms > 0 for row in table.candidates)
+
+
+def test_no_base_within_the_latency_names_the_fastest(trained: Workshop) -> None:
+    with pytest.raises(TrainingError, match="the fastest, "):
+        trained.ask(name="slow", base="auto", budget={"max_latency_ms": 1e-6})
+
+
+# The same again
+
+
+def test_the_same_request_gives_the_same_weights(trained: Workshop, tmp_path: Path) -> None:
+    config = trained.store.config("colours", 1)
+    again = Workshop(tmp_path, archive(tmp_path / "photos.zip", FILES)).scratch()
     assert again.backbones[0].sha256 == config.backbones[0].sha256
     assert again.head_sha256 == config.head_sha256
     assert again.lineage["dataset"]["sha256"] == config.lineage["dataset"]["sha256"]
 
 
-def test_a_head_shares_its_bases_backbone_to_the_byte(
-    trained: tuple[ModelStore, ModelConfig, list[Event]], photos: Path
+def test_the_lineage_says_how_to_make_it_again(trained: Workshop) -> None:
+    lineage = trained.store.config("colours", 1).lineage
+    assert lineage["dataset"]["images"] == {"train": 48, "val": 12, "test": 15}
+    assert lineage["hyperparameters"]["batch_size"] == 8
+    assert lineage["command"].startswith("imago finetune photos")
+    assert set(lineage["code"]) == {"version", "commit", "torch"}
+    json.dumps(lineage)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    trained: Workshop, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, base, _ = trained
-    config = run(FinetuneRequest(dataset=photos, name="head", base="colours"), store, silent)
-    assert config.backbones == base.backbones
-    assert config.metrics["test"]["accuracy"] > 0.8  # chance is a third
+    validate, calls = Trainer.validate, 0
+
+    def killed(self: Trainer, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return validate(self, *args)
+
+    monkeypatch.setattr(Trainer, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        workshop.scratch()
+    monkeypatch.undo()
+    config = workshop.scratch()
+    assert config.backbones == trained.store.config("colours", 1).backbones
+    assert not list((workshop.root / "jobs" / "colours").glob("checkpoint*"))
 
 
-def test_a_heads_base_keeps_its_batch_norm_statistics(tmp_path: Path, photos: Path) -> None:
-    store = ModelStore(tmp_path)
-    request = scratch(photos, "normed").model_copy(
-        update={"base": "resnet20_v1", "hyperparameters": Hyperparameters(epochs=1)}
-    )
-    ref = run(request, store, silent).backbones[0]
-    before = {name: value.clone() for name, value in store.load_backbone(ref).module.named_buffers()}
-    config = run(FinetuneRequest(dataset=photos, name="head", base="normed"), store, silent)
-    after = store.load_backbone(config.backbones[0]).module.named_buffers()
-    assert before
-    assert all(torch.equal(value, before[name]) for name, value in after)
-
-
-def test_finetuning_gives_a_backbone_of_its_own(
-    trained: tuple[ModelStore, ModelConfig, list[Event]], photos: Path
+def test_a_run_killed_after_publishing_does_not_publish_again(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, base, _ = trained
-    request = FinetuneRequest(
-        dataset=photos,
-        name="tuned",
-        base="colours",
-        mode="finetune",
-        hyperparameters=Hyperparameters(epochs=4, lr=0.01),
+    monkeypatch.setattr(finetune, "write_report", None)
+    with pytest.raises(TypeError):
+        workshop.scratch()
+    monkeypatch.undo()
+    assert workshop.scratch().version == 1
+
+
+def test_images_that_changed_while_it_was_down_are_an_error(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, folder(tmp_path / "photos", FILES))
+    workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
+    (workshop.photos / "train/red/000.png").write_bytes(FILES["test/red/000.png"])
+    with pytest.raises(DatasetError, match="have changed since this run began"):
+        workshop.scratch()
+
+
+def test_stopping_keeps_the_best_so_far(workshop: Workshop) -> None:
+    asked = FinetuneRequest(dataset=workshop.photos, name="a", base="lenet5", mode="scratch")
+    seen: list[Event] = []
+    result = finetune.run(
+        asked,
+        workshop.store,
+        seen.append,
+        job_dir=workshop.root / "job",
+        cache=workshop.root / "features",
+        stop=lambda: any(event.epoch == 2 for event in seen),
     )
-    config = run(request, store, silent)
-    assert config.backbones[0].sha256 != base.backbones[0].sha256
-    assert config.metrics["val"]["accuracy"] > 0.8
-    assert config.lineage["base_model"]["backbone_sha256"] == base.backbones[0].sha256
-    assert config.lineage["base_model"]["lineage"] == base.lineage
+    assert (result.stop_reason, result.version) == ("stopped", 1)
+
+
+# What is told
+
+
+def test_events_name_the_phases_in_order(workshop: Workshop) -> None:
+    _, events = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
+    phases = list(dict.fromkeys(event.phase for event in events))
+    assert phases[0] == "audit"
+    assert phases[-1] == "publish"
+    assert [event.epoch for event in events if event.epoch] == list(range(1, 9))
 
 
 def test_a_bad_file_is_told_and_recorded(tmp_path: Path) -> None:
-    events: list[Event] = []
-    photos = folder(tmp_path / "photos", FILES | {"train/red/notes.txt": b"hello"})
-    config = run(scratch(photos), ModelStore(tmp_path / "weights"), events.append)
-    assert [file["path"] for file in config.lineage["dataset"]["skipped_files"]] == ["train/red/notes.txt"]
+    workshop = Workshop(tmp_path, folder(tmp_path / "photos", FILES | {"train/red/notes.txt": b"hello"}))
+    result, events = workshop.ask(base="lenet5", mode="scratch", hyperparameters={"epochs": 1})
+    lineage = workshop.store.config("colours", result.version).lineage
+    assert [file["path"] for file in lineage["dataset"]["skipped_files"]] == ["train/red/notes.txt"]
     assert any("skipped train/red/notes.txt" in (event.message or "") for event in events)
+
+
+def test_the_report_lies_in_the_jobs_folder(trained: Workshop) -> None:
+    report, job_dir = trained.report(), trained.root / "jobs" / "colours"
+    assert (report.version, len(report.history), report.best_epoch is not None) == (1, 8, True)
+    assert report.calibration.temperature == trained.store.config("colours", 1).head.temperature
+    assert report.parity is not None
+    assert (report.parity.agrees, report.parity.images > 0) == (True, True)
+    assert "<!doctype html>" in (job_dir / "report.html").read_text()
+    assert list((job_dir / "tensorboard").iterdir())
+
+
+def test_a_heads_report_has_its_path_and_doubts(tmp_path: Path, trained: Workshop) -> None:
+    wrong = FILES | {"train/blue/wrong.png": FILES["train/red/000.png"][:-12] + FILES["train/red/000.png"][-12:]}
+    wrong |= {f"train/red/odd{i}.png": content for i, content in enumerate(coloured(1, seed=900, side=32).values())}
+    workshop = Workshop(trained.root, folder(tmp_path / "photos", wrong))
+    workshop.run(name="doubts", base="colours")
+    report = workshop.report("doubts")
+    assert len(report.path) > 1
+    assert report.learning_curve is not None
+    assert {(error.given, error.suggested) for error in report.label_errors} >= {("red", "blue"), ("red", "green")}
+
+
+def test_what_the_server_is_to_be_asked(trained: Workshop) -> None:
+    found = ParitySamples.model_validate_json((trained.root / "jobs/colours/parity.json").read_bytes())
+    sample = found.samples[0]
+    config = trained.store.config("colours", 1)
+    image = decode(sample.image, config.backbones[0].preprocessing)
+    expected = trained.store.load("colours", 1).probabilities([image[None]])[0]
+    torch.testing.assert_close(torch.tensor(sample.probabilities), expected, atol=1e-4, rtol=0)
+
+
+# The gate
+
+
+def test_a_first_version_is_activated(workshop: Workshop) -> None:
+    result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
+    assert (result.deployment, result.verdict) == ("activate", None)
+
+
+@pytest.mark.parametrize(
+    ("deploy", "expected"),
+    [
+        pytest.param("gate", "rejected", id="gate"),
+        pytest.param("manual", "manual", id="manual"),
+        pytest.param("never", "never", id="never"),
+        pytest.param("always", "activate", id="always"),
+    ],
+)
+def test_a_worse_version_is_served_only_if_that_is_wanted(trained: Workshop, deploy: str, expected: str) -> None:
+    forget(trained.root / "jobs" / "colours")
+    result, _ = trained.ask(
+        base="lenet5", mode="scratch", deploy=deploy, hyperparameters={"epochs": 1, "lr": 1e-9}, early_stopping={}
+    )
+    assert result.deployment == expected
+    assert result.verdict is not None
+    assert result.verdict["verdict"] == "worse"
+    assert trained.store.serving().models["colours"] == 1
+
+
+def test_other_classes_cannot_be_compared(trained: Workshop, tmp_path: Path) -> None:
+    two = {name: content for name, content in FILES.items() if "blue" not in name}
+    workshop = Workshop(trained.root, folder(tmp_path / "two", two))
+    forget(trained.root / "jobs" / "colours")
+    result, _ = workshop.ask(base="colours")
+    assert result.deployment == "manual"
+    assert "classes are not those" in (result.reason or "")
+
+
+def test_a_version_that_answers_differently_from_the_store_is_rejected(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probabilities = fitting.Trained.probabilities
+    monkeypatch.setattr(fitting.Trained, "probabilities", lambda self, rows: probabilities(self, rows).roll(1, dims=1))
+    result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
+    assert result.deployment == "rejected"
+    assert "other probabilities than in training" in (result.reason or "")
+
+
+# Dry run, and what cannot be
+
+
+def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None:
+    asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
+    plan = dry_run(asked, trained.store, lambda event: None, cache=tmp_path)
+    assert plan["split"] == {"train": 48, "val": 12, "test": 15}
+    assert plan["estimate"]["total"] > 0
+    assert "new" not in trained.store.names()
+    assert not list(tmp_path.iterdir())
+    json.dumps(plan, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +381,17 @@ def test_a_bad_file_is_told_and_recorded(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_base_fails_before_anything_is_read(
-    tmp_path: Path, mode: str, error: type[Exception], message: str
+    workshop: Workshop, mode: str, error: type[Exception], message: str
 ) -> None:
-    base = "resnet18" if mode == "head" else "resnet1x"
-    request = FinetuneRequest.model_validate({"dataset": "nowhere", "name": "a", "base": base, "mode": mode})
     with pytest.raises(error, match=message):
-        run(request, ModelStore(tmp_path), silent)
+        workshop.ask(dataset="nowhere", base="resnet18" if mode == "head" else "resnet1x", mode=mode)
+
+
+def test_an_ensemble_is_no_base_for_a_whole_network(trained: Workshop) -> None:
+    if "both" not in trained.store.names():
+        test_an_ensemble_joins_its_bases(trained)
+    with pytest.raises(TrainingError, match="ensemble of 2 backbones"):
+        trained.ask(name="never", base="both", mode="finetune")
 
 
 # The default model that the project ships

@@ -1,4 +1,7 @@
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,108 +10,214 @@ from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.training import network as whole
-from models.training.network import History, one_cycle
-from models.training.request import Effective, Event
+from models.training.checkpoint import previous
+from models.training.network import History
+from models.training.request import Budget, EarlyStopping, Effective, Event
 
 DATA = in_memory()
+NONE, FREE = EarlyStopping(criterion="none"), Budget()
 
 
 def tiny(seed: int = 0) -> nn.Sequential:
+    """Two stages, `stem` and `layer1`, and a last layer."""
     torch.manual_seed(seed)
-    norm = nn.BatchNorm2d(8)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 3)
-    )
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    layer1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ends = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "dropout": nn.Dropout(0.1)}
+    backbone = nn.Sequential(OrderedDict({"stem": stem, "layer1": layer1, **ends}))
+    return nn.Sequential(backbone, nn.Linear(8, 3))
 
 
-def train(module: nn.Module, checkpoint: Path, chosen: Effective, events: list[Event] | None = None) -> History:
+def train(
+    module: nn.Sequential,
+    checkpoint: Path,
+    chosen: Effective,
+    listen: Callable[[Event], None] = lambda event: None,
+    *,
+    stopping: EarlyStopping = NONE,
+    budget: Budget = FREE,
+    stop: Callable[[], bool] = whole.never,
+) -> History:
     torch.set_num_threads(1)
-    listen = events.append if events is not None else (lambda event: None)
-    return whole.train(module, DATA, PREPROCESSING, chosen, checkpoint, listen)
+    return whole.train(module, DATA, PREPROCESSING, chosen, stopping, budget, checkpoint, listen, stop)
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items())
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-@pytest.mark.parametrize("augmentation", ["none", "light"])
-def test_it_learns(tmp_path: Path, ema: float, augmentation: str) -> None:
-    history = train(tiny(), tmp_path / "c.pt", settings(12, augmentation=augmentation, ema=ema))
-    assert max(history.accuracies) > 0.9
-    assert history.losses[-1] < history.losses[0]
-
-
-def test_the_seed_decides_everything(tmp_path: Path) -> None:
-    one, again = tiny(), tiny()
-    train(one, tmp_path / "1.pt", settings(augmentation="light", ema=0.9))
-    torch.manual_seed(1234)
-    train(again, tmp_path / "2.pt", settings(augmentation="light", ema=0.9))
-    assert same(one.state_dict(), again.state_dict())
-
-
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, ema: float) -> None:
-    whole_run, killed, resumed = tiny(), tiny(), tiny(seed=5)
-    undisturbed = train(whole_run, tmp_path / "1.pt", settings(4, ema=ema))
-    kill_after(2, killed, tmp_path / "2.pt", settings(4, ema=ema))
-    history = train(resumed, tmp_path / "2.pt", settings(4, ema=ema))
-    assert history.accuracies == undisturbed.accuracies
-    assert same(whole_run.state_dict(), resumed.state_dict())
-
-
-def kill_after(epoch: int, module: nn.Module, checkpoint: Path, chosen: Effective) -> None:
+def kill_after(epoch: int, module: nn.Sequential, checkpoint: Path, chosen: Effective) -> None:
     def listen(event: Event) -> None:
         if event.epoch == epoch:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        whole.train(module, DATA, PREPROCESSING, chosen, checkpoint, listen)
+        train(module, checkpoint, chosen, listen)
+
+
+RECIPES = [
+    pytest.param({}, id="plain"),
+    pytest.param({"ema": 0.9, "augmentation": "light"}, id="average"),
+    pytest.param({"optimizer": "adam", "scheduler": "plateau", "class_weight": "balanced"}, id="adam"),
+    pytest.param({"optimizer": "adamw", "scheduler": "cosine", "augmentation": "standard", "mixup": 0.2}, id="adamw"),
+    pytest.param({"freeze_until": "layer1", "thaw_every": 1, "layer_decay": 0.5, "head_lr": 0.1}, id="thawing"),
+    pytest.param({"precision": "bfloat16", "accumulate": 2, "lr": 0.1}, id="bfloat16"),
+    pytest.param({"precision": "float16"}, id="float16"),
+    pytest.param({"gradient_checkpointing": True, "scheduler": "step"}, id="recomputed"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_learns(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    history = train(tiny(), tmp_path / "c.pt", settings(12, **recipe))
+    assert max(history.accuracies) > 0.8
+    assert history.val_losses[history.best_epoch - 1] < history.val_losses[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    whole_run, killed, resumed = tiny(), tiny(), tiny(seed=5)
+    undisturbed = train(whole_run, tmp_path / "1.pt", settings(4, **recipe))
+    kill_after(2, killed, tmp_path / "2.pt", settings(4, **recipe))
+    history = train(resumed, tmp_path / "2.pt", settings(4, **recipe))
+    assert history.accuracies == undisturbed.accuracies
+    assert history.learning_rates == undisturbed.learning_rates
+    assert same(whole_run, resumed)
+
+
+def test_the_seed_decides_everything(tmp_path: Path) -> None:
+    one, again, other = tiny(), tiny(), tiny()
+    chosen = {"augmentation": "trivial", "cutmix": 1.0, "mixup": 0.2, "rotation": 10, "vflip": True, "ema": 0.9}
+    train(one, tmp_path / "1.pt", settings(2, **chosen))
+    torch.manual_seed(1234)
+    train(again, tmp_path / "2.pt", settings(2, **chosen))
+    train(other, tmp_path / "3.pt", settings(2, **chosen, seed=1))
+    assert same(one, again)
+    assert not same(one, other)
+
+
+# Checkpoints
+
+
+def test_from_a_damaged_checkpoint_it_goes_back_to_the_one_before(tmp_path: Path) -> None:
+    undisturbed, resumed, path = tiny(), tiny(seed=5), tmp_path / "c.pt"
+    told: list[Event] = []
+    train(undisturbed, tmp_path / "whole.pt", settings(4))
+    kill_after(3, tiny(), path, settings(4))
+    path.write_bytes(path.read_bytes()[:1000])
+    train(resumed, path, settings(4), told.append)
+    assert told[0].message == f"going on after epoch 2, from {previous(path).name}"
+    assert same(undisturbed, resumed)
+
+
+def test_a_run_that_has_ended_is_not_begun_again(tmp_path: Path) -> None:
+    first = train(tiny(), tmp_path / "c.pt", settings(4), stop=lambda: True)
+    module = tiny(seed=5)
+    again = train(module, tmp_path / "c.pt", settings(4))
+    assert (again.losses, again.stop_reason) == (first.losses, "stopped")
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    kill_after(1, tiny(), tmp_path / "c.pt", settings(4))
+    with pytest.raises(TrainingError, match=r"another hyperparameter lr: .*remove the checkpoint"):
+        train(tiny(), tmp_path / "c.pt", settings(4, lr=0.01, head_lr=0.05))
+
+
+# Its end
 
 
 def test_the_best_epoch_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures, seen = iter([0.5, 0.8, 0.8, 0.6]), []
+    figures, seen = iter([(0.9, 0.5), (0.7, 0.8), (0.6, 0.8), (0.5, 0.6)]), []
 
-    def validate(trainer: whole.Trainer) -> float:
+    def validate(trainer: whole.Trainer) -> tuple[float, float]:
         seen.append(trainer.weights())
         return next(figures)
 
     monkeypatch.setattr(whole.Trainer, "validate", validate)
     module = tiny()
     history = train(module, tmp_path / "c.pt", settings(4))
-    assert history.best_epoch == 3  # the later of two equals
-    assert same(module.state_dict(), seen[2])
+    assert history.best_epoch == 3  # of two equals that with the lower loss
+    assert all(torch.equal(value, seen[2][name]) for name, value in module.state_dict().items())
+
+
+def test_early_stopping_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.9, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(whole.Trainer, "validate", lambda trainer: (next(losses), 0.5))
+    rule = EarlyStopping(criterion="patience", patience=2)
+    history = train(tiny(), tmp_path / "c.pt", settings(20), stopping=rule)
+    assert (len(history.losses), history.stop_reason) == (4, "early_stopping")
+    assert "saved up to 16 epochs" in history.trade
+
+
+def test_stopped_in_the_middle_of_an_epoch_the_rest_is_validated(tmp_path: Path) -> None:
+    asked = iter([False] * 4 + [True] * 9)
+    history = train(tiny(), tmp_path / "c.pt", settings(20), stop=lambda: next(asked))  # an epoch has three steps
+    assert (len(history.accuracies), history.stop_reason) == (2, "stopped")
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs"),
+    [
+        pytest.param(Budget(max_seconds=1e-6), 1, id="seconds"),
+        pytest.param(Budget(max_epochs=3), 3, id="epochs"),
+    ],
+)
+def test_a_budget_ends_it(tmp_path: Path, budget: Budget, epochs: int) -> None:
+    history = train(tiny(), tmp_path / "c.pt", settings(5), budget=budget)
+    assert (len(history.losses), history.stop_reason) == (epochs, "budget")
+    assert history.as_dict()["stop_reason"] == "budget"
 
 
 def test_a_loss_that_is_not_finite_says_what_to_do(tmp_path: Path) -> None:
     module = tiny()
-    module[0].register_forward_hook(lambda conv, args, out: out * torch.inf)
-    with pytest.raises(TrainingError, match=r"epoch 1.*try --lr 0\.005"):
+    module[0].register_forward_hook(lambda backbone, args, out: out * torch.inf)
+    with pytest.raises(TrainingError, match=r"epoch 1.*try lr 0\.005"):
         train(module, tmp_path / "c.pt", settings())
+
+
+# On the way
 
 
 def test_events_tell_every_epoch_and_only_go_forward(tmp_path: Path) -> None:
     events: list[Event] = []
-    history = train(tiny(), tmp_path / "c.pt", settings(3), events)
-    assert [(e.epoch, e.accuracy) for e in events if e.epoch] == list(enumerate(history.accuracies, start=1))
+    history = train(tiny(), tmp_path / "c.pt", settings(3), events.append)
+    told = [(e.epoch, e.accuracy, e.val_loss) for e in events if e.epoch]
+    assert told == list(zip([1, 2, 3], history.accuracies, history.val_losses, strict=True))
     progress = [e.progress for e in events]
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
 
 
-def test_small_epochs_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_epochs_are_small(tmp_path: Path) -> None:
     sides: list[int] = []
     module = tiny()
     module.register_forward_pre_hook(lambda m, args: sides.append(args[0].shape[-1]) if m.training else None)
     train(module, tmp_path / "c.pt", settings(4, small_until=0.5))
-    steps = len(sides) // 4
-    assert sides == [6] * (2 * steps) + [8] * (2 * steps)
+    assert sides == [6] * 6 + [8] * 6
 
 
-def test_one_cycle_rises_for_a_fifth_and_falls_to_nothing() -> None:
-    shares = [one_cycle(step, 100) for step in range(100)]
-    assert shares[0] == pytest.approx(0.1)
-    assert shares.index(max(shares)) == 20
-    assert max(shares) == 1.0
-    assert 0 < shares[-1] < 0.02
-    assert one_cycle(0, 1) > 0
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_is_frozen_stays_to_the_bit(tmp_path: Path, ema: float) -> None:
+    module, before = tiny(), tiny()
+    train(module, tmp_path / "c.pt", settings(2, freeze_until="stem", ema=ema))
+    stem, layer1 = ([each.get_submodule(f"0.{stage}") for each in (module, before)] for stage in ("stem", "layer1"))
+    assert same(*stem)  # running statistics too
+    assert not same(*layer1)
+
+
+def test_rates_by_stage() -> None:
+    chosen = settings(lr=0.4, layer_decay=0.5, head_lr=1.0)
+    trainer = whole.Trainer(tiny(), DATA, PREPROCESSING, chosen, lambda event: None)
+    assert [group["peak"] for group in trainer.stepper.optimizer.param_groups] == [0.2, 0.4, 1.0]
+
+
+def test_fewer_images_than_a_batch_train(tmp_path: Path) -> None:
+    history = train(tiny(), tmp_path / "c.pt", settings(2, batch_size=512, accumulate=4))
+    assert len(history.losses) == 2
+
+
+def test_the_history_is_for_json(tmp_path: Path) -> None:
+    found = train(tiny(), tmp_path / "c.pt", settings(2, lr=1.23456e-5)).as_dict()
+    assert found["history"]["learning_rates"][0] == pytest.approx(1.235e-6)
+    assert found["epochs"] == len(found["history"]["val_losses"]) == 2
+    assert "2 of 2 epochs ran" in found["trade"]

@@ -1,17 +1,21 @@
 """Tiny datasets of coloured squares, on disk and in memory."""
 
+import hashlib
 import zipfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from models.classifier import Preprocessing
-from models.training.dataset import Dataset
-from models.training.request import Effective
+from models.training.audit import Images, make_audit
+from models.training.dataset import Dataset, Part
+from models.training.request import Effective, FinetuneRequest, Hyperparameters, effective
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 SIDE = 8
@@ -59,12 +63,29 @@ def in_memory(per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) ->
     squares = [square(COLOURS[name], 100 * c + i) for c, name in enumerate(classes) for i in range(per_class)]
     labels = torch.arange(len(classes)).repeat_interleave(per_class)
     places = torch.arange(len(labels))
-    rows = {"train": places[places % 3 > 0], "val": places[places % 3 == 0], "test": places[:0]}
+    rows: dict[Part, Tensor] = {"train": places[places % 3 > 0], "val": places[places % 3 == 0], "test": places[:0]}
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-    return Dataset("squares", "0" * 64, classes, pixels, labels, rows, ())  # type: ignore[arg-type]
+    paths = tuple(f"{classes[label]}/{row:03}.png" for row, label in enumerate(labels.tolist()))
+    digests = tuple(hashlib.blake2b(each.tobytes(), digest_size=16).digest() for each in squares)
+    audit = make_audit(Images(classes, paths, labels, digests, places), rows, places[:0], len(paths))
+    return Dataset("squares", "0" * 64, classes, paths, pixels, labels, digests, places, rows, audit)
 
 
-def settings(
-    epochs: int = 3, lr: float = 0.05, augmentation: str = "none", ema: float = 0.0, small_until: float = 0.0
-) -> Effective:
-    return Effective(epochs, 8, lr, 1e-4, 0.0, augmentation, ema, small_until, seed=0)  # type: ignore[arg-type]
+PLAIN = {
+    "epochs": 3,
+    "batch_size": 8,
+    "lr": 0.05,
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.0,
+    "augmentation": "none",
+    "ema": 0.0,
+}
+
+
+def settings(epochs: int = 3, **changes: Any) -> Effective:
+    """A few epochs of a plain run, small and quick."""
+    given = Hyperparameters.model_validate({**PLAIN, "epochs": epochs, **changes})
+    request = FinetuneRequest(
+        dataset=Path("squares"), name="squares", base="lenet5", mode="auto", hyperparameters=given
+    )
+    return effective(request, "scratch", 1000)

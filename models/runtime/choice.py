@@ -142,6 +142,7 @@ def circumstances(ref: BackboneRef, device: torch.device, options: Options) -> d
         "torch": torch.__version__,
         "openvino": openvino_version(),
         "architecture": ref.architecture,
+        "output": ref.output,
         "crop": ref.preprocessing.crop,
         "channels": ref.preprocessing.channels,
         "engine": options.engine,

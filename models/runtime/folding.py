@@ -79,6 +79,8 @@ def fold_batch_norm(module: nn.Module, example: Tensor) -> tuple[nn.Module, int]
         if id(weight) not in convolutions or id(mean) not in norms:
             continue
         (conv_name, convolution), (norm_name, norm) = convolutions[id(weight)], norms[id(mean)]
+        if convolution._forward_hooks or norm._forward_hooks:  # somebody wants just this output (Tap)
+            continue
         duplicate.set_submodule(conv_name, fuse_conv_bn_eval(convolution, norm))
         duplicate.set_submodule(norm_name, nn.Identity())
         folded += 1

@@ -1,20 +1,87 @@
-"""Random changes to a batch of training images that keep what is on them."""
+"""Random changes to a batch of training images that keep what is on them; each image has its own.
+
+    none         nothing but the switches: mirror left and right, or up and down, and rotation
+    light        a shift by up to a sixteenth of the side
+    standard     a part of the image, 35 to 100 % of its area, brought to full size; brightness, contrast and saturation by up to 20 %
+    trivial      torchvision's TrivialAugmentWide: one operation of 14, of any strength
+    randaugment  torchvision's RandAugment: two operations, of medium strength
+
+All of it follows from torch's default generator on the CPU, whatever device the images lie on. Crop, flips and rotation are one
+resampling of the whole batch, several times as fast as torchvision's transforms on one image after the other.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from models.training.request import Effective
+
+CROP_AREA = (0.35, 1.0)  # of the image
+CROP_RATIO = (3 / 4, 4 / 3)  # width over height
+JITTER = 0.2  # brightness, contrast and saturation times 1 +- this
+COPY_BATCH = 256  # images
+SEED_STEP = 1_000_003  # between the seeds of two epochs, or copies: no two small seeds meet
+GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def augment(pixels: Tensor, mirrored: Tensor, settings: Effective) -> Tensor:
+    """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on."""
+    preset = settings.augmentation
+    mirrored = mirrored & settings.hflip
+    upside_down = _coins(len(pixels)) & settings.vflip
+    if preset == "light":
+        pixels, mirrored = light(pixels, mirrored), torch.zeros_like(mirrored)
+    elif preset in ("trivial", "randaugment"):
+        pixels = by_policy(pixels, preset)
+    if preset != "standard" and not settings.rotation:
+        return flip(pixels, mirrored, upside_down)
+    crops = random_crops(len(pixels)) if preset == "standard" else whole(len(pixels))
+    warped = warp(pixels, crops, _uniform(len(pixels), -settings.rotation, settings.rotation), mirrored, upside_down)
+    return jitter(warped) if preset == "standard" else warped
+
+
+def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
+    """All of uint8 (N, C, H, W), changed: uint8 again, and the 16-byte hash of each. Follows from seed and number (from 1)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + SEED_STEP * number)
+        mirrored = flips(len(pixels), settings.seed, number)
+        parts = zip(torch.split(pixels, COPY_BATCH), torch.split(mirrored, COPY_BATCH), strict=True)
+        changed = torch.cat([augment(part, flip, settings).round().to(torch.uint8) for part, flip in parts])
+    changed = changed.contiguous(memory_format=torch.channels_last)
+    rows = changed.permute(0, 2, 3, 1).numpy()
+    return changed, tuple(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+
+
+def mix(images: Tensor, labels: Tensor, num_classes: int, settings: Effective) -> tuple[Tensor, Tensor]:
+    """torchvision's MixUp, CutMix, or a coin between the two: float images (N, C, H, W), labels (N,) -> images, shares (N, classes)."""
+    from torchvision.transforms import v2
+
+    ways = [
+        way(alpha=alpha, num_classes=num_classes)
+        for way, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+        if alpha
+    ]
+    if not ways:
+        return images, labels
+    mixed: tuple[Tensor, Tensor] = ways[int(torch.randint(len(ways), ()))](images, labels)
+    return mixed
 
 
 def light(pixels: Tensor, flip: Tensor) -> Tensor:
     """Mirror the images where `flip` (N,) is true, then shift each by up to a sixteenth of the side, borders reflected.
 
-    uint8 (N, C, H, W) -> the same, in channels_last memory. Uses torch's default generator. A sixteenth and not the usual eighth: in runs
-    of some ten epochs a stronger shift costs more than it brings.
+    uint8 (N, C, H, W) -> the same, in channels_last memory. A sixteenth and not the usual eighth: in runs of some ten epochs a stronger
+    shift costs more than it brings.
     """
     n, _, height, width = pixels.shape
     rows = _mirrored(torch.arange(height) + _shifts(n, height), height)  # (N, H)
     columns = _mirrored(torch.arange(width) + _shifts(n, width), width)  # (N, W)
     columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    images = torch.arange(n)[:, None, None]
+    images, rows, columns = (index.to(pixels.device) for index in (torch.arange(n)[:, None, None], rows, columns))
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # one gather
 
 
@@ -25,6 +92,84 @@ def flips(images: int, seed: int, epoch: int) -> Tensor:
     """
     first = torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
     return first ^ (epoch % 2 == 1)
+
+
+def flip(pixels: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
+    """Left and right, and up and down, changed where the two, bool (N,), say so."""
+    for which, axis in ((mirrored, 3), (upside_down, 2)):
+        if which.any():
+            pixels = torch.where(which.to(pixels.device).view(-1, 1, 1, 1), pixels.flip(axis), pixels)
+    return pixels
+
+
+# Resampling: a crop is (width, height, x, y) of a rectangle in coordinates from -1 to 1, its size over the image's and its centre
+
+
+def whole(n: int) -> Tensor:
+    return torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(n, 1)
+
+
+def random_crops(n: int) -> Tensor:
+    """(N, 4): as torchvision's RandomResizedCrop draws them, of a larger part of the image."""
+    area, ratio = _uniform(n, *CROP_AREA), _uniform(n, *map(math.log, CROP_RATIO)).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
+    return torch.stack([width, height, _uniform(n, -1, 1) * (1 - width), _uniform(n, -1, 1) * (1 - height)], dim=1)
+
+
+def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
+    """Square images (N, C, S, S) -> float32 of the same shape, 0..255: the crops (N, 4), turned by `degrees` (N,), then flipped.
+
+    Bilinear; what lies outside the image is its reflection.
+    """
+    width, height, x, y = crops.unbind(1)
+    width, height = width * torch.where(mirrored, -1.0, 1.0), height * torch.where(upside_down, -1.0, 1.0)
+    cos, sin = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
+    matrices = torch.stack([cos * width, -sin * height, x, sin * width, cos * height, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices.to(pixels.device), list(pixels.shape), align_corners=False)
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def jitter(images: Tensor) -> Tensor:
+    """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
+    factors = [_uniform(len(images), 1 - JITTER, 1 + JITTER).to(images.device).view(-1, 1, 1, 1) for _ in range(3)]
+    images = images * factors[0]
+    images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, factors[1])
+    return torch.lerp(_gray(images), images, factors[2]).clamp_(0, 255)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(N, 1, H, W)"""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    return (GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue)[:, None]
+
+
+# Policies
+
+
+def by_policy(pixels: Tensor, name: str) -> Tensor:
+    """uint8 (N, C, H, W) -> the same. One image after the other: torchvision changes all images of a batch alike."""
+    from torchvision.transforms import v2
+
+    policies: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+        "trivial": v2.TrivialAugmentWide,
+        "randaugment": v2.RandAugment,
+    }
+    policy = policies[name]()
+    return torch.stack([policy(image) for image in pixels])
+
+
+# Chance
+
+
+def _coins(n: int) -> Tensor:
+    return torch.rand(n) < 0.5
+
+
+def _uniform(n: int, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(n)
 
 
 def _shifts(n: int, side: int) -> Tensor:

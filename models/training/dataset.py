@@ -1,70 +1,74 @@
-"""A folder or zip of images -> pixels in memory, once for the whole run.
+"""A dataset's images in memory, once for the whole run, with duplicates found and a split that keeps them on one side.
 
-    <class>/*   or   train/<class>/* [+ val/<class>/*] [+ test/<class>/*]
-    files --read--> bytes --images.decode, in a thread pool--> one uint8 array (N, H, W, C)
-
-A zip is read member by member in place and never extracted.
+sources.open_source --read--> bytes --images.decode, in a thread pool--> one uint8 array (N, H, W, C)
+pixels --duplicates.group--> groups --split--> rows of train, val, test;   all of it --audit.make_audit--> Audit
 """
 
 import hashlib
+import itertools
 import math
 import os
 import tempfile
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from models.classifier import Preprocessing
 from models.errors import DatasetError, ImageError
-from models.images import Limits, decode
+from models.images import decode
+from models.training import audit, duplicates, split
+from models.training.audit import Audit, BadFile, Images
+from models.training.sources import LIMITS, PARTS, UNREADABLE, Part, Read, Source, open_source
 
-Part = Literal["train", "val", "test"]
-Read = Callable[[str], bytes]
+__all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
-PARTS: tuple[Part, ...] = ("train", "val", "test")
 MAX_BAD_FRACTION = 0.2
-# RuntimeError: encrypted, or an unknown zip method
-UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+MAX_NAMED = 20  # files in an error
+MAX_HELD_OUT = 0.9  # of the images, validation and test together
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
+TICK_S = 0.25  # between two signs of progress
+DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
+
+Progress = Callable[[float], None]
+Array = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Item:
-    """One file that claims to be an image; `path` is relative to the dataset, `/` between its parts, wrapping folders left out."""
-
-    path: str
-    file: str  # its name for `Read`
-    part: Part
-    class_name: str
-
-
-@dataclass(frozen=True)
-class BadFile:
-    path: str
-    reason: str
+def _silent(fraction: float) -> None:
+    pass
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Decoded images. `rows` gives each part's places in `pixels` and `labels`; a bad file is in no part."""
+    """N good images; a bad file has no row. `rows` are places in `paths`, `pixels`, `labels`, `digests` and `groups`."""
 
     name: str
-    sha256: str  # over the sorted (path, sha256 of the file's bytes)
+    sha256: str  # over the sorted (path, sha256 of the file's bytes), bad files included, and a CSV's labels
     classes: tuple[str, ...]  # sorted
+    paths: tuple[str, ...]  # relative, ascending
     pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
     labels: Tensor  # int64 (N,)
-    rows: dict[Part, Tensor]  # int64 (n,) each
-    bad: tuple[BadFile, ...]
+    digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
+    groups: Tensor  # int64 (N,): duplicates and near-duplicates share a number
+    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
+    audit: Audit
+
+
+class _Decoded(NamedTuple):
+    """`places` in the source's items of the good images, and their pixels and digests; `hashes` are of all files."""
+
+    places: list[int]
+    pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
+    digests: tuple[bytes, ...]
+    hashes: list[str]  # sha256
+    bad: list[BadFile]
 
 
 def load(
@@ -72,171 +76,232 @@ def load(
     preprocessing: Preprocessing,
     *,
     val_fraction: float,
+    test_fraction: float = 0.0,
     seed: int,
     on_bad_file: Literal["skip", "fail"] = "skip",
-    progress: Callable[[float], None] = lambda fraction: None,
+    progress: Progress = _silent,
 ) -> Dataset:
-    """Read, decode and split. Without a val/ part, a stratified `val_fraction` of train is held out by `seed`.
+    """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
-    Raises DatasetError: not a dataset, a class with fewer than two training images, more than 20 % bad files, or any with `fail`.
+    `progress` is called with 0..1, several times a second. Raises DatasetError: not a dataset, a class with fewer than two training
+    images, more than 20 % bad files, or any with `fail`; OSError where the pixels need a temporary file and the disk is full.
     """
-    with _open(path) as (names, read):
-        items = _items(names)
-        classes = tuple(sorted({item.class_name for item in items if item.part == "train"}))
-        _check_classes(items, classes)
-        pixels, digests, bad = _decode_all(items, read, preprocessing, on_bad_file, progress)
-    indices = {name: index for index, name in enumerate(classes)}
-    labels = torch.tensor([indices[item.class_name] for item in items])
-    rows = _good_rows(items, bad)
-    if not len(rows["val"]):
-        rows["train"], rows["val"] = stratified_split(rows["train"], labels, classes, val_fraction, seed)
-    return Dataset(path.resolve().name, _digest(items, digests), classes, pixels, labels, rows, bad)
+    with open_source(path) as source:
+        decoded = _decode_all(source, preprocessing, lambda done: progress(DECODING * done))
+    _check_bad(decoded.bad, len(source.items), on_bad_file)
+    images = _images(source, decoded, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0)))
+    given = [source.items[place].part for place in decoded.places]
+    found = _split(images, given, Shares(val_fraction, test_fraction, seed))
+    remarks = _remarks(found, source)
+    report = audit.make_audit(images, found.rows, found.left_out, len(source.items), decoded.bad, remarks)
+    progress(1.0)
+    return Dataset(
+        name=path.resolve().name,
+        sha256=_sha256(source, decoded.hashes),
+        classes=images.classes,
+        paths=images.paths,
+        pixels=decoded.pixels,
+        labels=images.labels,
+        digests=images.digests,
+        groups=found.groups,
+        rows=found.rows,
+        audit=report,
+    )
 
 
-def stratified_split(
-    rows: Tensor, labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Rows (n,) -> train and validation rows, ascending; of each class `fraction` to validation, and at least one to either side."""
-    generator = torch.Generator().manual_seed(seed)
-    train, val = [], []
-    for label, name in enumerate(classes):
-        own = rows[labels[rows] == label]
-        if len(own) < 2:
-            raise DatasetError(
-                f"class {name!r} has {len(own)} usable training images; at least 2 are needed, to train and to validate on"
-            )
-        shuffled = own[torch.randperm(len(own), generator=generator)]
-        cut = min(max(1, round(len(own) * fraction)), len(own) - 1)
-        val.append(shuffled[:cut])
-        train.append(shuffled[cut:])
-    return torch.cat(train).sort().values, torch.cat(val).sort().values
+def _images(source: Source, decoded: _Decoded, progress: Progress) -> Images:
+    items = [source.items[place] for place in decoded.places]
+    indices = {name: index for index, name in enumerate(source.classes)}
+    return Images(
+        classes=source.classes,
+        paths=tuple(item.path for item in items),
+        labels=torch.tensor([indices[item.class_name] for item in items], dtype=torch.int64),
+        digests=decoded.digests,
+        groups=duplicates.group(decoded.pixels, decoded.digests, progress),
+    )
 
 
-# Files
+def pixels(
+    path: Path, data: Dataset, preprocessing: Preprocessing, progress: Progress = _silent
+) -> tuple[Tensor, tuple[bytes, ...]]:
+    """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
+    with open_source(path) as source:
+        decoded = _decode_all(source, preprocessing, progress)
+    if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
+        raise DatasetError(f"{data.name} has changed since the run began; leave it as it is, and start again")
+    return decoded.pixels, decoded.digests
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[list[str], Read]]:
-    """The names of a dataset's files and a way to read them, which several threads may use at once."""
-    if path.is_dir():
-        files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-        yield list(files), lambda name: _read_file(files[name])
-    elif path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield [m.filename for m in archive.infolist() if not m.is_dir()], lambda name: _read_member(archive, name)
-    else:
-        raise DatasetError(
-            f"{path} is neither a folder nor a zip file; a dataset is a folder of class folders, or a zip of one"
-        )
-
-
-# Both read at most one byte more than decode allows, so that a huge or bomb-like file costs no memory.
-_READ_LIMIT = Limits().max_bytes + 1
-
-
-def _read_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_READ_LIMIT)
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    with archive.open(name) as member:
-        return member.read(_READ_LIMIT)
-
-
-def _items(names: list[str]) -> list[Item]:
-    """File names -> items, sorted by path. Hidden files, `__MACOSX`, files outside a class folder and one wrapping folder are left out."""
-    found = {PurePosixPath(name.lstrip("/")).parts: name for name in names}
-    found = {p: name for p, name in found.items() if not any(part.startswith(".") or part == "__MACOSX" for part in p)}
-    while found and len({parts[0] for parts in found}) == 1 and min(map(len, found)) > 2:
-        found = {parts[1:]: name for parts, name in found.items()}
-    split = any(parts[0] == "train" and len(parts) > 2 for parts in found)
-    items = (_item(parts, name, split) for parts, name in sorted(found.items()))
-    return [item for item in items if item]
-
-
-def _item(parts: tuple[str, ...], name: str, split: bool) -> Item | None:
-    if not split:
-        return Item("/".join(parts), name, "train", parts[0]) if len(parts) > 1 else None
-    part = next((part for part in PARTS if part == parts[0]), None)
-    return Item("/".join(parts), name, part, parts[1]) if part and len(parts) > 2 else None
-
-
-def _check_classes(items: list[Item], classes: tuple[str, ...]) -> None:
-    if len(classes) < 2:
-        raise DatasetError(
-            f"the dataset has {len(classes)} classes; it needs at least two folders, one per class, with images in them"
-        )
-    strange = sorted({f"{item.part}/{item.class_name}" for item in items if item.class_name not in classes})
-    if strange:
-        raise DatasetError(f"{', '.join(strange)}: no such class in train/, which has {', '.join(classes[:10])}")
-
-
-def _digest(items: list[Item], digests: list[str]) -> str:
-    """`items` are sorted by path, so neither the order of a folder nor that of a zip matters."""
-    lines = (f"{item.path}\0{digest}\n" for item, digest in zip(items, digests, strict=True))
+def _sha256(source: Source, hashes: Sequence[str]) -> str:
+    """Items are sorted by path, so neither the order of a folder nor that of a zip or CSV matters."""
+    lines = (
+        f"{item.path}\0{file}" + (f"\0{item.part}\0{item.class_name}\n" if source.labelled else "\n")
+        for item, file in zip(source.items, hashes, strict=True)
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# The split
+
+
+class Shares(NamedTuple):
+    """Of the images, to be held out where the dataset has no such part of its own."""
+
+    val: float
+    test: float
+    seed: int
+
+
+class _Found(NamedTuple):
+    rows: dict[Part, Tensor]
+    groups: Tensor
+    left_out: Tensor
+    broken: list[int]  # classes whose images are all alike
+
+
+def _split(images: Images, given: Sequence[Part], shares: Shares) -> _Found:
+    """`given`: the dataset's own part of each image; `train` where it has none."""
+    labels, groups, digests = images.labels, images.groups, images.digests
+    rows, left_out = split.given_rows(given, groups)
+    _check_classes(labels[rows["train"]], labels[left_out], images.classes)
+    val = 0.0 if len(rows["val"]) else shares.val
+    test = 0.0 if len(rows["test"]) else shares.test
+    if not val and not test:
+        return _Found(rows, groups, left_out, [])
+    if val + test > MAX_HELD_OUT:
+        raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
+    groups, broken = split.break_up(groups, labels, digests, rows["train"])
+    held = split.hold_out(rows["train"], labels, groups, digests, val, test, shares.seed)
+    return _Found({part: held[part] if len(held[part]) else rows[part] for part in PARTS}, groups, left_out, broken)
+
+
+def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...]) -> None:
+    counts = train.bincount(minlength=len(classes)).tolist()
+    small = [(name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < 2]
+    if not small:
+        return
+    listed = "; ".join(
+        f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
+        for name, count, index in small[:MAX_NAMED]
+    )
+    raise DatasetError(f"{listed}: at least 2 are needed, to train and to validate on; add images, or remove the class")
+
+
+def _also(count: int) -> str:
+    return f" ({count} more show what is in validation or test)" if count else ""
+
+
+def _remarks(found: _Found, source: Source) -> list[str]:
+    remarks = []
+    if found.broken:
+        names = ", ".join(source.classes[label] for label in found.broken[:5])
+        remarks.append(
+            f"all images of {names} are nearly the same picture, so they had to lie on both sides of the split: "
+            "the accuracy of this class will look better than it is"
+        )
+    if source.strays:
+        remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
+    return remarks
 
 
 # Pixels
 
 
-def _decode_all(
-    items: list[Item], read: Read, preprocessing: Preprocessing, on_bad_file: str, progress: Callable[[float], None]
-) -> tuple[Tensor, list[str], tuple[BadFile, ...]]:
-    """-> pixels uint8 (N, C, H, W), the sha256 of each file, and the files that are no images."""
+class _Outcome(NamedTuple):
+    sha256: str
+    digest: bytes = b""
+    reason: str = ""  # why the file is bad
+    drawn: tuple[int, int, int] | None = None  # see audit.drawn_colours
+
+
+def _decode_all(source: Source, preprocessing: Preprocessing, progress: Progress) -> _Decoded:
+    items = source.items
     array = _allocate((len(items), preprocessing.crop, preprocessing.crop, preprocessing.channels))
 
-    def decode_one(row: int) -> tuple[str, str | None]:
-        return _decode_into(array[row], items[row].file, read, preprocessing)
+    def one(place: int) -> _Outcome:
+        return _decode_into(array[place], items[place].file, source.read, preprocessing)
 
-    digests: list[str] = []
-    bad: list[BadFile] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for row, (digest, reason) in enumerate(pool.map(decode_one, range(len(items)))):
-            digests.append(digest)
-            if reason:
-                bad.append(BadFile(items[row].path, reason))
-            if row % 500 == 0:
-                progress(row / len(items))
-    _check_bad(bad, len(items), on_bad_file)
-    return torch.from_numpy(array).permute(0, 3, 1, 2), digests, tuple(bad)
+    outcomes = _in_parallel(one, len(items), progress)
+    drawn = {place: outcome.drawn for place, outcome in enumerate(outcomes) if outcome.drawn}
+    reasons = {place: outcome.reason for place, outcome in enumerate(outcomes) if outcome.reason}
+    reasons |= audit.odd_drawings(items, drawn)
+    good = [place for place in range(len(items)) if place not in reasons]
+    return _Decoded(
+        places=good,
+        pixels=torch.from_numpy(_compact(array, good)).permute(0, 3, 1, 2),
+        digests=tuple(outcomes[place].digest for place in good),
+        hashes=[outcome.sha256 for outcome in outcomes],
+        bad=[BadFile(path=items[place].path, reason=reasons[place]) for place in sorted(reasons)],
+    )
 
 
-def _decode_into(target: np.ndarray, file: str, read: Read, preprocessing: Preprocessing) -> tuple[str, str | None]:
-    """Fill one (H, W, C) row; -> the file's sha256, and what is wrong with it, if anything."""
+def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress) -> list[_Outcome]:
+    """`one` of 0 to `count` - 1, in a pool of as many threads as torch uses: both are bounded by one setting."""
+    outcomes: list[_Outcome] = []
+    told = time.monotonic()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, count, 1024):  # a pool keeps a record of all it was given: 1 KB each
+            for outcome in pool.map(one, range(start, min(start + 1024, count))):
+                outcomes.append(outcome)
+                if time.monotonic() - told > TICK_S:
+                    told = time.monotonic()
+                    progress(len(outcomes) / count)
+    return outcomes
+
+
+def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocessing) -> _Outcome:
+    """Fill one (H, W, C) row."""
     try:
         data = read(file)
     except UNREADABLE as error:
-        return "unreadable", f"cannot be read: {error}"
-    digest = hashlib.sha256(data).hexdigest()
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return _Outcome("unreadable", reason=f"cannot be read: {why}")
+    sha256 = hashlib.sha256(data).hexdigest()
     try:
-        target[:] = decode(data, preprocessing).permute(1, 2, 0).numpy()
+        target[:] = decode(data, preprocessing, LIMITS).permute(1, 2, 0).numpy()
     except ImageError as error:
-        return digest, str(error)
-    return digest, None
+        return _Outcome(sha256, reason=audit.reason_of(error, data))
+    if audit.is_animated(data):
+        return _Outcome(sha256, reason="animated: more than one frame; save the frames that matter as images")
+    digest = hashlib.blake2b(target.tobytes(), digest_size=16).digest()
+    return _Outcome(sha256, digest, drawn=audit.drawn_colours(data))
 
 
-def _check_bad(bad: list[BadFile], total: int, on_bad_file: str) -> None:
+def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
     if not bad or (on_bad_file == "skip" and len(bad) <= MAX_BAD_FRACTION * total):
         return
-    examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:5])
+    examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:MAX_NAMED])
     limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
     raise DatasetError(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}")
 
 
-def _good_rows(items: list[Item], bad: tuple[BadFile, ...]) -> dict[Part, Tensor]:
-    broken = {file.path for file in bad}
-    good = [(row, item.part) for row, item in enumerate(items) if item.path not in broken]
-    counts = Counter(part for _, part in good)
-    if not counts["train"]:
-        raise DatasetError("no usable training images")
-    return {part: torch.tensor([row for row, own in good if own == part], dtype=torch.int64) for part in PARTS}
-
-
-def _allocate(shape: tuple[int, int, int, int]) -> np.ndarray:
+def _allocate(shape: tuple[int, int, int, int]) -> Array:
     """uint8, in memory or, when large, in a temporary file that vanishes with the array."""
-    if math.prod(shape) <= MAX_BYTES_IN_MEMORY:
+    size = math.prod(shape)
+    if size <= MAX_BYTES_IN_MEMORY:
         return np.zeros(shape, dtype=np.uint8)
     with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        try:
+            _reserve(file.fileno(), size)  # writing through a map to a full disk would kill the process
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise OSError(error.errno, f"{error.strerror}: {size:,} bytes of pixels do not fit in {folder}") from error
+        return np.memmap(file, dtype=np.uint8, mode="r+", shape=shape)
+
+
+def _reserve(handle: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        os.posix_fallocate(handle, 0, size)
+
+
+def _compact(array: Array, places: Sequence[int]) -> Array:
+    """The rows `places`, ascending, moved to the front where they lie: a copy could be gigabytes."""
+    if len(places) < len(array):
+        for start in itertools.count(0, 256):
+            rows = places[
+                start : start + 256
+            ]  # each is at `start` or behind, so nothing is overwritten that is still to come
+            if not rows:
+                break
+            array[start : start + len(rows)] = array[list(rows)]
+    return array[: len(places)]

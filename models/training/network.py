@@ -1,15 +1,19 @@
-"""Training a whole network: SGD with Nesterov momentum, a linear one-cycle learning rate, averaged weights, the best epoch kept.
+"""Training a whole network: backbone, then last layer; the weights of its best epoch stay.
 
-rows --shuffle--> batch uint8 (B, C, H, W) --augment, normalise--> network --cross-entropy--> SGD step --every 5 steps--> average
-each epoch: the averaged weights are validated, and everything is written to the checkpoint
+    rows --shuffle--> uint8 (B, C, H, W) --augment, normalise, mix--> network --cross-entropy--> gradients --accumulate--> step
+    every 5 steps the weights join their average; each epoch it is validated, the rest of the run decided, and a checkpoint written
+
+Everything random follows from seed and epoch, and every decision from the history, so a run that was killed goes on to the same result.
 """
 
-import os
+import hashlib
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,70 +22,115 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.classifier import Preprocessing, normalise
 from models.errors import TrainingError
-from models.training.augment import flips, light
+from models.training import checkpoint as checkpoints
+from models.training.augment import SEED_STEP, augment, flips, mix
+from models.training.auxiliary import Auxiliary
 from models.training.dataset import Dataset
 from models.training.evaluate import outputs
-from models.training.request import Effective, Event
+from models.training.freezing import Freezing
+from models.training.head import class_weights
+from models.training.recompute import recomputing
+from models.training.request import Budget, EarlyStopping, Effective, Event
+from models.training.schedule import share
+from models.training.step import Groups, Stepper
+from models.training.stopping import reason_to_stop, trade
 
-MOMENTUM = 0.9
 AVERAGE_EVERY = 5  # steps; averaging every step costs more and gains nothing
-WARM_UP = 0.2  # of all steps
-REPORT_EVERY = 20  # steps between two events
+REPORT_EVERY_S = 0.4  # between two events
+SMALL = 0.75  # of the side, in the small epochs
+GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie there once and for all
 
+StopReason = Literal["early_stopping", "budget", "stopped"]
 Weights = dict[str, Tensor]
+Progress = Callable[[Event], None]
+
+
+def never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class History:
-    """What each epoch brought, and the weights of the best."""
+    """What each epoch brought, why there are no more, and the weights of the best."""
 
-    losses: list[float]  # training loss, mean over the epoch
-    accuracies: list[float]  # on the validation part
-    seconds: list[float]  # wall time, validation included
-    best: Weights
+    losses: list[float] = field(default_factory=list)  # of training, mean over the epoch
+    val_losses: list[float] = field(default_factory=list)  # cross-entropy, without smoothing or class weights
+    accuracies: list[float] = field(default_factory=list)  # on the validation part
+    learning_rates: list[float] = field(default_factory=list)  # of the backbone's last stage, at the epoch's first step
+    seconds: list[float] = field(default_factory=list)  # wall time, validation included
+    stop_reason: StopReason | None = None  # None: all epochs ran, or more are to come
+    trade: str = ""  # what early stopping saved and may have cost, for people
+    best: Weights = field(default_factory=dict)
 
     @property
     def best_epoch(self) -> int:
-        """1-based. Of equal epochs the later, which has seen the lower learning rate."""
-        return max(range(len(self.accuracies)), key=lambda i: (self.accuracies[i], i)) + 1
+        """1-based: of the highest accuracy; of equals that with the lower loss."""
+        epochs = range(len(self.accuracies))
+        return max(epochs, key=lambda i: (self.accuracies[i], -self.val_losses[i], i)) + 1
 
     def as_dict(self) -> dict[str, Any]:
         """For the model's metrics: all but the weights."""
-        rounded = {
-            name: [round(value, 4) for value in getattr(self, name)] for name in ("losses", "accuracies", "seconds")
+        series = ("losses", "val_losses", "accuracies", "learning_rates", "seconds")
+        return {
+            "epochs": len(self.losses),
+            "best_epoch": self.best_epoch,
+            "stop_reason": self.stop_reason,
+            "trade": self.trade,
+            "history": {name: [float(f"{value:.4g}") for value in getattr(self, name)] for name in series},
         }
-        return {"epochs": len(self.losses), "best_epoch": self.best_epoch, "history": rounded}
 
 
 def train(
-    network: nn.Module,
+    network: nn.Sequential,
     data: Dataset,
     preprocessing: Preprocessing,
     settings: Effective,
+    stopping: EarlyStopping,
+    budget: Budget,
     checkpoint: Path,
-    progress: Callable[[Event], None],
+    progress: Progress,
+    stop: Callable[[], bool] = never,
+    aux: Auxiliary | None = None,
 ) -> History:
-    """Train `network` in place, on the device it lies on, and leave it with the weights of its best epoch.
+    """Train `network`, a backbone and a last layer, in place, on the device it lies on, and leave it with the weights of its best epoch.
 
-    Goes on from `checkpoint` where there is one, to the same result. Raises TrainingError when the loss is no longer finite.
+    Goes on from `checkpoint` where there is one, to the same result. `stop` is asked at each step; when it says yes, or the seconds of the
+    budget are over (those of earlier attempts count), the epoch under way is cut short, validated, and the last. `aux` trains beside it.
+    Raises TrainingError: a loss that is no longer finite, a checkpoint of another run; OutOfMemory.
     """
-    trainer = Trainer(network, data, preprocessing, settings, progress)
-    history = trainer.resume(checkpoint)
-    for epoch in range(len(history.losses) + 1, settings.epochs + 1):
-        started = time.monotonic()
-        loss = trainer.train_one_epoch(epoch)
-        accuracy = trainer.validate()
-        best = accuracy >= max(history.accuracies, default=0.0)
-        history = History(
-            [*history.losses, loss],
-            [*history.accuracies, accuracy],
-            [*history.seconds, time.monotonic() - started],
-            trainer.weights() if best else history.best,
-        )
-        trainer.save(checkpoint, history)
-        progress(Event("train", epoch / settings.epochs, epoch, loss, accuracy))
+    trainer = Trainer(network, data, preprocessing, settings, progress, aux)
+    with trainer.ready():
+        history = trainer.resume(checkpoint)
+        limits = Limits(budget, stop, spent=sum(history.seconds))
+        while not history.stop_reason and len(history.losses) < settings.epochs:
+            history = trainer.next_epoch(history, limits)
+            history = replace(history, stop_reason=history.stop_reason or _reason(history, stopping, budget, settings))
+            trainer.save(checkpoint, history)
+            trainer.tell_epoch(history)
     network.load_state_dict(history.best)
-    return history
+    return replace(history, trade=trade(stopping, history.losses, history.val_losses, settings.epochs))
+
+
+def _reason(history: History, stopping: EarlyStopping, budget: Budget, settings: Effective) -> StopReason | None:
+    """Why this epoch is the last; None: it is not, or all that were asked for have run."""
+    epoch = len(history.losses)
+    if epoch < settings.epochs and reason_to_stop(stopping, history.losses, history.val_losses):
+        return "early_stopping"
+    return "budget" if budget.max_epochs and epoch >= budget.max_epochs else None
+
+
+class Limits:
+    """What may end a run at any step."""
+
+    def __init__(self, budget: Budget, stop: Callable[[], bool], spent: float) -> None:
+        left = math.inf if budget.max_seconds is None else budget.max_seconds - spent
+        self.deadline = time.monotonic() + left
+        self.stop = stop
+
+    def reached(self) -> StopReason | None:
+        if self.stop():
+            return "stopped"
+        return "budget" if time.monotonic() >= self.deadline else None
 
 
 class Trainer:
@@ -89,82 +138,137 @@ class Trainer:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Sequential,
         data: Dataset,
         preprocessing: Preprocessing,
         settings: Effective,
-        progress: Callable[[Event], None],
+        progress: Progress,
+        aux: Auxiliary | None = None,
     ) -> None:
+        self.device = next(network.parameters()).device
         self.network = network.to(memory_format=torch.channels_last)
         self.average = (
             AveragedModel(network, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
         )
-        self.optimizer = torch.optim.SGD(
-            network.parameters(), settings.lr, MOMENTUM, weight_decay=settings.weight_decay, nesterov=True
-        )
+        self.aux = aux.to(self.device) if aux else None
         self.data = data
+        self.pixels = self._pixels()
         self.preprocessing = preprocessing
         self.settings = settings
         self.progress = progress
-        self.steps = len(data.rows["train"]) // settings.batch_size  # the last partial batch is left out
-        self.device = next(network.parameters()).device
+        self.done = 0.0  # share of the run, as last told
+        self.freezing = Freezing(network[0], settings.freeze_until, settings.thaw_every)
+        self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell)
+        images = len(data.rows["train"])
+        self.step_images = min(settings.batch_size * settings.accumulate, images)
+        self.steps = images // self.step_images  # of an epoch; what is left over waits for the next shuffle
 
-    def train_one_epoch(self, epoch: int) -> float:
-        """-> the mean training loss. All chance of the epoch follows from seed and epoch, so a resumed run draws the same."""
-        torch.manual_seed(self.settings.seed + 1_000_003 * epoch)
-        self.network.train()
-        rows = self.data.rows["train"]
-        order = rows[torch.randperm(len(rows))][: self.steps * self.settings.batch_size]
-        flip = flips(len(self.data.pixels), self.settings.seed, epoch)
-        small = epoch <= round(self.settings.small_until * self.settings.epochs)
-        total = torch.zeros((), device=self.device)
-        for step, batch in enumerate(torch.split(order, self.settings.batch_size)):
-            images = self.images(batch, flip[batch], small)
-            total += self.train_one_batch(images, self.data.labels[batch], (epoch - 1) * self.steps + step)
-            if step % REPORT_EVERY == 0 or step + 1 == self.steps:
-                self.report(epoch, step + 1, total.item())
-        return total.item() / self.steps
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within, the network may be trained: what is hooked into it for that is gone afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+            if self.aux:
+                stack.enter_context(self.aux.listening(self.network[0]))
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(recomputing(self.freezing.stages.values()))
+            yield
 
-    def images(self, rows: Tensor, flip: Tensor, small: bool) -> Tensor:
-        """The images at `rows` (B,), mirrored where `flip` (B,), as the network wants them: float32 (B, C, H, W) on its device.
+    # One epoch
 
-        `small` brings them to three quarters of the side: in the epochs of a high learning rate, as good as the full size.
-        """
-        pixels = self.data.pixels[rows]
-        if self.settings.augmentation == "light":
-            pixels = light(pixels, flip)
-        images = normalise(pixels.to(self.device), self.preprocessing)
-        if small:
-            images = F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def train_one_batch(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """One step of SGD; `step` counts from the start of the run. -> the loss, ()"""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * one_cycle(step, self.steps * self.settings.epochs)
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(
-            self.network(images), labels.to(self.device), label_smoothing=self.settings.label_smoothing
+    def next_epoch(self, history: History, limits: Limits) -> History:
+        started, epoch = time.monotonic(), len(history.losses) + 1
+        rate = self.rate(self.steps * (epoch - 1), history)
+        loss, reason = self.train_one_epoch(epoch, history, limits)
+        val_loss, accuracy = self.validate()
+        if not math.isfinite(val_loss):
+            raise self.diverged(epoch)
+        longer = replace(
+            history,
+            losses=[*history.losses, loss],
+            val_losses=[*history.val_losses, val_loss],
+            accuracies=[*history.accuracies, accuracy],
+            learning_rates=[*history.learning_rates, self.settings.lr * rate],
+            seconds=[*history.seconds, time.monotonic() - started],
+            stop_reason=reason,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        if self.average and step % AVERAGE_EVERY == 0:
-            self.average.update_parameters(self.network)
-        return loss.detach()
+        return replace(longer, best=self.weights()) if longer.best_epoch == epoch else longer
 
-    def report(self, epoch: int, steps: int, total_loss: float) -> None:
-        if total_loss != total_loss or abs(total_loss) == float("inf"):
-            raise TrainingError(
-                f"the loss is no longer finite in epoch {epoch}: the learning rate {self.settings.lr:g} is too high for this network; "
-                f"try --lr {self.settings.lr / 10:g}"
-            )
-        self.progress(Event("train", (epoch - 1 + steps / self.steps) / self.settings.epochs, loss=total_loss / steps))
+    def train_one_epoch(self, epoch: int, history: History, limits: Limits) -> tuple[float, StopReason | None]:
+        """-> the mean training loss, and why it ended early. All chance follows from seed and epoch, so a resumed run draws the same."""
+        torch.manual_seed(self.settings.seed + SEED_STEP * epoch)
+        self.freezing.begin(epoch)
+        self.network.train()
+        self.freezing.hold()
+        rows = self.data.rows["train"]
+        order = rows[torch.randperm(len(rows))][: self.steps * self.step_images]
+        mirrored = flips(len(self.data.labels), self.settings.seed, epoch)
+        total, reported = torch.zeros((), device=self.device), time.monotonic()
+        for step, batch in enumerate(torch.split(order, self.step_images), start=1):
+            images, labels = self.batch(batch, mirrored[batch], epoch)
+            rate = self.rate(self.steps * (epoch - 1) + step - 1, history)
+            total += self.stepper.step(images, labels, rate)
+            if self.average and (self.steps * (epoch - 1) + step - 1) % AVERAGE_EVERY == 0:
+                self.average.update_parameters(self.network)
+            reason = limits.reached()
+            if reason or step == self.steps or time.monotonic() - reported > REPORT_EVERY_S:
+                self.report(epoch, step, total.item() / step)
+                reported = time.monotonic()
+            if reason:
+                break
+        return total.item() / step, reason
 
-    def validate(self) -> float:
-        """-> accuracy of the averaged weights on the validation part."""
+    def batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The images at `rows` (B,) as the network wants them, float32 (B, C, H, W), and labels (B,) or, mixed, shares (B, classes).
+
+        Small epochs show three quarters of the side: while the learning rate is high, as good as the full size.
+        """
+        pixels = self.pixels[rows.to(self.pixels.device)].to(self.device)
+        images = normalise(augment(pixels, mirrored, self.settings), self.preprocessing)
+        if epoch <= round(self.settings.small_until * self.settings.epochs):
+            images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
+        labels = self.data.labels[rows].to(self.device)
+        if self.settings.mixup or self.settings.cutmix:
+            images, labels = mix(images, labels, len(self.data.classes), self.settings)
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    def rate(self, step: int, history: History) -> float:
+        """The share of the peak learning rates at `step`, counted from the start of the run."""
+        return share(self.settings.scheduler, step, self.steps * self.settings.epochs, history.val_losses)
+
+    # What is told and kept
+
+    def report(self, epoch: int, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise self.diverged(epoch)
+        self.done = (epoch - 1 + step / self.steps) / self.settings.epochs
+        self.progress(Event("train", self.done, loss=loss))
+
+    def diverged(self, epoch: int) -> TrainingError:
+        lr = self.settings.lr
+        half = ", or precision bfloat16" if self.settings.precision == "float16" else ""
+        return TrainingError(
+            f"the loss is no longer finite in epoch {epoch}: the learning rate {lr:g} is too high for this network; "
+            f"try lr {lr / 10:g}{half}"
+        )
+
+    def tell(self, message: str) -> None:
+        self.progress(Event("train", self.done, message=message))
+
+    def tell_epoch(self, history: History) -> None:
+        epoch = len(history.losses)
+        self.done = 1.0 if history.stop_reason else epoch / self.settings.epochs
+        loss, val_loss, accuracy = (series[-1] for series in (history.losses, history.val_losses, history.accuracies))
+        self.progress(Event("train", self.done, epoch, loss, val_loss, accuracy))
+
+    def validate(self) -> tuple[float, float]:
+        """-> loss and accuracy of the averaged weights on the validation part."""
         rows = self.data.rows["val"]
-        scores = outputs(self.average or self.network, self.data.pixels, rows, self.preprocessing)
-        return int((scores.argmax(dim=1) == self.data.labels[rows]).sum()) / len(rows)
+        labels = self.data.labels[rows]
+        scores = outputs(
+            self.average or self.network, self.data.pixels, rows, self.preprocessing, 4 * self.stepper.micro
+        )
+        return F.cross_entropy(scores, labels).item(), int((scores.argmax(dim=1) == labels).sum()) / len(rows)
 
     def weights(self) -> Weights:
         """A copy of the weights that are validated: the average, or the network's own."""
@@ -172,37 +276,65 @@ class Trainer:
         return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def save(self, path: Path, history: History) -> None:
-        """Write everything of the run, whole or not at all."""
-        state = {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "history": vars(history),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, path)
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        state = {"identity": self._identity(), "micro": self.stepper.micro, "history": vars(history), **parts}
+        checkpoints.save(path, state)
 
     def resume(self, path: Path) -> History:
-        if not path.exists():
-            return History([], [], [], {})
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        found = checkpoints.load(path, self.device)
+        if found is None:
+            return History()
+        state, file = found
+        self._check_identity(state["identity"], file)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.stepper.micro = state["micro"]
         history = History(**state["history"])
-        done = len(history.losses)
-        self.progress(
-            Event("train", done / self.settings.epochs, message=f"going on after epoch {done}, from {path.name}")
-        )
+        self.done = len(history.losses) / self.settings.epochs
+        self.tell(f"going on after epoch {len(history.losses)}, from {file.name}")
         return history
 
+    def _parts(self) -> dict[str, Any]:
+        parts = {"network": self.network, "average": self.average, "aux": self.aux}
+        return {name: part for name, part in parts.items() if part is not None} | self.stepper.parts()
 
-def one_cycle(step: int, total: int) -> float:
-    """The share of the peak learning rate at `step` of `total`: a tenth, up to 1 after a fifth of the steps, down to 0, both linear."""
-    return min(0.1 + 0.9 * step / (WARM_UP * total), (total - step) / (total - WARM_UP * total))
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for the result to be the same; the budget and the rule for stopping may change."""
+        shapes = [f"{name} {tuple(value.shape)}" for name, value in self.network.state_dict().items()]
+        network = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+        preprocessing = self.preprocessing.model_dump_json()
+        settings = {f"hyperparameter {name}": value for name, value in asdict(self.settings).items()}
+        return {"dataset": self.data.sha256, "network": network, "preprocessing": preprocessing, **settings}
+
+    def _check_identity(self, found: dict[str, Any], file: Path) -> None:
+        own = self._identity()
+        other = [name for name in own if own[name] != found.get(name)]
+        if other:
+            raise TrainingError(
+                f"the checkpoint {file.name} was written by another run, with another {', '.join(other)}: "
+                "bring that back to go on, or remove the checkpoint to start anew"
+            )
+
+    # How it is made
+
+    def _groups(self) -> Groups:
+        settings = self.settings
+        own = [*self.network[1:].parameters(), *(self.aux.parameters() if self.aux else ())]
+        return [*self.freezing.groups(settings.lr, settings.layer_decay), {"params": own, "peak": settings.head_lr}]
+
+    def _pixels(self) -> Tensor:
+        """All images: on the GPU from the start where they take up little of it, which saves their way there at each step."""
+        pixels = self.data.pixels
+        if self.device.type != "cuda":
+            return pixels
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return pixels.to(self.device) if pixels.numel() < GPU_SHARE * free else pixels
+
+    def _class_weights(self) -> Tensor | None:
+        if self.settings.class_weight == "none":
+            return None
+        labels = self.data.labels[self.data.rows["train"]]
+        return class_weights(labels, len(self.data.classes))
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:

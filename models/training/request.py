@@ -3,102 +3,217 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
 
-Mode = Literal["head", "finetune", "scratch"]
-Augmentation = Literal["none", "light"]
+Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
+Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
+Optimizer = Literal["sgd", "adam", "adamw"]
+Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Phase = Literal["audit", "features", "train", "calibrate", "evaluate", "publish"]
+
+MAX_BASES = 8  # of an ensemble, or to choose from
 
 
 class Hyperparameters(Record):
-    """Each may be left out (None): then it follows from the mode and the number of training images, see `effective`."""
+    """Each may be left out, or be "auto": then it follows from the mode and the number of training images, see `effective`."""
 
     epochs: int | None = Field(
-        default=None, ge=1, le=10_000
-    )  # in mode `head`: iterations of L-BFGS, each a pass over the features
-    batch_size: int | None = Field(default=None, ge=2, le=8192)
-    lr: float | None = Field(default=None, gt=0, le=10)  # the peak of the one-cycle schedule
-    weight_decay: float | None = Field(default=None, ge=0, le=10)
-    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    augmentation: Augmentation | None = None
-    ema: float | None = Field(default=None, ge=0, lt=1)  # decay of the averaged weights at each update; 0 is no average
+        default=None, ge=1, le=10_000, description="Passes over the training images; in mode head, iterations of L-BFGS"
+    )
+    batch_size: int | None = Field(default=None, ge=2, le=8192, description="Images in one batch")
+    lr: float | None = Field(default=None, gt=0, le=10, description="Peak learning rate")
+    head_lr: float | None = Field(
+        default=None, gt=0, le=10, description="Peak learning rate of the last layer; otherwise as lr"
+    )
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="Learning rate of each stage over that of the next one"
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=10, description="Weight decay; in mode head, the one strength instead of a path of them"
+    )
+    optimizer: Optimizer | None = Field(default=None, description="Optimizer; sgd has Nesterov momentum")
+    scheduler: Scheduler | None = Field(default=None, description="Course of the learning rate")
+    label_smoothing: float | None = Field(
+        default=None, ge=0, lt=1, description="Share of the target spread over all classes"
+    )
+    class_weight: Literal["none", "balanced"] | None = Field(
+        default=None, description="Whether rare classes count more"
+    )
+    augmentation: Augmentation | None = Field(
+        default=None, description="Random changes to the training images; in mode head, to their copies"
+    )
+    hflip: bool | None = Field(
+        default=None, description="Mirror left and right at random; by default with any augmentation"
+    )
+    vflip: bool | None = Field(default=None, description="Mirror top and bottom at random")
+    rotation: float | None = Field(
+        default=None, ge=0, le=180, description="Rotate at random by up to so many degrees to either side"
+    )
+    mixup: float | None = Field(
+        default=None,
+        ge=0,
+        le=10,
+        description="Alpha of the Beta distribution by which two images are blended; 0 is off",
+    )
+    cutmix: float | None = Field(
+        default=None, ge=0, le=10, description="Alpha of the Beta distribution by which a patch is replaced; 0 is off"
+    )
+    freeze_until: str | None = Field(
+        default=None, max_length=200, description="This stage of the network and all before it stay as they are"
+    )
+    thaw_every: int | None = Field(
+        default=None, ge=1, description="Epochs after which one more frozen stage trains, from the last"
+    )
+    precision: Precision | None = Field(
+        default=None, description="Arithmetic of training; by default what the device gains by"
+    )
+    accumulate: int | None = Field(default=None, ge=1, le=1024, description="Batches to one step")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Compute again in the backward pass instead of keeping: memory for time"
+    )
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="Decay of the averaged weights at each update; 0 is no average"
+    )
     small_until: float | None = Field(
-        default=None, ge=0, le=1
-    )  # share of the epochs at three quarters of the side: 0.6 of the cost
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+        default=None, ge=0, le=1, description="Share of the epochs at 3/4 of the image's side, for 0.6 of the cost"
+    )
+    copies: int | None = Field(
+        default=None, ge=0, le=100, description="Mode head: augmented copies of each training image"
+    )
+    features_from: str | None = Field(
+        default=None, max_length=200, description="Mode head: the named module whose pooled output are the features"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of everything random")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v != "auto"} if isinstance(given, dict) else given
+
+
+class EarlyStopping(Record):
+    """When a run of epochs ends before its last one.
+
+    Prechelt 1998, Early stopping, but when?: GL is generalisation loss, PQ its quotient with progress, UP successive rises.
+    """
+
+    criterion: Literal["patience", "gl", "pq", "up", "none"] = Field(
+        default="up", description="What ends the run before its last epoch: patience, or one of Prechelt's three"
+    )
+    patience: int = Field(
+        default=3, ge=1, le=1000, description="Epochs without a better loss; of up, strips in a row that rose"
+    )
+    alpha: float = Field(default=5.0, gt=0, description="Threshold of gl (percent) and pq")
+    strip: int = Field(default=5, ge=1, le=100, description="Epochs of a strip, for pq and up")
+
+
+class Budget(Record):
+    """What a run may cost; where it is reached, the best so far is kept."""
+
+    max_seconds: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is kept")
+    max_epochs: int | None = Field(default=None, ge=1, description="Epochs after which the best so far is kept")
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, description="Base auto: most milliseconds that one image may take"
+    )
 
 
 class FinetuneRequest(Record):
-    """One training run. `base` is a model of the store (`head`, `finetune`) or an architecture (`scratch`)."""
+    """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
+    several are an ensemble, and "auto" chooses among the store's."""
 
-    dataset: Path
-    name: str = Field(pattern=NAME_PATTERN)
-    base: str = "resnet18"
-    mode: Mode = "head"
-    val_fraction: float = Field(default=0.2, ge=0.01, le=0.5)
-    on_bad_file: Literal["skip", "fail"] = "skip"
+    dataset: Path = Field(description="Folder, zip or CSV of labelled images")
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the model that comes of it")
+    base: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture. "
+        "By default the model that requests get which name none",
+    )
+    mode: Mode = Field(default="head", description="What is trained")
+    val_fraction: float = Field(
+        default=0.2, ge=0.01, le=0.5, description="Share of the images held out, where there is no val/"
+    )
+    test_fraction: float = Field(
+        default=0.0, ge=0, le=0.5, description="Share held out for the final figures, where there is no test/"
+    )
+    on_bad_file: Literal["skip", "fail"] = Field(
+        default="skip", description="What to do with a file that is no usable image"
+    )
     hyperparameters: Hyperparameters = Hyperparameters()
-    half: bool = False  # float16 backbone on disk
+    early_stopping: EarlyStopping = EarlyStopping()
+    budget: Budget = Budget()
+    deploy: Literal["never", "manual", "gate", "always"] = Field(
+        default="gate",
+        description="When the new version is served: gate is where it is not worse than the one that serves",
+    )
+    metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts of your own")
+    half: bool = Field(default=False, description="Store the backbone in float16")
+
+    @field_validator("hyperparameters", mode="before")
+    @classmethod
+    def _all_auto(cls, given: Any) -> Any:
+        return {} if given == "auto" else given
+
+    @field_validator("metadata")
+    @classmethod
+    def _short(cls, given: dict[str, str]) -> dict[str, str]:
+        if any(len(key) > 64 or len(value) > 512 for key, value in given.items()):
+            raise ValueError("a key of metadata has at most 64 characters, a value at most 512")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "FinetuneRequest":
+        self._check_bases()
         given = self.hyperparameters.model_dump(exclude_none=True)
-        unused = [field for field in ("lr", "augmentation", "ema", "small_until") if field in given]
-        if self.mode == "head" and unused:
-            raise ValueError(
-                f"mode head fits a head on fixed features and has no {', '.join(unused)}; leave it out or use mode finetune"
+        if self.mode == "head":
+            self._refuse(sorted(given.keys() - HEAD_FIELDS), "fits a head on fixed features")
+            if self.half:
+                raise ValueError("mode head shares its base's backbone as it is stored; half is for the other modes")
+        elif self.mode != "auto":
+            self._refuse(sorted(given.keys() & {"copies", "features_from"}), "trains the network itself")
+        if self.mode == "scratch":
+            self._refuse(
+                sorted(given.keys() & {"freeze_until", "thaw_every", "layer_decay"}), "has no borrowed weights"
             )
-        if self.mode == "head" and self.half:
-            raise ValueError(
-                "mode head shares its base's backbone as it is stored; half is for the modes finetune and scratch"
-            )
+        if "thaw_every" in given and "freeze_until" not in given:
+            raise ValueError("thaw_every needs freeze_until: nothing is frozen")
         return self
+
+    def _check_bases(self) -> None:
+        if isinstance(self.base, tuple):
+            if not 2 <= len(self.base) <= MAX_BASES:
+                raise ValueError(f"an ensemble has 2 to {MAX_BASES} bases")
+            if self.mode not in ("head", "auto"):
+                raise ValueError(f"mode {self.mode} trains one base; an ensemble of several is trained by mode head")
+        if self.mode == "scratch" and self.base in (None, "auto"):
+            raise ValueError("mode scratch needs the name of an architecture as its base")
+
+    def _refuse(self, fields: list[str], why: str) -> None:
+        if fields:
+            raise ValueError(f"mode {self.mode} {why} and has no {', '.join(fields)}; leave it out or use another mode")
+
+
+# What means something where only a head is fitted; the augmentation is that of the copies.
+HEAD_FIELDS = frozenset(
+    {"epochs", "weight_decay", "label_smoothing", "class_weight", "augmentation", "hflip", "vflip", "rotation"}
+) | {"copies", "features_from", "seed"}
 
 
 @dataclass(frozen=True)
 class Event:
     """A sign of life: `progress` runs from 0 to 1 within `phase`; `message` is a line for the reader (a bad file, a resumed run)."""
 
-    phase: Literal["decode", "features", "train", "evaluate", "publish"]
+    phase: Phase
     progress: float
     epoch: int | None = None  # 1-based, when it has just ended
-    loss: float | None = None
-    accuracy: float | None = None
+    loss: float | None = None  # of training
+    val_loss: float | None = None
+    accuracy: float | None = None  # on validation
     message: str | None = None
-
-
-# Where one default fits all sizes of dataset. lr is per image in the batch: the peak is lr_per_image * batch_size.
-_DEFAULTS: dict[Mode, dict[str, float | str]] = {
-    "head": {
-        "epochs": 100,
-        "weight_decay": 1e-3,
-        "label_smoothing": 0.0,
-        "augmentation": "none",
-        "ema": 0.0,
-        "small_until": 0.0,
-    },
-    "finetune": {
-        "epochs": 8,
-        "weight_decay": 1e-4,
-        "label_smoothing": 0.1,
-        "augmentation": "light",
-        "ema": 0.95,
-        "small_until": 0.0,
-    },
-    "scratch": {
-        "epochs": 10,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "augmentation": "light",
-        "ema": 0.95,
-        "small_until": 0.0,
-    },
-}
-_LR_PER_IMAGE: dict[Mode, float] = {"head": 0.0, "finetune": 0.01 / 64, "scratch": 0.15 / 128}
-_MAX_BATCH: dict[Mode, int] = {"head": 256, "finetune": 64, "scratch": 128}
 
 
 @dataclass(frozen=True)
@@ -108,20 +223,82 @@ class Effective:
     epochs: int
     batch_size: int
     lr: float
-    weight_decay: float
+    head_lr: float
+    layer_decay: float
+    weight_decay: float | None  # None: a path of strengths, chosen by cross-validation
+    optimizer: Optimizer
+    scheduler: Scheduler
     label_smoothing: float
+    class_weight: Literal["none", "balanced"]
     augmentation: Augmentation
+    hflip: bool
+    vflip: bool
+    rotation: float
+    mixup: float
+    cutmix: float
+    freeze_until: str | None
+    thaw_every: int | None
+    precision: Precision
+    accumulate: int
+    gradient_checkpointing: bool
     ema: float
     small_until: float
+    copies: int
+    features_from: str | None
     seed: int
 
 
-def effective(request: FinetuneRequest, train_images: int) -> Effective:
-    """The request's hyperparameters with every gap filled; a batch is never larger than the training part."""
+_DEFAULTS: dict[str, Any] = {
+    "layer_decay": 1.0,
+    "optimizer": "sgd",
+    "scheduler": "one_cycle",
+    "class_weight": "none",
+    "vflip": False,
+    "rotation": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "freeze_until": None,
+    "thaw_every": None,
+    "precision": "float32",
+    "accumulate": 1,
+    "gradient_checkpointing": False,
+    "small_until": 0.0,
+    "copies": 0,
+    "features_from": None,
+}
+_TRAINED = {"label_smoothing": 0.1, "augmentation": "light", "ema": 0.95}
+_BY_MODE: dict[Mode, dict[str, Any]] = {
+    "head": {"epochs": 200, "weight_decay": None, "label_smoothing": 0.0, "augmentation": "none", "ema": 0.0},
+    "finetune": {"epochs": 8, "weight_decay": 1e-4, **_TRAINED},
+    "head_then_finetune": {"epochs": 8, "weight_decay": 1e-4, **_TRAINED},
+    "scratch": {"epochs": 10, "weight_decay": 5e-4, **_TRAINED},
+}
+_MAX_BATCH: dict[Mode, int] = {"head": 256, "finetune": 64, "head_then_finetune": 64, "scratch": 128}
+# Peak learning rate of SGD for one image in the batch; Adam's do not grow with the batch.
+_SGD_LR_PER_IMAGE: dict[Mode, float] = {
+    "head": 0.0,
+    "finetune": 0.01 / 64,
+    "head_then_finetune": 0.01 / 64,
+    "scratch": 0.15 / 128,
+}
+_ADAM_LR: dict[Mode, float] = {"head": 0.0, "finetune": 1e-4, "head_then_finetune": 1e-4, "scratch": 1e-3}
+
+
+def effective(request: FinetuneRequest, mode: Mode, train_images: int, precision: Precision = "float32") -> Effective:
+    """The request's hyperparameters with every gap filled; a batch is never larger than the training part.
+
+    `mode` is the request's, or what `auto` has become; `precision` is what the device gains by.
+    """
     given = request.hyperparameters.model_dump(exclude_none=True)
-    batch_size = min(given.get("batch_size") or _batch_size(request.mode, train_images), max(train_images, 2))
-    lr = _LR_PER_IMAGE[request.mode] * batch_size
-    return Effective(**{"lr": lr, **_DEFAULTS[request.mode], **given, "batch_size": batch_size})
+    chosen = {**_DEFAULTS, **_BY_MODE[mode], "precision": precision, **given}
+    chosen["batch_size"] = min(given.get("batch_size") or _batch_size(mode, train_images), max(train_images, 2))
+    chosen.setdefault("hflip", chosen["augmentation"] != "none")
+    images = chosen["batch_size"] * chosen["accumulate"]
+    chosen.setdefault("lr", _SGD_LR_PER_IMAGE[mode] * images if chosen["optimizer"] == "sgd" else _ADAM_LR[mode])
+    chosen.setdefault("head_lr", chosen["lr"])
+    if request.budget.max_epochs and mode != "head":
+        chosen["epochs"] = min(chosen["epochs"], request.budget.max_epochs)
+    return Effective(**chosen)
 
 
 def _batch_size(mode: Mode, train_images: int) -> int:
@@ -134,18 +311,13 @@ def _batch_size(mode: Mode, train_images: int) -> int:
 
 def command(request: FinetuneRequest) -> str:
     """The command line that asks for this run, with the dataset by its name alone: it goes into the lineage."""
-    words = [
-        "imago",
-        "finetune",
-        request.dataset.resolve().name,
-        "--name",
-        request.name,
-        "--base",
-        request.base,
-        "--mode",
-        request.mode,
-    ]
-    words += ["--val-fraction", str(request.val_fraction), "--on-bad-file", request.on_bad_file]
+    words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
+    bases = (request.base,) if isinstance(request.base, str) else request.base or ()
+    words += [word for base in bases for word in ("--base", base)]
+    words += ["--mode", request.mode, "--val-fraction", str(request.val_fraction)]
+    if request.test_fraction:
+        words += ["--test-fraction", str(request.test_fraction)]
+    words += ["--on-bad-file", request.on_bad_file]
     for field, value in request.hyperparameters.model_dump(exclude_none=True).items():
         words += [f"--{field.replace('_', '-')}", str(value)]
     return shlex.join([*words, "--half"] if request.half else words)

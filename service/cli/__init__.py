@@ -1,4 +1,4 @@
-"""The command line: `imago serve | predict | finetune | models | bench`.
+"""The command line: `imago serve | predict | finetune | jobs | models | bench`.
 
 Each command lives in a module of its own, imported when it is called, so that `imago --help` need not wait for torch.
 """
@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "Serve models over HTTP.",
     "predict": "Classify image files, without a server.",
     "finetune": "Train a classifier on a folder of images.",
+    "jobs": "Watch and steer the fine-tuning jobs of a running server.",
     "models": "List, pull, import, remove and switch models.",
     "bench": "Put a running server under load, and measure it.",
 }

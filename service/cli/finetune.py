@@ -1,73 +1,175 @@
-"""`imago finetune`: one training run in the foreground."""
+"""`imago finetune`: one training run in the foreground; the code that the server's jobs run."""
 
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from service.cli.models import changed, open_store
-from service.cli.options import settings_options
+from models.store import ModelStore
+from models.training.audit import Audit
+from models.training.evaluate import Evaluation
+from models.training.report import Report
+from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from service.cli.models import changed
+from service.cli.options import fields_options, settings_options
 from service.cli.progress import Update, progress
+from service.settings import Settings
 
-if TYPE_CHECKING:
-    from models.training.finetune import Event
-
-HYPERPARAMETERS = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "label_smoothing",
-    "augmentation",
-    "ema",
-    "small_until",
-    "seed",
-)
+REQUEST = ("mode", "val_fraction", "test_fraction", "on_bad_file", "deploy", "half")
+SETTINGS = ("weights", "data", "trainer_threads")
+BUDGET = tuple(Budget.model_fields)
+HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
 
 @click.command(
     epilog="""\b
 Examples:
+  imago finetune photos/ --name bees --dry-run
   imago finetune photos/ --name bees --base resnet18
+  imago finetune photos.zip --name bees --base resnet18 --base densenet121
   imago finetune cifar10.zip --name cifar10 --mode scratch --base preact_resnet --epochs 12 --half"""
 )
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", required=True, help="Name of the model that comes of it")
-@click.option("--base", help="Model of the store, or (mode scratch) an architecture  [default: resnet18]")
-@click.option("--mode", type=click.Choice(["head", "finetune", "scratch"]), help="What is trained  [default: head]")
-@click.option("--val-fraction", type=float, help="Share of images held out, where there is no val/  [default: 0.2]")
-@click.option("--on-bad-file", type=click.Choice(["skip", "fail"]), help="A file that is no image  [default: skip]")
-@click.option("--epochs", type=int, help="Passes over the training images")
-@click.option("--batch-size", type=int, help="Images in one step")
-@click.option("--lr", type=float, help="Peak learning rate")
-@click.option("--weight-decay", type=float, help="Weight decay")
-@click.option("--label-smoothing", type=float, help="0 to less than 1")
-@click.option("--augmentation", type=click.Choice(["none", "light"]), help="Random changes to training images")
-@click.option("--ema", type=float, help="Decay of the averaged weights; 0 for no average")
-@click.option("--small-until", type=float, help="Share of the epochs at 3/4 of the image's side, for 0.6 of the cost")
-@click.option("--seed", type=int, help="Of everything random  [default: 0]")
-@click.option("--half", is_flag=True, help="Store the backbone in float16")
-@settings_options("weights")
-def command(**options: Any) -> None:
-    """Train a classifier on DATASET: a folder or .zip with one folder of images per class, or train/ and val/ of such.
+@click.option("--base", multiple=True, help=f"{FinetuneRequest.model_fields['base'].description}")
+@fields_options(FinetuneRequest, *REQUEST)
+@click.option("--early-stopping", type=click.Choice(["patience", "gl", "pq", "up", "none"]), help="What ends it early")
+@fields_options(EarlyStopping, "patience", "alpha", "strip")
+@fields_options(Budget, *BUDGET)
+@fields_options(Hyperparameters, *HYPERPARAMETERS)
+@click.option("--dry-run", is_flag=True, help="Show the audit, the split and the estimated time, and train nothing")
+@click.option("--fresh", is_flag=True, help="Do not go on from where an earlier run of this command was ended")
+@click.option("--json", "as_json", is_flag=True, help="Print the report, or the dry run, as JSON")
+@settings_options(*SETTINGS)
+def command(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> None:
+    """Train a classifier on DATASET: a folder or .zip with one folder of images per class, or train/, val/ and test/ of such, or a CSV
+    of path,label.
 
-    What is left out follows from the mode and the number of images. The new version is the one to serve.
+    What is left out follows from the mode and the number of images. The new version is served where it is not worse than what is.
+    Ctrl-C once keeps the best so far; the same command goes on where a killed one was.
     """
-    from models.training.finetune import FinetuneRequest, run
+    settings = Settings.load(**{key: options.pop(key) for key in SETTINGS})
+    request = read_request(options)
+    if dry_run:
+        show_plan(rehearse(request, settings), as_json)
+    else:
+        train(request, settings, fresh, as_json)
 
-    store = open_store({"weights": options.pop("weights")})
-    given = {field: value for field, value in options.items() if value is not None}
-    chosen = {field: given.pop(field) for field in HYPERPARAMETERS if field in given}
-    request = FinetuneRequest.model_validate({**given, "hyperparameters": chosen})
+
+def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
+    from models.training.rehearsal import dry_run
+
+    use_cores(settings)
     with progress("finetune", "%") as update:
-        config = run(request, store, lambda event: tell(event, update))
-    for part in ("val", "test"):
-        if part in config.metrics:
-            click.echo(accuracy(part, config.metrics[part]))
-    changed(f"stored {config.name}@{config.version}, {len(config.classes)} classes; it is the version to serve")
+        return dry_run(
+            request, ModelStore(settings.weights), lambda event: tell(event, update), cache=settings.data / "features"
+        )
 
 
-def tell(event: "Event", update: Update) -> None:
+def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bool) -> None:
+    from models.training.finetune import folder_of, run
+    from models.training.handover import REPORT, REPORT_PAGE
+    from models.training.job import forget
+    from models.training.report import Report
+
+    use_cores(settings)
+    store, folder = ModelStore(settings.weights), folder_of(request, settings.data / "finetune", fresh)
+    with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
+        told, cache = partial(tell, update=update), settings.data / "features"
+        result = run(request, store, told, job_dir=folder, cache=cache, stop=stop)
+    forget(folder)
+    report = Report.model_validate_json((folder / REPORT).read_bytes())
+    click.echo(report.model_dump_json(indent=2) if as_json else summary(report))
+    click.echo(f"report: {folder / REPORT_PAGE}", err=True)
+    label = f"{result.model}@{result.version}"
+    if result.deployment == "activate":
+        store.activate(result.model or "", result.version or 0)
+        changed(f"{label} is the version to serve: {result.reason}")
+    else:
+        click.echo(f"{label} is stored and not served: {result.reason}", err=True)
+        click.echo(f"`imago models activate {label}` switches to it", err=True)
+
+
+def use_cores(settings: Settings) -> None:
+    import torch
+
+    from models.runtime.device import cpu_count
+
+    torch.set_num_threads(settings.trainer_threads or cpu_count())  # in the foreground, all of them
+
+
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plan, indent=2))
+        return
+    audit = Audit.model_validate(plan["audit"])
+    click.echo(f"{audit.images} images of {audit.files} files in {len(audit.class_counts['train'])} classes")
+    for name in ("bad", "duplicates", "near_duplicates", "conflicts"):
+        click.echo(f"{name.replace('_', ' ')}: {audit.totals[name]}")
+    click.echo("split: " + ", ".join(f"{images} {part}" for part, images in plan["split"].items() if images))
+    click.echo(f"base: {', '.join(plan['bases'])}; mode {plan['mode']}")
+    click.echo(f"about {plan['estimate']['total']:.0f} s")
+
+
+def summary(report: Report) -> str:
+    lines = [accuracy(part, found) for part, found in (("val", report.val), ("test", report.test)) if found]
+    lines += [
+        f"confused most: {pair.true} taken for {pair.predicted}, {pair.count} times" for pair in report.val.confused[:1]
+    ]
+    lines += [f"label to check: {e.path}, {e.given}, looks like {e.suggested}" for e in report.label_errors[:5]]
+    lines += [report.learning_curve.advice] if report.learning_curve else []
+    lines += [report.stopping] if report.stopping else []
+    return "\n".join(lines)
+
+
+def accuracy(part: str, found: Evaluation) -> str:
+    low, high = found.interval
+    return f"{part}: accuracy {found.accuracy:.2%} on {found.images} images (95 % interval {low:.2%} to {high:.2%})"
+
+
+def read_request(options: dict[str, Any]) -> FinetuneRequest:
+    given = {key: value for key, value in options.items() if value is not None}
+    base = given.pop("base")
+    stopping = {str(key): given.pop(key) for key in ("patience", "alpha", "strip") if key in given}
+    if "early_stopping" in given:
+        stopping["criterion"] = given.pop("early_stopping")
+    budget = {key: given.pop(key) for key in BUDGET if key in given}
+    chosen = {key: given.pop(key) for key in HYPERPARAMETERS if key in given}
+    return FinetuneRequest.model_validate(
+        {
+            **given,
+            "base": None if not base else base[0] if len(base) == 1 else base,
+            "early_stopping": stopping,
+            "budget": budget,
+            "hyperparameters": chosen,
+        }
+    )
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for an early end, the second ends the process."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+        click.echo("ending after this step, with the best so far; Ctrl-C again to give up", err=True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tell(event: Event, update: Update) -> None:
     """Moves the bar, and writes a line for what the reader may want to look at later: messages and the ends of epochs."""
     update(round(event.progress * 100), 100, event.phase)
     if event.message:
@@ -76,10 +178,3 @@ def tell(event: "Event", update: Update) -> None:
         loss = "" if event.loss is None else f"  loss {event.loss:.4f}"
         accuracy = "" if event.accuracy is None else f"  accuracy {event.accuracy:.2%}"
         click.echo(f"epoch {event.epoch}{loss}{accuracy}", err=True)
-
-
-def accuracy(part: str, found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return (
-        f"{part}: accuracy {found['accuracy']:.2%} on {found['images']} images (95 % interval {low:.2%} to {high:.2%})"
-    )

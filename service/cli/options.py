@@ -5,6 +5,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -23,18 +24,32 @@ def settings_options(*names: str) -> Callable[[F], F]:
 
     def decorate(command: F) -> F:
         for name in reversed(names or tuple(Settings.model_fields)):
-            command = _option(name, Settings.model_fields[name])(command)
+            field = Settings.model_fields[name]
+            command = _option(name, field, _help(name, field))(command)
         return command
 
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+def fields_options(model: type[BaseModel], *names: str) -> Callable[[F], F]:
+    """Adds an option for each of these fields of a request. One that is not given is None."""
+
+    def decorate(command: F) -> F:
+        for name in reversed(names):
+            field = model.model_fields[name]
+            shown = "" if field.default in (None, False) else f"  [default: {field.default}]"
+            command = _option(name, field, f"{field.description}{shown}")(command)
+        return command
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
     flag = f"--{name.replace('_', '-')}"
     kind = _plain_type(field.annotation)
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=_help(name, field))
-    return click.option(flag, name, type=_click_type(kind), default=None, help=_help(name, field))
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help)
+    return click.option(flag, name, type=_click_type(kind), default=None, help=help)
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -1,0 +1,14 @@
+"""One training run in a process of its own: `python -m models.training [JOB_DIR]`. See `models.training.child`."""
+
+import argparse
+from pathlib import Path
+
+from models.training.child import be_modest, main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m models.training", description="Run the job that JOB_DIR holds.")
+    parser.add_argument("folder", metavar="JOB_DIR", type=Path, nargs="?", help="without it, it is read from stdin")
+    parser.add_argument("--dry-run", action="store_true", help="audit, split and estimate; train nothing")
+    options = parser.parse_args()
+    be_modest()  # before torch is imported: that takes seconds of computing too
+    raise SystemExit(main(options.folder, dry_run=options.dry_run))

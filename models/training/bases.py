@@ -1,0 +1,87 @@
+"""What a run starts from: backbones of the store, or an architecture without weights."""
+
+from dataclasses import dataclass
+
+from models import architectures
+from models.classifier import BackboneRef, Preprocessing
+from models.errors import ModelNotFound, TrainingError
+from models.store import ModelStore
+from models.training.request import MAX_BASES, FinetuneRequest
+
+
+@dataclass(frozen=True)
+class Base:
+    """One backbone to start from. `ref` is None where training starts from scratch."""
+
+    name: str  # of the model it was found by, or of the architecture
+    version: int | None
+    ref: BackboneRef | None
+    architecture: str
+    preprocessing: Preprocessing
+
+    @property
+    def stored(self) -> BackboneRef:
+        assert self.ref is not None, "a base of the store has its backbone"  # noqa: S101
+        return self.ref
+
+
+def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
+    """What the request names; for "auto", all there is to choose from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
+    if request.mode == "scratch":
+        assert isinstance(request.base, str)  # noqa: S101  (the request has checked it)
+        return (Base(request.base, None, None, request.base, architectures.preprocessing_of(request.base)),)
+    if request.base == "auto":
+        return candidates(store, request.hyperparameters.features_from)
+    names = (request.base or _default(store),) if not isinstance(request.base, tuple) else request.base
+    found = tuple(base for name in names for base in _members(name, store, request.hyperparameters.features_from))
+    if len(found) > 1 and request.mode not in ("head", "auto"):
+        raise TrainingError(
+            f"{names[0]!r} is an ensemble of {len(found)} backbones, and mode {request.mode} trains one: name a member"
+        )
+    if len(found) > MAX_BASES or len({base.ref for base in found}) < len(found):
+        raise TrainingError(f"the bases have {len(found)} backbones; at most {MAX_BASES} different ones can be joined")
+    return found
+
+
+def candidates(store: ModelStore, output: str | None = None) -> tuple[Base, ...]:
+    """Each backbone of the store once, by the first model that stands on it alone."""
+    found: dict[BackboneRef, Base] = {}
+    for name in store.names():
+        members = _members(name, store, output)
+        if len(members) == 1 and not _is_offspring(name, store):
+            found.setdefault(members[0].stored, members[0])
+    if not found:
+        raise ModelNotFound(
+            f"the store has no model to start from: run `imago models pull {PUBLISHED}`, or train with mode scratch"
+        )
+    return tuple(found.values())
+
+
+PUBLISHED = "resnet18"  # what an empty store is told to pull
+
+
+def _is_offspring(name: str, store: ModelStore) -> bool:
+    """Whether only the head is its own: then its backbone is found by its base, or by itself where the base is gone."""
+    lineage = store.config(name).lineage
+    return lineage.get("mode") == "head" and lineage.get("base") in store.names()
+
+
+def _default(store: ModelStore) -> str:
+    default = store.serving().default
+    if default is None:
+        raise ModelNotFound(
+            f"no base was named and no model is served by default: name one, or run `imago models pull {PUBLISHED}`"
+        )
+    return default
+
+
+def _members(name: str, store: ModelStore, output: str | None) -> tuple[Base, ...]:
+    if name not in store.names():
+        here = ", ".join(store.names()) or "none"
+        raise ModelNotFound(
+            f"the store has no model {name!r} to start from (it has: {here}): "
+            f"run `imago models pull {name}`, name another base, or train with mode scratch"
+        )
+    config = store.config(name, store.serving().models.get(name))
+    refs = [ref.model_copy(update={"output": output}) if output else ref for ref in config.backbones]
+    return tuple(Base(name, config.version, ref, ref.architecture, ref.preprocessing) for ref in refs)

@@ -1,0 +1,55 @@
+"""Base "auto": every backbone of the store, its accuracy by cross-validation against its latency here."""
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from models.classifier import Backbone
+from models.runtime import Options, compile_backbone
+from models.training.fitting import cached_features
+from models.training.job import Job, device
+from models.training.request import Event
+from models.training.select import Candidate, Choice, choose
+
+SHOTS = 9  # single images, of which the median counts
+
+
+def choose_base(job: Job) -> tuple[Job, Choice | None]:
+    """The job with the one base that it goes on with, and the table; as it was where the base was named."""
+    if job.request.base != "auto":
+        return job, None
+    rows = job.data.rows["train"]
+    with job.clock.phase("features"):
+        backbones = {base.name: job.store.load_backbone(base.stored) for base in job.bases}
+        candidates = [
+            Candidate(name, cached_features(job, backbone)[rows], latency_ms(backbone))
+            for name, backbone in backbones.items()
+        ]
+        choice = choose(
+            candidates,
+            job.data.labels[rows],
+            job.data.groups[rows],
+            len(job.data.classes),
+            job.settings,
+            job.request.budget.max_latency_ms,
+            job.tell("features"),
+        )
+    job.progress(Event("features", 1.0, message=f"of {len(candidates)} bases, {choice.best} is taken"))
+    best = next(base for base in job.bases if base.name == choice.best)
+    pixels, digests = job.pixels(best.preprocessing)
+    data = replace(job.data, pixels=pixels, digests=digests)
+    return replace(job, bases=(best,), data=data, _pixels={}), choice
+
+
+def latency_ms(backbone: Backbone) -> float:
+    """Milliseconds for one image through the runtime that would serve it, without decoding."""
+    runtime, shape = compile_backbone(backbone, device(), Options()), backbone.ref.preprocessing
+    pixels = torch.full((1, shape.channels, shape.crop, shape.crop), 127, dtype=torch.uint8)
+    seconds = []
+    for _ in range(SHOTS):
+        started = time.perf_counter()
+        runtime(pixels)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)

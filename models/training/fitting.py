@@ -1,0 +1,167 @@
+"""From bases to trained backbones and a head, by each of the modes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import architectures
+from models.classifier import Backbone, ConvLayer, Head
+from models.training import calibrate as calibration
+from models.training import network as whole
+from models.training.augment import augmented_copy
+from models.training.auxiliary import auxiliary
+from models.training.calibrate import Calibration
+from models.training.evaluate import outputs
+from models.training.feature_sum import fit_sum
+from models.training.head import Fit, fit
+from models.training.job import Job, device
+from models.training.network import History
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Backbones as they lie in the store, a head for them, and how they came about."""
+
+    backbones: tuple[Backbone, ...]
+    head: Head
+    features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
+    fit: Fit | None = None
+    history: History | None = None
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self.history.stop_reason if self.history else None
+
+    @torch.inference_mode()
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of the images at `rows` (n,): float32 (n, C), before the temperature."""
+        return self.head(*self.features(rows))  # type: ignore[no-any-return]
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """The same as it will be served, (n, C)."""
+        return (self.scores(rows) / self.head.config.temperature).softmax(dim=1)
+
+
+def train(job: Job) -> Trained:
+    return train_head(job) if job.mode == "head" else train_network(job)
+
+
+def calibrate(job: Job, trained: Trained) -> Calibration:
+    """Gives the head its temperature, fitted on validation."""
+    rows = job.data.rows["val"]
+    found = calibration.calibrate(trained.scores(rows), job.data.labels[rows])
+    trained.head.config = trained.head.config.model_copy(update={"temperature": found.temperature})
+    return found
+
+
+# A head on frozen features
+
+
+def train_head(job: Job) -> Trained:
+    """The backbones are in eval mode, and so they stay: batch norm's statistics are the base's."""
+    backbones = tuple(job.store.load_backbone(base.stored) for base in job.bases)
+    with job.clock.phase("features"):
+        every = [cached_features(job, backbone) for backbone in backbones]
+        shown, labels, groups = training_features(job, backbones, every)
+    with job.clock.phase("train"):
+        fitted = _fit(job, shown, labels, groups)
+    return Trained(backbones, fitted.head, lambda rows: [f[rows] for f in every], fit=fitted)
+
+
+def _fit(job: Job, features: Sequence[Tensor], labels: Tensor, groups: Tensor) -> Fit:
+    classes, tell = len(job.data.classes), job.tell("train")
+    if len(features) > 1:
+        return fit_sum(features, labels, classes, groups, job.settings, tell)
+    return fit(features[0], labels, classes, groups, job.settings, tell)
+
+
+def cached_features(job: Job, backbone: Backbone) -> Tensor:
+    """Of all images, float32 (N, D)."""
+    pixels, digests = job.pixels(backbone.ref.preprocessing)
+    return job.cache.features(backbone, pixels, digests, progress=job.tell("features"), device=device())
+
+
+def training_features(
+    job: Job, backbones: Sequence[Backbone], every: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Features, labels (n,) and groups (n,) to fit to: the training images, then each of their augmented copies."""
+    rows, copies = job.data.rows["train"], job.settings.copies
+    shown = []
+    for backbone, features in zip(backbones, every, strict=True):
+        pixels, _ = job.pixels(backbone.ref.preprocessing)
+        parts = [features[rows]]
+        for number in range(1, copies + 1):
+            changed, digests = augmented_copy(pixels[rows], job.settings, number)
+            parts.append(job.cache.features(backbone, changed, digests, progress=job.tell("features"), device=device()))
+        shown.append(torch.cat(parts))
+    return shown, job.data.labels[rows].repeat(copies + 1), job.data.groups[rows].repeat(copies + 1)
+
+
+# The whole network
+
+
+def train_network(job: Job) -> Trained:
+    """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
+    base = job.bases[0]
+    backbone, layer = _parts(job)
+    network = nn.Sequential(backbone, layer).to(device())
+    with job.clock.phase("train"):
+        history = whole.train(
+            network,
+            job.data,
+            base.preprocessing,
+            job.settings,
+            job.request.early_stopping,
+            job.request.budget,
+            job.folder / CHECKPOINT,
+            job.progress,
+            job.stop,
+            auxiliary(base.architecture, len(job.data.classes)),
+        )
+    ref = job.store.put_backbone(base.architecture, backbone.cpu(), base.preprocessing, half=job.request.half)
+    stored = job.store.load_backbone(ref)
+    return Trained((stored,), Head.of(layer.cpu()), _features_of(job, stored), history=history)
+
+
+def _parts(job: Job) -> tuple[nn.Module, nn.Linear | ConvLayer]:
+    """Backbone and last layer: both new, or the base's backbone and a new linear layer, fitted to it first if that is the mode."""
+    classes, base = len(job.data.classes), job.bases[0]
+    if job.mode == "scratch":
+        network = architectures.create(base.architecture, classes, base.preprocessing.channels)
+        return network.backbone, network.layer
+    backbone = job.store.load_backbone(base.stored)
+    layer = _head_first(job) if job.mode == "head_then_finetune" else nn.Linear(backbone.feature_dim, classes)
+    return backbone.module.requires_grad_(True), layer
+
+
+def _head_first(job: Job) -> nn.Linear:
+    """The layer that mode head would have found."""
+    plain = replace(job.settings, epochs=200, weight_decay=None, copies=0)
+    layer = train_head(replace(job, settings=plain)).head.layers[0]
+    assert isinstance(layer, nn.Linear)  # noqa: S101  (fit makes no other)
+    return layer
+
+
+def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
+    """Computed once for each set of rows that is asked for."""
+    module = backbone.module.to(memory_format=torch.channels_last).to(device())
+    known: dict[bytes, Tensor] = {}
+
+    def features(rows: Tensor) -> list[Tensor]:
+        key = rows.numpy().tobytes()
+        if key not in known:
+            shape, tell = backbone.ref.preprocessing, job.tell("evaluate")
+            known[key] = outputs(module, job.data.pixels, rows, shape, progress=tell)
+        return [known[key]]
+
+    return features
+
+
+def forget_checkpoint(job: Job) -> None:
+    for path in job.folder.glob(f"{Path(CHECKPOINT).stem}*"):
+        path.unlink(missing_ok=True)

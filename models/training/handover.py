@@ -1,0 +1,68 @@
+"""What a server and its trainer hand each other: files in the job's folder.
+
+job.json       Order: written by the server before the trainer starts
+dry_run.json   of `--dry-run`, written by the trainer: the audit, the split and the estimate
+report.json    report.html   written by the trainer
+parity.json    ParitySamples: written by the trainer; the server must come to the same
+run.json       written by the trainer at its first start: `run` is in the lineage of the version that it publishes
+result.json    Result: written by the trainer, last and in one step; where it is missing, the trainer has not come to its end
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Base64Bytes, Field
+
+from models.classifier import NAME_PATTERN, Record
+from models.training.request import FinetuneRequest
+
+JOB, RESULT, DRY_RUN = "job.json", "result.json", "dry_run.json"
+REPORT, REPORT_PAGE = "report.json", "report.html"
+PARITY, RUN = "parity.json", "run.json"
+
+EXIT_DISK_FULL = 28  # ENOSPC: not even result.json could be written
+
+StopReason = Literal["early_stopping", "budget", "stopped"]
+Deployment = Literal["activate", "rejected", "manual", "never"]
+
+
+class Order(Record):
+    """What the trainer is to do, and with what."""
+
+    request: FinetuneRequest  # its dataset is an absolute path
+    weights: Path  # the model store
+    cache: Path  # of features, shared by all jobs
+    threads: int = Field(ge=1)  # CPU threads of a computation
+
+
+class Failure(Record):
+    """Why a run failed: `code` for programs, one sentence for people that says what to do."""
+
+    code: str
+    message: str
+
+
+class Result(Record):
+    """What a run has come to. `deployment` is what the gate decided: the server acts on "activate"; the others say why it does not."""
+
+    status: Literal["succeeded", "failed"]
+    model: str | None = Field(default=None, pattern=NAME_PATTERN)
+    version: int | None = Field(default=None, ge=1)
+    stop_reason: StopReason | None = None
+    verdict: dict[str, Any] | None = None  # of the gate; its `reason` is a sentence for people
+    deployment: Deployment | None = None
+    reason: str | None = None  # of the deployment, a sentence for people
+    effective: dict[str, Any] | None = None  # the hyperparameters as used
+    error: Failure | None = None
+
+
+class ParitySample(Record):
+    """A held-out image and the probabilities, by class, that the new version has for it."""
+
+    name: str
+    image: Base64Bytes
+    probabilities: tuple[float, ...]
+
+
+class ParitySamples(Record):
+    samples: tuple[ParitySample, ...]

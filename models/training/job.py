@@ -1,0 +1,95 @@
+"""What every step of a run works with: the request, the data, where things are kept, and the clock."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import files
+from models.classifier import Preprocessing
+from models.errors import DatasetError
+from models.store import ModelStore
+from models.training import dataset
+from models.training.bases import Base
+from models.training.dataset import Dataset
+from models.training.features import FeatureCache
+from models.training.request import Effective, Event, FinetuneRequest, Mode, Phase
+
+RUN = "run.json"  # in the job's folder: who this run is, and what it was begun on
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, of this process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    request: FinetuneRequest
+    store: ModelStore
+    progress: Callable[[Event], None]
+    stop: Callable[[], bool]
+    folder: Path  # of checkpoint and report
+    cache: FeatureCache
+    data: Dataset
+    bases: tuple[Base, ...]
+    mode: Mode
+    settings: Effective
+    clock: Clock
+    run: str  # identifies this run in what it publishes, however often it is begun again
+    _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> Tensor:
+        """Rows (n,) that neither weights nor temperature were fitted to, where there are such; otherwise those of validation."""
+        return self.data.rows["test"] if len(self.data.rows["test"]) else self.data.rows["val"]
+
+    def tell(self, phase: Phase) -> Callable[[float], None]:
+        return lambda done: self.progress(Event(phase, done))
+
+    def pixels(self, preprocessing: Preprocessing) -> tuple[Tensor, tuple[bytes, ...]]:
+        """All images under another preprocessing, uint8 (N, C, H, W), and their digests; decoded again where need be."""
+        if preprocessing == self.bases[0].preprocessing:
+            return self.data.pixels, self.data.digests
+        if preprocessing not in self._pixels:
+            self._pixels[preprocessing] = dataset.pixels(self.request.dataset, self.data, preprocessing)
+        return self._pixels[preprocessing]
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def identity(folder: Path, data: Dataset) -> str:
+    """The run's name: made at its first start, the same at every other. Raises DatasetError where the images are no longer those."""
+    path = folder / RUN
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace(path, json.dumps({"run": uuid.uuid4().hex, "dataset_sha256": data.sha256}).encode())
+    found = json.loads(path.read_text())
+    if found["dataset_sha256"] != data.sha256:
+        raise DatasetError(
+            f"the files of {data.name} have changed since this run began: what it has learned belongs to the old ones; start a new run"
+        )
+    return str(found["run"])
+
+
+def forget(folder: Path) -> None:
+    """After this, the folder begins a new run. Called once the result is safe: until then, a run begun again must know what it published."""
+    (folder / RUN).unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""A dry run: what a run would be made of, and about how long it would take."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import architectures
+from models.classifier import Preprocessing, normalise
+from models.runtime import tune_allocator
+from models.store import ModelStore
+from models.training.bases import Base
+from models.training.finetune import prepare
+from models.training.job import Job, device
+from models.training.request import Event, FinetuneRequest
+
+IMAGES = 8  # of the batch that is timed
+BACKWARD = 3.0  # a training step over a forward pass
+OVERHEAD_S = 3.0  # fitting, evaluating and publishing a head
+
+
+def dry_run(
+    request: FinetuneRequest, store: ModelStore, progress: Callable[[Event], None], *, cache: Path
+) -> dict[str, Any]:
+    """The audit, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and nothing is written.
+
+    Raises what `run` would raise up to the training.
+    """
+    tune_allocator()
+    job = prepare(request, store, progress, None, cache)
+    return {
+        "audit": job.data.audit.model_dump(mode="json"),
+        "split": {part: len(rows) for part, rows in job.data.rows.items()},
+        "mode": job.mode,
+        "bases": [base.name for base in job.bases],
+        "effective": asdict(job.settings),
+        "estimate": estimate(job),
+    }
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """Seconds by phase and in all, from one batch through each base; features that are cached already will take less."""
+    audit = job.clock.seconds["audit"]
+    forward = sum(seconds_per_image(job, base) for base in job.bases)
+    shown, held_out = len(job.data.rows["train"]), len(job.data.paths) - len(job.data.rows["train"])
+    if job.mode == "head":
+        features, train = forward * (len(job.data.paths) + shown * job.settings.copies), OVERHEAD_S
+    else:
+        features = forward * len(job.data.paths) if job.mode == "head_then_finetune" else 0.0
+        train = job.settings.epochs * forward * (BACKWARD * shown + held_out)
+    phases = {"audit": audit, "features": features, "train": train}
+    return {name: round(seconds, 1) for name, seconds in {**phases, "total": sum(phases.values())}.items()}
+
+
+@torch.inference_mode()
+def seconds_per_image(job: Job, base: Base) -> float:
+    """Of a forward pass in training's arithmetic."""
+    shape = base.preprocessing
+    module = _network(job, base).eval().to(memory_format=torch.channels_last).to(device())
+    images = normalise(_grey(shape).to(device()), shape).contiguous(memory_format=torch.channels_last)
+    module(images[:1])
+    started = time.perf_counter()
+    module(images)
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / IMAGES
+
+
+def _network(job: Job, base: Base) -> torch.nn.Module:
+    if base.ref is None:
+        return architectures.create(base.architecture, len(job.data.classes), base.preprocessing.channels).backbone
+    return job.store.load_backbone(base.ref).module
+
+
+def _grey(shape: Preprocessing) -> torch.Tensor:
+    return torch.full((IMAGES, shape.channels, shape.crop, shape.crop), 127, dtype=torch.uint8)

@@ -1,0 +1,64 @@
+"""The report as a record; `report.json` is its `model_dump_json()`."""
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from models.classifier import Record
+from models.training.audit import Audit
+from models.training.calibrate import Calibration
+from models.training.curve import LearningCurve
+from models.training.evaluate import Evaluation, LabelError
+from models.training.gate import Verdict
+from models.training.head import PathPoint
+from models.training.select import Choice
+
+
+class Epoch(Record):
+    """One epoch of a network's training; what was not measured is None."""
+
+    epoch: int = Field(ge=1)
+    loss: float
+    accuracy: float | None = None  # on the training images, as they were augmented
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    lr: float | None = None
+    seconds: float | None = None
+
+
+class Parity(Record):
+    """Whether the server's way from bytes to probabilities answers as the trainer's did, on the same files."""
+
+    images: int
+    max_difference: float  # of a probability
+    agrees: bool
+
+
+class Report(Record):
+    """All that a run found out. What a mode does not have is None or empty."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    version: int | None = None  # None: nothing was published
+    mode: str
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    request: dict[str, Any]
+    effective: dict[str, Any]
+    audit: Audit  # with the sizes of the parts
+    history: tuple[Epoch, ...] = ()
+    best_epoch: int | None = None
+    path: tuple[PathPoint, ...] = ()  # of the head's strengths
+    strength: float | None = None  # the one that was taken
+    stop_reason: str | None = None
+    stopping: str | None = None  # what stopping early saved and may have cost, in words
+    candidates: Choice | None = None
+    calibration: Calibration
+    val: Evaluation
+    test: Evaluation | None = None
+    label_errors: tuple[LabelError, ...] = ()
+    learning_curve: LearningCurve | None = None
+    verdict: Verdict | None = None
+    parity: Parity | None = None
+    timings: dict[str, float] = Field(default={})  # phase -> seconds
+    lineage: dict[str, Any] = Field(default={})

@@ -1,0 +1,83 @@
+"""The choice of a base: heads on several backbones' features, cross-validated on the same folds, against what each costs to run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.classifier import Record
+from models.errors import TrainingError
+from models.training.head import Problem, Progress, cross_validate, threads_for
+from models.training.request import Effective
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A base to choose from, with its features of the training images."""
+
+    name: str
+    features: Tensor  # float32 (n, D)
+    latency_ms: float  # of one image, through this server's runtime
+
+
+class Scored(Record):
+    """A candidate's line in the table."""
+
+    name: str
+    accuracy: float  # of images while they were held out, at the best strength
+    spread: float  # standard deviation over the folds
+    latency_ms: float
+
+
+class Choice(Record):
+    """All candidates, the most accurate first, and the one that was taken."""
+
+    best: str
+    max_latency_ms: float | None
+    candidates: tuple[Scored, ...]
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    labels: Tensor,
+    groups: Tensor,
+    num_classes: int,
+    settings: Effective,
+    max_latency_ms: float | None,
+    progress: Progress,
+) -> Choice:
+    """The most accurate of those that are fast enough; of equal ones the faster. Labels and groups (n,) are those of the features.
+
+    Raises TrainingError where none is fast enough.
+    """
+    fast = [c for c in candidates if max_latency_ms is None or c.latency_ms <= max_latency_ms]
+    if not fast:
+        nearest = min(candidates, key=lambda c: c.latency_ms)
+        raise TrainingError(
+            f"no base answers within max_latency_ms {max_latency_ms:g}: the fastest, {nearest.name}, takes {nearest.latency_ms:.1f} ms; "
+            "allow more, or pull a smaller network"
+        )
+    scored = []
+    for number, candidate in enumerate(candidates):
+        with threads_for(candidate.features.numel() * num_classes):
+            problem = Problem.of(candidate.features, labels, num_classes, settings)
+            found = cross_validate(problem, groups, _share(progress, number, len(candidates))).best
+        scored.append(_scored(candidate, found.cv_accuracy, found.spread))
+    scored.sort(key=lambda s: (-s.accuracy, s.latency_ms))
+    names = {c.name for c in fast}
+    best = next(s for s in scored if s.name in names)
+    return Choice(best=best.name, max_latency_ms=max_latency_ms, candidates=tuple(scored))
+
+
+def _scored(candidate: Candidate, accuracy: float, spread: float) -> Scored:
+    return Scored(
+        name=candidate.name,
+        accuracy=round(accuracy, 6),
+        spread=round(spread, 6),
+        latency_ms=round(candidate.latency_ms, 3),
+    )
+
+
+def _share(progress: Progress, number: int, of: int) -> Progress:
+    """The progress of one part of the work, `number` from 0, as progress of the whole."""
+    return lambda done: progress((number + done) / of)

@@ -1,0 +1,45 @@
+"""How far a job is, and how long it will take: from the phases' progress to one figure for the whole."""
+
+import time
+
+# The share of each phase in a job's time, as a first guess; what was measured so far corrects it.
+_HEAD = {"audit": 0.25, "features": 0.5, "train": 0.1, "calibrate": 0.03, "evaluate": 0.07, "publish": 0.05}
+_NETWORK = {"audit": 0.05, "features": 0.02, "train": 0.85, "calibrate": 0.02, "evaluate": 0.04, "publish": 0.02}
+
+
+class Pace:
+    """One attempt of a job. Progress never falls: a resumed attempt shows what it had until it is further."""
+
+    def __init__(self, mode: str, progress: float = 0.0) -> None:
+        self._shares = _HEAD if mode == "head" else _NETWORK
+        self.progress = progress
+        self.eta_seconds: float | None = None
+        self._phase: str | None = None
+        self._began = self._entered = time.monotonic()
+        self._first = 0.0  # the phase's progress when it was first seen: a resumed run does not begin at 0
+
+    def update(self, phase: str, fraction: float) -> None:
+        """`fraction` of this phase is done."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._entered, self._first = phase, now, fraction
+        before, share, after = self._around(phase)
+        done = before + share * fraction
+        self.progress = max(self.progress, min(done, 1.0))
+        self.eta_seconds = self._rest_of_phase(now, fraction, share, done) + after * self._seconds_per_share(now, done)
+
+    def _around(self, phase: str) -> tuple[float, float, float]:
+        """The shares of all phases before this one, of this one, and of those after it."""
+        names = list(self._shares)
+        here = names.index(phase) if phase in names else len(names)
+        shares = list(self._shares.values())
+        return sum(shares[:here]), sum(shares[here : here + 1]), sum(shares[here + 1 :])
+
+    def _rest_of_phase(self, now: float, fraction: float, share: float, done: float) -> float:
+        """At the phase's own speed, once a little of it was seen; at the job's until then."""
+        if fraction - self._first < 0.02:
+            return share * (1 - fraction) * self._seconds_per_share(now, done)
+        return (now - self._entered) * (1 - fraction) / (fraction - self._first)
+
+    def _seconds_per_share(self, now: float, done: float) -> float:
+        return (now - self._began) / max(done, 0.01)

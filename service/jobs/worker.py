@@ -1,0 +1,289 @@
+"""Works on one job: runs its trainer, restarts it when it crashes, and puts the new model to service.
+
+    train:   begin -> trainer process -> result.json        crashed: begin again, at most MAX_CRASHES times
+    deploy:  the gate's decision -> activate -> succeeded
+
+Both may be called again for the same job, after a crash of the server at any point: the table and the files say what is left to do.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from models.errors import ModelError
+from models.files import replace
+from models.records import read_record, to_json
+from models.store import ModelStore
+from models.training.handover import EXIT_DISK_FULL, JOB, PARITY, RESULT, RUN, ParitySamples, Result
+from models.training.request import FinetuneRequest
+from service.answers import Sample
+from service.errors import ServiceError, TrainerUnavailable
+from service.jobs.events import EVENTS, append
+from service.jobs.job import Job
+from service.jobs.pace import Pace
+from service.jobs.queue import Interrupted
+from service.jobs.table import JobTable
+from service.jobs.trainer import TrainerProcess, Trainers, order_of, signal_name
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_CRASHES = 3  # of the trainer itself; a restart of the server is not the job's fault
+MAX_ATTEMPTS = 25  # but a job during which the server ends so often is not begun again
+POLL_S = 0.25  # how long the trainer is listened to at a time
+LOOK_S = 0.5  # how often the table is asked what is wanted, and told how far the job is
+EVENT_S, EVENT_STEP = 10.0, 0.02  # plain progress becomes an event so often, or when so much of a phase is done
+GRACE_S = 2.0  # from SIGTERM to SIGKILL: a cancelled job is gone within 5 s
+RETRY_S = 5.0  # when the database cannot be used
+
+
+class Worker:
+    """Called in the queue's threads. `leaving` says that the server is going: then Interrupted is raised, and the job stays as it is."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: ModelStore,
+        table: JobTable,
+        folders: Path,
+        activate: Callable[[str, int, Sequence[Sample]], None],
+        leaving: Callable[[], bool],
+        trainers: Trainers,
+    ) -> None:
+        self.settings, self.store, self.table, self.folders = settings, store, table, folders
+        self.leaving = leaving
+        self._activate, self._trainers = activate, trainers
+
+    # Training
+
+    def train(self, id: str) -> None:
+        """Returns when the job has failed, is cancelled, or is in the phase `deploy`."""
+        self._persist(self._train, id)
+
+    def _persist(self, work: Callable[[str], None], id: str) -> None:
+        """Does it again until the database can be used; what nobody foresaw is the job's failure."""
+        while True:
+            self._wait(0.0)
+            try:
+                return work(id)
+            except TrainerUnavailable as error:
+                log.warning("job %s: %s", id, error)
+                self._wait(RETRY_S)
+            except Exception as error:
+                log.exception("job %s failed", id)
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                with suppress(TrainerUnavailable):  # the next start of the server finds it unfinished
+                    self._fail(
+                        id, *(_DISK_FULL if full else ("internal", "internal error; the server's log has the details"))
+                    )
+                return None
+
+    def _wait(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while not self.leaving():
+            if time.monotonic() >= ends:
+                return
+            time.sleep(POLL_S)
+        raise Interrupted
+
+    def _train(self, id: str) -> None:
+        folder = self.folders / id
+        folder.mkdir(parents=True, exist_ok=True)
+        while not (folder / RESULT).exists():
+            self._wait(0.0)
+            if not self.table.begin(id):  # it was cancelled, or has failed
+                break
+            self._attempt(self.table.get(id), folder)
+        self._settle(id, folder)
+
+    def _attempt(self, job: Job, folder: Path) -> None:
+        """One trainer process, from its start to its end, whatever that is."""
+        if job.attempt > MAX_ATTEMPTS:
+            return self._fail(job.id, "interrupted", f"the server has ended {MAX_ATTEMPTS} times while this job ran")
+        try:
+            order = order_of(self.settings, FinetuneRequest.model_validate(job.request))
+        except ModelError as error:
+            return self._fail(job.id, error.code, str(error))
+        replace(folder / JOB, to_json(order))
+        self._tell(job.id, status="running", message=f"attempt {job.attempt}")
+        process = self._trainers.take()
+        try:
+            process.begin(folder)
+            too_much = Watch(self, job, process).follow()
+        finally:
+            process.end(GRACE_S)
+        if too_much:
+            limit = f"the trainer took more than the {self.settings.trainer_memory_mb} MB that trainer_memory_mb allows"
+            return self._fail(
+                job.id, "out_of_memory", f"{limit}; take a smaller batch_size or base, or raise the limit"
+            )
+        if not (folder / RESULT).exists() and self.table.wish(job.id).status == "running":
+            self._crashed(job.id, process.returncode or 0)
+        return None
+
+    def _crashed(self, id: str, returncode: int) -> None:
+        if returncode == EXIT_DISK_FULL:
+            return self._fail(id, *_DISK_FULL)
+        how, crashes = signal_name(returncode), self.table.crashed(id)
+        if crashes < MAX_CRASHES:
+            return self._tell(id, "warning", f"the trainer ended by {how}; it goes on from its checkpoint")
+        hint = "; memory may have run out: take a smaller batch_size or base" if how == "SIGKILL" else ""
+        return self._fail(id, "trainer_crashed", f"the trainer ended {crashes} times, at last by {how}{hint}")
+
+    def _settle(self, id: str, folder: Path) -> None:
+        """From what is in the folder to what is in the table."""
+        if self.table.wish(id).status == "cancelling":
+            return self._discard(id, folder)
+        if not (folder / RESULT).exists():
+            return None
+        result = read_record(folder / RESULT, Result)
+        if result.error is not None:
+            return self._fail(id, result.error.code, result.error.message, effective=result.effective)
+        found = {"model": result.model, "version": result.version, "effective": result.effective}
+        if not self.table.deploying(id, found | {"stop_reason": result.stop_reason, "progress": 1.0}):
+            self._settle_cancelled(id, folder)
+        return None
+
+    def _settle_cancelled(self, id: str, folder: Path) -> None:
+        """Somebody cancelled it in the moment in which it succeeded."""
+        if self.table.wish(id).status == "cancelling":
+            self._discard(id, folder)
+
+    def _fail(self, id: str, code: str, message: str, **found: Any) -> None:
+        if self.table.finish(id, "failed", error={"code": code, "message": message}, **found):
+            self._tell(id, "error", message, status="failed")
+        elif self.table.wish(id).status == "cancelling":
+            self._discard(id, self.folders / id)
+
+    def _discard(self, id: str, folder: Path) -> None:
+        """Nothing of a cancelled job is left but its record and its events."""
+        with suppress(ModelError, FileNotFoundError):
+            self._unpublish(self.table.get(id).request["name"], json.loads((folder / RUN).read_bytes())["run"])
+        for entry in folder.iterdir() if folder.exists() else ():
+            if entry.name != EVENTS:
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        if self.table.finish(id, "cancelled"):
+            self._tell(id, status="cancelled")
+
+    def _unpublish(self, name: str, run: str) -> None:
+        """Removes what this run has published, if it came so far."""
+        for version in self.store.versions(name):
+            if self.store.config(name, version).lineage.get("run") == run:
+                self.store.remove(name, version)
+
+    # Deployment
+
+    def deploy(self, id: str) -> None:
+        """Puts the model to service where the gate says so; then the job has succeeded. The last step of every job."""
+        self._persist(self._deploy, id)
+        self._trainers.prepare()
+
+    def _deploy(self, id: str) -> None:
+        job = self.table.get(id)
+        if job.status != "running" or job.phase != "deploy":
+            return
+        folder = self.folders / id
+        result = read_record(folder / RESULT, Result)
+        deployment = self._put_to_service(result, folder / PARITY)
+        (folder / PARITY).unlink(missing_ok=True)  # it holds images
+        if self.table.finish(id, "succeeded", deployment=deployment):
+            self._tell(id, status="succeeded", message=f"{result.model}@{result.version}: {deployment}")
+
+    def _put_to_service(self, result: Result, parity: Path) -> str:
+        if result.deployment == "rejected":
+            return f"rejected: {result.reason}"
+        if result.deployment != "activate" or result.model is None or result.version is None:
+            return result.deployment or "never"
+        try:
+            self._activate(result.model, result.version, _samples(parity))
+        except (ModelError, ServiceError) as error:
+            return f"failed: {error}"
+        except Exception:  # the model is published all the same
+            log.exception("%s@%d could not be activated", result.model, result.version)
+            return "failed: internal error; the server's log has the details"
+        return "activated"
+
+    def _tell(self, id: str, level: str = "info", message: str | None = None, status: str | None = None) -> None:
+        self.note(id, {"level": level, "status": status, "message": message})
+
+    def note(self, id: str, event: dict[str, Any]) -> None:
+        """Adds an event to the job's; a job does not fail because its diary cannot be written."""
+        try:
+            append(self.folders / id / EVENTS, event)
+        except (OSError, ValueError) as error:
+            log.warning("job %s: an event could not be written: %s", id, error)
+
+
+def _samples(path: Path) -> list[Sample]:
+    """What the trainer says that some images get, if it does."""
+    if not path.exists():
+        return []
+    found = ParitySamples.model_validate_json(path.read_bytes()).samples
+    return [Sample(sample.name, sample.image, sample.probabilities) for sample in found]
+
+
+_DISK_FULL = ("disk_full", "the disk is full; free some space and start the job again")
+
+
+class Watch:
+    """One trainer process: its words become events and progress, and the callers' wishes reach it."""
+
+    def __init__(self, worker: Worker, job: Job, process: TrainerProcess) -> None:
+        self._worker, self._job, self._process = worker, job, process
+        self._limit = (worker.settings.trainer_memory_mb or 0) * 2**20  # bytes; 0: none
+        self._pace = Pace(job.request["mode"], job.progress)
+        self._phase: str | None = None
+        self._looked = self._noted = 0.0  # monotonic seconds
+        self._noted_at = 0.0  # which progress of the phase
+        self._told = -1.0  # which progress of the job the table knows
+        self._asked = False
+
+    def follow(self) -> bool:
+        """Returns when the process has ended by itself or is to be ended: True where it takes too much memory. Raises Interrupted."""
+        while True:
+            ended = self._process.returncode is not None  # asked first: what it said last is read below
+            events = self._process.events(POLL_S)
+            for event in events:
+                self._hear(event)
+            if ended and not events:
+                return False
+            if self._worker.leaving():
+                raise Interrupted
+            if self._limit and self._process.memory_bytes() > self._limit:
+                return True
+            if time.monotonic() - self._looked >= LOOK_S and not self._look():
+                return False
+
+    def _look(self) -> bool:
+        """Tells the table how far the job is, and asks it what is wanted: False if that is to cancel."""
+        self._looked = time.monotonic()
+        try:
+            if self._phase is not None and self._told != self._pace.progress:
+                self._worker.table.progress(self._job.id, self._phase, self._pace.progress, self._pace.eta_seconds)
+                self._told = self._pace.progress
+            wish = self._worker.table.wish(self._job.id)
+        except TrainerUnavailable as error:  # the trainer goes on meanwhile
+            log.warning("job %s: %s", self._job.id, error)
+            return True
+        if wish.stop and not self._asked:
+            self._process.ask_to_stop()
+            self._asked = True
+        return wish.status != "cancelling"
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        phase, progress = str(event["phase"]), float(event["progress"])
+        self._pace.update(phase, progress)
+        changed, self._phase = phase != self._phase, phase
+        if changed:
+            self._looked = 0.0  # the table is told at once
+        now = time.monotonic()
+        moved = abs(progress - self._noted_at) >= EVENT_STEP or now - self._noted >= EVENT_S
+        if changed or moved or progress >= 1 or "message" in event or "epoch" in event:
+            self._noted, self._noted_at = now, progress
+            self._worker.note(self._job.id, {"level": "info", **event})

@@ -1,0 +1,255 @@
+"""The table of jobs: transitions with one winner, idempotency, pages; on SQLite and on PostgreSQL."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from postgres_server import postgres as postgres
+
+from models.errors import NameConflict
+from service.errors import (
+    BadRequest,
+    IdempotencyMismatch,
+    JobActive,
+    JobFinished,
+    JobNotFound,
+    JobNotStarted,
+    QueueFull,
+    TrainerUnavailable,
+)
+from service.jobs.job import Job
+from service.jobs.table import JobTable, Submission, _jobs
+
+MANY = 1000
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobTable]:
+    kind: str = request.param
+    url = f"sqlite:///{tmp_path}/jobs.sqlite" if kind == "sqlite" else request.getfixturevalue("postgres")
+    table = JobTable(url)
+    with table._engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM imago_jobs"))
+    yield table
+    table.close()
+
+
+def submission(id: str = "a", name: str = "pets", key: str | None = None, body: str = "0") -> Submission:
+    return Submission(id, {"name": name, "dataset": "d", "mode": "head"}, key, body)
+
+
+def add(table: JobTable, id: str = "a", **fields: Any) -> Job:
+    return table.add(submission(id, **{"name": id, **fields}), MANY)[0]
+
+
+def test_a_job_is_queued_and_knows_its_place(table: JobTable) -> None:
+    jobs = [add(table, id) for id in "abc"]
+    assert [(job.status, job.terminal, job.queue_position) for job in jobs] == [("queued", False, n) for n in (1, 2, 3)]
+    table.cancel("a")
+    assert [table.get(id).queue_position for id in "abc"] == [None, 1, 2]
+
+
+def test_its_life(table: JobTable) -> None:
+    add(table)
+    assert table.begin("a")
+    table.progress("a", "features", 0.4, 12.34)
+    running = table.get("a")
+    assert (running.status, running.phase, running.progress, running.eta_seconds) == ("running", "features", 0.4, 12.3)
+    assert table.deploying("a", {"model": "pets", "version": 3, "effective": {"lr": 0.1}})
+    assert table.finish("a", "succeeded", deployment="activated")
+    done = table.get("a")
+    assert (done.status, done.terminal, done.version, done.deployment) == ("succeeded", True, 3, "activated")
+    assert done.finished_at is not None
+    assert done.started_at is not None
+    assert done.created_at <= done.started_at <= done.finished_at
+
+
+def test_each_attempt_counts_and_the_first_start_stays(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    first = table.get("a").started_at
+    assert table.begin("a")
+    assert [table.crashed("a"), table.crashed("a")] == [1, 2]
+    assert (table.get("a").attempt, table.get("a").started_at) == (2, first)
+
+
+def test_a_queued_job_is_cancelled_at_once(table: JobTable) -> None:
+    add(table)
+    assert table.cancel("a").status == "cancelled"
+    assert not table.begin("a")
+    assert table.cancel("a").status == "cancelled"  # twice does no harm
+
+
+def test_a_running_job_that_is_cancelled_cannot_succeed(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    assert [table.cancel("a").status for _ in range(2)] == ["cancelling", "cancelling"]
+    assert not table.deploying("a", {})
+    assert not table.finish("a", "failed")
+    assert table.finish("a", "cancelled")
+
+
+def test_a_job_that_is_being_deployed_cannot_be_cancelled(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    table.deploying("a", {})
+    with pytest.raises(JobFinished, match="too late"):
+        table.cancel("a")
+    assert table.get("a").status == "running"
+
+
+def test_of_cancel_and_success_at_the_same_moment_one_wins(table: JobTable) -> None:
+    for number in range(10):
+        id = str(number)
+        add(table, id)
+        table.begin(id)
+        with ThreadPoolExecutor(2) as pool:
+            deploying = pool.submit(table.deploying, id, {})
+            cancelling = pool.submit(outcome, table.cancel, id)
+        assert (deploying.result(), cancelling.result()) in ((True, "JobFinished"), (False, "cancelling"))
+
+
+def outcome(call: Any, id: str) -> str:
+    try:
+        return str(call(id).status)
+    except JobFinished as error:
+        return type(error).__name__
+
+
+def test_what_is_at_its_end_is_neither_cancelled_nor_stopped(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    table.finish("a", "failed", error={"code": "x", "message": "y"})
+    for call in (table.cancel, table.stop):
+        with pytest.raises(JobFinished):
+            call("a")
+
+
+def test_stop_is_for_running_jobs(table: JobTable) -> None:
+    add(table)
+    with pytest.raises(JobNotStarted, match="cancel it instead"):
+        table.stop("a")
+    table.begin("a")
+    table.stop("a")
+    assert table.wish("a").stop
+
+
+def test_only_what_is_at_its_end_is_deleted(table: JobTable) -> None:
+    add(table)
+    with pytest.raises(JobActive):
+        table.delete("a")
+    table.cancel("a")
+    table.delete("a")
+    with pytest.raises(JobNotFound):
+        table.delete("a")
+
+
+def test_the_same_key_and_body_give_the_same_job(table: JobTable) -> None:
+    first, _ = table.add(submission("a", key="k"), MANY)
+    again, replayed = table.add(submission("b", key="k"), MANY)
+    assert (again.id, replayed) == (first.id, True)
+
+
+def test_the_same_key_with_another_body_is_refused(table: JobTable) -> None:
+    table.add(submission("a", key="k"), MANY)
+    with pytest.raises(IdempotencyMismatch):
+        table.add(submission("b", key="k", body="1"), MANY)
+
+
+def test_a_key_is_forgotten_after_a_day(table: JobTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.add(submission("a", key="k"), MANY)
+    later = time.time() + 25 * 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert not table.add(submission("b", name="other", key="k", body="1"), MANY)[1]
+
+
+def test_one_key_in_ten_requests_at_once_is_one_job(table: JobTable) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        added = list(pool.map(lambda n: table.add(submission(str(n), key="k"), MANY), range(10)))
+    assert len({job.id for job, _ in added}) == 1
+    assert [replayed for _, replayed in added].count(False) == 1
+
+
+def test_two_jobs_for_one_name(table: JobTable) -> None:
+    table.add(submission("a"), MANY)
+    with pytest.raises(NameConflict, match="'pets'"):
+        table.add(submission("b"), MANY)
+    table.cancel("a")
+    assert table.add(submission("b"), MANY)[0].status == "queued"
+
+
+def test_no_more_than_so_many_wait(table: JobTable) -> None:
+    add(table, "a")
+    with pytest.raises(QueueFull) as refused:
+        table.add(submission("b", name="b"), 1)
+    assert refused.value.retry_after_s
+
+
+def test_pages_from_the_latest_on(table: JobTable) -> None:
+    for id in "abcde":
+        add(table, id)
+    first, more = table.page(None, 2)
+    second, _ = table.page(first[-1].id, 2)
+    last, no_more = table.page(second[-1].id, 2)
+    assert ["".join(job.id for job in page) for page in (first, second, last)] == ["ed", "cb", "a"]
+    assert (more, no_more) == (True, False)
+    with pytest.raises(BadRequest):
+        table.page("nobody", 2)
+
+
+def test_unfinished_jobs_from_the_oldest_on(table: JobTable) -> None:
+    for id in "abc":
+        add(table, id)
+    table.cancel("b")
+    table.begin("c")
+    assert table.unfinished() == ["a", "c"]
+
+
+def test_a_page_of_many_is_quick(tmp_path: Path) -> None:
+    table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
+    row = {"status": "cancelled", "created_at": 0.0, "request": {}, "body_sha256": "", "name": "n"}
+    with table._engine.begin() as connection:
+        connection.execute(_jobs.insert(), [row | {"id": str(number)} for number in range(20_000)])
+    started = time.perf_counter()
+    page, _ = table.page("10000", 100)
+    assert page[0].id == "9999"
+    assert time.perf_counter() - started < 0.5
+    table.close()
+
+
+def test_a_database_of_a_newer_imago_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.sqlite"
+    table = JobTable(url)
+    with table._engine.begin() as connection:
+        connection.execute(sa.text("UPDATE imago_schema SET version = 99"))
+    table.close()
+    with pytest.raises(TrainerUnavailable, match="newer Imago"):
+        JobTable(url)
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(TrainerUnavailable, match="unable to open database file"):
+        JobTable(f"sqlite:///{tmp_path}/none/jobs.sqlite")
+
+
+def test_sqlite_keeps_its_rollback_journal(tmp_path: Path) -> None:
+    table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
+    with table._engine.connect() as connection:
+        assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "delete"
+    table.close()
+
+
+def test_two_servers_of_one_name_on_postgresql(postgres: str) -> None:
+    table = JobTable(postgres)
+    held = table.hold("one")
+    assert held is not None
+    assert table.hold("one") is None
+    other = table.hold("two")
+    assert other is not None
+    for connection in (held, other):
+        connection.close()
+    table.close()

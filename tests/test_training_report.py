@@ -1,0 +1,132 @@
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from training_reports import HOSTILE, report
+
+from models.training.report import Report, html, write_tensorboard
+from models.training.report.markup import Markup, element
+from models.training.report.plots import Scale, Series, confusion, lines
+from models.training.report.tensorboard import scalars
+
+JPEG = b"\xff\xd8\xff\xe0thumbnail"
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes, and whether all elements were closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return html(report(), {HOSTILE: JPEG, "bee/1.jpg": JPEG})
+
+
+def test_the_record_is_json_and_back() -> None:
+    written = report()
+    assert Report.model_validate_json(written.model_dump_json()) == written
+
+
+def test_the_page_is_whole(page: str) -> None:
+    assert Tags(page).open == []
+    for said in (
+        "insects v2",
+        "Worth knowing",
+        "What is taken for what",
+        "Choice of the base",
+        "Would more images help?",
+    ):
+        assert said in page
+
+
+def test_the_page_needs_nothing_else(page: str) -> None:
+    tags = Tags(page).found
+    assert {"script", "link", "iframe"}.isdisjoint(tag for tag, _ in tags)
+    sources = [value or "" for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")]
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_names_cannot_become_markup(page: str) -> None:
+    assert "<script" not in page
+    assert "ant/&quot;&gt;&lt;script&gt;" in page
+    assert "cat &amp; &lt;dog&gt;" in page
+
+
+def test_pictures_are_there_for_those_that_have_one() -> None:
+    written = report()
+    wrong = written.val.mistakes[0].path
+    pictures = [tag for tag, _ in Tags(html(written, {wrong: JPEG})).found if tag == "img"]
+    times = sum(e.path == wrong for e in written.label_errors) + 1
+    assert len(pictures) == times
+
+
+def test_a_report_of_the_least_is_a_page_too() -> None:
+    full = report()
+    least = full.model_copy(
+        update={field: Report.model_fields[field].default for field in ("history", "path", "candidates", "verdict")}
+        | {"label_errors": (), "learning_curve": None, "version": None, "stopping": None, "stop_reason": None}
+    )
+    page = html(least, {})
+    assert Tags(page).open == []
+    assert "Training</h2>" not in page
+
+
+@pytest.mark.parametrize(
+    ("scale", "ticks"),
+    [
+        pytest.param(Scale(0, 1, 0, 100), [0, 0.2, 0.4, 0.6, 0.8, 1], id="shares"),
+        pytest.param(Scale(1, 8, 0, 100), [2, 4, 6, 8], id="epochs"),
+        pytest.param(Scale(1e-5, 4.6, 0, 100, log=True), [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1], id="strengths"),
+        pytest.param(Scale(0.9, 0.9, 0, 100), [], id="all equal"),
+    ],
+)
+def test_ticks(scale: Scale, ticks: list[float]) -> None:
+    assert scale.ticks() == pytest.approx(ticks)
+
+
+def test_a_line_goes_from_edge_to_edge() -> None:
+    drawn = ElementTree.fromstring(lines([Series("a", [(1, 0.0), (5, 1.0)])], "epoch", "loss"))
+    line = drawn.find(".//polyline")
+    assert line is not None
+    assert line.attrib["points"] == "54.0,228.4 446.0,35.6"  # 5 % of air below and above
+
+
+def test_a_confusion_matrix_draws_what_is_not_0() -> None:
+    drawn = ElementTree.fromstring(confusion([[3, 1], [0, 4]], ["a", "b"]))
+    assert [r.attrib["class"] for r in drawn.iter("rect")] == ["right", "wrong", "right", "frame"]
+    assert next(drawn.iter("title")).text == "a, taken for a: 3 (75.0%)"
+
+
+def test_elements_escape_text_and_attributes() -> None:
+    assert element("a", "<&", Markup("<b>"), None, title='"', class_="x", id=None) == (
+        '<a title="&quot;" class="x">&lt;&amp;<b></a>'
+    )
+
+
+def test_scalars_are_those_that_were_measured() -> None:
+    found = scalars(report())
+    assert [value for tag, step, value in found if (tag, step) == ("loss/val", 2)] == pytest.approx([1.2])
+    assert {tag for tag, _, _ in found} >= {"head/cv_loss", "accuracy/val", "final/val_accuracy"}
+    assert not any(tag in ("lr", "final/test_accuracy") for tag, _, _ in found)
+
+
+def test_tensorboard_files_are_written(tmp_path: Path) -> None:
+    write_tensorboard(report(), tmp_path / "runs")
+    content = b"".join(path.read_bytes() for path in (tmp_path / "runs").iterdir())
+    assert b"head/cv_loss" in content

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import Tensor
+
+from models.errors import TrainingError
+from models.training.request import FinetuneRequest, effective
+from models.training.select import Candidate, Choice, choose
+
+SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 90)
+LABELS = torch.arange(90) % 3
+
+
+def features(noise: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.eye(3)[LABELS] + noise * torch.randn(90, 3, generator=generator)
+
+
+CANDIDATES = (
+    Candidate("poor", features(2.0), latency_ms=1.0),
+    Candidate("slow", features(0.05), latency_ms=50.0),
+    Candidate("quick", features(0.4), latency_ms=5.0),
+    Candidate("as good as slow", features(0.05), latency_ms=40.0),
+)
+
+
+def chosen(max_latency_ms: float | None, seen: list[float] | None = None) -> Choice:
+    progress = (seen if seen is not None else []).append
+    return choose(CANDIDATES, LABELS, torch.arange(90), 3, SETTINGS, max_latency_ms, progress)
+
+
+@pytest.mark.parametrize(
+    ("limit", "best"),
+    [
+        pytest.param(None, "as good as slow", id="no limit: the most accurate, of equals the faster"),
+        pytest.param(10.0, "quick", id="10 ms"),
+        pytest.param(1.0, "poor", id="1 ms"),
+    ],
+)
+def test_the_best_under_the_limit(limit: float | None, best: str) -> None:
+    assert chosen(limit).best == best
+
+
+def test_the_table_names_all_and_progress_moves() -> None:
+    seen: list[float] = []
+    found = chosen(10.0, seen)
+    assert [c.name for c in found.candidates] == ["as good as slow", "slow", "quick", "poor"]
+    assert found.candidates[0].accuracy == 1.0
+    assert found.candidates[-1].spread > 0
+    assert seen == sorted(seen)
+
+
+def test_none_under_the_limit_names_the_fastest() -> None:
+    with pytest.raises(TrainingError, match=r"0\.5: the fastest, poor, takes 1\.0 ms"):
+        chosen(0.5)

@@ -1,0 +1,178 @@
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from training_data import archive, coloured, folder
+
+from models.errors import DatasetError
+from models.images import Limits
+from models.training import sources
+from models.training.sources import Source, open_source
+
+TINY = {f"{name}/{i}.png": b"x" for name in ("ant", "bee") for i in range(2)}
+
+
+def table(root: Path, lines: str, name: str = "list.csv") -> Path:
+    path = folder(root, {"photos/1.png": b"1", "photos/2.png": b"2"}) / name
+    path.write_text(lines)
+    return path
+
+
+def listed(path: Path) -> Source:
+    with open_source(path) as source:
+        return source
+
+
+def content(path: Path, name: str) -> bytes:
+    with open_source(path) as source:
+        item = next(item for item in source.items if item.path == name)
+        return source.read(item.file)
+
+
+@pytest.mark.parametrize("top", [pytest.param("", id="plain"), pytest.param("a/b/", id="wrapped")])
+@pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(archive, id="zip")])
+def test_items_are_sorted_and_wrapping_folders_left_out(tmp_path: Path, pack: object, top: str) -> None:
+    source = listed(pack(tmp_path / "d", {top + name: data for name, data in TINY.items()}))  # type: ignore[operator]
+    assert [item.path for item in source.items] == ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"]
+    assert source.classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize(("name", "part"), [("val", "val"), ("valid", "val"), ("Validation", "val"), ("test", "test")])
+def test_parts_by_their_usual_names(tmp_path: Path, name: str, part: str) -> None:
+    files = {f"train/{path}": data for path, data in TINY.items()} | {f"{name}/ant/9.png": b"x"}
+    source = listed(folder(tmp_path, files))
+    assert [item.part for item in source.items if item.path.endswith("9.png")] == [part]
+
+
+def test_hidden_files_are_no_part_of_it_and_strays_are_told(tmp_path: Path) -> None:
+    hidden = {"__MACOSX/ant/0.png": b"x", "ant/.DS_Store": b"x", ".git/config": b"x"}
+    source = listed(folder(tmp_path, TINY | hidden | {"README.txt": b"x"}))
+    assert (len(source.items), source.strays) == (4, ("README.txt",))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../ant/evil.png", "/ant/evil.png", "ant/../../evil.png", r"..\evil.png", "C:/evil.png"]
+)
+def test_a_zip_with_names_that_lead_outside_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DatasetError, match=r"evil\.png.*outside"):
+        listed(archive(tmp_path / "a.zip", TINY | {name: b"x"}))
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("ant/big.png", bytes(17 * 2**20))
+    with pytest.raises(DatasetError, match=r"ant/big\.png.*would grow"):
+        listed(tmp_path / "a.zip")
+
+
+def test_a_zip_that_is_a_bomb_as_a_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive(tmp_path / "a.zip", TINY)
+    infos = [zipfile.ZipInfo(f"ant/{i}.png") for i in range(40)]
+    for info in infos:
+        info.file_size, info.compress_size = 60 * 2**20, 2**20
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda self: infos)
+    with pytest.raises(DatasetError, match="would grow to 2,516,582,400"):
+        listed(path)
+
+
+def test_a_damaged_zip_says_so(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", TINY)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 1] ^= 0xFF  # the central directory
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match="pack or copy it again"):
+        listed(path)
+
+
+def test_an_empty_folder_is_a_class_without_images(tmp_path: Path) -> None:
+    (folder(tmp_path, TINY) / "cow").mkdir()
+    assert listed(tmp_path).classes == ("ant", "bee", "cow")
+
+
+def test_links_stay_inside(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    root = folder(tmp_path / "d", TINY)
+    (root / "ant/out.png").symlink_to(tmp_path / "secret")
+    (root / "ant/in.png").symlink_to(root / "ant/0.png")
+    assert content(root, "ant/in.png") == b"x"
+    with pytest.raises(OSError, match="leads out"):
+        content(root, "ant/out.png")
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(os.mkfifo, id="pipe"), pytest.param(lambda p: p.symlink_to("."), id="loop")]
+)
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, make: object) -> None:
+    make(folder(tmp_path, TINY) / "ant/odd")  # type: ignore[operator]
+    with pytest.raises(OSError, match="no regular file"):
+        content(tmp_path, "ant/odd")
+
+
+def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LIMITS", Limits(max_bytes=10))
+    assert len(content(folder(tmp_path, TINY | {"ant/big.png": bytes(100)}), "ant/big.png")) == 11
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        pytest.param("MAX_FILES", 3, "more than 3 files", id="files"),
+        pytest.param("MAX_DEPTH", 0, "folders deep", id="depth"),
+    ],
+)
+def test_scans_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, message: str
+) -> None:
+    monkeypatch.setattr(sources, limit, value)
+    with pytest.raises(DatasetError, match=message):
+        listed(folder(tmp_path, TINY))
+
+
+def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
+    folder(tmp_path, TINY)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/ant/\xff.png")).write_bytes(b"odd")
+    assert content(tmp_path, r"ant/\udcff.png") == b"odd"
+
+
+def test_a_csv_gives_labels_and_parts(tmp_path: Path) -> None:
+    source = listed(
+        table(tmp_path, "path,label,part\nphotos/1.png,ant,\n./photos/2.png,bee,train\nphotos/1.png,ant,val\n")
+    )
+    found = [(item.path, item.class_name, item.part) for item in source.items]
+    assert found == [("photos/1.png", "ant", "train"), ("photos/1.png", "ant", "val"), ("photos/2.png", "bee", "train")]
+
+
+def test_a_csv_may_come_from_a_spreadsheet_on_windows(tmp_path: Path) -> None:
+    path = table(tmp_path, "\ufeffpath,label\r\nphotos\\1.png,ant\r\nphotos\\2.png,bee\r\n", "LIST.CSV")
+    assert content(path, "photos/2.png") == b"2"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        pytest.param("file,class\n", "columns path and label", id="columns"),
+        pytest.param("", "it has none", id="empty"),
+        pytest.param("path,label\nphotos/1.png\n", "line 2: needs a path and a label", id="no label"),
+        pytest.param("path,label\n/etc/passwd,ant\n", "'/etc/passwd' is refused", id="absolute"),
+        pytest.param("path,label\n../1.png,ant\n", r"'\.\./1\.png' is refused", id="outside"),
+        pytest.param("path,label\nhttp://a/1.png,ant\n", "is refused", id="url"),
+        pytest.param("path,label,part\nphotos/1.png,ant,exam\n", "not 'exam'", id="part"),
+        pytest.param('path,label\n"photos/1.png,ant\n', "cannot be read as a CSV", id="quote"),
+        pytest.param("path,label\nphotos/1.png,ant\n", "1 classes", id="one class"),
+    ],
+)
+def test_a_wrong_csv_says_what_is_wrong(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        listed(table(tmp_path, lines))
+
+
+def test_neither_folder_nor_zip_nor_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(DatasetError, match="neither a folder nor a zip"):
+        listed(tmp_path / "a.tar")
+
+
+def test_a_class_of_validation_alone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="val/pink: no such class"):
+        listed(folder(tmp_path, coloured(2, "train/") | {"val/pink/1.png": b"x"}))
