@@ -21,7 +21,7 @@ from models.errors import (
     WeightsError,
 )
 from models.store import ModelStore, Serving
-from service.answers import Answer, Embedding, Prediction, Timings
+from service.answers import Answer, Embedding, Prediction, Sample, Timings
 from service.app import create_app
 from service.engine import Engine
 from service.loaded import ModelStatus
@@ -143,7 +143,7 @@ class FakeEngine(Engine):
         if version not in self.broken:
             self.version = version
 
-    async def activate(self, name: str, version: int) -> ModelStatus:
+    async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
         if version in self.broken:
             raise WeightsError(f"version {version} could not be loaded")
         self.version = self.store.activate(name, version).models[name]

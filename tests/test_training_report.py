@@ -93,7 +93,7 @@ def test_a_report_of_the_least_is_a_page_too() -> None:
         pytest.param(Scale(0, 1, 0, 100), [0, 0.2, 0.4, 0.6, 0.8, 1], id="shares"),
         pytest.param(Scale(1, 8, 0, 100), [2, 4, 6, 8], id="epochs"),
         pytest.param(Scale(1e-5, 4.6, 0, 100, log=True), [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1], id="strengths"),
-        pytest.param(Scale(0.9, 0.9, 0, 100), [], id="all equal"),
+        pytest.param(Scale(0.9, 0.9, 0, 100), [0.9], id="all equal"),
     ],
 )
 def test_ticks(scale: Scale, ticks: list[float]) -> None:

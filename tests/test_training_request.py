@@ -1,13 +1,20 @@
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from pydantic import ValidationError
 
 from models.training.request import FinetuneRequest, Hyperparameters, command, effective
+from service.cli import main
 
 
-def request(**fields: object) -> FinetuneRequest:
+def request(**fields: Any) -> FinetuneRequest:
     return FinetuneRequest.model_validate({"dataset": "/data/cifar10.zip", "name": "cifar10", **fields})
+
+
+SCRATCH: dict[str, Any] = {"mode": "scratch", "base": "lenet5"}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +26,15 @@ def request(**fields: object) -> FinetuneRequest:
         pytest.param({"mode": "head", "hyperparameters": {"lr": 0.1}}, id="a head has no learning rate"),
         pytest.param({"mode": "head", "half": True}, id="a head stores no backbone"),
         pytest.param({"val_fraction": 0.9}, id="no training images left"),
+        pytest.param({"mode": "scratch"}, id="from scratch without an architecture"),
+        pytest.param({"mode": "scratch", "base": "auto"}, id="from scratch without choice"),
+        pytest.param({"base": ["resnet18"]}, id="an ensemble of one"),
+        pytest.param({"mode": "finetune", "base": ["a", "b"]}, id="an ensemble trained whole"),
+        pytest.param({"mode": "finetune", "hyperparameters": {"copies": 2}}, id="copies of what is not cached"),
+        pytest.param({"mode": "finetune", "hyperparameters": {"thaw_every": 2}}, id="thawing what is not frozen"),
+        pytest.param({**SCRATCH, "hyperparameters": {"freeze_until": "layer1"}}, id="freezing what is not learnt"),
+        pytest.param({"metadata": {str(i): "x" for i in range(17)}}, id="too many texts"),
+        pytest.param({"metadata": {"a": "x" * 513}}, id="too long a text"),
     ],
 )
 def test_unknown_or_contradictory_fields_are_refused(fields: dict[str, object]) -> None:
@@ -27,27 +43,66 @@ def test_unknown_or_contradictory_fields_are_refused(fields: dict[str, object]) 
 
 
 def test_gaps_are_filled_by_mode_and_size() -> None:
-    found = effective(request(mode="scratch"), 50_000)
+    found = effective(request(**SCRATCH), "scratch", 50_000)
     assert (found.epochs, found.batch_size, found.lr) == (10, 128, 0.15)
-    assert effective(request(mode="finetune"), 244).batch_size == 8
+    assert effective(request(mode="finetune"), "finetune", 244).batch_size == 8
 
 
 def test_what_is_given_stays() -> None:
     given = Hyperparameters(epochs=3, batch_size=32, lr=0.7, ema=0.0, seed=9)
-    found = effective(request(mode="scratch", hyperparameters=given), 50_000)
+    found = effective(request(**SCRATCH, hyperparameters=given), "scratch", 50_000)
     assert (found.epochs, found.batch_size, found.lr, found.ema, found.seed) == (3, 32, 0.7, 0.0, 9)
 
 
 def test_a_batch_is_never_larger_than_the_training_part() -> None:
-    assert effective(request(mode="scratch", hyperparameters={"batch_size": 64}), 20).batch_size == 20
+    asked = request(**SCRATCH, hyperparameters={"batch_size": 64})
+    assert effective(asked, "scratch", 20).batch_size == 20
+
+
+def test_auto_is_the_same_as_nothing() -> None:
+    auto = request(hyperparameters={"epochs": "auto", "lr": "auto", "seed": 3})
+    assert auto.hyperparameters == Hyperparameters(seed=3)
+    assert request(hyperparameters="auto").hyperparameters == Hyperparameters()
+
+
+def test_the_budget_bounds_the_epochs() -> None:
+    asked = request(**SCRATCH, hyperparameters={"epochs": 50}, budget={"max_epochs": 7})
+    assert effective(asked, "scratch", 100).epochs == 7
+
+
+def test_the_learning_rate_grows_with_the_images_of_a_step_but_not_adams() -> None:
+    def lr(**chosen: object) -> float:
+        return effective(request(**SCRATCH, hyperparameters={"batch_size": 64, **chosen}), "scratch", 50_000).lr
+
+    assert lr(accumulate=4) == pytest.approx(4 * lr())
+    assert lr(optimizer="adam", accumulate=4) == lr(optimizer="adam")
 
 
 def test_the_command_says_everything_but_where_the_dataset_lies() -> None:
     asked = request(
-        mode="scratch", base="preact_resnet", val_fraction=0.04, half=True, hyperparameters=Hyperparameters(epochs=9)
+        mode="scratch",
+        base="preact_resnet",
+        val_fraction=0.04,
+        half=True,
+        hyperparameters={"epochs": 9, "hflip": False},
+        early_stopping={"criterion": "patience", "patience": 5},
+        budget={"max_seconds": 60},
     )
     assert asked.dataset == Path("/data/cifar10.zip")
     assert command(asked) == (
         "imago finetune cifar10.zip --name cifar10 --base preact_resnet --mode scratch --val-fraction 0.04"
-        " --on-bad-file skip --epochs 9 --seed 0 --half"
+        " --on-bad-file skip --epochs 9 --no-hflip --seed 0 --early-stopping patience --patience 5 --max-seconds 60.0 --half"
     )
+
+
+def test_the_command_line_understands_its_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(
+        base=["a", "b"],
+        hyperparameters={"class_weight": "balanced", "copies": 2, "vflip": True, "augmentation": "light"},
+    )
+    understood: list[FinetuneRequest] = []
+    monkeypatch.setattr("service.cli.finetune.train", lambda request, *others: understood.append(request))
+    (tmp_path / "cifar10.zip").touch()
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(main, shlex.split(command(asked))[1:], catch_exceptions=False)
+    assert understood == [asked.model_copy(update={"dataset": Path("cifar10.zip")})]

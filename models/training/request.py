@@ -311,13 +311,21 @@ def _batch_size(mode: Mode, train_images: int) -> int:
 
 def command(request: FinetuneRequest) -> str:
     """The command line that asks for this run, with the dataset by its name alone: it goes into the lineage."""
-    words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
     bases = (request.base,) if isinstance(request.base, str) else request.base or ()
+    stopping = request.early_stopping.model_dump(exclude_defaults=True)
+    given: dict[str, Any] = {"mode": request.mode, "val_fraction": request.val_fraction}
+    given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
+    given |= request.hyperparameters.model_dump(exclude_none=True)
+    given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
+    given |= request.budget.model_dump(exclude_none=True)
+    given |= {"half": request.half or None}
+    words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
     words += [word for base in bases for word in ("--base", base)]
-    words += ["--mode", request.mode, "--val-fraction", str(request.val_fraction)]
-    if request.test_fraction:
-        words += ["--test-fraction", str(request.test_fraction)]
-    words += ["--on-bad-file", request.on_bad_file]
-    for field, value in request.hyperparameters.model_dump(exclude_none=True).items():
-        words += [f"--{field.replace('_', '-')}", str(value)]
-    return shlex.join([*words, "--half"] if request.half else words)
+    return shlex.join(words + [word for name, value in given.items() for word in _option(name, value)])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [] if value is None else [f"--{flag}", str(value)]

@@ -36,6 +36,8 @@ class Scale(NamedTuple):
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             return [10.0**power for power in range(first, last + 1)]
         span = self.high - self.low
+        if span == 0:
+            return [self.low]
         step = 10 ** math.floor(math.log10(span))
         step = next(step * factor for factor in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (step * factor) <= 6)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
