@@ -352,8 +352,8 @@ def trainers_of(root: Path) -> list[int]:
 
 def children() -> list[int]:
     """Trainers that this process has started, spare ones included."""
-    lists = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
-    return [pid for pid in map(int, sum(lists, [])) if b"fake_trainer.py" in command_of(pid)]
+    pids = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    return [int(pid) for pid in pids if b"fake_trainer.py" in command_of(int(pid))]
 
 
 def command_of(pid: int) -> bytes:

@@ -1,10 +1,10 @@
 """The trainer process. A crash, a leak or an out-of-memory here never touches the server.
 
-    job.json -> run -> result.json     stdout: one JSON event a line     stderr: what people debug with
-    stdin: a JSON line that names the folder, where the command line does not; a line "stop" ends the run early and keeps the best; its end means that the server is gone, and ends the process
+job.json -> run -> result.json     stdout: one JSON event a line     stderr: what people debug with
 
-SIGTERM ends it at once: checkpoints are written beside and renamed, so there is nothing to tidy. This module imports nothing
-heavy by itself: torch is imported once the process has made itself modest.
+stdin: a JSON line that names the folder, where the command line does not; a line "stop" ends the run early and keeps the best; its
+end means that the server is gone, and ends the process. SIGTERM ends it at once: checkpoints are written beside and renamed, so
+there is nothing to tidy. This module imports nothing heavy by itself: torch is imported once the process has made itself modest.
 """
 
 import ctypes

@@ -25,7 +25,7 @@ from models.training.request import Effective
 FOLDS = 5
 STRENGTHS = tuple(
     10.0 ** (exponent / 3) for exponent in range(2, -16, -2)
-)  # 4.6 down to 1e-5, each a fifth of the one before
+)  # 4.6 down to 2e-5, each a fifth of the one before
 DEFAULT_STRENGTH = 10.0**-2  # where some class cannot be cross-validated
 RISES = 2  # of the held-out loss in a row, after which weaker strengths are not tried: they are the costly ones
 TOLERANCE, ROUGH_TOLERANCE = (
