@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from models.training.request import Event, FinetuneRequest
 
 EVENT_S = 0.25  # at most one plain sign of progress in so many seconds
-NICE = 10
+NICE = 19
 OOM_SCORE = 500  # of 1000: where memory runs out, the kernel takes the trainer before the server
 PR_SET_PDEATHSIG = 1
 STDIN = 0
@@ -63,6 +63,8 @@ def be_modest() -> None:
     """Serving goes first: on the CPU, and when memory runs out. Threads started from here on inherit it."""
     os.nice(NICE)
     if sys.platform == "linux":
+        with suppress(OSError):  # outside a container every session is weighed as one, whatever its processes' niceness
+            Path("/proc/self/autogroup").write_text(str(NICE))
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))

@@ -19,9 +19,8 @@ from models.training import dataset
 from models.training.bases import Base
 from models.training.dataset import Dataset
 from models.training.features import FeatureCache
+from models.training.handover import RUN
 from models.training.request import Effective, Event, FinetuneRequest, Mode, Phase
-
-RUN = "run.json"  # in the job's folder: who this run is, and what it was begun on
 
 
 @dataclass
@@ -91,5 +90,5 @@ def identity(folder: Path, data: Dataset) -> str:
 
 
 def forget(folder: Path) -> None:
-    """After this, the folder begins a new run. Called once the result is safe: until then, a run begun again must know what it published."""
+    """After this, the folder begins a new run. Called once the result is safe: before, a run begun again must know what it published."""
     (folder / RUN).unlink(missing_ok=True)

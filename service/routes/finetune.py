@@ -98,20 +98,20 @@ async def show_schema() -> dict[str, Any]:
     return FinetuneRequest.model_json_schema()
 
 
-@router.get("/finetune/{job_id}", summary="One job", responses={200: SHOWN})
-async def show_job(job_id: Id, jobs: JobsDep) -> Job:
-    return await jobs.get(job_id)
+@router.get("/finetune/{id}", summary="One job", responses={200: SHOWN})
+async def show_job(id: Id, jobs: JobsDep) -> Job:
+    return await jobs.get(id)
 
 
 @router.get(
-    "/finetune/{job_id}/events",
+    "/finetune/{id}/events",
     summary="What a job has told",
     response_model=EventList,
     responses={200: json_answer("Events", {"object": "list", "data": [EVENT_EXAMPLE], "has_more": False})},
 )
 async def list_events(
     request: Request,
-    job_id: Id,
+    id: Id,
     jobs: JobsDep,
     engine: EngineDep,
     after: Annotated[int, Query(ge=0, description="The number of the last event that is known")] = 0,
@@ -120,22 +120,22 @@ async def list_events(
     """Events with a number above `after`. With `Accept: text/event-stream` they are streamed as they come, and `event: end` is the
     last; a stream that broke off is resumed by `Last-Event-ID`."""
     if "text/event-stream" in request.headers.get("accept", ""):
-        await jobs.get(job_id)
+        await jobs.get(id)
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,9}", last) else after
         return StreamingResponse(
-            stream(jobs, engine, job_id, start), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            stream(jobs, engine, id, start), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-    events = await jobs.events(job_id, after, limit + 1)
+    events = await jobs.events(id, after, limit + 1)
     return EventList(data=[JobEvent(**event) for event in events[:limit]], has_more=len(events) > limit)
 
 
-async def stream(jobs: Jobs, engine: Engine, job_id: str, after: int) -> AsyncIterator[bytes]:
+async def stream(jobs: Jobs, engine: Engine, id: str, after: int) -> AsyncIterator[bytes]:
     """Server-sent events until the job is at its end and all was told, or the server leaves."""
-    tail, told, ended = jobs.tail(job_id, after), time.monotonic(), False
+    tail, told, ended = jobs.tail(id, after), time.monotonic(), False
     while not engine.draining:
         try:
-            over = (await jobs.get(job_id)).terminal
+            over = (await jobs.get(id)).terminal
         except (JobNotFound, TrainerUnavailable):  # deleted meanwhile; or the client comes back for the rest
             return
         events = await jobs.read(tail, BATCH)
@@ -155,19 +155,19 @@ async def stream(jobs: Jobs, engine: Engine, job_id: str, after: int) -> AsyncIt
 
 
 @router.get(
-    "/finetune/{job_id}/report",
+    "/finetune/{id}/report",
     summary="A job's report",
     response_class=Response,
     responses={200: {"content": {"application/json": {"example": {"schema": 1}}, "text/html": {}}}},
 )
 async def show_report(
-    request: Request, job_id: Id, jobs: JobsDep, format: Literal["json", "html"] | None = None
+    request: Request, id: Id, jobs: JobsDep, format: Literal["json", "html"] | None = None
 ) -> Response:
     """As JSON; or, where `Accept` prefers it or with `format=html`, as one page that needs nothing else. 404 until the run has ended."""
     if format == "html" or (format is None and _prefers_html(request.headers.get("accept", ""))):
         headers = {"Content-Security-Policy": PAGE_POLICY}
-        return Response(await jobs.report(job_id, page=True), media_type="text/html", headers=headers)
-    return Response(await jobs.report(job_id, page=False), media_type="application/json")
+        return Response(await jobs.report(id, page=True), media_type="text/html", headers=headers)
+    return Response(await jobs.report(id, page=False), media_type="application/json")
 
 
 def _prefers_html(accept: str) -> bool:
@@ -176,19 +176,19 @@ def _prefers_html(accept: str) -> bool:
     return next((kind for kind in kinds if kind in ("text/html", "application/json", "*/*")), "") == "text/html"
 
 
-@router.post("/finetune/{job_id}/cancel", summary="Cancel a job", responses={200: SHOWN})
-async def cancel_job(job_id: Id, jobs: JobsDep) -> Job:
+@router.post("/finetune/{id}/cancel", summary="Cancel a job", responses={200: SHOWN})
+async def cancel_job(id: Id, jobs: JobsDep) -> Job:
     """Discards it: a queued job at once, a running one within 5 s. 409 for a job that is done."""
-    return await jobs.cancel(job_id)
+    return await jobs.cancel(id)
 
 
-@router.post("/finetune/{job_id}/stop", summary="Stop a job, and keep the best so far", responses={200: SHOWN})
-async def stop_job(job_id: Id, jobs: JobsDep) -> Job:
+@router.post("/finetune/{id}/stop", summary="Stop a job, and keep the best so far", responses={200: SHOWN})
+async def stop_job(id: Id, jobs: JobsDep) -> Job:
     """A running job ends its training soon; what it has is evaluated and published. 409 for any other."""
-    return await jobs.stop(job_id)
+    return await jobs.stop(id)
 
 
-@router.delete("/finetune/{job_id}", summary="Delete a job", status_code=204)
-async def delete_job(job_id: Id, jobs: JobsDep) -> None:
+@router.delete("/finetune/{id}", summary="Delete a job", status_code=204)
+async def delete_job(id: Id, jobs: JobsDep) -> None:
     """Its record, events and report; the model stays. 409 for a job that is not done."""
-    await jobs.delete(job_id)
+    await jobs.delete(id)
