@@ -1,16 +1,13 @@
-"""What is loaded, and what happens to an image: admission, decoding, batching, heads; and the hot swap.
+"""What happens to an image: admission, decoding, batching, heads. What is served, and the hot swap, is the catalogue's.
 
-    predict: bind versions -> admit -> decode pool -> BackboneQueue (batcher) -> probabilities -> top-k
-    sync:    store -> load beside the old -> a probe through the real path -> one assignment; the old drains with its requests
-
-`self._served` is never changed, only replaced: a request keeps the versions that it began with.
+predict: bind versions -> admit -> decode pool -> BackboneQueue (batcher) -> probabilities -> top-k
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +18,14 @@ from torch import Tensor
 
 from models import images
 from models.classifier import Preprocessing
-from models.errors import ImageError, ModelError, ModelNotFound, NameConflict, WeightsError
+from models.errors import ImageError, ModelError, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service.answers import Answer, Embedding, Prediction, Sample, Timings, best
 from service.batcher import Batcher, Output, Part
+from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
-from service.loaded import LoadedBackbone, Loader, ModelStatus, Served, ServingPlan, describe, plan_serving
+from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -53,18 +51,10 @@ class Engine:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.devices = devices(settings.device)
         self.batcher = Batcher(self.devices, metrics)
-        self._loader = Loader(settings, store, metrics, self.devices)
+        self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
         self._formats = frozenset(settings.extra_formats)
         self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
-        self._served: Mapping[str, Served] = {}
-        self._default: str | None = None
-        self._failures: dict[str, str] = {}
-        self._loading: set[str] = set()
-        self._store_error: str | None = None
-        self._sync_lock = asyncio.Lock()
-        self._pulls: dict[str, asyncio.Task[None]] = {}
-        self._first_sync: asyncio.Task[None] | None = None
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -75,30 +65,18 @@ class Engine:
     def start(self) -> None:
         """Starts the device threads and begins to load; returns at once. `ready` once the default model is warm."""
         self.batcher.start()
-        self._first_sync = asyncio.create_task(self._load_first())
-
-    async def _load_first(self) -> None:
-        try:
-            with contextlib.suppress(OSError, ModelError):  # a read-only store can be served all the same
-                await asyncio.to_thread(self.store.sweep)
-            await self.sync()
-        except Exception as error:
-            log.exception("the store could not be read")
-            self._store_error = str(error) if isinstance(error, ModelError) else "the log has the details"
+        self.catalogue.start()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Returns when everything that can be loaded is; raises NotReady with the reason when the default model is not."""
-        assert self._first_sync is not None, "start() comes first"  # noqa: S101
         async with asyncio.timeout(timeout_s):
-            await asyncio.shield(self._first_sync)
-            while pulls := list(self._pulls.values()):
-                await asyncio.wait(pulls)
+            await self.catalogue.wait_loaded()
         if not self.ready:
             raise NotReady(self.not_ready_reason())
 
     @property
     def ready(self) -> bool:
-        return self._default in self._served and not self.draining
+        return self.catalogue.ready and not self.draining
 
     @property
     def live(self) -> bool:
@@ -110,15 +88,7 @@ class Engine:
         )
 
     def not_ready_reason(self) -> str:
-        if self.draining:
-            return "the server is shutting down"
-        if self._store_error:
-            return f"the store could not be read: {self._store_error}"
-        if self._default in self._failures:
-            return f"the default model {self._default!r} could not be loaded: {self._failures[self._default]}"
-        if self._default is None and self._first_sync is not None and self._first_sync.done():
-            return "the store serves no model: pull, import or train one, then POST /models/sync"
-        return "the default model is still loading"
+        return "the server is shutting down" if self.draining else self.catalogue.not_ready_reason()
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new work and waits for what is under way; False if some of it was left after `grace_s`."""
@@ -129,12 +99,8 @@ class Engine:
         return self._in_flight == 0
 
     def close(self) -> None:
-        if self._first_sync is not None:
-            self._first_sync.cancel()
-        for pull in self._pulls.values():
-            pull.cancel()
+        self.catalogue.close()
         self.batcher.close()
-        self._loader.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     # Answers
@@ -146,7 +112,7 @@ class Engine:
 
         Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded; an image's own error stands in its place.
         """
-        bound = [self._bind(name) for name in dict.fromkeys(models)] or [self._bind(None)]
+        bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
         answers = await self._answers(files, bound, k, timeout_ms)
         for result in (result for answer in answers for result in answer.results):
             self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
@@ -192,23 +158,13 @@ class Engine:
 
     async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
-        served = self._bind(model)
+        served = self.catalogue.bind(model)
         rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, timeout_ms)
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
         ]
         return Embedding(served.config.name, served.config.version, results, _slowest(rows))
-
-    def _bind(self, name: str | None) -> Served:
-        if not name and self._default not in self._served:
-            raise NotReady(self.not_ready_reason(), retry_after_s=2.0)
-        served = self._served.get(name or self._default or "")
-        if served is not None:
-            return served
-        if name in self._loading:
-            raise NotReady(f"the model {name!r} is still loading", retry_after_s=2.0)
-        raise ModelNotFound("no model of that name is served; GET /models lists those that are")
 
     async def _rows(
         self, files: Sequence[bytes], wanted: dict[LoadedBackbone, list[Part]], timeout_ms: int | None
@@ -288,67 +244,27 @@ class Engine:
     # What is served
 
     async def sync(self) -> None:
-        """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
-
-        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
-        background, one after the other, if the setting `pull_missing` says so.
-        """
-        for name in await self._load_stored():
-            if name not in self._pulls:
-                self._pulls[name] = asyncio.create_task(self._pull(name))
-
-    async def _pull(self, name: str) -> None:
-        try:
-            if await self._attempt(name, self._loader.pull(name)) is not None:
-                await self._load_stored()
-        finally:
-            del self._pulls[name]
+        """Makes memory equal to the store; see Catalogue."""
+        await self.catalogue.sync()
 
     async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
-        """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
-
-        Each of `samples` must get the probabilities that it is said to have, from its bytes on. Raises ModelNotFound, NameConflict
-        (the setting `models` names others) and WeightsError; then everything is as it was.
-        """
-        return await self._serve(name, version, partial(self.store.activate, name, version), samples)
+        """Swaps a version in, once it has been tried: each of `samples` must get the probabilities that it is said to have, from its
+        bytes on. Raises ModelNotFound, NameConflict and WeightsError; then everything is as it was."""
+        return await self.catalogue.activate(name, version, partial(self._compare, samples))
 
     async def rollback(self, name: str) -> ModelStatus:
-        """The same with the version that served before. Raises NameConflict also where there is none."""
-        serving = await asyncio.to_thread(self.store.serving)
-        before = serving.previous.get(name)
-        if before is None:
-            await asyncio.to_thread(self.store.rollback, name)  # says why it cannot
-            raise NameConflict(f"{name!r} was changed by someone else at the same moment; look at GET /models")
-        return await self._serve(name, before, partial(self.store.rollback, name))
+        """The same with the version that served before."""
+        return await self.catalogue.rollback(name)
 
-    async def _serve(
-        self, name: str, version: int, record: Callable[[], object], samples: Sequence[Sample] = ()
-    ) -> ModelStatus:
-        async with self._sync_lock:
-            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
-            if self.settings.models and name not in plan.names:
-                raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
-            served = await self._loaded(name, version)
-            await self._compare(served, samples)
-            await asyncio.to_thread(record)
-            self._failures.pop(name, None)
-            self._served = {**self._served, name: served}
-            self._default = self._default or name
-            self._announce()
-        return self.model(name)
+    def models(self) -> list[ModelStatus]:
+        """Every model that is served, being loaded, or failed to load, by name."""
+        return self.catalogue.models()
 
-    async def _loaded(self, name: str, version: int) -> Served:
-        started = time.monotonic()
-        try:
-            served = await self._loader.load(name, version, self.batcher)
-        except ModelNotFound:
-            raise
-        except (ModelError, ServiceError) as error:
-            raise WeightsError(f"version {version} could not be loaded: {error}") from error
-        self.metrics.swap_seconds.observe(time.monotonic() - started)
-        return served
+    def model(self, name: str) -> ModelStatus:
+        """Raises ModelNotFound."""
+        return self.catalogue.model(name)
 
-    async def _compare(self, served: Served, samples: Sequence[Sample]) -> None:
+    async def _compare(self, samples: Sequence[Sample], served: Served) -> None:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
@@ -359,80 +275,6 @@ class Engine:
             off = max(abs(p - sample.probabilities[i]) for i, p in zip(found.indices, found.probabilities, strict=True))
             if off > PARITY:
                 raise WeightsError(f"{sample.name} gets other probabilities here than in training: by up to {off:.3f}")
-
-    async def _load_stored(self) -> list[str]:
-        """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
-        async with self._sync_lock:
-            started = time.monotonic()
-            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
-            self._store_error = None
-            if self._default not in self._served or plan.default in self._served:
-                self._default = plan.default  # otherwise the old default answers until the new one is loaded
-            self._served = {n: served for n, served in self._served.items() if n in plan.names or n == self._default}
-            self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
-            stale = [name for name in plan.names if not self._is_current(name, plan)]
-            to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
-            self._loading = {
-                name for name in stale if name not in self._failures
-            }  # a pull that failed is not under way
-            await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
-            self._served = {n: served for n, served in self._served.items() if n in plan.names}
-            self._announce()
-            if stale:
-                self.metrics.swap_seconds.observe(time.monotonic() - started)
-            return to_pull
-
-    def _announce(self) -> None:
-        self.metrics.serve(
-            (name, served.config.version, backbone.ref.key)
-            for name, served in self._served.items()
-            for backbone in served.backbones
-        )
-
-    def _is_current(self, name: str, plan: ServingPlan) -> bool:
-        """By the whole configuration: a model that was removed and published anew begins at version 1 again."""
-        return name in self._served and self._served[name].config == plan.configs.get(name)
-
-    async def _swap_in(self, name: str, plan: ServingPlan) -> None:
-        started = time.monotonic()
-        served = await self._attempt(name, self._loader.load(name, plan.versions.get(name), self.batcher))
-        if served is None:
-            return
-        self._served = {**self._served, name: served}
-        if name == plan.default:
-            self._default = name
-        log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
-
-    async def _attempt(self, name: str, work: Awaitable[T]) -> T | None:
-        """The result of loading or pulling a model, or None after its failure is noted."""
-        try:
-            return await work
-        except (ModelError, ServiceError) as error:
-            self._failures[name] = str(error)
-            log.error("%s could not be loaded: %s", name, error)
-        except Exception:
-            self._failures[name] = "an internal error; the log has the details"
-            log.exception("%s could not be loaded", name)
-        finally:
-            self._loading.discard(name)
-        return None
-
-    def models(self) -> list[ModelStatus]:
-        """Every model that is served, being loaded, or failed to load, by name."""
-        names = sorted({*self._served, *self._loading, *self._failures})
-        return [self.model(name) for name in names]
-
-    def model(self, name: str) -> ModelStatus:
-        """Raises ModelNotFound."""
-        if name not in self._served and name not in self._loading and name not in self._failures:
-            raise ModelNotFound("no model of that name is served; GET /models lists those that are")
-        return describe(
-            name,
-            self._served,
-            default=name == self._default,
-            loading=name in self._loading,
-            error=self._failures.get(name),
-        )
 
 
 def _features(features: Tensor) -> Tensor:

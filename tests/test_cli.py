@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,7 @@ from PIL import Image
 from models import architectures
 from models.classifier import Head, ModelConfig
 from models.store import ModelStore
-from models.training.request import Augmentation, FinetuneRequest, Hyperparameters, command
 from service.cli import COMMANDS, main
-from service.cli.finetune import HYPERPARAMETERS
-from service.cli.finetune import command as finetune_command
 from service.cli.models import expanded
 from service.cli.options import settings_options
 from service.cli.progress import Update
@@ -330,31 +327,6 @@ def test_predict_names_a_model_that_is_not_there(store: ModelStore) -> None:
 
 
 # finetune
-
-
-def test_finetune_takes_the_command_of_the_lineage() -> None:
-    fields = {name: field.annotation for name, field in Hyperparameters.model_fields.items()}
-    assert set(HYPERPARAMETERS) == set(fields)
-    values = {int: 3, float: 0.5, Augmentation: "none"}  # in the range of every field of its kind
-    chosen = Hyperparameters.model_validate(
-        {name: next(v for kind, v in values.items() if kind in (of, *get_args(of))) for name, of in fields.items()}
-    )
-    request = FinetuneRequest(
-        dataset=Path("d"), name="n", base="lenet5", mode="scratch", half=True, hyperparameters=chosen
-    )
-    Path("d").mkdir()
-    context = finetune_command.make_context("finetune", command(request).split()[2:])
-    given = {name: value for name, value in context.params.items() if value is not None}
-    assert given == {
-        "dataset": Path("d"),
-        "name": "n",
-        "base": "lenet5",
-        "mode": "scratch",
-        "val_fraction": 0.2,
-        "on_bad_file": "skip",
-        "half": True,
-        **chosen.model_dump(exclude_none=True),
-    }
 
 
 def test_finetune_trains_and_says_how_well(store: ModelStore) -> None:

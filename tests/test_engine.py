@@ -224,7 +224,7 @@ async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypat
 
 async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(store, max_batch=4) as engine:
-        backbone = engine._served["a"].backbones[0]
+        backbone = engine.catalogue.served["a"].backbones[0]
         [runtime] = backbone.queue.runtimes.values()
         poison = images.decode(picture(2), KIND)
 
@@ -310,7 +310,7 @@ async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store
     async with serving(store) as engine:
         add_head(store, "b", store.config("b").backbones[0], 84, classes=2, seed=9)
         (store.root / "models" / "b" / "2" / "head.safetensors").write_bytes(b"damaged")
-        engine._served = {name: served for name, served in engine._served.items() if name != "b"}
+        engine.catalogue.served = {name: served for name, served in engine.catalogue.served.items() if name != "b"}
         store.set_default("b")
         await engine.sync()
         assert engine.ready
@@ -451,7 +451,7 @@ async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypa
 
 async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:
     async with serving(store, models=("c",)) as engine:
-        old = weakref.ref(engine._served["c"].backbones[0])
+        old = weakref.ref(engine.catalogue.served["c"].backbones[0])
         await engine.predict([picture(1)], ["c"])
         add_head(store, "c", *add_backbone(store, 3), classes=2)
         await engine.sync()

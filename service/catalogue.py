@@ -1,0 +1,248 @@
+"""Which versions serve: from the store to memory, and every change of it.
+
+    sync:      store -> load beside the old -> a probe through the real path -> one assignment; the old drains with its requests
+    activate:  load -> probe -> the caller's own check -> the store records it -> one assignment
+
+`served` is never changed, only replaced: a request keeps the versions that it began with.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from models.errors import ModelError, ModelNotFound, NameConflict, WeightsError
+from models.store import ModelStore
+from service.batcher import Batcher
+from service.errors import NotReady, ServiceError
+from service.loaded import Loader, ModelStatus, Served, ServingPlan, describe, plan_serving
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Check = Callable[[Served], Awaitable[None]]
+
+
+async def unchecked(served: Served) -> None:
+    """The loader's own probe is enough."""
+
+
+class Catalogue:
+    """The versions in memory, by name. Made and used on one event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: ModelStore,
+        metrics: Metrics,
+        devices: Sequence[torch.device],
+        batcher: Batcher,
+    ) -> None:
+        self.settings, self.store, self.metrics, self.batcher = settings, store, metrics, batcher
+        self.served: Mapping[str, Served] = {}
+        self.default: str | None = None
+        self._loader = Loader(settings, store, metrics, devices)
+        self._failures: dict[str, str] = {}
+        self._loading: set[str] = set()
+        self._store_error: str | None = None
+        self._sync_lock = asyncio.Lock()
+        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._first_sync: asyncio.Task[None] | None = None
+
+    # Life
+
+    def start(self) -> None:
+        """Begins to load; returns at once."""
+        self._first_sync = asyncio.create_task(self._load_first())
+
+    async def _load_first(self) -> None:
+        try:
+            with contextlib.suppress(OSError, ModelError):  # a read-only store can be served all the same
+                await asyncio.to_thread(self.store.sweep)
+            await self.sync()
+        except Exception as error:
+            log.exception("the store could not be read")
+            self._store_error = str(error) if isinstance(error, ModelError) else "the log has the details"
+
+    async def wait_loaded(self) -> None:
+        """Returns when everything that can be loaded is."""
+        assert self._first_sync is not None, "start() comes first"  # noqa: S101
+        await asyncio.shield(self._first_sync)
+        while pulls := list(self._pulls.values()):
+            await asyncio.wait(pulls)
+
+    @property
+    def ready(self) -> bool:
+        """The default model is warm."""
+        return self.default in self.served
+
+    def not_ready_reason(self) -> str:
+        if self._store_error:
+            return f"the store could not be read: {self._store_error}"
+        if self.default in self._failures:
+            return f"the default model {self.default!r} could not be loaded: {self._failures[self.default]}"
+        if self.default is None and self._first_sync is not None and self._first_sync.done():
+            return "the store serves no model: pull, import or train one, then POST /models/sync"
+        return "the default model is still loading"
+
+    def close(self) -> None:
+        if self._first_sync is not None:
+            self._first_sync.cancel()
+        for pull in self._pulls.values():
+            pull.cancel()
+        self._loader.close()
+
+    # What is served
+
+    def bind(self, name: str | None) -> Served:
+        """The version that answers; None is the default. Raises NotReady, ModelNotFound."""
+        if not name and self.default not in self.served:
+            raise NotReady(self.not_ready_reason(), retry_after_s=2.0)
+        served = self.served.get(name or self.default or "")
+        if served is not None:
+            return served
+        if name in self._loading:
+            raise NotReady(f"the model {name!r} is still loading", retry_after_s=2.0)
+        raise ModelNotFound("no model of that name is served; GET /models lists those that are")
+
+    async def sync(self) -> None:
+        """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
+
+        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
+        background, one after the other, if the setting `pull_missing` says so.
+        """
+        for name in await self._load_stored():
+            if name not in self._pulls:
+                self._pulls[name] = asyncio.create_task(self._pull(name))
+
+    async def _pull(self, name: str) -> None:
+        try:
+            if await self._attempt(name, self._loader.pull(name)) is not None:
+                await self._load_stored()
+        finally:
+            del self._pulls[name]
+
+    async def activate(self, name: str, version: int, check: Check = unchecked) -> ModelStatus:
+        """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
+
+        Raises ModelNotFound, NameConflict (the setting `models` names others), WeightsError and what `check` raises of the version; then
+        everything is as it was.
+        """
+        return await self._serve(name, version, partial(self.store.activate, name, version), check)
+
+    async def rollback(self, name: str) -> ModelStatus:
+        """The same with the version that served before. Raises NameConflict also where there is none."""
+        serving = await asyncio.to_thread(self.store.serving)
+        before = serving.previous.get(name)
+        if before is None:
+            await asyncio.to_thread(self.store.rollback, name)  # says why it cannot
+            raise NameConflict(f"{name!r} was changed by someone else at the same moment; look at GET /models")
+        return await self._serve(name, before, partial(self.store.rollback, name))
+
+    async def _serve(
+        self, name: str, version: int, record: Callable[[], object], check: Check = unchecked
+    ) -> ModelStatus:
+        async with self._sync_lock:
+            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+            if self.settings.models and name not in plan.names:
+                raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
+            served = await self._loaded(name, version)
+            await check(served)
+            await asyncio.to_thread(record)
+            self._failures.pop(name, None)
+            self.served = {**self.served, name: served}
+            self.default = self.default or name
+            self._announce()
+        return self.model(name)
+
+    async def _loaded(self, name: str, version: int) -> Served:
+        started = time.monotonic()
+        try:
+            served = await self._loader.load(name, version, self.batcher)
+        except ModelNotFound:
+            raise
+        except (ModelError, ServiceError) as error:
+            raise WeightsError(f"version {version} could not be loaded: {error}") from error
+        self.metrics.swap_seconds.observe(time.monotonic() - started)
+        return served
+
+    async def _load_stored(self) -> list[str]:
+        """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
+        async with self._sync_lock:
+            started = time.monotonic()
+            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+            self._store_error = None
+            if self.default not in self.served or plan.default in self.served:
+                self.default = plan.default  # otherwise the old default answers until the new one is loaded
+            self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
+            self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
+            stale = [name for name in plan.names if not self._is_current(name, plan)]
+            to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
+            self._loading = {
+                name for name in stale if name not in self._failures
+            }  # a pull that failed is not under way
+            await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
+            self.served = {n: served for n, served in self.served.items() if n in plan.names}
+            self._announce()
+            if stale:
+                self.metrics.swap_seconds.observe(time.monotonic() - started)
+            return to_pull
+
+    def _announce(self) -> None:
+        self.metrics.serve(
+            (name, served.config.version, backbone.ref.key)
+            for name, served in self.served.items()
+            for backbone in served.backbones
+        )
+
+    def _is_current(self, name: str, plan: ServingPlan) -> bool:
+        """By the whole configuration: a model that was removed and published anew begins at version 1 again."""
+        return name in self.served and self.served[name].config == plan.configs.get(name)
+
+    async def _swap_in(self, name: str, plan: ServingPlan) -> None:
+        started = time.monotonic()
+        served = await self._attempt(name, self._loader.load(name, plan.versions.get(name), self.batcher))
+        if served is None:
+            return
+        self.served = {**self.served, name: served}
+        if name == plan.default:
+            self.default = name
+        log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
+
+    async def _attempt(self, name: str, work: Awaitable[T]) -> T | None:
+        """The result of loading or pulling a model, or None after its failure is noted."""
+        try:
+            return await work
+        except (ModelError, ServiceError) as error:
+            self._failures[name] = str(error)
+            log.error("%s could not be loaded: %s", name, error)
+        except Exception:
+            self._failures[name] = "an internal error; the log has the details"
+            log.exception("%s could not be loaded", name)
+        finally:
+            self._loading.discard(name)
+        return None
+
+    def models(self) -> list[ModelStatus]:
+        """Every model that is served, being loaded, or failed to load, by name."""
+        names = sorted({*self.served, *self._loading, *self._failures})
+        return [self.model(name) for name in names]
+
+    def model(self, name: str) -> ModelStatus:
+        """Raises ModelNotFound."""
+        if name not in self.served and name not in self._loading and name not in self._failures:
+            raise ModelNotFound("no model of that name is served; GET /models lists those that are")
+        return describe(
+            name,
+            self.served,
+            default=name == self.default,
+            loading=name in self._loading,
+            error=self._failures.get(name),
+        )
