@@ -209,8 +209,11 @@ class Tap(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.network(images)
         assert self._tapped is not None  # noqa: S101  (its hook has just run)
-        features, self._tapped = self._tapped, None
-        return features.flatten(2).mean(dim=2) if features.ndim > 2 else features
+        tapped, self._tapped = self._tapped, None
+        features = tapped.flatten(2).mean(dim=2) if tapped.ndim > 2 else tapped
+        return features.unflatten(0, (-1, len(images))).mean(
+            dim=0
+        )  # of all views of an image, where the network takes several
 
 
 @dataclass(frozen=True, eq=False)

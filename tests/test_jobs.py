@@ -136,7 +136,6 @@ async def test_its_report(jobs: Jobs) -> None:
         pytest.param(
             "crash:9", "failed", "trainer_crashed: the trainer ended 3 times, at last by SIGKILL", id="crashed"
         ),
-        pytest.param("full disk", "failed", "disk_full: the disk is full", id="disk full"),
         pytest.param("greedy", "failed", "out_of_memory: the trainer took more than the 100 MB", id="memory"),
     ],
 )

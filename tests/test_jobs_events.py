@@ -40,3 +40,12 @@ def test_progress_never_falls_and_the_estimate_comes_down(monkeypatch: pytest.Mo
     assert seen[4][1] == pytest.approx(50, rel=0.5)  # seconds: half of the epochs are done after 50
     pace.update("audit", 0.1)
     assert pace.progress == seen[-1][0]
+
+
+def test_auto_is_a_head_until_an_epoch_says_otherwise() -> None:
+    pace = Pace("auto")
+    pace.update("features", 0.5)
+    assert pace.progress == pytest.approx(0.25 + 0.25)
+    pace.update("train", 0.9, epoch=9)
+    assert pace.progress == pytest.approx(0.07 + 0.9 * 0.85)
+    assert pace.reached == (2, 9)

@@ -73,8 +73,30 @@ def test_each_attempt_counts_and_the_first_start_stays(table: JobTable) -> None:
     table.begin("a")
     first = table.get("a").started_at
     assert table.begin("a")
-    assert [table.crashed("a"), table.crashed("a")] == [1, 2]
+    assert [table.crashed("a", reached) for reached in ((2, 1), (2, 1), (1, 0))] == [1, 2, 3]
     assert (table.get("a").attempt, table.get("a").started_at) == (2, first)
+
+
+def test_crashes_count_anew_once_it_got_further(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    reached = ((2, 1), (2, 1), (2, 2), (2, 0), (3, 0))  # the resumed run of the fourth did not come so far
+    assert [table.crashed("a", point) for point in reached] == [1, 2, 1, 2, 1]
+
+
+def test_an_attempt_is_taken_back(table: JobTable) -> None:
+    add(table)
+    table.begin("a")
+    for _ in range(2):
+        table.uncount("a")
+    assert table.get("a").attempt == 0
+
+
+def test_a_job_that_was_deleted(table: JobTable) -> None:
+    for ask in (table.wish, lambda id: table.crashed(id, (0, 0))):
+        with pytest.raises(JobNotFound):
+            ask("a")
+    assert table.ids() == set()
 
 
 def test_a_queued_job_is_cancelled_at_once(table: JobTable) -> None:

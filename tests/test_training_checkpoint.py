@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.training import checkpoint
 from models.training.checkpoint import load, previous, remove, save
 
 CPU = torch.device("cpu")
@@ -50,6 +51,17 @@ def test_a_damaged_one_is_known(path: Path, damage: object) -> None:
 def test_killed_between_the_two_renames(path: Path) -> None:
     path.rename(previous(path))
     assert epoch_of(path) == 3
+
+
+def test_a_damaged_one_never_takes_the_place_of_the_previous(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(checkpoint, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, state(4))
+    assert epoch_of(path) == 2
 
 
 def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

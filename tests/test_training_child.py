@@ -18,8 +18,9 @@ import torch
 
 from models.errors import DatasetError
 from models.records import to_json
-from models.training.child import Reporter, explain, rehearsal, work
-from models.training.handover import DRY_RUN, JOB, Order, Result
+from models.training import child
+from models.training.child import EXIT_ORPHANED, Reporter, explain, rehearsal, work
+from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, Order, Result
 from models.training.request import Event, FinetuneRequest
 
 PATIENCE_S = 60
@@ -177,6 +178,30 @@ def test_events_and_nothing_else_on_stdout_and_stop_on_stdin(folder: Path) -> No
     assert "a library's chatter" in chatter
     result = Result.model_validate_json((folder / "result.json").read_bytes())
     assert (result.model, result.stop_reason) == ("pets", "stopped")
+
+
+def test_a_full_disk_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: `main` leaves its descriptors and signals alone."""
+    full = Result(status="failed", error=explain(OSError(errno.ENOSPC, "No space left on device")))
+    for name, stand_in in {"_die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
+        monkeypatch.setattr(child, name, stand_in)
+    monkeypatch.setattr(child, "work", lambda *given: full)
+    assert child.main(tmp_path) == EXIT_DISK_FULL
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_gone_is_no_failure_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """os._exit cannot be caught by the run's own `except Exception`; the exception that stands for it cannot either."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(SystemExit, match=str(EXIT_ORPHANED)):
+        Reporter(os.fdopen(writing, "w", closefd=False))(Event("train", 0.5, epoch=1))
+    os.close(writing)
 
 
 def test_it_ends_when_its_stdin_does(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import zipfile
@@ -226,6 +227,31 @@ def test_another_preprocessing_keeps_the_rows(tmp_path: Path) -> None:
     assert torch.equal(found.float().mean(dim=(2, 3)).argmax(dim=1), 2 - data.labels)
     assert len(set(digests)) == 12
     assert set(digests).isdisjoint(data.digests)
+
+
+def test_the_split_is_the_same_under_another_preprocessing(tmp_path: Path) -> None:
+    data = load_all(folder(tmp_path, coloured(16)), test_fraction=0.25)
+    other = load(tmp_path, Preprocessing(resize=16, crop=16), val_fraction=0.25, test_fraction=0.25, seed=0)
+    assert set(other.digests).isdisjoint(data.digests)
+    assert other.files == data.files
+    assert all(torch.equal(other.rows[part], data.rows[part]) for part in dataset.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        pytest.param([], {"val_fraction": 0.25, "test_fraction": 0.1}, id="none"),
+        pytest.param(["val"], {"val": "given", "test_fraction": 0.1}, id="val"),
+        pytest.param(["test"], {"val_fraction": 0.25, "test": "given"}, id="test"),
+        pytest.param(["val", "test"], {"val": "given", "test": "given"}, id="both"),
+    ],
+)
+def test_how_it_was_split_is_told(tmp_path: Path, given: list[str], told: dict[str, Any]) -> None:
+    files = coloured(6, "train/")
+    for seed, part in enumerate(given):
+        files |= coloured(2, f"{part}/", seed=50 + 10 * seed)
+    rule = load_all(folder(tmp_path, files), test_fraction=0.1, seed=3).split
+    assert rule == json.loads(json.dumps(rule)) == {"by": "content", "seed": 3, **told}
 
 
 def test_a_dataset_that_changed_is_noticed(tmp_path: Path) -> None:

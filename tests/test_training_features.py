@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
 from models.errors import TrainingError
+from models.runtime.torch_engine import TorchEngine
 from models.training import features as module
-from models.training.features import FeatureCache
+from models.training.features import FeatureCache, Stopped
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 PIXELS = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).permute(
@@ -127,6 +128,63 @@ def test_a_killed_pass_goes_on_where_it_was(
     resumed = ask(tmp_path, backbone)
     assert computed() == 8
     assert torch.equal(resumed, ask(tmp_path / "undisturbed", backbone))
+
+
+def test_a_stopped_pass_keeps_what_it_has(tmp_path: Path, backbone: Backbone) -> None:
+    told: list[float] = []
+    with pytest.raises(Stopped):
+        ask(tmp_path, backbone, progress=told.append, stop=lambda: len(told) == 3)
+    assert computed() == 12
+    assert torch.equal(ask(tmp_path, backbone), ask(tmp_path / "undisturbed", backbone))
+    assert computed() == 8 + 20
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
+    """There is memory for `most` images at a time."""
+    plain = TorchEngine.__call__
+
+    def narrowed(engine: TorchEngine, pixels: Tensor) -> Tensor:
+        if len(pixels) > most:
+            raise error
+        return plain(engine, pixels)
+
+    monkeypatch.setattr(TorchEngine, "__call__", narrowed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="GPU"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), id="CPU"),
+    ],
+)
+def test_without_memory_the_batch_is_halved_once_and_for_all(
+    tmp_path: Path, backbone: Backbone, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ask(tmp_path / "other", backbone, batch_size=2)
+    narrow(monkeypatch, 2, error)
+    told: list[str] = []
+    computed()
+    assert torch.equal(ask(tmp_path, backbone, batch_size=8, warn=told.append), expected)
+    assert ["4 images" in told[0], "2 images" in told[1], len(told)] == [True, True, 2]
+    assert computed() == 20
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), 2, id="one image is too much"),
+        pytest.param(RuntimeError("shapes do not fit"), 0, id="another error"),
+    ],
+)
+def test_what_a_smaller_batch_does_not_help_is_raised(
+    tmp_path: Path, backbone: Backbone, error: Exception, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow(monkeypatch, 0, error)
+    told: list[str] = []
+    with pytest.raises(type(error), match=str(error)):
+        ask(tmp_path, backbone, warn=told.append)
+    assert len(told) == tries
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from models.training.dataset import load
 from models.training.evaluate import outputs
 from models.training.finetune import Event, FinetuneRequest
 from models.training.handover import ParitySamples, Result
-from models.training.job import forget
+from models.training.job import Run, forget
 from models.training.network import Trainer
 from models.training.rehearsal import dry_run
 from models.training.report import Report
@@ -40,13 +40,14 @@ class Workshop:
     def store(self) -> ModelStore:
         return ModelStore(self.root / "weights")
 
-    def ask(self, **request: Any) -> tuple[Result, list[Event]]:
+    def ask(self, stop: bool = False, **request: Any) -> tuple[Result, list[Event]]:
         events: list[Event] = []
         given = {"dataset": self.photos, "name": "colours", **request}
         asked = FinetuneRequest.model_validate(given)
         torch.set_num_threads(1)
         job_dir = self.root / "jobs" / str(given["name"])
-        result = finetune.run(asked, self.store, events.append, job_dir=job_dir, cache=self.root / "features")
+        cache = self.root / "features"
+        result = finetune.run(asked, self.store, events.append, job_dir=job_dir, cache=cache, stop=lambda: stop)
         return result, events
 
     def run(self, **request: Any) -> ModelConfig:
@@ -113,7 +114,7 @@ def test_a_second_head_on_the_same_images_computes_no_features(
     trained: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained.run(name="first", base="colours")
-    monkeypatch.setattr("models.training.features._forward", None)
+    monkeypatch.setattr("models.training.features._Forward", None)
     assert trained.run(name="second", base="colours").head_sha256 == first.head_sha256
 
 
@@ -264,6 +265,40 @@ def test_stopping_keeps_the_best_so_far(workshop: Workshop) -> None:
     assert (result.stop_reason, result.version) == ("stopped", 1)
 
 
+def test_stopping_a_head_keeps_the_best_strength_so_far(trained: Workshop) -> None:
+    trained.run(name="whole", base="colours")
+    result, _ = trained.ask(name="stopped", base="colours", stop=True)
+    assert result.stop_reason == "stopped"
+    assert (len(trained.report("stopped").path), len(trained.report("whole").path) > 1) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        pytest.param({"stop": True}, "was stopped", id="stop"),
+        pytest.param({"budget": {"max_seconds": 1e-6}}, "has used up", id="budget"),
+    ],
+)
+def test_before_the_features_there_is_nothing_to_keep(trained: Workshop, tmp_path: Path, asked: Any, why: str) -> None:
+    workshop = Workshop(trained.root, folder(tmp_path / "new", coloured(12, seed=7000, side=32)))
+    with pytest.raises(TrainingError, match=f"{why}.* no head to keep"):
+        workshop.ask(name=f"nothing-{len(why)}", base="colours", **asked)
+
+
+def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is fastest, or served, by then."""
+    monkeypatch.setattr(finetune, "write_report", None)
+    with pytest.raises(TypeError):
+        trained.ask(name="kept", base="auto")
+    monkeypatch.undo()
+    monkeypatch.setattr("models.training.choosing.choose", None)
+    begun = Run.read(trained.root / "jobs" / "kept")
+    result, _ = trained.ask(name="kept", base="auto")
+    assert begun is not None
+    assert begun.choice is not None
+    assert trained.store.config("kept", result.version).lineage["base"] == begun.choice.best
+
+
 # What is told
 
 
@@ -339,6 +374,24 @@ def test_a_worse_version_is_served_only_if_that_is_wanted(trained: Workshop, dep
     assert result.verdict is not None
     assert result.verdict["verdict"] == "worse"
     assert trained.store.serving().models["colours"] == 1
+
+
+def test_a_version_of_another_split_may_have_seen_the_images(trained: Workshop) -> None:
+    forget(trained.root / "jobs" / "colours")
+    chosen = {"epochs": 1, "lr": 1e-9, "seed": 5}
+    result, _ = trained.ask(base="lenet5", mode="scratch", val_fraction=0.4, hyperparameters=chosen)
+    assert result.verdict is not None
+    assert (result.deployment, result.verdict["verdict"]) == ("manual", "worse")
+    assert "may have been among its training images" in (result.reason or "")
+
+
+def test_without_a_single_image_to_ask_the_server_nothing_is_served(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.training.comparison.PARITY_BYTES", 0)
+    result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
+    assert result.deployment == "manual"
+    assert "nobody knows" in (result.reason or "")
 
 
 def test_other_classes_cannot_be_compared(trained: Workshop, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-from models.training.request import FinetuneRequest, Hyperparameters, command, effective
+from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, command, effective
 from service.cli import main
 
 
@@ -34,6 +34,9 @@ SCRATCH: dict[str, Any] = {"mode": "scratch", "base": "lenet5"}
         pytest.param({"mode": "finetune", "hyperparameters": {"thaw_every": 2}}, id="thawing what is not frozen"),
         pytest.param({**SCRATCH, "hyperparameters": {"freeze_until": "layer1"}}, id="freezing what is not learnt"),
         pytest.param({"metadata": {str(i): "x" for i in range(17)}}, id="too many texts"),
+        pytest.param({"budget": {"max_epochs": 3}}, id="a head has no epochs"),
+        pytest.param({"early_stopping": {"criterion": "gl"}}, id="nor an early stop"),
+        pytest.param({"hyperparameters": {"lerning": "auto"}}, id="a slip of the pen, left to auto"),
         pytest.param({"metadata": {"a": "x" * 513}}, id="too long a text"),
     ],
 )
@@ -63,6 +66,18 @@ def test_auto_is_the_same_as_nothing() -> None:
     auto = request(hyperparameters={"epochs": "auto", "lr": "auto", "seed": 3})
     assert auto.hyperparameters == Hyperparameters(seed=3)
     assert request(hyperparameters="auto").hyperparameters == Hyperparameters()
+
+
+def test_auto_that_became_a_head_leaves_out_what_a_head_has_not() -> None:
+    asked = request(mode="auto", hyperparameters={"epochs": 1, "mixup": 0.2, "copies": 2})
+    found = effective(asked, "head", 100)
+    assert (found.epochs, found.mixup, found.copies) == (200, 0.0, 2)
+
+
+@pytest.mark.parametrize(("epochs", "strip"), [(3, 2), (10, 2), (30, 3), (100, 5)])
+def test_a_strip_is_short_enough_for_the_run(epochs: int, strip: int) -> None:
+    assert EarlyStopping().for_epochs(epochs).strip == strip
+    assert EarlyStopping(strip=7).for_epochs(epochs).strip == 7
 
 
 def test_the_budget_bounds_the_epochs() -> None:

@@ -51,6 +51,22 @@ def test_hidden_files_are_no_part_of_it_and_strays_are_told(tmp_path: Path) -> N
     assert (len(source.items), source.strays) == (4, ("README.txt",))
 
 
+@pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(archive, id="zip")])
+@pytest.mark.parametrize("part", [pytest.param("", id="classes"), pytest.param("train/", id="parts")])
+def test_files_beside_what_is_wrapped_are_strays(tmp_path: Path, pack: object, part: str) -> None:
+    files = {f"a/b/{part}{name}": data for name, data in TINY.items()} | ({"a/b/val/ant/9.png": b"x"} if part else {})
+    beside = {"README.md": b"x", "a/README.md": b"x", "a/b/LICENSE.txt": b"x"}
+    source = listed(pack(tmp_path / "d", files | beside))  # type: ignore[operator]
+    assert (source.classes, len(source.items)) == (("ant", "bee"), len(files))
+    assert source.strays == ("LICENSE.txt", "README.md", "a/README.md")
+
+
+def test_a_zip_of_the_folder_that_one_is_in(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"./": b""} | {f"./{name}": data for name, data in TINY.items()})
+    assert [item.path for item in listed(path).items] == list(TINY)
+    assert content(path, "ant/0.png") == b"x"
+
+
 @pytest.mark.parametrize(
     "name", ["../../ant/evil.png", "/ant/evil.png", "ant/../../evil.png", r"..\evil.png", "C:/evil.png"]
 )

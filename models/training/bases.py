@@ -1,16 +1,13 @@
 """What a run starts from: backbones of the store, or an architecture without weights."""
 
-from dataclasses import dataclass
-
 from models import architectures
-from models.classifier import BackboneRef, Preprocessing
+from models.classifier import BackboneRef, Preprocessing, Record
 from models.errors import ModelNotFound, TrainingError
 from models.store import ModelStore
 from models.training.request import MAX_BASES, FinetuneRequest
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(Record):
     """One backbone to start from. `ref` is None where training starts from scratch."""
 
     name: str  # of the model it was found by, or of the architecture
@@ -29,7 +26,10 @@ def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
     """What the request names; for "auto", all there is to choose from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
     if request.mode == "scratch":
         assert isinstance(request.base, str)  # noqa: S101  (the request has checked it)
-        return (Base(request.base, None, None, request.base, architectures.preprocessing_of(request.base)),)
+        preprocessing = architectures.preprocessing_of(request.base)
+        return (
+            Base(name=request.base, version=None, ref=None, architecture=request.base, preprocessing=preprocessing),
+        )
     if request.base == "auto":
         return candidates(store, request.hyperparameters.features_from)
     names = (request.base or _default(store),) if not isinstance(request.base, tuple) else request.base
@@ -84,4 +84,7 @@ def _members(name: str, store: ModelStore, output: str | None) -> tuple[Base, ..
         )
     config = store.config(name, store.serving().models.get(name))
     refs = [ref.model_copy(update={"output": output}) if output else ref for ref in config.backbones]
-    return tuple(Base(name, config.version, ref, ref.architecture, ref.preprocessing) for ref in refs)
+    return tuple(
+        Base(name=name, version=config.version, ref=ref, architecture=ref.architecture, preprocessing=ref.preprocessing)
+        for ref in refs
+    )

@@ -26,7 +26,8 @@ def previous(path: Path) -> Path:
 
 
 def save(path: Path, state: State) -> None:
-    """Of tensors, numbers, strings, lists and dicts. Once one was saved, a whole file is there at any moment."""
+    """Of tensors, numbers, strings, lists and dicts. Once one was saved, a whole file is there at any moment: a damaged one is written
+    over, and never takes the place of the previous."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
     try:
@@ -36,7 +37,7 @@ def save(path: Path, state: State) -> None:
             file.write(_sha256(file, size))
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.is_file() and _is_whole(path):
             path.rename(previous(path))
         move(draft, path)
     finally:

@@ -33,6 +33,7 @@ EVENT_S = 0.25  # at most one plain sign of progress in so many seconds
 NICE = 19
 OOM_SCORE = 500  # of 1000: where memory runs out, the kernel takes the trainer before the server
 PR_SET_PDEATHSIG = 1
+EXIT_ORPHANED = 1  # the server is gone
 STDIN = 0
 
 
@@ -73,10 +74,13 @@ def be_modest() -> None:
 def main(
     folder: Path | None = None, run: Run | None = None, rehearse: DryRun | None = None, *, dry_run: bool = False
 ) -> int:
-    """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended.
+    """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended, EXIT_DISK_FULL
+    without one where the disk is full.
 
     Without a folder it gets ready, and waits until stdin names one; nothing is done where stdin ends instead.
     """
+    from models.training.handover import EXIT_DISK_FULL
+
     _die_with_parent()
     events = _take_stdout()
     if folder is None:
@@ -90,7 +94,10 @@ def main(
     reporter = Reporter(events)
     if dry_run:
         return _hand_over(folder, rehearsal(folder, rehearse or _rehearse, reporter))
-    return _hand_over(folder, work(folder, run or _run, reporter, stop.is_set))
+    result = work(folder, run or _run, reporter, stop.is_set)
+    if result.error is not None and result.error.code == "disk_full":
+        return EXIT_DISK_FULL  # and no result: the server begins again once there is space
+    return _hand_over(folder, result)
 
 
 def work(folder: Path, run: Run, progress: Callable[["Event"], None], stop: Callable[[], bool]) -> "Result":
@@ -219,8 +226,11 @@ class Reporter:
         self._phase, self._wrote = event.phase, time.monotonic()
         fields = {name: value for name, value in asdict(event).items() if _sayable(value)}
         fields["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._out.write(json.dumps(fields) + "\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps(fields) + "\n")
+            self._out.flush()
+        except BrokenPipeError:  # no failure of the run: the next server goes on from its checkpoint
+            os._exit(EXIT_ORPHANED)
 
 
 def _sayable(value: Any) -> bool:
@@ -259,7 +269,7 @@ def _listen(stop: threading.Event) -> None:
     while (line := _read_line(STDIN)) is not None:
         if line == b"stop":
             stop.set()
-    os._exit(1)
+    os._exit(EXIT_ORPHANED)
 
 
 def _die_with_parent() -> None:

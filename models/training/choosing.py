@@ -3,6 +3,7 @@
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,16 @@ def choose_base(job: Job) -> tuple[Job, Choice | None]:
     """The job with the one base that it goes on with, and the table; as it was where the base was named."""
     if job.request.base != "auto":
         return job, None
+    choice = job.run.choice or _choose(job)
+    if job.run.choice is None and job.folder != Path():
+        job.run.model_copy(update={"choice": choice}).write(job.folder)
+    best = next(base for base in job.bases if base.name == choice.best)
+    pixels, digests = job.pixels(best.preprocessing)
+    data = replace(job.data, pixels=pixels, digests=digests)
+    return replace(job, bases=(best,), data=data, _pixels={}), choice
+
+
+def _choose(job: Job) -> Choice:
     rows = job.data.rows["train"]
     with job.clock.phase("features"):
         backbones = {base.name: job.store.load_backbone(base.stored) for base in job.bases}
@@ -37,10 +48,7 @@ def choose_base(job: Job) -> tuple[Job, Choice | None]:
             job.tell("features"),
         )
     job.progress(Event("features", 1.0, message=f"of {len(candidates)} bases, {choice.best} is taken"))
-    best = next(base for base in job.bases if base.name == choice.best)
-    pixels, digests = job.pixels(best.preprocessing)
-    data = replace(job.data, pixels=pixels, digests=digests)
-    return replace(job, bases=(best,), data=data, _pixels={}), choice
+    return choice
 
 
 def latency_ms(backbone: Backbone) -> float:

@@ -23,18 +23,22 @@ from models.training.request import FinetuneRequest
 from models.training.sources import UNREADABLE, open_source
 
 PARITY_IMAGES = 8
-PARITY_BYTES = 2 * 2**20  # larger files are not taken as samples: the server has to read them all
+PARITY_BYTES = 24 * 2**20  # of all samples together: the server has to read them
 PARITY_TOLERANCE = 1e-3  # of a probability; float32 against float32
 THUMBNAIL = 96  # pixels
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Which version is served under the name, and the verdict where the two can be compared; else why they cannot."""
+    """Which version is served under the name, and the verdict where the two can be compared; else why they cannot.
+
+    `fair`: the served version was trained under the same split, so that none of these images can have been in its training part.
+    """
 
     served: int | None
     verdict: Verdict | None
     reason: str
+    fair: bool = True
 
 
 def compare_with_served(job: Job, trained: Trained) -> Compared:
@@ -50,7 +54,10 @@ def compare_with_served(job: Job, trained: Trained) -> Compared:
     except ModelError as error:
         return Compared(version, None, f"{name}@{version}, which is served, cannot be compared with: {error}")
     verdict = compare(correct, _correct(job, job.held_out, trained.probabilities(job.held_out)))
-    return Compared(version, verdict, verdict.reason)
+    if config.lineage.get("dataset", {}).get("split") == job.data.split:
+        return Compared(version, verdict, verdict.reason)
+    reason = f"{verdict.reason} But {name}@{version} was trained under another split: these images may have been among its training images."
+    return Compared(version, verdict.model_copy(update={"reason": reason}), reason, fair=False)
 
 
 def _correct(job: Job, rows: Tensor, probabilities: Tensor) -> Tensor:
@@ -73,6 +80,11 @@ def _features(job: Job, backbone: Backbone, rows: Tensor) -> Tensor:
 
 def decide(request: FinetuneRequest, compared: Compared, parity: Parity) -> tuple[Deployment, str]:
     """What is to become of the new version, and why."""
+    if not parity.images:
+        return (
+            "manual",
+            "none of the held-out images could be read again, so nobody knows whether the server would answer as the trainer",
+        )
     if not parity.agrees:
         return "rejected", (
             f"read back from the store, it answers other probabilities than in training, by up to {parity.max_difference:.3f}"
@@ -83,7 +95,9 @@ def decide(request: FinetuneRequest, compared: Compared, parity: Parity) -> tupl
         return "activate", compared.reason
     if compared.verdict is None or compared.verdict.verdict == "not enough images to decide":
         return "manual", compared.reason
-    return ("rejected" if compared.verdict.verdict == "worse" else "activate"), compared.reason
+    if compared.verdict.verdict == "worse":
+        return ("rejected" if compared.fair else "manual"), compared.reason
+    return "activate", compared.reason  # not worse, even where the served one had the advantage
 
 
 # Parity
@@ -113,25 +127,25 @@ def parity(job: Job, trained: Trained, config: ModelConfig) -> Parity:
             ParitySample(name=job.data.paths[row], image=b64encode(data), probabilities=tuple(probabilities.tolist()))
         )
     files.replace(job.folder / PARITY, to_json(ParitySamples(samples=tuple(samples))))
-    return Parity(images=len(samples), max_difference=largest, agrees=largest <= PARITY_TOLERANCE)
+    return Parity(images=len(samples), max_difference=largest, agrees=bool(samples) and largest <= PARITY_TOLERANCE)
 
 
 def _sampled(rows: Tensor) -> Tensor:
     """Some of `rows` (n,), spread over all of them, and so over the classes."""
-    step = max(1, len(rows) // PARITY_IMAGES)
-    return rows[::step][:PARITY_IMAGES].clone()
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), PARITY_IMAGES)).round().long()
+    return rows[places]
 
 
 def _contents(job: Job, paths: list[str]) -> dict[str, bytes]:
     with open_source(job.request.dataset) as source:
         names = {item.path: item.file for item in source.items}
-        found = {}
+        found: dict[str, bytes] = {}
         for path in paths:
             try:
                 data = source.read(names[path])
             except (KeyError, *UNREADABLE):
                 continue
-            if len(data) <= PARITY_BYTES:
+            if sum(map(len, found.values())) + len(data) <= PARITY_BYTES:
                 found[path] = data
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ def _silent(fraction: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """N good images; a bad file has no row. `rows` are places in `paths`, `pixels`, `labels`, `digests` and `groups`."""
+    """N good images; a bad file has no row. `rows` are places in all that has N entries."""
 
     name: str
     sha256: str  # over the sorted (path, sha256 of the file's bytes), bad files included, and a CSV's labels
@@ -56,17 +56,21 @@ class Dataset:
     pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
     labels: Tensor  # int64 (N,)
     digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
+    files: tuple[bytes, ...]  # 16 bytes each: the first of the sha256 of the image's file
     groups: Tensor  # int64 (N,): duplicates and near-duplicates share a number
     rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
+    split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
 
 
 class _Decoded(NamedTuple):
-    """`places` in the source's items of the good images, and their pixels and digests; `hashes` are of all files."""
+    """`places` in the source's items of the good images, and their pixels and digests, and those of their files; `hashes` are of all
+    files."""
 
     places: list[int]
     pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
     digests: tuple[bytes, ...]
+    files: tuple[bytes, ...]
     hashes: list[str]  # sha256
     bad: list[BadFile]
 
@@ -91,7 +95,7 @@ def load(
     _check_bad(decoded.bad, len(source.items), on_bad_file)
     images = _images(source, decoded, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0)))
     given = [source.items[place].part for place in decoded.places]
-    found = _split(images, given, Shares(val_fraction, test_fraction, seed))
+    found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed))
     remarks = _remarks(found, source)
     report = audit.make_audit(images, found.rows, found.left_out, len(source.items), decoded.bad, remarks)
     progress(1.0)
@@ -103,8 +107,10 @@ def load(
         pixels=decoded.pixels,
         labels=images.labels,
         digests=images.digests,
+        files=decoded.files,
         groups=found.groups,
         rows=found.rows,
+        split=found.rule,
         audit=report,
     )
 
@@ -157,22 +163,33 @@ class _Found(NamedTuple):
     groups: Tensor
     left_out: Tensor
     broken: list[int]  # classes whose images are all alike
+    rule: dict[str, Any]
 
 
-def _split(images: Images, given: Sequence[Part], shares: Shares) -> _Found:
-    """`given`: the dataset's own part of each image; `train` where it has none."""
-    labels, groups, digests = images.labels, images.groups, images.digests
+def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares) -> _Found:
+    """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
+    labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, groups)
     _check_classes(labels[rows["train"]], labels[left_out], images.classes)
+    rule = _rule(rows, shares)
     val = 0.0 if len(rows["val"]) else shares.val
     test = 0.0 if len(rows["test"]) else shares.test
     if not val and not test:
-        return _Found(rows, groups, left_out, [])
+        return _Found(rows, groups, left_out, [], rule)
     if val + test > MAX_HELD_OUT:
         raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
-    groups, broken = split.break_up(groups, labels, digests, rows["train"])
-    held = split.hold_out(rows["train"], labels, groups, digests, val, test, shares.seed)
-    return _Found({part: held[part] if len(held[part]) else rows[part] for part in PARTS}, groups, left_out, broken)
+    groups, broken = split.break_up(groups, labels, images.digests, rows["train"])
+    held = split.hold_out(rows["train"], labels, groups, files, val, test, shares.seed)
+    rows = {part: held[part] if len(held[part]) else rows[part] for part in PARTS}
+    return _Found(rows, groups, left_out, broken, rule)
+
+
+def _rule(given: dict[Part, Tensor], shares: Shares) -> dict[str, Any]:
+    """What decides an image's part, but for the images themselves: {"by": "content", "seed"}, and for validation and test "val": "given"
+    where it is the dataset's own, else "val_fraction"."""
+    rule: dict[str, Any] = {"by": "content", "seed": shares.seed}
+    rule |= {"val": "given"} if len(given["val"]) else {"val_fraction": shares.val}
+    return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
 
 
 def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...]) -> None:
@@ -230,6 +247,7 @@ def _decode_all(source: Source, preprocessing: Preprocessing, progress: Progress
         places=good,
         pixels=torch.from_numpy(_compact(array, good)).permute(0, 3, 1, 2),
         digests=tuple(outcomes[place].digest for place in good),
+        files=tuple(bytes.fromhex(outcomes[place].sha256)[:16] for place in good),
         hashes=[outcome.sha256 for outcome in outcomes],
         bad=[BadFile(path=items[place].path, reason=reasons[place]) for place in sorted(reasons)],
     )

@@ -25,6 +25,7 @@ from torch import Tensor
 from models import files, tensors
 from models.classifier import Backbone
 from models.errors import TrainingError, WeightsError
+from models.runtime.device import is_out_of_memory
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
 
@@ -41,6 +42,14 @@ Warn = Callable[[str], None]
 
 def _silent(fraction: float) -> None:
     pass
+
+
+def _never() -> bool:
+    return False
+
+
+class Stopped(Exception):
+    """A pass over the images was told to end early; what it had computed is kept for the next."""
 
 
 class FeatureCache:
@@ -60,10 +69,13 @@ class FeatureCache:
         device: torch.device = CPU,
         progress: Progress = _silent,
         warn: Warn = log.warning,
+        stop: Callable[[], bool] = _never,
     ) -> Tensor:
         """uint8 (n, C, H, W) and their digests of 16 bytes -> float32 (n, D), on the CPU.
 
-        `warn` is told once why the cache cannot be used. Raises TrainingError where a feature is not finite.
+        `warn` is told once why the cache cannot be used, and when memory runs out: then the batch is halved, and features computed from
+        there on may differ in their last bits. `stop` is asked before each batch. However a pass ends, what it has computed is kept.
+        Raises TrainingError where a feature is not finite, Stopped, and the device's own error where one image alone is too much.
         """
         precision: Precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
         shards = _Shards(self, _folder_name(backbone, precision), backbone.feature_dim, warn)
@@ -73,14 +85,19 @@ class FeatureCache:
         missing = shards.read(places, known)
         if missing:
             engine = TorchEngine(backbone, device, precision, "channels_last", torch.get_num_threads())
+            forward = _Forward(engine, batch_size, warn)
             first = {digest: row for row, digest in reversed(list(enumerate(digests)))}
-            for start in range(0, len(missing), batch_size):
-                batch = missing[start : start + batch_size]
-                features = _forward(engine, pixels[[first[digest] for digest in batch]], batch_size)
-                known[[places[digest] for digest in batch]] = features
-                shards.add(batch, features)
-                progress(1 - (len(missing) - start - len(batch)) / len(places))
-            shards.flush()
+            try:
+                for start in range(0, len(missing), batch_size):
+                    if stop():
+                        raise Stopped
+                    batch = missing[start : start + batch_size]
+                    features = forward(pixels[[first[digest] for digest in batch]])
+                    known[[places[digest] for digest in batch]] = features
+                    shards.add(batch, features)
+                    progress(1 - (len(missing) - start - len(batch)) / len(places))
+            finally:
+                shards.flush()
         progress(1.0)
         return known if len(places) == len(digests) else known[inverse]
 
@@ -91,21 +108,43 @@ def _folder_name(backbone: Backbone, precision: Precision) -> str:
     return f"{ref.sha256[:16]}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
-def _forward(engine: TorchEngine, pixels: Tensor, batch_size: int) -> Tensor:
-    """uint8 (n, C, H, W), n <= batch_size -> float32 (n, D) on the CPU.
+class _Forward:
+    """uint8 (n, C, H, W) -> float32 (n, D) on the CPU, in batches of one size, which is halved for good whenever memory runs out.
 
-    The last batch is filled up: with batches of one size an image's features are the same to the bit whatever batch it is in, and so is
-    the head of a run that was resumed.
+    A batch that is smaller is filled up: with batches of one size an image's features are the same to the bit whatever batch it is in,
+    and so is the head of a run that was resumed.
     """
-    count = len(pixels)
-    if count < batch_size:
-        pixels = torch.cat([pixels, pixels[:1].expand(batch_size - count, -1, -1, -1)])
-    features = engine(pixels)[:count].cpu()
-    if not features.isfinite().all():
-        raise TrainingError(
-            "the backbone gives NaN or infinity for some images; use another base, or pull or train this one again"
-        )
-    return features
+
+    def __init__(self, engine: TorchEngine, batch_size: int, warn: Warn) -> None:
+        self.engine = engine
+        self.batch_size = batch_size
+        self.warn = warn
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        while (features := self._tried(pixels)) is None:
+            self.engine.release_memory()  # outside the handler, whose traceback holds on to activations
+            self.batch_size //= 2
+            self.warn(f"out of memory: features are computed {self.batch_size} images at a time from here on")
+        if not features.isfinite().all():
+            raise TrainingError(
+                "the backbone gives NaN or infinity for some images; use another base, or pull or train this one again"
+            )
+        return features
+
+    def _tried(self, pixels: Tensor) -> Tensor | None:
+        """None where memory ran out and a smaller batch may fit."""
+        try:
+            return torch.cat([self._batch(part) for part in torch.split(pixels, self.batch_size)])
+        except (RuntimeError, MemoryError) as error:
+            if self.batch_size == 1 or not is_out_of_memory(error):
+                raise
+            return None
+
+    def _batch(self, pixels: Tensor) -> Tensor:
+        count = len(pixels)
+        if count < self.batch_size:
+            pixels = torch.cat([pixels, pixels[:1].expand(self.batch_size - count, -1, -1, -1)])
+        return self.engine(pixels)[:count].cpu()
 
 
 class _Shards:

@@ -6,6 +6,7 @@ audit and split -> cached features of frozen backbones and a head, or the whole 
 
 import hashlib
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.training.choosing import choose_base
 from models.training.features import FeatureCache
 from models.training.fitting import Trained
 from models.training.handover import Result
-from models.training.job import Clock, Job, device, identity
+from models.training.job import Clock, Job, Run, device
 from models.training.report import Report
 from models.training.reporting import make_report, metrics_of, write_report
 from models.training.request import Event, FinetuneRequest, Mode, Precision, effective
@@ -87,9 +88,9 @@ def prepare(
     stop: Callable[[], bool] = lambda: False,
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
-    clock = Clock()
+    clock, begun = Clock(), Run.read(folder) if folder else None
     with clock.phase("audit"):
-        bases = bases_of(request, store)
+        bases = begun.bases if begun else bases_of(request, store)
         data = dataset.load(
             request.dataset,
             bases[0].preprocessing,
@@ -105,7 +106,10 @@ def prepare(
         progress(Event("audit", 1.0, message=warning))
     mode = _mode(request, data)
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode))
-    run = identity(folder, data) if folder else ""
+    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
+    run.check(data)
+    if folder:
+        run.write(folder)
     return Job(
         request, store, progress, stop, folder or Path(), FeatureCache(cache), data, bases, mode, settings, clock, run
     )
@@ -131,7 +135,7 @@ def _publish(job: Job, trained: Trained, report: Report) -> ModelConfig:
     name = job.request.name
     for version in job.store.versions(name) if name in job.store.names() else ():
         config = job.store.config(name, version)
-        if config.lineage.get("run") == job.run:
+        if config.lineage.get("run") == job.run.run:
             return config
     return job.store.publish(
         name, [b.ref for b in trained.backbones], trained.head, job.data.classes, metrics_of(report), report.lineage

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models import architectures
 from models.classifier import Backbone, ConvLayer, Head
+from models.errors import TrainingError
 from models.training import calibrate as calibration
 from models.training import network as whole
 from models.training.augment import augmented_copy
@@ -16,9 +17,12 @@ from models.training.auxiliary import auxiliary
 from models.training.calibrate import Calibration
 from models.training.evaluate import outputs
 from models.training.feature_sum import fit_sum
+from models.training.features import Stopped
+from models.training.handover import StopReason
 from models.training.head import Fit, fit
 from models.training.job import Job, device
 from models.training.network import History
+from models.training.request import Event
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -32,10 +36,7 @@ class Trained:
     features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
     fit: Fit | None = None
     history: History | None = None
-
-    @property
-    def stop_reason(self) -> str | None:
-        return self.history.stop_reason if self.history else None
+    stop_reason: StopReason | None = None
 
     @torch.inference_mode()
     def scores(self, rows: Tensor) -> Tensor:
@@ -70,20 +71,40 @@ def train_head(job: Job) -> Trained:
         shown, labels, groups = training_features(job, backbones, every)
     with job.clock.phase("train"):
         fitted = _fit(job, shown, labels, groups)
-    return Trained(backbones, fitted.head, lambda rows: [f[rows] for f in every], fit=fitted)
+    ended: StopReason | None = "stopped" if job.stop() else "budget" if job.out_of_time() else None
+    return Trained(backbones, fitted.head, lambda rows: [f[rows] for f in every], fit=fitted, stop_reason=ended)
 
 
 def _fit(job: Job, features: Sequence[Tensor], labels: Tensor, groups: Tensor) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
     if len(features) > 1:
         return fit_sum(features, labels, classes, groups, job.settings, tell)
-    return fit(features[0], labels, classes, groups, job.settings, tell)
+    return fit(features[0], labels, classes, groups, job.settings, tell, job.is_to_end)
 
 
 def cached_features(job: Job, backbone: Backbone) -> Tensor:
     """Of all images, float32 (N, D)."""
-    pixels, digests = job.pixels(backbone.ref.preprocessing)
-    return job.cache.features(backbone, pixels, digests, progress=job.tell("features"), device=device())
+    return compute_features(job, backbone, *job.pixels(backbone.ref.preprocessing))
+
+
+def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequence[bytes]) -> Tensor:
+    """Of these images, from the cache where it has them. Raises TrainingError where the run is to end before there is anything to keep."""
+    try:
+        return job.cache.features(
+            backbone,
+            pixels,
+            digests,
+            progress=job.tell("features"),
+            warn=lambda message: job.progress(Event("features", 0.0, message=message)),
+            device=device(),
+            stop=job.is_to_end,
+        )
+    except Stopped:
+        why = "was stopped" if job.stop() else "has used up budget.max_seconds"
+        raise TrainingError(
+            f"the run {why} before all features were computed, so there is no head to keep; what is computed is kept, "
+            "and the same request goes on from there"
+        ) from None
 
 
 def training_features(
@@ -116,7 +137,7 @@ def train_network(job: Job) -> Trained:
             job.data,
             base.preprocessing,
             job.settings,
-            job.request.early_stopping,
+            job.request.early_stopping.for_epochs(job.settings.epochs),
             job.request.budget,
             job.folder / CHECKPOINT,
             job.progress,
@@ -125,7 +146,13 @@ def train_network(job: Job) -> Trained:
         )
     ref = job.store.put_backbone(base.architecture, backbone.cpu(), base.preprocessing, half=job.request.half)
     stored = job.store.load_backbone(ref)
-    return Trained((stored,), Head.of(layer.cpu()), _features_of(job, stored), history=history)
+    return Trained(
+        (stored,),
+        Head.of(layer.cpu()),
+        _features_of(job, stored),
+        history=history,
+        stop_reason=history.stop_reason,
+    )
 
 
 def _parts(job: Job) -> tuple[nn.Module, nn.Linear | ConvLayer]:

@@ -20,7 +20,7 @@ JOB, RESULT, DRY_RUN = "job.json", "result.json", "dry_run.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 PARITY, RUN = "parity.json", "run.json"
 
-EXIT_DISK_FULL = 28  # ENOSPC: not even result.json could be written
+EXIT_DISK_FULL = 28  # ENOSPC: there is no result.json; the job can go on from its checkpoint once there is space
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
 Deployment = Literal["activate", "rejected", "manual", "never"]

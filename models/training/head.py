@@ -66,17 +66,28 @@ class Validation:
     out_of_fold: Tensor  # float32 (n, C), at the best
 
 
+def never() -> bool:
+    return False
+
+
 def fit(
-    features: Tensor, labels: Tensor, num_classes: int, groups: Tensor, settings: Effective, progress: Progress
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    groups: Tensor,
+    settings: Effective,
+    progress: Progress,
+    stop: Callable[[], bool] = never,
 ) -> Fit:
     """Features (n, D), class indices (n,) and groups (n,), of which none is torn apart by a fold -> the head D -> num_classes.
 
     Minimises the mean cross-entropy + strength / 2 * ||W||^2 in float64, over features that are centred and brought to a mean square
-    of 1, so that the same strengths suit every backbone; the centring is folded into the bias. Raises TrainingError.
+    of 1, so that the same strengths suit every backbone; the centring is folded into the bias. When `stop` says yes, the best of the
+    strengths that have been tried is taken. Raises TrainingError.
     """
     with threads_for(features.numel() * num_classes):
         problem = Problem.of(features, labels, num_classes, settings)
-        found = cross_validate(problem, groups, lambda done: progress(0.9 * done))
+        found = cross_validate(problem, groups, lambda done: progress(0.9 * done), stop)
         weights = problem.solve(found.best.strength, tick=lambda done: progress(0.9 + 0.1 * done))
     progress(1.0)
     return Fit(Head.of(problem.layer(weights)), found.best.strength, found.path, found.out_of_fold)
@@ -216,8 +227,10 @@ class _Loss(NamedTuple):
 # Cross-validation
 
 
-def cross_validate(problem: Problem, groups: Tensor, progress: Progress) -> Validation:
-    """Try strengths from strong to weak, until the held-out loss has risen twice."""
+def cross_validate(
+    problem: Problem, groups: Tensor, progress: Progress, stop: Callable[[], bool] = never
+) -> Validation:
+    """Try strengths from strong to weak, until the held-out loss has risen twice, or `stop` says yes."""
     folds = fold_of(problem.labels, groups, problem.settings.seed)
     strengths = strengths_for(problem.labels, groups, problem.settings)
     starts: list[Tensor | None] = [None] * FOLDS
@@ -237,6 +250,8 @@ def cross_validate(problem: Problem, groups: Tensor, progress: Progress) -> Vali
         if path[-1].cv_loss <= min(point.cv_loss for point in path):
             kept = log_probabilities
         elif _rising(path):
+            break
+        if stop():
             break
     return Validation(tuple(path), min(path, key=lambda point: point.cv_loss), kept.exp_())
 

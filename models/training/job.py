@@ -1,8 +1,6 @@
 """What every step of a run works with: the request, the data, where things are kept, and the clock."""
 
-import json
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor
 
 from models import files
-from models.classifier import Preprocessing
+from models.classifier import Preprocessing, Record
 from models.errors import DatasetError
+from models.records import read_record, to_json
 from models.store import ModelStore
 from models.training import dataset
 from models.training.bases import Base
@@ -21,6 +20,7 @@ from models.training.dataset import Dataset
 from models.training.features import FeatureCache
 from models.training.handover import RUN
 from models.training.request import Effective, Event, FinetuneRequest, Mode, Phase
+from models.training.select import Choice
 
 
 @dataclass
@@ -38,6 +38,32 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
+class Run(Record):
+    """Who a run is, and what it was begun on: made at its first start, the same at every other, whatever the store serves meanwhile."""
+
+    run: str
+    dataset_sha256: str
+    bases: tuple[Base, ...]
+    choice: Choice | None = None  # among the bases, once it is made
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run | None":
+        path = folder / RUN
+        return read_record(path, cls) if path.exists() else None
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace(folder / RUN, to_json(self))
+
+    def check(self, data: Dataset) -> None:
+        """Raises DatasetError where the images are no longer those."""
+        if self.dataset_sha256 != data.sha256:
+            raise DatasetError(
+                f"the files of {data.name} have changed since this run began: what it has learned belongs to the old ones; "
+                "start a new run"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     request: FinetuneRequest
@@ -51,13 +77,21 @@ class Job:
     mode: Mode
     settings: Effective
     clock: Clock
-    run: str  # identifies this run in what it publishes, however often it is begun again
+    run: Run
+    began: float = field(default_factory=time.monotonic)
     _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
 
     @property
     def held_out(self) -> Tensor:
         """Rows (n,) that neither weights nor temperature were fitted to, where there are such; otherwise those of validation."""
         return self.data.rows["test"] if len(self.data.rows["test"]) else self.data.rows["val"]
+
+    def out_of_time(self) -> bool:
+        limit = self.request.budget.max_seconds
+        return limit is not None and time.monotonic() - self.began > limit
+
+    def is_to_end(self) -> bool:
+        return self.stop() or self.out_of_time()
 
     def tell(self, phase: Phase) -> Callable[[float], None]:
         return lambda done: self.progress(Event(phase, done))
@@ -73,20 +107,6 @@ class Job:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def identity(folder: Path, data: Dataset) -> str:
-    """The run's name: made at its first start, the same at every other. Raises DatasetError where the images are no longer those."""
-    path = folder / RUN
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps({"run": uuid.uuid4().hex, "dataset_sha256": data.sha256}).encode())
-    found = json.loads(path.read_text())
-    if found["dataset_sha256"] != data.sha256:
-        raise DatasetError(
-            f"the files of {data.name} have changed since this run began: what it has learned belongs to the old ones; start a new run"
-        )
-    return str(found["run"])
 
 
 def forget(folder: Path) -> None:

@@ -20,11 +20,12 @@ def lineage_of(job: Job) -> dict[str, Any]:
     data, audit = job.data, job.data.audit
     names = [base.name for base in job.bases]
     return {
-        "run": job.run,
+        "run": job.run.run,
         "command": command(job.request),
         "dataset": {
             "name": data.name,
             "sha256": data.sha256,
+            "split": data.split,
             "images": {part: len(rows) for part, rows in data.rows.items()},
             "skipped": audit.totals["bad"],
             "skipped_files": [file.model_dump() for file in audit.bad[:MAX_NAMED_BAD_FILES]],

@@ -35,7 +35,7 @@ def make_report(
         audit=job.data.audit,
         history=_epochs(history) if history else (),
         best_epoch=history.best_epoch if history else None,
-        stop_reason=history.stop_reason if history else None,
+        stop_reason=trained.stop_reason,
         stopping=history.trade if history else None,
         path=fitted.path if fitted else (),
         strength=fitted.strength if fitted else None,
@@ -82,7 +82,7 @@ def _label_errors(job: Job, trained: Trained) -> tuple[LabelError, ...]:
 
 
 def _learning_curve(job: Job, trained: Trained) -> LearningCurve | None:
-    if trained.fit is None or len(trained.backbones) > 1:
+    if trained.fit is None or len(trained.backbones) > 1 or job.settings.copies:
         return None
     train, val = job.data.rows["train"], job.data.rows["val"]
     [shown], [held] = trained.features(train), trained.features(val)

@@ -93,7 +93,9 @@ class Hyperparameters(Record):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v != "auto"} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value != "auto" or name not in cls.model_fields}
 
 
 class EarlyStopping(Record):
@@ -109,7 +111,13 @@ class EarlyStopping(Record):
         default=3, ge=1, le=1000, description="Epochs without a better loss; of up, strips in a row that rose"
     )
     alpha: float = Field(default=5.0, gt=0, description="Threshold of gl (percent) and pq")
-    strip: int = Field(default=5, ge=1, le=100, description="Epochs of a strip, for pq and up")
+    strip: int | None = Field(
+        default=None, ge=1, le=100, description="Epochs of a strip, for pq and up; by default 2 to 5, an eighth of all"
+    )
+
+    def for_epochs(self, epochs: int) -> "EarlyStopping":
+        """With its strip decided: of Prechelt's 5 epochs, `up` could not end a run of fewer than 20."""
+        return self.model_copy(update={"strip": self.strip or max(2, min(5, epochs // 8))})
 
 
 class Budget(Record):
@@ -170,7 +178,9 @@ class FinetuneRequest(Record):
         self._check_bases()
         given = self.hyperparameters.model_dump(exclude_none=True)
         if self.mode == "head":
-            self._refuse(sorted(given.keys() - HEAD_FIELDS), "fits a head on fixed features")
+            epochs = ["budget.max_epochs"] if self.budget.max_epochs else []
+            stopping = ["early_stopping"] if self.early_stopping != EarlyStopping() else []
+            self._refuse(sorted(given.keys() - HEAD_FIELDS) + epochs + stopping, "fits a head on fixed features")
             if self.half:
                 raise ValueError("mode head shares its base's backbone as it is stored; half is for the other modes")
         elif self.mode != "auto":
@@ -290,6 +300,8 @@ def effective(request: FinetuneRequest, mode: Mode, train_images: int, precision
     `mode` is the request's, or what `auto` has become; `precision` is what the device gains by.
     """
     given = request.hyperparameters.model_dump(exclude_none=True)
+    if request.mode == "auto" and mode == "head":  # `epochs` were meant for a network
+        given = {name: value for name, value in given.items() if name in HEAD_FIELDS - {"epochs"}}
     chosen = {**_DEFAULTS, **_BY_MODE[mode], "precision": precision, **given}
     chosen["batch_size"] = min(given.get("batch_size") or _batch_size(mode, train_images), max(train_images, 2))
     chosen.setdefault("hflip", chosen["augmentation"] != "none")

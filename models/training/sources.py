@@ -138,10 +138,9 @@ def _by_folders(names: dict[str, str], read: Read) -> Source:
     """From each name, `/` between its parts, to the name that `read` knows. Hidden files, `__MACOSX` and wrapping folders are left out."""
     found = {tuple(name.split("/")): file for name, file in names.items()}
     found = {parts: file for parts, file in found.items() if not any(map(_hidden, parts))}
-    while found and len({parts[0] for parts in found}) == 1 and min(map(len, found)) > 2:
-        found = {parts[1:]: file for parts, file in found.items()}
+    found, beside = _unwrap(found)
     split = any(_part(parts[0]) == "train" and len(parts) > 2 for parts in found)
-    items, strays = [], []
+    items, strays = [], [_printable("/".join(parts)) for parts in beside]
     for parts, file in found.items():
         item = _item(parts, file, split)
         if item:
@@ -149,6 +148,17 @@ def _by_folders(names: dict[str, str], read: Read) -> Source:
         elif parts[-1]:
             strays.append(_printable("/".join(parts)))
     return _source(items, sorted(strays), read)
+
+
+def _unwrap(found: dict[tuple[str, ...], str]) -> tuple[dict[tuple[str, ...], str], list[tuple[str, ...]]]:
+    """Without the folders that wrap all others, and the files that lie in or beside those; such a file makes no class."""
+    top: tuple[str, ...] = ()
+    beside: list[tuple[str, ...]] = []
+    while len(folders := {parts[0] for parts in found if len(parts) > 1}) == 1 and max(map(len, found)) > 2:
+        beside += [top + parts for parts in found if len(parts) == 1]
+        top += tuple(folders)
+        found = {parts[1:]: file for parts, file in found.items() if len(parts) > 1}
+    return found, beside
 
 
 def _item(parts: tuple[str, ...], file: str, split: bool) -> Item | None:
@@ -211,9 +221,14 @@ def _member_names(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
         raise DatasetError(
             f"{path.name} is refused: its {size:,} bytes would grow to {total:,}, more than {MAX_RATIO} times as many"
         )
-    names = {member.filename.replace("\\", "/"): member.filename for member in members}
-    filled = _parents(names)
+    names = {_without_dots(member.filename): member.filename for member in members}
+    filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
     return {name: file for name, file in names.items() if name not in filled}
+
+
+def _without_dots(name: str) -> str:
+    """`./ant/1.jpg`, as `tar` and `zip` write it when told to pack `.`, -> `ant/1.jpg`."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
 
 
 def _parents(names: Iterable[str]) -> set[str]:

@@ -1,7 +1,8 @@
 """Which images train, validate and test: stratified by class, a group of duplicates always on one side.
 
-Within a class, groups stand in an order that depends on the seed and on each group's own pixels alone; validation is cut from the front
-and test from the back. So a dataset that grows keeps its split, but for what the larger shares take from training.
+Within a class, groups stand in an order that depends on the seed and on each group's own files alone, not on how a model wants its images
+prepared; validation is cut from the front and test from the back. So a dataset that grows keeps its split, but for what the larger shares
+take from training.
 """
 
 import hashlib
@@ -56,14 +57,15 @@ def _homes(groups: Tensor, labels: Tensor, pool: Tensor) -> Tensor:
 
 
 def hold_out(
-    pool: Tensor, labels: Tensor, groups: Tensor, digests: Sequence[bytes], val: float, test: float, seed: int
+    pool: Tensor, labels: Tensor, groups: Tensor, files: Sequence[bytes], val: float, test: float, seed: int
 ) -> dict[Part, Tensor]:
-    """Rows `pool` (n,) -> rows of each part, ascending. Of each class, `val` and `test` of its images, by whole groups, and at least one to
-    train and, where its share is not 0, to validate; to test where there are three groups. Every class needs two groups, see `break_up`."""
+    """Rows `pool` (n,), and of all rows the digests of their `files` (N,) -> rows of each part, ascending. Of each class, `val` and `test`
+    of its images, by whole groups, and at least one to train and, where its share is not 0, to validate; to test where there are three
+    groups. Every class needs two groups, see `break_up`."""
     homes = _homes(groups, labels, pool).tolist()
     sizes = groups[pool].bincount(minlength=len(homes)).tolist()
     by_class: dict[int, list[int]] = {}
-    for group in _order(pool, groups, digests, seed):
+    for group in _order(pool, groups, files, seed):
         by_class.setdefault(homes[group], []).append(group)
     part_of = torch.zeros(len(homes), dtype=torch.int64)  # index in PARTS by group
     for own in by_class.values():
@@ -77,11 +79,11 @@ def hold_out(
     return {part: pool[part_of[groups[pool]] == index].sort().values for index, part in enumerate(PARTS)}
 
 
-def _order(pool: Tensor, groups: Tensor, digests: Sequence[bytes], seed: int) -> list[int]:
-    """The groups of the pool, by the hash of the seed and the smallest digest in each."""
+def _order(pool: Tensor, groups: Tensor, files: Sequence[bytes], seed: int) -> list[int]:
+    """The groups of the pool, by the hash of the seed and the smallest digest of a file in each."""
     smallest: dict[int, bytes] = {}
     for row, group in zip(pool.tolist(), groups[pool].tolist(), strict=True):
-        smallest[group] = min(digests[row], smallest.get(group, digests[row]))
+        smallest[group] = min(files[row], smallest.get(group, files[row]))
     return sorted(smallest, key=lambda group: hashlib.sha256(f"{seed} ".encode() + smallest[group]).digest())
 
 

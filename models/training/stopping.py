@@ -27,9 +27,14 @@ def reason_to_stop(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> s
         return _patience(rule, val_losses)
     if rule.criterion == "gl":
         return _generalisation(rule, val_losses)
-    if len(val_losses) % rule.strip:
+    if len(val_losses) % strip_of(rule):
         return None  # the other two look at the ends of strips only
     return _quotient(rule, losses, val_losses) if rule.criterion == "pq" else _rises(rule, val_losses)
+
+
+def strip_of(rule: EarlyStopping) -> int:
+    """Epochs; Prechelt's own 5 where nothing is said."""
+    return rule.strip or 5
 
 
 def generalisation_loss(val_losses: Losses) -> float:
@@ -65,20 +70,21 @@ def _generalisation(rule: EarlyStopping, val_losses: Losses) -> str | None:
 
 
 def _quotient(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> str | None:
-    loss, moved = generalisation_loss(val_losses), progress(losses[-rule.strip :])
+    loss, moved = generalisation_loss(val_losses), progress(losses[-strip_of(rule) :])
     if loss <= rule.alpha * moved:
         return None
     return (
         f"the validation loss is {loss:.1f} % above its lowest while the training loss moved by {moved:.2f} thousandths "
-        f"in {rule.strip} epochs; the limit of their quotient is {rule.alpha:g}"
+        f"in {strip_of(rule)} epochs; the limit of their quotient is {rule.alpha:g}"
     )
 
 
 def _rises(rule: EarlyStopping, val_losses: Losses) -> str | None:
-    ends = val_losses[rule.strip - 1 :: rule.strip][-rule.patience - 1 :]
+    strip = strip_of(rule)
+    ends = val_losses[strip - 1 :: strip][-rule.patience - 1 :]
     if len(ends) <= rule.patience or any(after <= before for before, after in pairwise(ends)):
         return None
-    return f"the validation loss rose {rule.patience} times in a row, each over {rule.strip} epochs: " + ", ".join(
+    return f"the validation loss rose {rule.patience} times in a row, each over {strip} epochs: " + ", ".join(
         f"{loss:.4f}" for loss in ends
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -34,7 +35,7 @@ from service.errors import (
 )
 from service.jobs import datasets
 from service.jobs.events import EVENTS, Tail, append
-from service.jobs.job import Job
+from service.jobs.job import ID_PATTERN, Job
 from service.jobs.trainer import TRAINER, Trainers, order_of
 from service.settings import Settings
 
@@ -132,6 +133,7 @@ class Jobs:
             try:
                 self.folders.mkdir(parents=True, exist_ok=True)
                 table, queue = self._connect(loop, closing)
+                self._sweep(table.ids)
                 for job in table.unfinished():
                     queue.revive(job)
             except ServiceError:
@@ -160,6 +162,17 @@ class Jobs:
         queue = Queue(url, self.settings.server_name, self._exclusive(worker.train), self._exclusive(worker.deploy))
         closing.callback(queue.close)
         return table, queue
+
+    def _sweep(self, ids: Callable[[], set[str]]) -> None:
+        """Removes what a server that was killed has left: folders of dry runs that cannot go on, and of jobs without a row."""
+        folders = list(self.folders.iterdir())
+        jobs = ids()  # asked after: a job has its row before its folder
+        for folder in folders:
+            lost = re.match(ID_PATTERN, folder.name) is not None and folder.name not in jobs
+            with suppress(FileNotFoundError):  # a dry run has just ended
+                if lost or (folder.name.startswith("dry-") and time.time() - folder.stat().st_mtime > 2 * DRY_RUN_S):
+                    log.warning("%s is left over from before, and removed", folder)
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _exclusive(self, work: Callable[[str], None]) -> Callable[[str], None]:
         def working(job: str) -> None:

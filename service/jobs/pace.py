@@ -6,21 +6,27 @@ import time
 _HEAD = {"audit": 0.25, "features": 0.5, "train": 0.1, "calibrate": 0.03, "evaluate": 0.07, "publish": 0.05}
 _NETWORK = {"audit": 0.05, "features": 0.02, "train": 0.85, "calibrate": 0.02, "evaluate": 0.04, "publish": 0.02}
 
+Reached = tuple[int, int]  # how far a trainer came: the number of the phase, and the last epoch that ended in it
+
 
 class Pace:
     """One attempt of a job. Progress never falls: a resumed attempt shows what it had until it is further."""
 
     def __init__(self, mode: str, progress: float = 0.0) -> None:
-        self._shares = _HEAD if mode == "head" else _NETWORK
+        self._shares = _HEAD if mode in ("head", "auto") else _NETWORK  # auto: a head, until an epoch says otherwise
         self.progress = progress
+        self.reached: Reached = (0, 0)
         self.eta_seconds: float | None = None
         self._phase: str | None = None
         self._began = self._entered = time.monotonic()
         self._first = 0.0  # the phase's progress when it was first seen: a resumed run does not begin at 0
 
-    def update(self, phase: str, fraction: float) -> None:
-        """`fraction` of this phase is done."""
+    def update(self, phase: str, fraction: float, epoch: int | None = None) -> None:
+        """`fraction` of this phase is done, and `epoch` has just ended."""
         now = time.monotonic()
+        if epoch is not None:  # heads have none
+            self._shares = _NETWORK
+        self.reached = max(self.reached, (self._number(phase), epoch or 0))
         if phase != self._phase:
             self._phase, self._entered, self._first = phase, now, fraction
         before, share, after = self._around(phase)
@@ -30,10 +36,12 @@ class Pace:
 
     def _around(self, phase: str) -> tuple[float, float, float]:
         """The shares of all phases before this one, of this one, and of those after it."""
-        names = list(self._shares)
-        here = names.index(phase) if phase in names else len(names)
-        shares = list(self._shares.values())
+        here, shares = self._number(phase), list(self._shares.values())
         return sum(shares[:here]), sum(shares[here : here + 1]), sum(shares[here + 1 :])
+
+    def _number(self, phase: str) -> int:
+        names = list(self._shares)
+        return names.index(phase) if phase in names else len(names)
 
     def _rest_of_phase(self, now: float, fraction: float, share: float, done: float) -> float:
         """At the phase's own speed, once a little of it was seen; at the job's until then."""

@@ -65,7 +65,10 @@ class Queue:
         self.put(job)
 
     def forget(self, job: str) -> None:
-        DBOS.delete_workflow(job)
+        """Deletes what DBOS knows of a job, unless it is still at it: then it finds nothing to do, and a small record stays."""
+        known = DBOS.get_workflow_status(job)
+        if known is not None and known.status not in RUNNING:
+            DBOS.delete_workflow(job)
 
     def close(self) -> None:
         DBOS.destroy(destroy_registry=True)

@@ -30,10 +30,12 @@ from service.errors import (
     TrainerUnavailable,
 )
 from service.jobs.job import ACTIVE, TERMINAL, Job, JobError, Status
+from service.jobs.pace import Reached
 
 SCHEMA_VERSION = 1
 KEY_TTL_S = 24 * 3600  # an Idempotency-Key is forgotten after so long
 BUSY_S = 10  # how long SQLite waits for another writer
+_NO_JOB = "no job has this id; GET /finetune lists those there are"
 
 _meta = sa.MetaData()
 _schema = sa.Table("imago_schema", _meta, sa.Column("version", sa.Integer, primary_key=True))
@@ -53,7 +55,8 @@ _jobs = sa.Table(
     sa.Column("stop_requested", sa.Boolean, nullable=False, default=False),
     sa.Column("stop_reason", sa.String(32)),
     sa.Column("attempt", sa.Integer, nullable=False, default=0),
-    sa.Column("crashes", sa.Integer, nullable=False, default=0),
+    sa.Column("crashes", sa.Integer, nullable=False, default=0),  # since the trainer last got further
+    sa.Column("crash_point", sa.JSON(none_as_null=True)),  # how far it had come at most when it crashed
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("effective", sa.JSON(none_as_null=True)),
     sa.Column("error", sa.JSON(none_as_null=True)),
@@ -180,7 +183,7 @@ class JobTable:
     def _get(self, connection: sa.Connection, id: str) -> Job:
         row = connection.execute(_shown.where(_jobs.c.id == id)).mappings().first()
         if row is None:
-            raise JobNotFound("no job has this id; GET /finetune lists those there are")
+            raise JobNotFound(_NO_JOB)
         return _job_of(row)
 
     def page(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
@@ -201,9 +204,18 @@ class JobTable:
             query = sa.select(_jobs.c.id).where(_jobs.c.status.in_(ACTIVE)).order_by(_jobs.c.number)
             return list(connection.execute(query).scalars())
 
-    def wish(self, id: str) -> Wish:
+    def ids(self) -> set[str]:
+        """Of all jobs there are."""
         with self._transaction() as connection:
-            row = connection.execute(sa.select(_jobs.c.status, _jobs.c.stop_requested).where(_jobs.c.id == id)).one()
+            return set(connection.execute(sa.select(_jobs.c.id)).scalars())
+
+    def wish(self, id: str) -> Wish:
+        """Raises JobNotFound."""
+        job = sa.select(_jobs.c.status, _jobs.c.stop_requested).where(_jobs.c.id == id)
+        with self._transaction() as connection:
+            row = connection.execute(job).first()
+        if row is None:
+            raise JobNotFound(_NO_JOB)
         return Wish(row.status, row.stop_requested)
 
     # Callers change them
@@ -254,11 +266,22 @@ class JobTable:
     def progress(self, id: str, phase: str, progress: float, eta_seconds: float | None) -> None:
         self._move(id, ("running",), phase=phase, progress=progress, eta_seconds=eta_seconds)
 
-    def crashed(self, id: str) -> int:
-        """Notes that a trainer ended without a result, and gives how many have."""
-        self._move(id, ("running",), crashes=_jobs.c.crashes + 1)
+    def crashed(self, id: str, reached: Reached) -> int:
+        """Notes that a trainer ended without a result, and gives how many have since one last got further. Raises JobNotFound."""
         with self._transaction() as connection:
-            return connection.execute(sa.select(_jobs.c.crashes).where(_jobs.c.id == id)).scalar() or 0
+            row = connection.execute(sa.select(_jobs.c.crashes, _jobs.c.crash_point).where(_jobs.c.id == id)).first()
+            if row is None:
+                raise JobNotFound(_NO_JOB)
+            further = row.crash_point is not None and reached > tuple(row.crash_point)
+            crashes = 1 if further else row.crashes + 1
+            point = max(reached, tuple(row.crash_point or reached))
+            running = (_jobs.c.id == id) & (_jobs.c.status == "running")
+            connection.execute(_jobs.update().where(running).values(crashes=crashes, crash_point=list(point)))
+        return crashes
+
+    def uncount(self, id: str) -> None:
+        """Takes back an attempt that the job is not to blame for."""
+        self._change((_jobs.c.id == id) & (_jobs.c.attempt > 0), attempt=_jobs.c.attempt - 1)
 
     def deploying(self, id: str, values: Mapping[str, Any]) -> bool:
         """The trainer has succeeded; from here on nobody can cancel. False if somebody has."""

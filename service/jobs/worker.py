@@ -1,6 +1,7 @@
 """Works on one job: runs its trainer, restarts it when it crashes, and puts the new model to service.
 
-    train:   begin -> trainer process -> result.json        crashed: begin again, at most MAX_CRASHES times
+    train:   begin -> trainer process -> result.json        crashed: begin again, at most MAX_CRASHES times without getting further
+                                                            disk full: begin again each minute, for a day
     deploy:  the gate's decision -> activate -> succeeded
 
 Both may be called again for the same job, after a crash of the server at any point: the table and the files say what is left to do.
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from models.errors import ModelError
 from models.files import replace
@@ -23,10 +24,10 @@ from models.store import ModelStore
 from models.training.handover import EXIT_DISK_FULL, JOB, PARITY, RESULT, RUN, ParitySamples, Result
 from models.training.request import FinetuneRequest
 from service.answers import Sample
-from service.errors import ServiceError, TrainerUnavailable
+from service.errors import DeadlineExceeded, JobNotFound, NotReady, QueueFull, ServiceError, TrainerUnavailable
 from service.jobs.events import EVENTS, append
 from service.jobs.job import Job
-from service.jobs.pace import Pace
+from service.jobs.pace import Pace, Reached
 from service.jobs.queue import Interrupted
 from service.jobs.table import JobTable
 from service.jobs.trainer import TrainerProcess, Trainers, order_of, signal_name
@@ -34,13 +35,15 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_CRASHES = 3  # of the trainer itself; a restart of the server is not the job's fault
-MAX_ATTEMPTS = 25  # but a job during which the server ends so often is not begun again
+MAX_CRASHES = 3  # of the trainer itself without getting further; a restart of the server is not the job's fault
+MAX_ATTEMPTS = 25  # but a job during which server or trainer end so often is not begun again
 POLL_S = 0.25  # how long the trainer is listened to at a time
 LOOK_S = 0.5  # how often the table is asked what is wanted, and told how far the job is
 EVENT_S, EVENT_STEP = 10.0, 0.02  # plain progress becomes an event so often, or when so much of a phase is done
 GRACE_S = 2.0  # from SIGTERM to SIGKILL: a cancelled job is gone within 5 s
 RETRY_S = 5.0  # when the database cannot be used
+FULL_RETRY_S, FULL_S = 60.0, 24 * 3600.0  # when the disk is full: tried again so often, and for so long
+ACTIVATE_S, ACTIVATE_RETRY_S = 60.0, 2.0  # while the server is too busy to try the new model
 
 
 class Worker:
@@ -67,22 +70,44 @@ class Worker:
         self._persist(self._train, id)
 
     def _persist(self, work: Callable[[str], None], id: str) -> None:
-        """Does it again until the database can be used; what nobody foresaw is the job's failure."""
+        """Does it again until there are a database and space; what nobody foresaw is the job's failure."""
+        full: DiskFull | None = None
         while True:
             self._wait(0.0)
             try:
+                if full is not None and not self._outwait(id, full):
+                    return None
                 return work(id)
+            except JobNotFound:  # it was at its end already, and somebody has deleted it
+                return None
             except TrainerUnavailable as error:
                 log.warning("job %s: %s", id, error)
                 self._wait(RETRY_S)
             except Exception as error:
-                log.exception("job %s failed", id)
-                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-                with suppress(TrainerUnavailable):  # the next start of the server finds it unfinished
-                    self._fail(
-                        id, *(_DISK_FULL if full else ("internal", "internal error; the server's log has the details"))
-                    )
-                return None
+                found = _disk_full(error)
+                if found is None:
+                    return self._break_down(id)
+                if full is None or found.reached > full.reached:
+                    full = found
+
+    def _break_down(self, id: str) -> None:
+        log.exception("job %s failed", id)
+        with suppress(TrainerUnavailable, JobNotFound):  # the next start of the server finds it unfinished
+            self._fail(id, "internal", "internal error; the server's log has the details")
+
+    def _outwait(self, id: str, full: "DiskFull") -> bool:
+        """Returns when it is time for another try, or the job is to be cancelled; False once it has failed, after a day."""
+        if time.monotonic() - full.since >= FULL_S:
+            self._fail(id, *_DISK_FULL)
+            return False
+        self.table.uncount(id)
+        if not full.told:
+            self._tell(id, "warning", "the disk is full; free some space: the job goes on by itself")
+            full.told = True
+        ends = time.monotonic() + FULL_RETRY_S
+        while time.monotonic() < ends and self.table.wish(id).status != "cancelling":
+            self._wait(LOOK_S)
+        return True
 
     def _wait(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
@@ -94,18 +119,21 @@ class Worker:
 
     def _train(self, id: str) -> None:
         folder = self.folders / id
-        folder.mkdir(parents=True, exist_ok=True)
         while not (folder / RESULT).exists():
             self._wait(0.0)
             if not self.table.begin(id):  # it was cancelled, or has failed
                 break
-            self._attempt(self.table.get(id), folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self._attempt(self.table.get(id), folder):
+                return
         self._settle(id, folder)
 
-    def _attempt(self, job: Job, folder: Path) -> None:
-        """One trainer process, from its start to its end, whatever that is."""
+    def _attempt(self, job: Job, folder: Path) -> bool:
+        """One trainer process, from its start to its end, whatever that is: False if the job has failed with it."""
         if job.attempt > MAX_ATTEMPTS:
-            return self._fail(job.id, "interrupted", f"the server has ended {MAX_ATTEMPTS} times while this job ran")
+            return self._fail(
+                job.id, "interrupted", f"server or trainer have ended {MAX_ATTEMPTS} times during this job"
+            )
         try:
             order = order_of(self.settings, FinetuneRequest.model_validate(job.request))
         except ModelError as error:
@@ -113,9 +141,10 @@ class Worker:
         replace(folder / JOB, to_json(order))
         self._tell(job.id, status="running", message=f"attempt {job.attempt}")
         process = self._trainers.take()
+        watch = Watch(self, job, process)
         try:
             process.begin(folder)
-            too_much = Watch(self, job, process).follow()
+            too_much = watch.follow()
         finally:
             process.end(GRACE_S)
         if too_much:
@@ -123,16 +152,18 @@ class Worker:
             return self._fail(
                 job.id, "out_of_memory", f"{limit}; take a smaller batch_size or base, or raise the limit"
             )
-        if not (folder / RESULT).exists() and self.table.wish(job.id).status == "running":
-            self._crashed(job.id, process.returncode or 0)
-        return None
+        if (folder / RESULT).exists() or self.table.wish(job.id).status != "running":
+            return True
+        return self._crashed(job.id, process.returncode or 0, watch.reached)
 
-    def _crashed(self, id: str, returncode: int) -> None:
+    def _crashed(self, id: str, returncode: int, reached: Reached) -> bool:
+        """False if that was once too often. Raises DiskFull."""
         if returncode == EXIT_DISK_FULL:
-            return self._fail(id, *_DISK_FULL)
-        how, crashes = signal_name(returncode), self.table.crashed(id)
+            raise DiskFull(reached)
+        how, crashes = signal_name(returncode), self.table.crashed(id, reached)
         if crashes < MAX_CRASHES:
-            return self._tell(id, "warning", f"the trainer ended by {how}; it goes on from its checkpoint")
+            self._tell(id, "warning", f"the trainer ended by {how}; it goes on from its checkpoint")
+            return True
         hint = "; memory may have run out: take a smaller batch_size or base" if how == "SIGKILL" else ""
         return self._fail(id, "trainer_crashed", f"the trainer ended {crashes} times, at last by {how}{hint}")
 
@@ -144,7 +175,8 @@ class Worker:
             return None
         result = read_record(folder / RESULT, Result)
         if result.error is not None:
-            return self._fail(id, result.error.code, result.error.message, effective=result.effective)
+            self._fail(id, result.error.code, result.error.message, effective=result.effective)
+            return None
         found = {"model": result.model, "version": result.version, "effective": result.effective}
         if not self.table.deploying(id, found | {"stop_reason": result.stop_reason, "progress": 1.0}):
             self._settle_cancelled(id, folder)
@@ -155,11 +187,13 @@ class Worker:
         if self.table.wish(id).status == "cancelling":
             self._discard(id, folder)
 
-    def _fail(self, id: str, code: str, message: str, **found: Any) -> None:
+    def _fail(self, id: str, code: str, message: str, **found: Any) -> Literal[False]:
+        """The end of the job, unless it is being cancelled: then that is. False, as it does not go on."""
         if self.table.finish(id, "failed", error={"code": code, "message": message}, **found):
             self._tell(id, "error", message, status="failed")
         elif self.table.wish(id).status == "cancelling":
             self._discard(id, self.folders / id)
+        return False
 
     def _discard(self, id: str, folder: Path) -> None:
         """Nothing of a cancelled job is left but its record and its events."""
@@ -201,13 +235,25 @@ class Worker:
         if result.deployment != "activate" or result.model is None or result.version is None:
             return result.deployment or "never"
         try:
-            self._activate(result.model, result.version, _samples(parity))
+            self._activate_patiently(result.model, result.version, _samples(parity))
         except (ModelError, ServiceError) as error:
             return f"failed: {error}"
         except Exception:  # the model is published all the same
             log.exception("%s@%d could not be activated", result.model, result.version)
             return "failed: internal error; the server's log has the details"
         return "activated"
+
+    def _activate_patiently(self, name: str, version: int, samples: Sequence[Sample]) -> None:
+        """That the server is busy says nothing against the model: tried again for a while."""
+        ends = time.monotonic() + ACTIVATE_S
+        while True:
+            try:
+                return self._activate(name, version, samples)
+            except (QueueFull, NotReady, DeadlineExceeded) as error:
+                if time.monotonic() >= ends:
+                    raise
+                log.info("%s@%d is activated later: %s", name, version, error)
+            self._wait(ACTIVATE_RETRY_S)
 
     def _tell(self, id: str, level: str = "info", message: str | None = None, status: str | None = None) -> None:
         self.note(id, {"level": level, "status": status, "message": message})
@@ -228,7 +274,21 @@ def _samples(path: Path) -> list[Sample]:
     return [Sample(sample.name, sample.image, sample.probabilities) for sample in found]
 
 
-_DISK_FULL = ("disk_full", "the disk is full; free some space and start the job again")
+_DISK_FULL = ("disk_full", "the disk was full for a day; free some space and start the job again")
+
+
+class DiskFull(Exception):
+    """No space is left, for the trainer or for us, since a time in monotonic seconds."""
+
+    def __init__(self, reached: Reached = (0, 0)) -> None:
+        super().__init__("the disk is full")
+        self.reached, self.since, self.told = reached, time.monotonic(), False
+
+
+def _disk_full(error: Exception) -> DiskFull | None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull()
+    return error if isinstance(error, DiskFull) else None
 
 
 class Watch:
@@ -243,6 +303,10 @@ class Watch:
         self._noted_at = 0.0  # which progress of the phase
         self._told = -1.0  # which progress of the job the table knows
         self._asked = False
+
+    @property
+    def reached(self) -> Reached:
+        return self._pace.reached
 
     def follow(self) -> bool:
         """Returns when the process has ended by itself or is to be ended: True where it takes too much memory. Raises Interrupted."""
@@ -278,7 +342,7 @@ class Watch:
 
     def _hear(self, event: dict[str, Any]) -> None:
         phase, progress = str(event["phase"]), float(event["progress"])
-        self._pace.update(phase, progress)
+        self._pace.update(phase, progress, event.get("epoch"))
         changed, self._phase = phase != self._phase, phase
         if changed:
             self._looked = 0.0  # the table is told at once

@@ -40,8 +40,8 @@ def html(report: Report, thumbnails: Thumbnails) -> str:
 def _sections(report: Report, thumbnails: Thumbnails) -> Iterable[Markup]:
     yield _attention(report)
     yield _mistakes(report.test or report.val, "test" if report.test else "validation", thumbnails)
-    yield _confusion(report.val)
-    yield _classes(report.val)
+    yield _confusion(report.test or report.val, "Test" if report.test else "Validation")
+    yield _classes(report.test or report.val)
     yield _training(report)
     yield _calibration(report)
     yield _labels(report, thumbnails)
@@ -77,12 +77,9 @@ def _tiles(report: Report) -> Markup:
     if report.test:
         tiles.append(_accuracy_tile("accuracy on test", report.test))
     tiles.append(_tile("macro-F1 on validation", f"{report.val.macro_f1:.3f}", "every class counts the same"))
-    calibrated = f"{calibration.ece_after:.1%}"
-    tiles.append(
-        _tile(
-            "calibration error", calibrated, f"before: {calibration.ece_before:.1%}; T = {calibration.temperature:.2f}"
-        )
-    )
+    fitted = f"on validation, to which it was fitted: {calibration.ece_after:.1%}, before {calibration.ece_before:.1%}"
+    error = report.test.ece if report.test else calibration.ece_after
+    tiles.append(_tile("calibration error", f"{error:.1%}", f"{fitted}; T = {calibration.temperature:.2f}"))
     if report.verdict:
         tiles.append(_verdict_tile(report.verdict))
     return element("div", *tiles, class_="tiles")
@@ -140,10 +137,10 @@ def _picture(path: str, thumbnails: Thumbnails, said: str, probability: float) -
     return element("figure", image, element("figcaption", *caption))
 
 
-def _confusion(evaluation: Evaluation) -> Markup:
+def _confusion(evaluation: Evaluation, part: str) -> Markup:
     pairs = table(["true", "taken for", "images"], [(p.true, p.predicted, p.count) for p in evaluation.confused])
     plot = confusion(evaluation.confusion, list(evaluation.per_class)) if evaluation.confusion else None
-    said = element("p", "Validation images: true classes down, predicted classes across.", class_="faint")
+    said = element("p", f"{part} images: true classes down, predicted classes across.", class_="faint")
     row = element("div", plot, pairs if evaluation.confused else None, class_="row")
     return _section("What is taken for what", said, row)
 
