@@ -293,7 +293,7 @@ def resnet_v1(num_classes: int, channels: int, block: Block, stem: int, layers: 
 
 
 class Mirrored(nn.Sequential):
-    """(N, C, H, W) -> (N, D): in eval mode the mean of an image's features and its mirror image's, a point of accuracy for twice the cost."""
+    """In eval mode (N, C, H, W) -> (N, D) is the mean over an image and its mirror image: a point of accuracy for twice the cost."""
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -303,7 +303,7 @@ class Mirrored(nn.Sequential):
         return (straight + mirrored) / 2
 
     def once(self, images: Tensor) -> Tensor:
-        features: Tensor = super().forward(images).flatten(1)
+        features: Tensor = super().forward(images).flatten(1)  # type: ignore[no-untyped-call]
         return features
 
 

@@ -211,9 +211,10 @@ class Tap(nn.Module):
         assert self._tapped is not None  # noqa: S101  (its hook has just run)
         tapped, self._tapped = self._tapped, None
         features = tapped.flatten(2).mean(dim=2) if tapped.ndim > 2 else tapped
-        return features.unflatten(0, (-1, len(images))).mean(
-            dim=0
-        )  # of all views of an image, where the network takes several
+        views = features.reshape(
+            -1, len(images), features.shape[1]
+        )  # of each image, where the network looks at several
+        return views.mean(dim=0)
 
 
 @dataclass(frozen=True, eq=False)
