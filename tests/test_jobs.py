@@ -4,6 +4,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -268,15 +269,16 @@ async def test_a_spare_trainer_stands_ready_for_the_next_job(jobs: Jobs) -> None
     assert int((jobs.folders / job.id / "pid").read_text()) == spare[0]
 
 
-def test_a_spare_trainer_that_has_died_or_waited_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainers = Trainers(1, TRAINER)
+def test_a_spare_trainer_that_has_died_or_waited_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = shutil.copy(TRAINER[1], tmp_path / "own_trainer.py")  # to be told from the spare one of the jobs above
+    trainers = Trainers(1, (sys.executable, str(own)))
     trainers.prepare()
-    (dead,) = children()
+    (dead,) = children("own_trainer.py")
     os.kill(dead, signal.SIGKILL)
     monkeypatch.setattr(trainer, "SPARE_S", 0.1)
     eventually(lambda: command_of(dead) == b"")
     trainers.prepare()
-    eventually(lambda: children() == [])
+    eventually(lambda: children("own_trainer.py") == [])
     trainers.take().end(0.0)
 
 
@@ -349,10 +351,10 @@ def trainers_of(root: Path) -> list[int]:
     return [pid for pid in pids if b"fake_trainer.py" in command_of(pid)]
 
 
-def children() -> list[int]:
+def children(script: str = "fake_trainer.py") -> list[int]:
     """Trainers that this process has started, spare ones included."""
     pids = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
-    return [int(pid) for pid in pids if b"fake_trainer.py" in command_of(int(pid))]
+    return [int(pid) for pid in pids if script.encode() in command_of(int(pid))]
 
 
 def command_of(pid: int) -> bytes:
