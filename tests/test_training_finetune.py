@@ -251,6 +251,16 @@ def test_images_that_changed_while_it_was_down_are_an_error(tmp_path: Path) -> N
         workshop.scratch()
 
 
+def test_the_last_epoch_may_be_kept_instead_of_the_best(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation that says the first epoch is the best: a base that has seen its images would."""
+    losses = iter([(0.0, 1.0), (9.0, 0.1)] * 2)
+    monkeypatch.setattr(Trainer, "validate", lambda self: next(losses))
+    chosen = {"epochs": 2, "batch_size": 8, "lr": 0.02}
+    best = workshop.scratch(name="best", hyperparameters=chosen)
+    last = workshop.scratch(name="last", hyperparameters=chosen, early_stopping={"keep": "last"})
+    assert best.backbones[0].sha256 != last.backbones[0].sha256
+
+
 def test_stopping_keeps_the_best_so_far(workshop: Workshop) -> None:
     asked = FinetuneRequest(dataset=workshop.photos, name="a", base="lenet5", mode="scratch")
     seen: list[Event] = []

@@ -107,6 +107,8 @@ def train(
             history = replace(history, stop_reason=history.stop_reason or _reason(history, stopping, budget, settings))
             trainer.save(checkpoint, history)
             trainer.tell_epoch(history)
+    if stopping.keep == "last" and history.losses:
+        history = replace(history, best=trainer.weights())
     network.load_state_dict(history.best)
     return replace(history, trade=trade(stopping, history.losses, history.val_losses, settings.epochs))
 

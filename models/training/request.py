@@ -115,6 +115,11 @@ class EarlyStopping(Record):
         default=None, ge=1, le=100, description="Epochs of a strip, for pq and up; by default 2 to 5, an eighth of all"
     )
 
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="Weights of which epoch; last where the base has seen the validation images, whose best epoch says nothing",
+    )
+
     def for_epochs(self, epochs: int) -> "EarlyStopping":
         """With its strip decided: of Prechelt's 5 epochs, `up` could not end a run of fewer than 20."""
         return self.model_copy(update={"strip": self.strip or max(2, min(5, epochs // 8))})

@@ -40,7 +40,7 @@ Examples:
 @click.option("--base", multiple=True, help=f"{FinetuneRequest.model_fields['base'].description}")
 @fields_options(FinetuneRequest, *REQUEST)
 @click.option("--early-stopping", type=click.Choice(["patience", "gl", "pq", "up", "none"]), help="What ends it early")
-@fields_options(EarlyStopping, "patience", "alpha", "strip")
+@fields_options(EarlyStopping, "patience", "alpha", "strip", "keep")
 @fields_options(Budget, *BUDGET)
 @fields_options(Hyperparameters, *HYPERPARAMETERS)
 @click.option("--dry-run", is_flag=True, help="Show the audit, the split and the estimated time, and train nothing")
@@ -136,7 +136,7 @@ def accuracy(part: str, found: Evaluation) -> str:
 def read_request(options: dict[str, Any]) -> FinetuneRequest:
     given = {key: value for key, value in options.items() if value is not None}
     base = given.pop("base")
-    stopping = {str(key): given.pop(key) for key in ("patience", "alpha", "strip") if key in given}
+    stopping = {str(key): given.pop(key) for key in ("patience", "alpha", "strip", "keep") if key in given}
     if "early_stopping" in given:
         stopping["criterion"] = given.pop("early_stopping")
     budget = {key: given.pop(key) for key in BUDGET if key in given}
