@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks import rig
 
@@ -199,9 +200,9 @@ def disturbed(root: Path, after_s: float, trainer: bool) -> list[str]:
         job = ask(f"{found.url}/finetune", SMALL | {"dataset": "small"})
         time.sleep(after_s)
         if trainer:
-            for pid in rig._family(found.pid)[1:]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for child in rig.family_of(found.pid)[1:]:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             return weights(root, ended(found.url, job))
         os.kill(found.pid, signal.SIGKILL)
     with small_server(root) as found:

@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from service.bench import Load, Report, run
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +116,7 @@ class Server:
 
     def memory_mb(self) -> float:
         """Resident memory of the server and its children; pages that they share are counted once (PSS)."""
-        return sum(_pss_kb(pid) for pid in _family(self.pid)) / 1024
+        return sum(_pss(process) for process in family_of(self.pid)) / 2**20
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -135,9 +137,9 @@ class Server:
             self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
-        for pid in _family(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        for process in family_of(self.pid):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
 
 @contextmanager
@@ -170,16 +172,16 @@ def imago(root: Path, *flags: str) -> list[str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    family = _family(process.pid)
+    family = family_of(process.pid)
     process.terminate()
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for pid in family:  # children that outlived it: a peer's workers
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for member in family:  # children that outlived it: a peer's workers
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def free_port() -> int:
@@ -207,22 +209,22 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"{url} was not ready after {READY_S:.0f} s: {log.read_text()[-2000:]}")
 
 
-def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    children = Path(f"/proc/{pid}/task").glob("*/children")
+def family_of(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it; none where it has ended."""
     try:
-        found = [int(child) for file in children for child in file.read_text().split()]
-    except OSError:
-        return [pid]
-    return [pid, *(descendant for child in found for descendant in _family(child))]
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def _pss_kb(pid: int) -> int:
+def _pss(process: psutil.Process) -> int:
+    """Bytes."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
+        pss: int = process.memory_full_info().pss
+    except psutil.Error:
         return 0
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return pss
 
 
 # Figures

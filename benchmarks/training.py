@@ -25,7 +25,8 @@ from models import architectures
 from models.classifier import Preprocessing
 from models.runtime import pick_device, tune_allocator
 from models.training.dataset import Dataset, load
-from models.training.network import History, Limits, Trainer, never
+from models.training.network import History, Limits, Trainer
+from models.training.progress import never
 from models.training.request import Budget, Effective, FinetuneRequest, Hyperparameters, effective
 
 CLASSES = ("even", "odd")

@@ -193,6 +193,10 @@ class Head(nn.Module):
         """One (N, D) per backbone -> class scores (N, classes), to train on."""
         return self.scores([self.part(i, f) for i, f in enumerate(features)])
 
+    def probabilities(self, *features: Tensor) -> Tensor:
+        """One (N, D) per backbone -> float32 probabilities (N, classes)."""
+        return self.combine([self.part(i, f) for i, f in enumerate(features)])
+
 
 class Tap(nn.Module):
     """The output of a network's module `name`, (N, D, ...) -> (N, D) by the mean over whatever follows. To be called from one thread."""
@@ -237,11 +241,8 @@ class Classifier:
     @torch.inference_mode()
     def probabilities(self, images: Sequence[Tensor]) -> Tensor:
         """One uint8 (N, C, H, W) per backbone, each after its own preprocessing -> float32 probabilities (N, classes)."""
-        parts = []
-        for member, (backbone, pixels) in enumerate(zip(self.backbones, images, strict=True)):
-            features = backbone.module(normalise(pixels, backbone.ref.preprocessing))
-            parts.append(self.head.part(member, features))
-        return self.head.combine(parts)
+        members = zip(self.backbones, images, strict=True)
+        return self.head.probabilities(*(b.module(normalise(pixels, b.ref.preprocessing)) for b, pixels in members))
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -185,16 +185,20 @@ class ModelStore:
         with self._locked():
             return self._forget(name)
 
+    def previous(self, name: str) -> int:
+        """The version that was served before this one. Raises ModelNotFound, and NameConflict where there is none."""
+        serving = self._require_served(name)
+        if name not in serving.previous:
+            raise NameConflict(f"model {name!r} has no previous version to roll back to; activate one by its number")
+        return serving.previous[name]
+
     def rollback(self, name: str) -> Serving:
         """Serves again what was served before; a second rollback returns to what is served now."""
         with self._locked():
-            serving = self._require_served(name)
-            if name not in serving.previous:
-                raise NameConflict(
-                    f"model {name!r} has no previous version to roll back to; activate one by its number"
-                )
-            current, previous = serving.models[name], serving.previous[name]
+            previous = self.previous(name)
             self.config(name, previous)
+            serving = self.serving()
+            current = serving.models[name]
             return self._record(
                 default=serving.default,
                 models=serving.models | {name: previous},

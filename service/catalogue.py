@@ -139,11 +139,7 @@ class Catalogue:
 
     async def rollback(self, name: str) -> ModelStatus:
         """The same with the version that served before. Raises NameConflict also where there is none."""
-        serving = await asyncio.to_thread(self.store.serving)
-        before = serving.previous.get(name)
-        if before is None:
-            await asyncio.to_thread(self.store.rollback, name)  # says why it cannot
-            raise NameConflict(f"{name!r} was changed by someone else at the same moment; look at GET /models")
+        before = await asyncio.to_thread(self.store.previous, name)
         return await self._serve(name, before, partial(self.store.rollback, name))
 
     async def _serve(

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 from postgres_server import postgres as postgres
 from service_fakes import FakeEngine, FakeStore
@@ -168,7 +169,10 @@ async def test_what_a_cancelled_job_has_published_is_removed(jobs: Jobs, monkeyp
     monkeypatch.setattr(store, "versions", lambda name: [1, 2], raising=False)
     lineages = {1: {"run": "another"}, 2: {"run": "this"}}
     monkeypatch.setattr(
-        store, "config", lambda name, version: SimpleNamespace(lineage=lineages[version]), raising=False
+        store,
+        "config",
+        lambda name, version: SimpleNamespace(lineage=lineages[version], version=version),
+        raising=False,
     )
     job = await waiting(jobs)
     (jobs.folders / job.id / "run.json").write_text('{"run": "this"}')
@@ -353,8 +357,7 @@ def trainers_of(root: Path) -> list[int]:
 
 def children(script: str = "fake_trainer.py") -> list[int]:
     """Trainers that this process has started, spare ones included."""
-    pids = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
-    return [int(pid) for pid in pids if script.encode() in command_of(int(pid))]
+    return [child.pid for child in psutil.Process().children() if script.encode() in command_of(child.pid)]
 
 
 def command_of(pid: int) -> bytes:

@@ -295,6 +295,14 @@ def test_before_the_features_there_is_nothing_to_keep(trained: Workshop, tmp_pat
         workshop.ask(name=f"nothing-{len(why)}", base="colours", **asked)
 
 
+def test_copies_too_can_be_stopped(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained.run(name="plain", base="colours")
+    with pytest.raises(TrainingError, match="was stopped"):  # the images' own features are cached
+        trained.ask(
+            name="copied", base="colours", stop=True, hyperparameters={"copies": 1, "augmentation": "light", "seed": 4}
+        )
+
+
 def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is fastest, or served, by then."""
     monkeypatch.setattr(finetune, "write_report", None)

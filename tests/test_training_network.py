@@ -12,6 +12,7 @@ from models.errors import TrainingError
 from models.training import network as whole
 from models.training.checkpoint import previous
 from models.training.network import History
+from models.training.progress import never
 from models.training.request import Budget, EarlyStopping, Effective, Event
 
 DATA = in_memory()
@@ -36,7 +37,7 @@ def train(
     *,
     stopping: EarlyStopping = NONE,
     budget: Budget = FREE,
-    stop: Callable[[], bool] = whole.never,
+    stop: Callable[[], bool] = never,
 ) -> History:
     torch.set_num_threads(1)
     return whole.train(module, DATA, PREPROCESSING, chosen, stopping, budget, checkpoint, listen, stop)

@@ -29,7 +29,7 @@ def save(path: Path, state: State) -> None:
     """Of tensors, numbers, strings, lists and dicts. Once one was saved, a whole file is there at any moment: a damaged one is written
     over, and never takes the place of the previous."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
+    draft = _draft(path)
     try:
         with draft.open("wb+") as file:
             torch.save(state, file)
@@ -54,8 +54,13 @@ def load(path: Path, device: torch.device) -> tuple[State, Path] | None:
 
 
 def remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    previous(path).unlink(missing_ok=True)
+    """With what a killed `save` has left."""
+    for file in (path, previous(path), _draft(path)):
+        file.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def _is_whole(path: Path) -> bool:

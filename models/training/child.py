@@ -157,9 +157,10 @@ def _rehearse(*args: Any, **kwargs: Any) -> dict[str, Any]:
 def explain(error: BaseException) -> "Failure":
     """An exception as a code and a sentence that says what to do; the traceback is on stderr."""
     from models.errors import ModelError
+    from models.runtime import is_out_of_memory
     from models.training.handover import Failure
 
-    if _ran_out_of_memory(error):
+    if is_out_of_memory(error):
         advice = "take a smaller batch_size, accumulate instead, a smaller base, or gradient_checkpointing"
         return Failure(code="out_of_memory", message=f"the trainer ran out of memory; {advice}")
     if _ran_out_of_disk(error):
@@ -169,15 +170,6 @@ def explain(error: BaseException) -> "Failure":
     return Failure(
         code="internal", message=f"{type(error).__name__} in the trainer; trainer.log in its folder says where"
     )
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # torch's allocator on the CPU raises a plain RuntimeError
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _ran_out_of_disk(error: BaseException) -> bool:

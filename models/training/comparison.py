@@ -50,7 +50,7 @@ def compare_with_served(job: Job, trained: Trained) -> Compared:
         config = job.store.config(name, version)
         if config.classes != job.data.classes:
             return Compared(version, None, f"its classes are not those of {name}@{version}, which is served")
-        correct = _correct(job, job.held_out, _served_probabilities(job, config))
+        correct = _correct(job, job.held_out, _served_probabilities(job, config, trained))
     except ModelError as error:
         return Compared(version, None, f"{name}@{version}, which is served, cannot be compared with: {error}")
     verdict = compare(correct, _correct(job, job.held_out, trained.probabilities(job.held_out)))
@@ -65,11 +65,13 @@ def _correct(job: Job, rows: Tensor, probabilities: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _served_probabilities(job: Job, config: ModelConfig) -> Tensor:
-    """Of the held-out images, (n, C), by the float32 network."""
-    rows, head = job.held_out, job.store.load_head(config)
-    features = [_features(job, job.store.load_backbone(ref), rows) for ref in config.backbones]
-    return head.combine([head.part(member, values) for member, values in enumerate(features)])
+def _served_probabilities(job: Job, config: ModelConfig, trained: Trained) -> Tensor:
+    """Of the held-out images, (n, C), by the float32 network. A backbone that both versions stand on is not read again."""
+    shared = {backbone.ref: backbone for backbone in trained.backbones}
+    backbones = (shared.get(ref) or job.store.load_backbone(ref) for ref in config.backbones)
+    return job.store.load_head(config).probabilities(
+        *(_features(job, backbone, job.held_out) for backbone in backbones)
+    )
 
 
 def _features(job: Job, backbone: Backbone, rows: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from models.errors import DatasetError, ImageError
 from models.images import decode
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
+from models.training.progress import Progress, silent
 from models.training.sources import LIMITS, PARTS, UNREADABLE, Part, Read, Source, open_source
 
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
@@ -37,12 +38,7 @@ MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
 TICK_S = 0.25  # between two signs of progress
 DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
 
-Progress = Callable[[float], None]
 Array = npt.NDArray[np.uint8]
-
-
-def _silent(fraction: float) -> None:
-    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +79,7 @@ def load(
     test_fraction: float = 0.0,
     seed: int,
     on_bad_file: Literal["skip", "fail"] = "skip",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Dataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
@@ -128,7 +124,7 @@ def _images(source: Source, decoded: _Decoded, progress: Progress) -> Images:
 
 
 def pixels(
-    path: Path, data: Dataset, preprocessing: Preprocessing, progress: Progress = _silent
+    path: Path, data: Dataset, preprocessing: Preprocessing, progress: Progress = silent
 ) -> tuple[Tensor, tuple[bytes, ...]]:
     """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
     with open_source(path) as source:

@@ -1,7 +1,7 @@
 """How good a classifier is on images it has not seen, with the interval that so many images allow; and where it, or a label, is wrong."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.classifier import Preprocessing, Record, normalise
 from models.training.calibrate import expected_calibration_error
+from models.training.progress import Progress, silent
 
 Z_95 = 1.959964
 MAX_CONFUSION = 200  # classes, above which the matrix is left out
@@ -180,7 +181,7 @@ def outputs(
     rows: Tensor,
     preprocessing: Preprocessing,
     batch_size: int = 256,
-    progress: Callable[[float], None] = lambda fraction: None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Run `module`, in eval mode on its own device, over rows of uint8 (N, C, H, W) -> its outputs, float32 (n, K), on the CPU."""
     device = next(module.parameters()).device

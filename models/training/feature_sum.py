@@ -11,7 +11,8 @@ from torch import Tensor
 
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.errors import TrainingError
-from models.training.head import FOLDS, Fit, Progress, class_weights, fold_of, score, threads_for
+from models.training.head import FOLDS, Fit, class_weights, fold_of, score, threads_for
+from models.training.progress import Progress
 from models.training.request import Effective
 
 LR, DECAY, BATCH, HIDDEN = 1e-3, 1e-2, 64, 512

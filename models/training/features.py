@@ -25,9 +25,10 @@ from torch import Tensor
 from models import files, tensors
 from models.classifier import Backbone
 from models.errors import TrainingError, WeightsError
-from models.runtime.device import is_out_of_memory
+from models.runtime.device import gains_from_bfloat16, is_out_of_memory
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
+from models.training.progress import Progress, Stop, never, silent
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +37,7 @@ SHARD_BYTES = 64 * 2**20
 SHARD_S = 30.0  # of work that a kill may cost
 KEY_BYTES = 16
 
-Progress = Callable[[float], None]
 Warn = Callable[[str], None]
-
-
-def _silent(fraction: float) -> None:
-    pass
-
-
-def _never() -> bool:
-    return False
 
 
 class Stopped(Exception):
@@ -67,9 +59,9 @@ class FeatureCache:
         *,
         batch_size: int = 64,
         device: torch.device = CPU,
-        progress: Progress = _silent,
+        progress: Progress = silent,
         warn: Warn = log.warning,
-        stop: Callable[[], bool] = _never,
+        stop: Stop = never,
     ) -> Tensor:
         """uint8 (n, C, H, W) and their digests of 16 bytes -> float32 (n, D), on the CPU.
 
@@ -77,7 +69,8 @@ class FeatureCache:
         there on may differ in their last bits. `stop` is asked before each batch. However a pass ends, what it has computed is kept.
         Raises TrainingError where a feature is not finite, Stopped, and the device's own error where one image alone is too much.
         """
-        precision: Precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        gains = device.type == "cuda" and gains_from_bfloat16(device)
+        precision: Precision = "bfloat16" if gains else "float32"
         shards = _Shards(self, _folder_name(backbone, precision), backbone.feature_dim, warn)
         places: dict[bytes, int] = {}  # of each digest in `known`; equal images are computed once
         inverse = torch.tensor([places.setdefault(digest, len(places)) for digest in digests], dtype=torch.int64)

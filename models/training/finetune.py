@@ -15,14 +15,16 @@ import torch
 
 from models.classifier import ModelConfig
 from models.runtime import tune_allocator
+from models.runtime.device import gains_from_bfloat16
 from models.store import ModelStore
 from models.training import comparison, dataset, fitting
 from models.training.bases import bases_of
 from models.training.choosing import choose_base
 from models.training.features import FeatureCache
 from models.training.fitting import Trained
-from models.training.handover import Result
+from models.training.handover import Result, published
 from models.training.job import Clock, Job, Run, device
+from models.training.progress import Stop, never
 from models.training.report import Report
 from models.training.reporting import make_report, metrics_of, write_report
 from models.training.request import Event, FinetuneRequest, Mode, Precision, effective
@@ -41,7 +43,7 @@ def run(
     *,
     job_dir: Path,
     cache: Path,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Stop = never,
 ) -> Result:
     """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
 
@@ -85,7 +87,7 @@ def prepare(
     progress: Progress,
     folder: Path | None,
     cache: Path,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Stop = never,
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
     clock, begun = Clock(), Run.read(folder) if folder else None
@@ -125,20 +127,16 @@ def _mode(request: FinetuneRequest, data: dataset.Dataset) -> Mode:
 
 
 def _precision(mode: Mode) -> Precision:
-    gains = mode != "head" and device().type == "cuda" and torch.cuda.is_bf16_supported()
+    gains = mode != "head" and device().type == "cuda" and gains_from_bfloat16(device())
     return "bfloat16" if gains else "float32"
 
 
 def _publish(job: Job, trained: Trained, report: Report) -> ModelConfig:
     """The next version; or the one that this very run has published already, before it was killed."""
     job.progress(Event("publish", 0.0))
-    name = job.request.name
-    for version in job.store.versions(name) if name in job.store.names() else ():
-        config = job.store.config(name, version)
-        if config.lineage.get("run") == job.run.run:
-            return config
-    return job.store.publish(
-        name, [b.ref for b in trained.backbones], trained.head, job.data.classes, metrics_of(report), report.lineage
+    name, refs = job.request.name, [backbone.ref for backbone in trained.backbones]
+    return published(job.store, name, job.run.run) or job.store.publish(
+        name, refs, trained.head, job.data.classes, metrics_of(report), report.lineage
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from models import architectures
 from models.classifier import Backbone, ConvLayer, Head
 from models.errors import TrainingError
 from models.training import calibrate as calibration
+from models.training import checkpoint
 from models.training import network as whole
 from models.training.augment import augmented_copy
 from models.training.auxiliary import auxiliary
@@ -43,9 +43,10 @@ class Trained:
         """Of the images at `rows` (n,): float32 (n, C), before the temperature."""
         return self.head(*self.features(rows))  # type: ignore[no-any-return]
 
+    @torch.inference_mode()
     def probabilities(self, rows: Tensor) -> Tensor:
-        """The same as it will be served, (n, C)."""
-        return (self.scores(rows) / self.head.config.temperature).softmax(dim=1)
+        """As it will be served, (n, C)."""
+        return self.head.probabilities(*self.features(rows))
 
 
 def train(job: Job) -> Trained:
@@ -118,7 +119,7 @@ def training_features(
         parts = [features[rows]]
         for number in range(1, copies + 1):
             changed, digests = augmented_copy(pixels[rows], job.settings, number)
-            parts.append(job.cache.features(backbone, changed, digests, progress=job.tell("features"), device=device()))
+            parts.append(compute_features(job, backbone, changed, digests))
         shown.append(torch.cat(parts))
     return shown, job.data.labels[rows].repeat(copies + 1), job.data.groups[rows].repeat(copies + 1)
 
@@ -190,5 +191,4 @@ def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor
 
 
 def forget_checkpoint(job: Job) -> None:
-    for path in job.folder.glob(f"{Path(CHECKPOINT).stem}*"):
-        path.unlink(missing_ok=True)
+    checkpoint.remove(job.folder / CHECKPOINT)

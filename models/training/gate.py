@@ -6,12 +6,12 @@ from typing import Literal
 from torch import Tensor
 
 from models.classifier import Record
+from models.training.evaluate import Z_95
 
 Answer = Literal["better", "not worse", "worse", "not enough images to decide"]
 
 ALPHA = 0.05
 MARGIN = 0.02  # of accuracy: a loss that would be borne
-Z_95 = 1.959964
 
 
 class Verdict(Record):

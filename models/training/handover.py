@@ -9,12 +9,15 @@ result.json    Result: written by the trainer, last and in one step; where it is
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Base64Bytes, Field
 
-from models.classifier import NAME_PATTERN, Record
+from models.classifier import NAME_PATTERN, ModelConfig, Record
 from models.training.request import FinetuneRequest
+
+if TYPE_CHECKING:
+    from models.store import ModelStore
 
 JOB, RESULT, DRY_RUN = "job.json", "result.json", "dry_run.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
@@ -33,6 +36,12 @@ class Order(Record):
     weights: Path  # the model store
     cache: Path  # of features, shared by all jobs
     threads: int = Field(ge=1)  # CPU threads of a computation
+
+
+def published(store: "ModelStore", name: str, run: str) -> ModelConfig | None:
+    """The version that this run has published under the name, if it came so far."""
+    configs = (store.config(name, version) for version in store.versions(name))
+    return next((config for config in configs if config.lineage.get("run") == run), None)
 
 
 class Failure(Record):

@@ -8,7 +8,7 @@ On the principal axes, images that are fewer than the features cost their own nu
 known in advance, which saves L-BFGS most of its steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.classifier import Head, Record
 from models.errors import TrainingError
 from models.training.lbfgs import minimise
+from models.training.progress import Progress, Stop, never, silent
 from models.training.request import Effective
 
 FOLDS = 5
@@ -34,8 +35,6 @@ TOLERANCE, ROUGH_TOLERANCE = (
 )  # of the loss above its minimum: of the head itself, and while strengths are compared
 SMALLEST_VARIANCE = 1e-13  # of an axis, over the largest: below is rounding
 SMALL_STEP = 20_000_000  # multiplications, some 3 ms: below, a second thread is not worth waiting for
-
-Progress = Callable[[float], None]
 
 
 class PathPoint(Record):
@@ -66,10 +65,6 @@ class Validation:
     out_of_fold: Tensor  # float32 (n, C), at the best
 
 
-def never() -> bool:
-    return False
-
-
 def fit(
     features: Tensor,
     labels: Tensor,
@@ -77,7 +72,7 @@ def fit(
     groups: Tensor,
     settings: Effective,
     progress: Progress,
-    stop: Callable[[], bool] = never,
+    stop: Stop = never,
 ) -> Fit:
     """Features (n, D), class indices (n,) and groups (n,), of which none is torn apart by a fold -> the head D -> num_classes.
 
@@ -161,7 +156,7 @@ class Problem:
         rows: Tensor | slice = slice(None),
         start: Tensor | None = None,
         tolerance: float = TOLERANCE,
-        tick: Progress = lambda done: None,
+        tick: Progress = silent,
     ) -> Tensor:
         """Weights (C, r + 1), the last column the bias, of the given rows, begun at `start`."""
         x, importance = self.x[rows], self.importance[rows]
@@ -227,9 +222,7 @@ class _Loss(NamedTuple):
 # Cross-validation
 
 
-def cross_validate(
-    problem: Problem, groups: Tensor, progress: Progress, stop: Callable[[], bool] = never
-) -> Validation:
+def cross_validate(problem: Problem, groups: Tensor, progress: Progress, stop: Stop = never) -> Validation:
     """Try strengths from strong to weak, until the held-out loss has risen twice, or `stop` says yes."""
     folds = fold_of(problem.labels, groups, problem.settings.seed)
     strengths = strengths_for(problem.labels, groups, problem.settings)

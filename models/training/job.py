@@ -19,6 +19,7 @@ from models.training.bases import Base
 from models.training.dataset import Dataset
 from models.training.features import FeatureCache
 from models.training.handover import RUN
+from models.training.progress import Progress, Stop
 from models.training.request import Effective, Event, FinetuneRequest, Mode, Phase
 from models.training.select import Choice
 
@@ -69,7 +70,7 @@ class Job:
     request: FinetuneRequest
     store: ModelStore
     progress: Callable[[Event], None]
-    stop: Callable[[], bool]
+    stop: Stop
     folder: Path  # of checkpoint and report
     cache: FeatureCache
     data: Dataset
@@ -93,7 +94,7 @@ class Job:
     def is_to_end(self) -> bool:
         return self.stop() or self.out_of_time()
 
-    def tell(self, phase: Phase) -> Callable[[float], None]:
+    def tell(self, phase: Phase) -> Progress:
         return lambda done: self.progress(Event(phase, done))
 
     def pixels(self, preprocessing: Preprocessing) -> tuple[Tensor, tuple[bytes, ...]]:

@@ -29,6 +29,7 @@ from models.training.dataset import Dataset
 from models.training.evaluate import outputs
 from models.training.freezing import Freezing
 from models.training.head import class_weights
+from models.training.progress import Stop, never
 from models.training.recompute import recomputing
 from models.training.request import Budget, EarlyStopping, Effective, Event
 from models.training.schedule import share
@@ -43,10 +44,6 @@ GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie ther
 StopReason = Literal["early_stopping", "budget", "stopped"]
 Weights = dict[str, Tensor]
 Progress = Callable[[Event], None]
-
-
-def never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def train(
     budget: Budget,
     checkpoint: Path,
     progress: Progress,
-    stop: Callable[[], bool] = never,
+    stop: Stop = never,
     aux: Auxiliary | None = None,
 ) -> History:
     """Train `network`, a backbone and a last layer, in place, on the device it lies on, and leave it with the weights of its best epoch.
@@ -124,7 +121,7 @@ def _reason(history: History, stopping: EarlyStopping, budget: Budget, settings:
 class Limits:
     """What may end a run at any step."""
 
-    def __init__(self, budget: Budget, stop: Callable[[], bool], spent: float) -> None:
+    def __init__(self, budget: Budget, stop: Stop, spent: float) -> None:
         left = math.inf if budget.max_seconds is None else budget.max_seconds - spent
         self.deadline = time.monotonic() + left
         self.stop = stop

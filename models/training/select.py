@@ -7,7 +7,8 @@ from torch import Tensor
 
 from models.classifier import Record
 from models.errors import TrainingError
-from models.training.head import Problem, Progress, cross_validate, threads_for
+from models.training.head import Problem, cross_validate, threads_for
+from models.training.progress import Progress
 from models.training.request import Effective
 
 

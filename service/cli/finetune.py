@@ -76,7 +76,6 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     from models.training.finetune import folder_of, run
     from models.training.handover import REPORT, REPORT_PAGE
     from models.training.job import forget
-    from models.training.report import Report
 
     use_cores(settings)
     store, folder = ModelStore(settings.weights), folder_of(request, settings.data / "finetune", fresh)

@@ -59,9 +59,7 @@ class Queue:
 
     def revive(self, job: str) -> None:
         """Enqueues a job that is not at its end, even where DBOS thinks that it is."""
-        known = DBOS.get_workflow_status(job)
-        if known is not None and known.status not in RUNNING:
-            DBOS.delete_workflow(job)
+        self.forget(job)
         self.put(job)
 
     def forget(self, job: str) -> None:

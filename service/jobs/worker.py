@@ -21,7 +21,7 @@ from models.errors import ModelError
 from models.files import replace
 from models.records import read_record, to_json
 from models.store import ModelStore
-from models.training.handover import EXIT_DISK_FULL, JOB, PARITY, RESULT, RUN, ParitySamples, Result
+from models.training.handover import EXIT_DISK_FULL, JOB, PARITY, RESULT, RUN, ParitySamples, Result, published
 from models.training.request import FinetuneRequest
 from service.answers import Sample
 from service.errors import DeadlineExceeded, JobNotFound, NotReady, QueueFull, ServiceError, TrainerUnavailable
@@ -169,47 +169,42 @@ class Worker:
 
     def _settle(self, id: str, folder: Path) -> None:
         """From what is in the folder to what is in the table."""
-        if self.table.wish(id).status == "cancelling":
-            return self._discard(id, folder)
-        if not (folder / RESULT).exists():
-            return None
+        if self._settle_cancelled(id, folder) or not (folder / RESULT).exists():
+            return
         result = read_record(folder / RESULT, Result)
         if result.error is not None:
             self._fail(id, result.error.code, result.error.message, effective=result.effective)
-            return None
+            return
         found = {"model": result.model, "version": result.version, "effective": result.effective}
         if not self.table.deploying(id, found | {"stop_reason": result.stop_reason, "progress": 1.0}):
             self._settle_cancelled(id, folder)
-        return None
 
-    def _settle_cancelled(self, id: str, folder: Path) -> None:
-        """Somebody cancelled it in the moment in which it succeeded."""
-        if self.table.wish(id).status == "cancelling":
+    def _settle_cancelled(self, id: str, folder: Path) -> bool:
+        """The end of a job that somebody has cancelled, be it in the moment in which it ended by itself."""
+        cancelling = self.table.wish(id).status == "cancelling"
+        if cancelling:
             self._discard(id, folder)
+        return cancelling
 
     def _fail(self, id: str, code: str, message: str, **found: Any) -> Literal[False]:
         """The end of the job, unless it is being cancelled: then that is. False, as it does not go on."""
         if self.table.finish(id, "failed", error={"code": code, "message": message}, **found):
             self._tell(id, "error", message, status="failed")
-        elif self.table.wish(id).status == "cancelling":
-            self._discard(id, self.folders / id)
+        else:
+            self._settle_cancelled(id, self.folders / id)
         return False
 
     def _discard(self, id: str, folder: Path) -> None:
         """Nothing of a cancelled job is left but its record and its events."""
         with suppress(ModelError, FileNotFoundError):
-            self._unpublish(self.table.get(id).request["name"], json.loads((folder / RUN).read_bytes())["run"])
+            run, name = json.loads((folder / RUN).read_bytes())["run"], self.table.get(id).request["name"]
+            if found := published(self.store, name, run):
+                self.store.remove(name, found.version)
         for entry in folder.iterdir() if folder.exists() else ():
             if entry.name != EVENTS:
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
         if self.table.finish(id, "cancelled"):
             self._tell(id, status="cancelled")
-
-    def _unpublish(self, name: str, run: str) -> None:
-        """Removes what this run has published, if it came so far."""
-        for version in self.store.versions(name):
-            if self.store.config(name, version).lineage.get("run") == run:
-                self.store.remove(name, version)
 
     # Deployment
 
