@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +56,11 @@ class Dataset:
     rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
+
+    def warned(self, warnings: Sequence[str]) -> "Dataset":
+        """With more warnings in its audit."""
+        more = self.audit.model_copy(update={"warnings": (*self.audit.warnings, *warnings)})
+        return replace(self, audit=more)
 
 
 class _Decoded(NamedTuple):
