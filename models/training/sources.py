@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.errors import DatasetError
+from models.errors import DatasetError, TooFewClasses
 from models.images import Limits
 
 Part = Literal["train", "val", "test"]
@@ -34,6 +34,7 @@ PART_NAMES: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "
 LIMITS = Limits(max_bytes=64 * 2**20)
 MAX_FILES = 2_000_000
 MAX_DEPTH = 32  # folders in folders
+MAX_NAMED = 20  # files, folders or classes in an error
 MAX_RATIO = 100  # of a zip's content to its size, past a gigabyte; photographs are 1, flat bitmaps some 20
 MAX_MEMBER_RATIO = 500  # of one member, past 16 MiB; deflate ends at 1,032
 # RuntimeError: encrypted, an unknown zip method, or a loop of links
@@ -65,7 +66,7 @@ class Source:
 def open_source(path: Path) -> Iterator[Source]:
     """List a dataset. `read` may be used by several threads at once, until the end of the block.
 
-    Raises DatasetError: neither folder, zip nor CSV, fewer than two classes, too many files, or a name that points outside.
+    Raises TooFewClasses; DatasetError: neither folder, zip nor CSV, too many files, or a name that points outside.
     """
     if path.is_dir():
         yield _by_folders({name: name for name in _scan(path)}, _reader(path))
@@ -76,7 +77,7 @@ def open_source(path: Path) -> Iterator[Source]:
             yield _by_folders(_member_names(archive, path), lambda name: _read_member(archive, name))
     else:
         raise DatasetError(
-            f"{path} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
+            f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
             "or a CSV of path,label"
         )
 
@@ -95,7 +96,9 @@ def _scan(root: Path) -> list[str]:
         try:
             entries = [entry for entry in os.scandir(root / folder) if not _hidden(entry.name)]
         except OSError as error:
-            raise DatasetError(f"the folder {_printable(folder) or root} cannot be read: {error.strerror}") from error
+            raise DatasetError(
+                f"the folder {_printable(folder) or root.name} cannot be read: {error.strerror}"
+            ) from error
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(f"{folder}{entry.name}/")
@@ -183,18 +186,21 @@ def _source(items: list[Item], strays: list[str], read: Read, labelled: bool = F
     classes = tuple(sorted({item.class_name for item in items if item.part == "train"}))
     files = sorted((item for item in items if not item.path.endswith("/")), key=astuple)
     if len(classes) < 2:
-        left_out = f"; these lie outside class folders: {', '.join(strays[:5])}" if strays else ""
-        raise DatasetError(
-            f"the dataset has {len(classes)} classes; it needs at least two folders, one per class, with images in them"
-            + left_out
-        )
+        raise _too_few(classes, strays, labelled)
     strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in classes})
     if strange:
         raise DatasetError(
-            f"{', '.join(strange[:20])}: no such class in train/, which has {', '.join(classes[:10])}"
+            f"{', '.join(strange[:MAX_NAMED])}: no such class in train/, which has {', '.join(classes[:10])}"
             + (" ..." if len(classes) > 10 else "")
         )
     return Source(tuple(files), classes, tuple(strays), labelled, read)
+
+
+def _too_few(classes: tuple[str, ...], strays: list[str], labelled: bool) -> TooFewClasses:
+    found = f"the dataset has {len(classes)} classes" + "".join(f" ({name})" for name in classes)
+    needed = "two labels" if labelled else "two folders, one per class, with images in them"
+    beside = f"; {len(strays)} files lie outside class folders: {', '.join(strays[:MAX_NAMED])}" if strays else ""
+    return TooFewClasses(f"{found}; it needs at least {needed}{beside}")
 
 
 # Zip files

@@ -6,7 +6,7 @@ images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> gr
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ from models.training.request import Effective
 MOMENTUM = 0.9
 
 Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", the highest of their learning rates
+
+
+class Taken(NamedTuple):
+    """A step."""
+
+    loss: Tensor  # (): the mean
+    right: Tensor  # (): how many images had their label, of shares the largest, as the highest score
 
 
 class Stepper:
@@ -47,49 +54,52 @@ class Stepper:
         # A batch norm cannot normalise a single value.
         self.least = 2 if any(isinstance(module, _BatchNorm) for module in network.modules()) else 1
 
-    def step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """-> the mean loss, (). `labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates.
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> Taken:
+        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates.
 
         Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        loss = self._gradients(images, labels)
-        while loss is None:
+        taken = self._gradients(images, labels)
+        while taken is None:
             self._halve(images)
-            loss = self._gradients(images, labels)
+            taken = self._gradients(images, labels)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss
+        return taken
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return {"optimizer": self.optimizer, "scaler": self.scaler}
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> Tensor | None:
+    def _gradients(self, images: Tensor, labels: Tensor) -> Taken | None:
         """Puts the gradient of the mean loss into the weights; None: out of memory."""
         self.optimizer.zero_grad()
         pieces = max(1, min(math.ceil(len(images) / self.micro), len(images) // self.least))
-        total = torch.zeros((), device=self.device)
+        total, right = (torch.zeros((), device=self.device) for _ in range(2))
         try:
             for part, own in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
-                loss = self._loss(part, own) / len(images)
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                loss, hits = self._loss(part, own)
+                self.scaler.scale(loss / len(images)).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / len(images)
+                right += hits
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return total
+        return Taken(total, right)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Summed over the images, auxiliary classifiers included."""
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
         with self._autocast():
-            loss = self._cross_entropy(self.network(images), labels)
+            scores = self.network(images)
+            loss = self._cross_entropy(scores, labels)
             if self.aux:
                 for auxiliary in self.aux.take():
                     loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
-        return loss
+        likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return loss, (scores.detach().argmax(dim=1) == likeliest).sum()
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing
