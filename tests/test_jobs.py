@@ -273,6 +273,18 @@ async def test_a_spare_trainer_stands_ready_for_the_next_job(jobs: Jobs) -> None
     assert int((jobs.folders / job.id / "pid").read_text()) == spare[0]
 
 
+async def test_a_job_takes_the_spare_trainer_that_was_started_during_the_one_before(jobs: Jobs) -> None:
+    first = await waiting(jobs)
+    at_work = int((jobs.folders / first.id / "pid").read_text())
+    async with asyncio.timeout(PATIENCE_S):
+        while not (spare := {*children()} - {at_work}):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    second, _ = await jobs.create(wanting("succeed"))
+    await jobs.stop(first.id)
+    await ended(jobs, second.id)
+    assert {int((jobs.folders / second.id / "pid").read_text())} == spare
+
+
 def test_a_spare_trainer_that_has_died_or_waited_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = shutil.copy(TRAINER[1], tmp_path / "own_trainer.py")  # to be told from the spare one of the jobs above
     trainers = Trainers(1, (sys.executable, str(own)))
