@@ -21,9 +21,10 @@ from service_fakes import FakeEngine, FakeStore
 
 from models.errors import DatasetError, ModelNotFound, NameConflict
 from models.training.request import FinetuneRequest
+from service import datasets
 from service.answers import Sample
 from service.errors import InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
-from service.jobs import Job, Jobs, datasets, trainer
+from service.jobs import Job, Jobs, trainer
 from service.jobs.trainer import Trainers
 from service.loaded import ModelStatus
 from service.settings import Settings

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -203,6 +204,12 @@ class JobTable:
         with self._transaction() as connection:
             query = sa.select(_jobs.c.id).where(_jobs.c.status.in_(ACTIVE)).order_by(_jobs.c.number)
             return list(connection.execute(query).scalars())
+
+    def using(self, dataset: Path) -> str | None:
+        """The id of a job that is not at its end and has this dataset, if there is one."""
+        with self._transaction() as connection:
+            jobs = connection.execute(sa.select(_jobs.c.id, _jobs.c.request).where(_jobs.c.status.in_(ACTIVE)))
+            return next((job.id for job in jobs if Path(job.request["dataset"]) == dataset), None)
 
     def ids(self) -> set[str]:
         """Of all jobs there are."""

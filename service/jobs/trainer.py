@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from models.training.handover import Order
 from models.training.request import FinetuneRequest
-from service.jobs.datasets import resolve
+from service.datasets import resolve
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
