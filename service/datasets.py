@@ -5,6 +5,7 @@ upload -> .tmp-<random>/, written as it arrives -> its table of contents checked
 """
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from models.archive import members_of, open_archive
 from models.errors import DatasetError, NameConflict
 from models.files import TEMPORARY, locked, move, staging, sweep
 from service.errors import InsufficientStorage
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -108,9 +111,12 @@ class Datasets:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _sweep(self) -> None:
-        if self.root.is_dir() and any(self.root.glob(f"{TEMPORARY}*")):
-            with _storing(), locked(self.root / _LOCK):
-                sweep(self.root)
+        try:
+            if self.root.is_dir() and any(self.root.glob(f"{TEMPORARY}*")):
+                with locked(self.root / _LOCK):
+                    sweep(self.root)
+        except OSError as error:  # a folder that is mounted read-only
+            log.warning("uploads that were killed could not be removed: %s", error)
 
     async def page(self, after: str, limit: int) -> tuple[list[Dataset], bool]:
         """By name, those after this one, at most `limit`; and whether there are more."""

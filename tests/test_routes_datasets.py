@@ -200,10 +200,16 @@ async def test_without_the_admin_key_nothing_is_read(http: httpx.AsyncClient, se
     assert left_in(service) == set()
 
 
-async def test_what_a_killed_server_has_left_goes_at_the_next_start(service: Training) -> None:
+async def test_what_a_killed_server_has_left_goes_at_the_next_start(
+    service: Training, caplog: pytest.LogCaptureFixture
+) -> None:
     (root_of(service) / ".tmp-0").mkdir()
     (root_of(service) / ".tmp-0" / "upload").write_bytes(GOOD)
+    (root_of(service) / ".lock").mkdir()
     async with client_of(service):
+        assert (left_in(service), "could not be removed" in caplog.text) == ({".tmp-0"}, True)  # and yet it starts
+    (root_of(service) / ".lock").rmdir()
+    async with client_of(Service(service.settings.data, datasets=root_of(service))):
         assert left_in(service) == set()
 
 

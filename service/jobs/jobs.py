@@ -76,6 +76,7 @@ class Jobs:
         self._rehearsing = asyncio.Lock()
         self._closing = threading.Event()
         self._working = threading.Lock()  # held while a job is worked on
+        self._lost = threading.Event()  # that job is another server's by now
 
     # Life
 
@@ -158,14 +159,23 @@ class Jobs:
         closing.callback(table.close)
         closing.callback(self._hold(url, table))
         from service.jobs.queue import Queue
+        from service.jobs.takeover import Takeover
         from service.jobs.worker import Worker
 
         def activate(name: str, version: int, samples: Sequence[Sample]) -> None:
             asyncio.run_coroutine_threadsafe(self.engine.activate(name, version, samples), loop).result()
 
-        worker = Worker(self.settings, self.store, table, self.folders, activate, lambda: self._leaving, self._trainers)
-        queue = Queue(url, self.settings.server_name, self._exclusive(worker.train), self._exclusive(worker.deploy))
+        def leaving() -> bool:
+            return self._leaving or self._lost.is_set()
+
+        name = self.settings.server_name
+        shared = Takeover(table, name, self.folders, self._lost.set) if url.startswith("postgresql") else None
+        worker = Worker(self.settings, self.store, table, self.folders, activate, leaving, self._trainers)
+        queue = Queue(url, name, self._exclusive(worker.train), self._exclusive(worker.deploy))
         closing.callback(queue.close)
+        if shared is not None:
+            shared.start(queue)
+            closing.callback(shared.close)
         return table, queue
 
     def _sweep(self, ids: Callable[[], set[str]]) -> None:
@@ -182,6 +192,7 @@ class Jobs:
     def _exclusive(self, work: Callable[[str], None]) -> Callable[[str], None]:
         def working(job: str) -> None:
             with self._working:
+                self._lost.clear()
                 work(job)
 
         return working

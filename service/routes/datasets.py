@@ -66,7 +66,7 @@ async def upload_dataset(
     was checked; `POST /datasets/validate` looks at the images."""
     _check_headers(request)
     if name is not None and not replace:  # said before gigabytes are sent, and looked at again after them
-        datasets.check_name(_file_of(name))
+        await datasets.in_pool(datasets.check_name, _file_of(name))
     arrival = await datasets.receive(int(request.headers.get("content-length", "0")))
     try:
         filename = await _write(request, arrival, datasets.in_pool)
