@@ -28,6 +28,7 @@ access_log = logging.getLogger("service.access")
 
 SMALL_BODY = 2**20  # bytes: all that a route without images may be sent
 IMAGE_PATHS = frozenset({"/predict", "/embed"})
+UPLOADS = frozenset({("POST", "/datasets")})  # their bodies go to the disk as they come
 USER_PATHS = {"POST": re.compile(r"/predict|/embed"), "GET": re.compile(r"/models(/[^/]+)?")}
 OPEN_WHILE_DRAINING = ("/health/", "/metrics")
 LINGER_BYTES, LINGER_S = (
@@ -55,6 +56,7 @@ class Exchange:
     limit: int  # bytes of body
     started: float = field(default_factory=time.perf_counter)
     received: int = 0
+    held: int = 0  # bytes of body in memory
     status: int = 0
     admitted: bool = False  # it counts as traffic, and a shutdown waits for it
     complete: bool = False  # the whole body has been received
@@ -102,13 +104,13 @@ class Edge:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope["path"], headers))
+        exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope, headers))
         exchange.complete = b"content-length" not in headers and b"transfer-encoding" not in headers
         scope["state"]["request_id"] = exchange.request_id.decode()
         try:
             await self._answer(scope, headers, exchange, receive, send)
         finally:
-            self.held -= exchange.received
+            self.held -= exchange.held
             if exchange.admitted:
                 self.traffic.end()
             self._record(scope, exchange)
@@ -117,7 +119,7 @@ class Edge:
         self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive, send: Send
     ) -> None:
         reply = self._reply_to(exchange, send)
-        counted = self._counted(exchange, receive)
+        counted = self._counted(exchange, receive, _is_upload(scope))
         try:
             self._admit(scope, headers, exchange)
             await self.app(scope, counted, reply)
@@ -135,8 +137,10 @@ class Edge:
                 raise
             await self._refuse(Internal("internal error; the log has the details"), exchange, receive, reply)
 
-    def _limit(self, path: str, headers: dict[bytes, bytes]) -> int:
-        if path not in IMAGE_PATHS:
+    def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        if _is_upload(scope):
+            return self.settings.max_dataset_mb * 2**20
+        if scope["path"] not in IMAGE_PATHS:
             return SMALL_BODY
         multipart = headers.get(b"content-type", b"")[:10].lower() == b"multipart/"
         return self._multipart_limit if multipart else self._raw_limit
@@ -156,18 +160,21 @@ class Edge:
         if int(declared) > exchange.limit:
             raise _too_large(exchange.limit)
 
-    def _counted(self, exchange: Exchange, receive: Receive) -> Receive:
-        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs."""
+    def _counted(self, exchange: Exchange, receive: Receive, passing: bool) -> Receive:
+        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs; one that is only `passing`
+        through the memory counts for itself alone."""
 
         async def counted() -> Message:
             message = await receive()
             size = len(message.get("body", b""))
             exchange.received += size
-            self.held += size
+            if not passing:
+                exchange.held += size
+                self.held += size
             exchange.complete = exchange.complete or not message.get("more_body", False)
             if exchange.received > exchange.limit:
                 exchange.refusal = _too_large(exchange.limit)
-            elif self.held > self._max_held and exchange.received < self.held:
+            elif not passing and self.held > self._max_held and exchange.held < self.held:
                 held = f"the server already holds {self._max_held >> 20} MB of requests; try again later"
                 exchange.refusal = QueueFull(held, retry_after_s=1.0)
             if exchange.refusal is not None:
@@ -258,6 +265,10 @@ def _request_id(given: bytes | None) -> bytes:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return token_hex(8).encode()
+
+
+def _is_upload(scope: Scope) -> bool:
+    return (scope["method"], scope["path"]) in UPLOADS
 
 
 def _is_user_route(scope: Scope) -> bool:
