@@ -181,9 +181,9 @@ async def test_a_compressed_request_and_a_small_answer(http: httpx.AsyncClient) 
 
 
 async def test_a_large_answer_is_compressed_for_who_asks(http: httpx.AsyncClient) -> None:
-    request = {"content": body(tensor(data=[0] * 3072), id="x" * 2000)}
-    plain = await http.post(INFER, **request)
-    packed = await http.post(INFER, **request, headers={"Accept-Encoding": "deflate"})
+    content = body(tensor(data=[0] * 3072), id="x" * 2000)
+    plain = await http.post(INFER, content=content)
+    packed = await http.post(INFER, content=content, headers={"Accept-Encoding": "deflate"})
     assert packed.headers["content-encoding"] == "deflate"
     assert int(packed.headers["content-length"]) < len(plain.content) == len(packed.content)
 
@@ -201,7 +201,9 @@ async def test_other_routes_inflate_nothing(http: httpx.AsyncClient) -> None:
     assert answer.status_code == 415
 
 
-async def test_a_timeout_can_only_shorten(http: httpx.AsyncClient, service: Service) -> None:
+async def test_timeout_and_priority_reach_the_engine(
+    http: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     infer = service.engine.infer
 
@@ -209,7 +211,7 @@ async def test_a_timeout_can_only_shorten(http: httpx.AsyncClient, service: Serv
         asked.append(arguments[2:])
         return await infer(*arguments)
 
-    service.engine.infer = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(service.engine, "infer", noted)
     for parameters in ({"timeout": 10**12, "priority": 1}, {"priority": 3}, {"priority": 9}):
         answer = await http.post(INFER, content=body(tensor(data=[0] * 3072), parameters=parameters))
         assert answer.status_code == 200
