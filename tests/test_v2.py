@@ -201,21 +201,21 @@ async def test_other_routes_inflate_nothing(http: httpx.AsyncClient) -> None:
     assert answer.status_code == 415
 
 
-async def test_timeout_and_priority_reach_the_engine(
+async def test_priority_becomes_a_head_start_and_a_long_timeout_none(
     http: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    infer = service.engine.infer
+    asked: list[tuple[bool, float]] = []
+    submit = service.engine.batcher.submit
 
-    async def noted(*arguments: Any) -> Any:
-        asked.append(arguments[2:])
-        return await infer(*arguments)
+    async def noted(queue: Any, pixels: Any, parts: Any, deadline: float, head_start_s: float) -> Any:
+        asked.append((deadline - time.monotonic() <= 10, head_start_s))
+        return await submit(queue, pixels, parts, deadline, head_start_s)
 
-    monkeypatch.setattr(service.engine, "infer", noted)
+    monkeypatch.setattr(service.engine.batcher, "submit", noted)
     for parameters in ({"timeout": 10**12, "priority": 1}, {"priority": 3}, {"priority": 9}):
         answer = await http.post(INFER, content=body(tensor(data=[0] * 3072), parameters=parameters))
         assert answer.status_code == 200
-    assert asked == [(10**9, 1.0), (None, -1.0), (None, 0.0)]
+    assert asked == [(True, 1.0), (True, -1.0), (True, 0.0)]
 
 
 async def test_a_passed_timeout_is_504(http: httpx.AsyncClient, service: Service) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from v2_requests import binary, body, elements, tensor
 
@@ -131,6 +131,7 @@ def test_too_much_json() -> None:
         parsed(b" " * (MAX_JSON + 1))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.none() | st.integers(0, 300))
 def test_any_bytes_are_read_or_refused(content: bytes, header_length: int | None) -> None:
     with suppress(ServiceError):
@@ -140,6 +141,7 @@ def test_any_bytes_are_read_or_refused(content: bytes, header_length: int | None
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda part: st.lists(part))
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from(["UINT8", "FP32", "BYTES"]),
     st.lists(st.integers(-1, 3), max_size=5),
