@@ -142,7 +142,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         request_id = token_hex(8)
-        status, headers, body = render(error, request_id)
+        status, headers, body = render(error, request_id, getattr(self, "url", b"").decode("latin-1").partition("?")[0])
         headers += [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
         head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
