@@ -22,6 +22,7 @@ async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@pytest.mark.abuse("H22")
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -65,6 +66,7 @@ async def test_a_bug_is_500_with_a_fixed_text_and_its_id_in_the_log(
     assert "ZeroDivisionError: secret" in caplog.text
 
 
+@pytest.mark.abuse("G4")
 async def test_nan_never_reaches_the_wire(http: httpx.AsyncClient, service: Service) -> None:
     service.engine.version = float("nan")  # type: ignore[assignment]
     assert (await http.post("/predict", content=GOOD)).status_code == 500
@@ -92,6 +94,7 @@ async def test_every_answer_forbids_sniffing(http: httpx.AsyncClient) -> None:
     assert (await http.get("/models")).headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.abuse("H19")
 async def test_cors_for_the_listed_origin_on_user_routes(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", content=GOOD, headers={"Origin": "https://page.example"})
     other = await http.post("/predict", content=GOOD, headers={"Origin": "https://evil.example"})
@@ -99,6 +102,7 @@ async def test_cors_for_the_listed_origin_on_user_routes(http: httpx.AsyncClient
     assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.abuse("H19")
 @pytest.mark.parametrize(
     ("path", "method"),
     [

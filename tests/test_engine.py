@@ -163,6 +163,7 @@ async def test_an_ensemble_is_the_mean_and_shares_its_members_backbones(store: M
         assert torch.allclose(probabilities(both), mean, atol=1e-6)
 
 
+@pytest.mark.abuse("G1")
 async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
     good = picture(1)
     async with serving(store) as engine:
@@ -172,6 +173,7 @@ async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
     assert torch.allclose(probabilities(answer, 3), probabilities(alone[0]), atol=1e-6)
 
 
+@pytest.mark.abuse("G2")
 async def test_an_answer_does_not_depend_on_its_neighbours(store: ModelStore) -> None:
     async with serving(store) as engine:
         [together] = await engine.predict([picture(i) for i in range(20)], ["b"], k=7)
@@ -189,6 +191,7 @@ async def test_an_embedding_is_the_backbones_features(store: ModelStore) -> None
     assert not isinstance(embedding.results[1], torch.Tensor)
 
 
+@pytest.mark.abuse("H15")
 async def test_an_unknown_model_is_not_found(store: ModelStore) -> None:
     async with serving(store) as engine:
         with pytest.raises(ModelNotFound):
@@ -222,6 +225,7 @@ async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypat
         assert picture(9) in decoded
 
 
+@pytest.mark.abuse("G5")
 async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(store, max_batch=4) as engine:
         backbone = engine.catalogue.served["a"].backbones[0]
@@ -323,6 +327,7 @@ async def test_models_names_what_to_serve(store: ModelStore) -> None:
         assert "imago models pull missing" in (engine.model("missing").error or "")
 
 
+@pytest.mark.abuse("G8")
 async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     dim = store.load_backbone(ref).feature_dim
@@ -348,6 +353,7 @@ async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> Non
         assert len(seen) > 20
 
 
+@pytest.mark.abuse("G9")
 async def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     dim = store.load_backbone(ref).feature_dim
@@ -391,6 +397,7 @@ async def test_a_version_is_recorded_only_when_it_has_been_tried(
         assert (recorded, store.serving().models["a"]) == ([1], version)
 
 
+@pytest.mark.abuse("G9")
 @pytest.mark.parametrize(("name", "version"), [("a", 2), ("new", 1)])
 async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, name: str, version: int) -> None:
     ref = store.config("a").backbones[0]
@@ -449,6 +456,7 @@ async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypa
         release.set()
 
 
+@pytest.mark.abuse("G8")
 async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:
     async with serving(store, models=("c",)) as engine:
         old = weakref.ref(engine.catalogue.served["c"].backbones[0])
@@ -469,6 +477,7 @@ async def test_draining_waits_for_what_is_under_way(store: ModelStore) -> None:
         assert not engine.ready
 
 
+@pytest.mark.abuse("G12")
 async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:
     async with serving(store, timeout_ms=60_000) as engine:
         expected = [probabilities((await engine.predict([picture(i)], ["b"], k=7))[0]) for i in range(25)]

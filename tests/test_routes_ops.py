@@ -51,6 +51,7 @@ async def test_not_live_when_a_device_hangs(http: httpx.AsyncClient, service: Se
     assert (await http.get("/health/live")).status_code == 503
 
 
+@pytest.mark.abuse("H18")
 async def test_metrics_count_by_route_template(http: httpx.AsyncClient, service: Service) -> None:
     headers = {"Authorization": f"Bearer {API_KEY}"}
     await http.post("/predict", content=GOOD, headers=headers)

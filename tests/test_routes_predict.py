@@ -59,6 +59,7 @@ async def test_server_timing(http: httpx.AsyncClient) -> None:
     assert answer.headers["server-timing"] == "decode;dur=1.50, queue;dur=0.25, compute;dur=3.00"
 
 
+@pytest.mark.abuse("G1")
 async def test_several_files_answer_in_their_order_with_errors_in_place(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", files=parts(GOOD, BAD, GOOD))
     results = answer.json()["results"]
@@ -87,6 +88,7 @@ async def test_the_defaults(http: httpx.AsyncClient, service: Service) -> None:
     assert service.engine.asked == {"files": [GOOD], "models": [], "k": 5, "timeout_ms": None}
 
 
+@pytest.mark.abuse("I2")
 @pytest.mark.parametrize(
     ("content", "status", "code"),
     [
@@ -102,6 +104,7 @@ async def test_one_image_that_fails_is_the_request_that_fails(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
+@pytest.mark.abuse("G1")
 async def test_when_all_fail_each_reason_is_shown(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", files=parts(BAD, TEXT))
     body = answer.json()
@@ -109,6 +112,7 @@ async def test_when_all_fail_each_reason_is_shown(http: httpx.AsyncClient) -> No
     assert [result["error"]["code"] for result in body["results"]] == ["invalid_image", "unsupported_media_type"]
 
 
+@pytest.mark.abuse("H14")
 @pytest.mark.parametrize("text", ["0", "-1", "1e9", "NaN", "5.0", "", "９", "%00", "9" * 5000, " 5", "+5"])
 async def test_top_k_is_a_plain_whole_number(http: httpx.AsyncClient, text: str) -> None:
     answer = await http.post("/predict", params={"top_k": text}, content=GOOD, headers=JPEG)
@@ -129,6 +133,7 @@ async def test_an_unknown_field_is_named(http: httpx.AsyncClient) -> None:
     }
 
 
+@pytest.mark.abuse("H13")
 async def test_a_repeated_scalar_is_400(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict?top_k=1", files=parts(GOOD), data={"top_k": "2"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_k")
@@ -139,6 +144,7 @@ async def test_too_many_models(http: httpx.AsyncClient) -> None:
     assert (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).status_code == 422
 
 
+@pytest.mark.abuse("H17")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -160,6 +166,7 @@ def multipart(body: bytes, boundary: str = "b") -> dict[str, Any]:
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\ngood image\r\n'
 
 
+@pytest.mark.abuse("H2", "H3")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -178,6 +185,7 @@ async def test_malformed_multipart_is_400(http: httpx.AsyncClient, request_: dic
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
 
 
+@pytest.mark.abuse("I2")
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
@@ -191,6 +199,7 @@ async def test_multipart_without_a_file(http: httpx.AsyncClient, request_: dict[
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
 
 
+@pytest.mark.abuse("H12")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

@@ -76,6 +76,7 @@ def test_predict(server: str) -> None:
     assert sum(prediction["probability"] for prediction in result["predictions"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.abuse("G1")
 def test_predict_with_a_broken_neighbour(server: str) -> None:
     files = [("file", ("a.jpg", jpeg())), ("file", ("b.jpg", jpeg()[:300])), ("file", ("c.txt", b"text"))]
     results = httpx.post(f"{server}/predict", files=files).json()["results"]
@@ -120,6 +121,7 @@ def test_stages_are_measured(server: str) -> None:
     assert min(map(float, counts.values())) > 0
 
 
+@pytest.mark.abuse("G11")
 def test_told_to_stop_while_it_loads_it_leaves_with_0(weights: Path, tmp_path: Path) -> None:
     process = start(weights, tmp_path)
     assert process.stderr is not None

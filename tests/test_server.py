@@ -67,6 +67,7 @@ async def talk(server: Server, *pieces: bytes, timeout_s: float = PATIENCE_S) ->
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
 
 
+@pytest.mark.abuse("H1", "H6", "H9", "H16", "H22")
 @pytest.mark.parametrize(
     ("pieces", "status", "code"),
     [
@@ -95,6 +96,7 @@ async def test_what_is_slow_or_malformed_is_answered_and_closed(
     assert (answered, error["code"]) == (status, code)
 
 
+@pytest.mark.abuse("H5", "H8")
 async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path: Path) -> None:
     async with serving(small(tmp_path, body_timeout_s=60)) as server:
         started = time.monotonic()
@@ -103,6 +105,7 @@ async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path:
     assert time.monotonic() - started < PATIENCE_S  # it lingers for 2 s
 
 
+@pytest.mark.abuse("H7")
 async def test_a_client_that_sends_first_and_reads_later_still_reads_the_413(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         answer = await asyncio.to_thread(
@@ -121,6 +124,7 @@ async def test_requests_follow_each_other_on_one_connection(tmp_path: Path) -> N
     assert statuses == [200, 200, 200]
 
 
+@pytest.mark.abuse("H22")
 async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
@@ -130,6 +134,7 @@ async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     assert answers.count(b"HTTP/1.1 200 OK") == 3
 
 
+@pytest.mark.abuse("H22")
 async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
     service = small(tmp_path)
     async with serving(service) as server:
@@ -139,6 +144,7 @@ async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
     assert (ready, not_ready) == ((200, {}), (503, {}))
 
 
+@pytest.mark.abuse("H4")
 async def test_a_chunked_body(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
@@ -163,6 +169,7 @@ async def test_slow_clients_do_not_hold_up_others(tmp_path: Path) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.abuse("H11")
 async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -175,6 +182,7 @@ async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> 
     assert service.engine.cancelled
 
 
+@pytest.mark.abuse("G11")
 async def test_a_drain_finishes_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -236,6 +244,7 @@ async def test_when_the_grace_time_is_over_requests_get_503(tmp_path: Path) -> N
     assert server.exit_code == 1
 
 
+@pytest.mark.abuse("G11")
 async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -249,6 +258,7 @@ async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
     assert (server.exit_code, server.force_exit) == (1, True)
 
 
+@pytest.mark.abuse("G6")
 async def test_a_lost_device_ends_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service = small(tmp_path)
     async with serving(service) as server:
