@@ -5,8 +5,8 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from service.engine import Engine
 from service.errors import DeadlineExceeded, NotReady, QueueFull
 from service.loaded import Loader, Served
 from service.metrics import Metrics
+from service.pixels import PixelBudget
 from service.settings import Settings
 
 KIND = Preprocessing(resize=32, crop=32)
@@ -223,6 +224,36 @@ async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypat
         assert picture(9) not in decoded
         await engine.predict([picture(9)], ["a"])
         assert picture(9) in decoded
+
+
+@pytest.mark.abuse("I14")
+async def test_images_wait_while_too_many_pixels_are_in_memory(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    hold = PixelBudget.hold
+
+    @contextmanager
+    def recorded(self: PixelBudget, pixels: int) -> Iterator[None]:
+        with hold(self, pixels):
+            held.append(self.most - self.left)
+            yield
+
+    monkeypatch.setattr(PixelBudget, "hold", recorded)
+    async with serving(store, decode_threads=8, max_megapixels_in_flight=1, timeout_ms=60_000) as engine:
+        [answer] = await engine.predict([picture(i, size=700) for i in range(12)], ["a"])
+    assert all(isinstance(result, Prediction) for result in answer.results)
+    assert (max(held), len(held)) == (980_000, 12)
+
+
+@pytest.mark.abuse("I14")
+async def test_an_image_without_room_is_answered_at_its_deadline_and_small_ones_go_on(store: ModelStore) -> None:
+    async with serving(store, max_megapixels_in_flight=1) as engine:
+        with engine._pixels.hold(900_000):
+            with pytest.raises(DeadlineExceeded):
+                await engine.predict([picture(1, size=400)], ["a"], timeout_ms=200)
+            await engine.predict([picture(1)], ["a"])
+        await engine.predict([picture(1, size=400)], ["a"])
 
 
 @pytest.mark.abuse("G5")
