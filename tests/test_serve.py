@@ -14,24 +14,9 @@ from typing import IO
 
 import httpx
 import pytest
+from live_server import CLASSES
+from live_server import weights as weights
 from PIL import Image
-
-from models import architectures
-from models.classifier import Head
-from models.store import ModelStore
-
-CLASSES = ["ant", "bee", "cat"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("weights")
-    store, network = ModelStore(root), architectures.create("lenet5", num_classes=3, channels=3)
-    ref = store.put_backbone(network.name, network.backbone, network.preprocessing)
-    config = store.publish("insects", [ref], Head.of(network.layer), CLASSES)
-    store.activate("insects", config.version)
-    store.set_default("insects")
-    return root
 
 
 def start(weights: Path, data: Path) -> "subprocess.Popen[str]":
