@@ -79,6 +79,7 @@ async def test_nan_never_reaches_the_wire(http: httpx.AsyncClient, service: Serv
         pytest.param(b"x" * 128, True, id="longest"),
         pytest.param(b"x" * 129, False, id="too long"),
         pytest.param(b"a b", False, id="space"),
+        pytest.param(b'a"b', False, id="quote"),
         pytest.param("ü".encode(), False, id="not ASCII"),
         pytest.param(b"\x1b[31m", False, id="ANSI"),
         pytest.param(b"", False, id="empty"),
@@ -100,6 +101,29 @@ async def test_cors_for_the_listed_origin_on_user_routes(http: httpx.AsyncClient
     other = await http.post("/predict", content=GOOD, headers={"Origin": "https://evil.example"})
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
     assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.abuse("H19")
+async def test_by_default_no_origin_is_let_in(tmp_path: Path) -> None:
+    origin = {"Origin": "https://page.example"}
+    async with client_of(Service(tmp_path)) as http:
+        answer = await http.post("/predict", content=GOOD, headers=origin)
+        preflight = await http.options("/predict", headers=origin | {"Access-Control-Request-Method": "POST"})
+    assert preflight.status_code == 405
+    assert not [name for reply in (answer, preflight) for name in reply.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.abuse("H19")
+@pytest.mark.parametrize("origins", ["*", "https://page.example"])
+async def test_no_origin_sends_credentials(tmp_path: Path, origins: str) -> None:
+    origin = {"Origin": "https://page.example", "Cookie": "a=b", "Access-Control-Request-Method": "POST"}
+    async with client_of(Service(tmp_path, cors_origins=origins)) as http:
+        answers = [
+            await http.post("/predict", content=GOOD, headers=origin),
+            await http.options("/predict", headers=origin),
+        ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert all("access-control-allow-credentials" not in answer.headers for answer in answers)
 
 
 @pytest.mark.abuse("H19")

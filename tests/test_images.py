@@ -25,7 +25,7 @@ from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from models.classifier import Preprocessing
-from models.images import decode, stack
+from models.images import ORIENTATION_TAG, ORIENTATIONS, decode, stack
 
 
 def reference(data: bytes, preprocessing: Preprocessing) -> Tensor:
@@ -120,6 +120,21 @@ def test_orientation(file_format: str, orientation: int) -> None:
     upright = save(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), exif=b"")
     got = decode(data, SMALL, extra_formats=frozenset({"TIFF", "AVIF"}))
     assert difference(got, decode(upright, SMALL))[1] <= 1
+
+
+@pytest.mark.abuse("I7")
+def test_one_picture_stored_in_eight_ways_is_one_picture() -> None:
+    upright = photo(61, 40)
+    turns = {1: None, **{tag: turn for tag, (_, _, _, turn) in ORIENTATIONS.items()}}
+    undo = {
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+    }
+    for tag, turn in turns.items():
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = tag
+        stored = upright if turn is None else upright.transpose(undo.get(turn, turn))
+        assert difference(decode(save(stored, exif=exif), SMALL), decode(save(upright), SMALL))[1] <= 1, tag
 
 
 @pytest.mark.abuse("I7")

@@ -83,6 +83,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
         pytest.param(
             [HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"], 400, "bad_request", id="both"
         ),
+        pytest.param([b"GET /" + b"x" * 2**20 + b" HTTP/1.1\r\n\r\n"], 431, "headers_too_large", id="path of 1 MB"),
         pytest.param([b"GET @evil/ HTTP/1.1\r\nHost: x\r\n\r\n"], 400, "bad_request", id="odd target"),
         pytest.param([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "bad_request", id="TLS"),
     ],
