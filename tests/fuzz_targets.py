@@ -6,6 +6,7 @@ runs one with atheris (from PyPI; not among the dependencies). Without it, `test
 """
 
 import asyncio
+import logging
 import sys
 import tempfile
 from collections.abc import Callable
@@ -129,6 +130,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = 
 def main() -> None:
     import atheris
 
+    logging.disable()
     target, seeds = TARGETS[sys.argv.pop(1)]
     for module in (tensors, sys.modules["models.images"], sys.modules["service.routes.upload"]):
         for name, function in vars(module).items():

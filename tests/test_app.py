@@ -46,8 +46,14 @@ async def test_the_frameworks_errors_have_our_shape(
     assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
 
 
-async def test_405_says_what_is_allowed(http: httpx.AsyncClient) -> None:
-    assert (await http.get("/predict")).headers["allow"] == "POST"
+@pytest.mark.abuse("H22")
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [("/predict", "POST"), ("/models/pets", "DELETE, GET"), ("/finetune", "GET, POST"), ("/health/live", "GET, HEAD")],
+)
+async def test_405_says_what_is_allowed(http: httpx.AsyncClient, path: str, allow: str) -> None:
+    answer = await http.request("PATCH", path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allow)
 
 
 async def test_a_bug_is_500_with_a_fixed_text_and_its_id_in_the_log(

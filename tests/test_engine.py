@@ -352,6 +352,18 @@ async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store
         assert (await engine.predict([picture(1)]))[0].model == "a"
 
 
+@pytest.mark.abuse("H15")
+async def test_a_default_that_was_removed_is_not_said_to_be_loading(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        for name in ("both", "b", "a", "c"):
+            store.remove(name)
+        await engine.sync()
+        with pytest.raises(NotReady, match="the store serves no model"):
+            await engine.predict([picture(1)])
+        with pytest.raises(ModelNotFound):
+            await engine.predict([picture(1)], ["a"])
+
+
 async def test_models_names_what_to_serve(store: ModelStore) -> None:
     async with serving(store, models=("c", "missing")) as engine:
         assert {model.name: model.state for model in engine.models()} == {"c": "ready", "missing": "failed"}
