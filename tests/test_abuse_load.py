@@ -10,7 +10,7 @@ from benchmarks import abuse, rig
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.Server]:
     root = tmp_path_factory.mktemp("server")
-    rig.publish_random(root / "weights", [abuse.NETWORK])
+    rig.publish_random(root / "weights", [abuse.HEAVY, abuse.LIGHT])
     with abuse.server_of(root) as server:
         yield server
 

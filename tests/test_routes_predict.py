@@ -187,7 +187,7 @@ PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r
         pytest.param(multipart(b"--b\r\n\r\nx\r\n--b--"), id="part without a name"),
         pytest.param(multipart(b"--b\r\nX: " + b"y" * 10_000 + b"\r\n\r\nx\r\n--b--"), id="huge part header"),
         pytest.param(multipart(b"x", boundary="b" * 300), id="long boundary"),
-        pytest.param(multipart(PART % b"a" + PART[:-20] % b"b"), id="breaks off"),
+        pytest.param(multipart(PART % b"a" + (PART % b"b")[:-20]), id="breaks off"),
         pytest.param(multipart(PART % b"a" + b"--b--", "b; charset=undefined"), id="charset that is none"),
         pytest.param(multipart(b"--b\r\n" + b"X: y\r\n" * 9 + b"\r\nx\r\n--b--"), id="many part headers"),
     ],
