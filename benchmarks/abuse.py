@@ -8,8 +8,8 @@ latency against the deadline; of the refused, how soon, and how right `Retry-Aft
 images as may wait were answered from then on (at least 1 s, the least it can say). Memory before and at its most; and the time from the
 last arrival to an answer as quick as before.
 
-Slow clients stand beside LeNet-5, whose answers take so little that any hold-up shows; the flood meets ResNet-18 on one thread, so that this
-process can send ten times what it can take.
+Slow clients stand beside LeNet-5, whose answers take so little that any hold-up shows; the flood meets ResNet-18 on one thread, so that
+this process can send ten times what it can take.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from service.bench import Connection, Load, connect, percentiles, request_head, 
 
 HEAVY, LIGHT = "resnet18", "lenet5"  # the first is the default model
 SLOW, TIMES_CAPACITY = 500, 10
-QUEUE, DEADLINE_MS = 32, 10_000  # images, milliseconds
+QUEUE, DEADLINE_MS = 16, 10_000  # images, milliseconds
 FLAGS = (
     *(
         "--engine",

@@ -29,6 +29,6 @@ def test_a_flood_is_refused_and_the_accepted_are_served(server: rig.Server) -> N
     assert figures["statuses"]["429"] > 3 * figures["statuses"]["200"]
     assert figures["accepted_ms"]["max"] < figures["deadline_ms"]
     assert figures["refused_ms"]["p50"] < 50
-    assert figures["retry_after"]["within_2"] > 0.8
+    assert 0.5 < figures["retry_after"]["median"] < 2
     assert figures["memory_mb"]["ratio"] < 1.1
     assert figures["recovered_s"] < 5
