@@ -84,8 +84,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # trailers are dropped: nothing reads them, and no cap would hold for them
+        if self._in_head:
             super().on_header(name, value)
+            return
+        self._head_bytes += len(name) + len(value) + 4  # of trailers, which are dropped: nothing reads them
+        if self._head_bytes > self._guards.max_head:
+            self._refuse_head()
+            raise ValueError("trailers too large")  # ends the parsing
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -105,6 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._expect_nothing()
         self._in_head = True
+        self._head_bytes = 0
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what its parser refuses, in our shape."""
