@@ -23,7 +23,7 @@ from models.training.child import EXIT_ORPHANED, Reporter, explain, rehearsal, w
 from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, Order, Result
 from models.training.request import Event, FinetuneRequest
 
-PATIENCE_S = 60
+PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
 DONE = Result(status="succeeded", model="pets", version=1, deployment="activate")
 
 
