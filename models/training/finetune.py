@@ -23,7 +23,7 @@ from models.training.choosing import choose_base
 from models.training.features import FeatureCache
 from models.training.fitting import Trained
 from models.training.handover import Result, published
-from models.training.job import Clock, Job, Run, device
+from models.training.job import Clock, Job, Run, device, device_count
 from models.training.progress import Stop, never
 from models.training.report import Report
 from models.training.reporting import make_report, metrics_of, write_report
@@ -107,7 +107,7 @@ def prepare(
     for warning in data.audit.warnings:
         progress(Event("audit", 1.0, message=warning))
     mode = _mode(request, data)
-    settings = effective(request, mode, len(data.rows["train"]), _precision(mode))
+    settings = effective(request, mode, len(data.rows["train"]), _precision(mode), device_count())
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
     run.check(data)
     if folder:

@@ -110,6 +110,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_count() -> int:
+    """Of the devices that may share the training of a network."""
+    return max(1, torch.cuda.device_count())
+
+
 def forget(folder: Path) -> None:
     """After this, the folder begins a new run. Called once the result is safe: before, a run begun again must know what it published."""
     (folder / RUN).unlink(missing_ok=True)

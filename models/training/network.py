@@ -30,6 +30,7 @@ from models.training.evaluate import outputs
 from models.training.freezing import Freezing
 from models.training.head import class_weights
 from models.training.progress import Stop, never
+from models.training.ranks import ALONE, Ranks
 from models.training.recompute import recomputing
 from models.training.request import Budget, EarlyStopping, Effective, Event
 from models.training.schedule import share
@@ -42,6 +43,7 @@ SMALL = 0.75  # of the side, in the small epochs
 GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie there once and for all
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
+REASONS: tuple[StopReason | None, ...] = (None, "budget", "stopped")  # for which an epoch is cut short
 Weights = dict[str, Tensor]
 Progress = Callable[[Event], None]
 
@@ -95,7 +97,14 @@ def train(
     budget are over (those of earlier attempts count), the epoch under way is cut short, validated, and the last. `aux` trains beside it.
     Raises TrainingError: a loss that is no longer finite, a checkpoint of another run; OutOfMemory.
     """
-    trainer = Trainer(network, data, preprocessing, settings, progress, aux)
+    history = run(Trainer(network, data, preprocessing, settings, progress, aux), stopping, budget, checkpoint, stop)
+    network.load_state_dict(history.best)
+    return history
+
+
+def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint: Path, stop: Stop) -> History:
+    """All epochs that are left; `best` are the weights to keep."""
+    settings = trainer.settings
     with trainer.ready():
         history = trainer.resume(checkpoint)
         limits = Limits(budget, stop, spent=sum(history.seconds))
@@ -106,7 +115,6 @@ def train(
             trainer.tell_epoch(history)
     if stopping.keep == "last" and history.losses:
         history = replace(history, best=trainer.weights())
-    network.load_state_dict(history.best)
     return replace(history, trade=trade(stopping, history.losses, history.val_losses, settings.epochs))
 
 
@@ -143,12 +151,14 @@ class Trainer:
         settings: Effective,
         progress: Progress,
         aux: Auxiliary | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.device = next(network.parameters()).device
         self.network = network.to(memory_format=torch.channels_last)
         self.average = (
             AveragedModel(network, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
         )
+        self.ranks = ranks
         self.aux = aux.to(self.device) if aux else None
         self.data = data
         self.pixels = self._pixels()
@@ -157,7 +167,7 @@ class Trainer:
         self.progress = progress
         self.done = 0.0  # share of the run, as last told
         self.freezing = Freezing(network[0], settings.freeze_until, settings.thaw_every)
-        self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell)
+        self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell, ranks)
         images = len(data.rows["train"])
         self.step_images = min(settings.batch_size * settings.accumulate, images)
         self.steps = images // self.step_images  # of an epoch; what is left over waits for the next shuffle
@@ -178,6 +188,7 @@ class Trainer:
     def next_epoch(self, history: History, limits: Limits) -> History:
         started, epoch = time.monotonic(), len(history.losses) + 1
         rate = self.rate(self.steps * (epoch - 1), history)
+        self.ranks.agree(replace(history, best={}))  # the others follow
         loss, reason = self.train_one_epoch(epoch, history, limits)
         val_loss, accuracy = self.validate()
         if not math.isfinite(val_loss):
@@ -199,17 +210,19 @@ class Trainer:
         self.freezing.begin(epoch)
         self.network.train()
         self.freezing.hold()
+        self.stepper.begin()
         rows = self.data.rows["train"]
         order = rows[torch.randperm(len(rows))][: self.steps * self.step_images]
         mirrored = flips(len(self.data.labels), self.settings.seed, epoch)
         total, reported = torch.zeros((), device=self.device), time.monotonic()
         for step, batch in enumerate(torch.split(order, self.step_images), start=1):
             images, labels = self.batch(batch, mirrored[batch], epoch)
-            rate = self.rate(self.steps * (epoch - 1) + step - 1, history)
-            total += self.stepper.step(images, labels, rate)
-            if self.average and (self.steps * (epoch - 1) + step - 1) % AVERAGE_EVERY == 0:
+            number = self.steps * (epoch - 1) + step - 1  # from the start of the run
+            with self.ranks.own_chance(self.settings.seed + SEED_STEP * number):
+                total += self.stepper.step(images, labels, self.rate(number, history), of=len(batch))
+            if self.average and number % AVERAGE_EVERY == 0:
                 self.average.update_parameters(self.network)
-            reason = limits.reached()
+            reason = self.ranks.choose(REASONS, limits.reached)
             if reason or step == self.steps or time.monotonic() - reported > REPORT_EVERY_S:
                 self.report(epoch, step, total.item() / step)
                 reported = time.monotonic()
@@ -220,15 +233,22 @@ class Trainer:
     def batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images at `rows` (B,) as the network wants them, float32 (B, C, H, W), and labels (B,) or, mixed, shares (B, classes).
 
-        Small epochs show three quarters of the side: while the learning rate is high, as good as the full size.
+        Of several ranks, each prepares its own. Small epochs show three quarters of the side: while the learning rate is high, as good as
+        the full size.
         """
+        mixed = bool(self.settings.mixup or self.settings.cutmix)
+        part = self.ranks.part(len(rows), mixed)
+        if part:
+            rows, mirrored = rows[part.places], mirrored[part.places]
         pixels = self.pixels[rows.to(self.pixels.device)].to(self.device)
-        images = normalise(augment(pixels, mirrored, self.settings), self.preprocessing)
+        images = normalise(augment(pixels, mirrored, self.settings, part), self.preprocessing)
         if epoch <= round(self.settings.small_until * self.settings.epochs):
             images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
         labels = self.data.labels[rows].to(self.device)
-        if self.settings.mixup or self.settings.cutmix:
+        if mixed:
             images, labels = mix(images, labels, len(self.data.classes), self.settings)
+        if mixed and part:
+            images, labels = images[1:], labels[1:]  # the first belongs to the rank before
         return images.contiguous(memory_format=torch.channels_last), labels
 
     def rate(self, step: int, history: History) -> float:
@@ -287,7 +307,7 @@ class Trainer:
         self._check_identity(state["identity"], file)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.stepper.micro = state["micro"]
+        self.stepper.micro = min(self.stepper.micro, state["micro"])
         history = History(**state["history"])
         self.done = len(history.losses) / self.settings.epochs
         self.tell(f"going on after epoch {len(history.losses)}, from {file.name}")
