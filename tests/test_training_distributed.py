@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from training_data import PREPROCESSING, in_memory, settings
 from models.errors import TrainingError
 from models.training import distributed, network
 from models.training.augment import Part, augment
+from models.training.handover import Failure
 from models.training.network import History
 from models.training.ranks import Ranks
 from models.training.request import Budget, EarlyStopping, Effective, Event
@@ -143,6 +145,25 @@ def test_out_of_memory_they_begin_again_with_less_at_once_and_end_with_the_train
 
 
 # Without processes
+
+
+@pytest.mark.parametrize(
+    ("exits", "told", "why"),
+    [
+        pytest.param(
+            [-6, -9], {0: "internal"}, "cpu:1 was ended by SIGKILL", id="one that was killed, and one that missed it"
+        ),
+        pytest.param([1, -6], {1: "training_failed", 0: "internal"}, "of rank 1", id="one that says why"),
+        pytest.param([1, 1], {0: "internal", 1: "internal"}, "of rank 0", id="a bug: the first"),
+        pytest.param([3, None], {}, "cpu:0 ended with exit code 3", id="one that says nothing"),
+    ],
+)
+def test_the_rank_that_ended_the_others_is_named(exits: list[int | None], told: dict[int, str], why: str) -> None:
+    team = object.__new__(distributed.Team)
+    team.devices = [torch.device("cpu", rank) for rank in range(2)]
+    team.processes = [SimpleNamespace(exitcode=code) for code in exits]  # type: ignore[misc]
+    team.failures = {rank: Failure(code=code, message=f"of rank {rank}") for rank, code in told.items()}
+    assert why in str(team._why([rank for rank, code in enumerate(exits) if code]))
 
 
 def test_a_rank_does_not_repeat_a_step_by_itself() -> None:

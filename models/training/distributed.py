@@ -48,7 +48,7 @@ PLAN, PIXELS, HISTORY = "plan.pt", "pixels", "history.pt"
 TICK_S = 0.1  # between two looks at the processes
 PATIENCE = timedelta(hours=1)  # of a rank with the others; the first one validates meanwhile
 
-Message = Event | Failure | Halved
+Message = Event | Halved | tuple[int, Failure]  # what ended this rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class Team:
         self.told: SimpleQueue[Message] = context.SimpleQueue()
         self.asked = context.Event()  # to stop
         self.done = 0.0  # share of the run, as last told
-        self.failures: list[Failure] = []
+        self.failures: dict[int, Failure] = {}  # by rank, in the order they were told
         given = (folder, micro, self.told, self.asked)
         self.processes = [
             context.Process(target=work, args=(rank, *given), name=f"rank {rank}", daemon=True)
@@ -188,22 +188,25 @@ class Team:
             message = self.told.get()
             if isinstance(message, Halved):
                 raise message
-            if isinstance(message, Failure):
-                self.failures.append(message)
-            else:
+            if isinstance(message, Event):
                 self.done = message.progress
                 progress(message)
+            else:
+                self.failures.setdefault(*message)
 
     def _why(self, lost: Sequence[int]) -> TrainingError:
-        """Those that only miss another one fail as well, with errors that say nothing: those come last."""
-        told = sorted(self.failures, key=lambda failure: failure.code == "internal")
-        killed = [rank for rank in lost if (self.processes[rank].exitcode or 0) < 0]
-        if told and (told[0].code != "internal" or not killed):
-            error = TrainingError(told[0].message)
-            error.code = told[0].code
-            return error
-        rank = (killed or lost)[0]
-        how = f"ended with exit code {code}" if (code := self.processes[rank].exitcode or 0) > 0 else _signal(-code)
+        """A rank that only misses another one fails as well, with an error that says nothing: such come last."""
+        told = sorted(self.failures.values(), key=lambda failure: failure.code == "internal")
+        silent = [rank for rank in lost if rank not in self.failures]
+        if silent and not (told and told[0].code != "internal"):
+            return self._gone(silent[0])
+        error = TrainingError(told[0].message)
+        error.code = told[0].code
+        return error
+
+    def _gone(self, rank: int) -> TrainingError:
+        code = self.processes[rank].exitcode or 0
+        how = f"ended with exit code {code}" if code > 0 else f"was ended by {_signal(-code)}"
         return TrainingError(
             f"the process that trained on {self.devices[rank]} {how}, and the others with it; begin the same run again, "
             "and it goes on from its last checkpoint"
@@ -212,8 +215,7 @@ class Team:
 
 def _signal(number: int) -> str:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    hint = ", as happens where the machine runs out of memory" if number == signal.SIGKILL else ""
-    return f"was ended by {name}{hint}"
+    return f"{name}, as happens where the machine runs out of memory" if number == signal.SIGKILL else name
 
 
 # The processes that train
@@ -232,7 +234,7 @@ def work(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", aske
         _leave(told, halved)
     except Exception as error:
         traceback.print_exc()
-        _leave(told, explain(error))
+        _leave(told, (rank, explain(error)))
 
 
 def _leave(told: "SimpleQueue[Message]", why: Message) -> None:
