@@ -337,9 +337,10 @@ class Trainer:
     # How it is made
 
     def _groups(self) -> Groups:
-        settings = self.settings
-        own = [*self.network[1:].parameters(), *(self.aux.parameters() if self.aux else ())]
-        return [*self.freezing.groups(settings.lr, settings.layer_decay), {"params": own, "peak": settings.head_lr}]
+        """A fused step wants gradients of all of a group or of none, and an auxiliary classifier has none while its place is frozen."""
+        settings, own = self.settings, [self.network[1:], *(self.aux.classifiers if self.aux else ())]
+        groups = [{"params": list(part.parameters()), "peak": settings.head_lr} for part in own]
+        return [*self.freezing.groups(settings.lr, settings.layer_decay), *groups]
 
     def _pixels(self) -> Tensor:
         """All images: on the GPU from the start where they take up little of it, which saves their way there at each step."""

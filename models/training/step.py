@@ -77,7 +77,8 @@ class Stepper:
 
     def begin(self) -> None:
         """At the start of each epoch: which weights train may have changed, and an epoch begins alike in a run that was resumed."""
-        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None)
+        frozen = not all(parameter.requires_grad for parameter in self.whole.parameters())
+        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # they hear no frozen place
 
     def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Tensor:
         """-> the mean loss, (). `labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images
