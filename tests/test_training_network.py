@@ -199,11 +199,12 @@ def test_small_epochs_are_small(tmp_path: Path) -> None:
 
 
 def test_an_auxiliary_classifier_thaws_with_its_place(tmp_path: Path) -> None:
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    before, chosen = head[2].weight.clone(), settings(3, freeze_until="layer1", thaw_every=1)
+    last = nn.Linear(8, 3)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    before, chosen = last.weight.clone(), settings(3, freeze_until="layer1", thaw_every=1)
     path, aux = tmp_path / "c.pt", Auxiliary({"layer1": head}, 0.3)
     whole.train(tiny(), DATA, PREPROCESSING, chosen, NONE, FREE, path, lambda event: None, aux=aux)
-    assert not torch.equal(head[2].weight, before)
+    assert not torch.equal(last.weight, before)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
