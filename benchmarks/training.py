@@ -70,7 +70,7 @@ def ours(name: str, data: Dataset, shape: Preprocessing, precision: str, device:
     def epoch() -> int:
         with trainer.ready():
             trainer.train_one_epoch(next(epochs), History(), limits)
-        return trainer.steps * trainer.step_images
+        return trainer.steps * trainer.batches.images
 
     return epoch
 

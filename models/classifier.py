@@ -252,6 +252,13 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (pixels.float() - mean) / std
 
 
+def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The way back, to look at: float32 (N, C, H, W) -> uint8, cut off at black and white."""
+    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(preprocessing.std, device=images.device).view(1, -1, 1, 1) * 255
+    return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
 def top_k(probabilities: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
     """Probabilities (N, classes) -> per row the k best class indices and their probabilities, best first; at most all classes."""
     values, indices = probabilities.topk(min(k, probabilities.shape[1]), dim=1)

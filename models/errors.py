@@ -88,6 +88,24 @@ class DatasetError(ModelError):
     code = "invalid_dataset"
 
 
+class TooFewClasses(DatasetError):
+    """A dataset of fewer than two classes."""
+
+    code = "too_few_classes"
+
+
+class TooFewImages(DatasetError):
+    """A class without images enough to train and to validate on."""
+
+    code = "too_few_images"
+
+
+class TooManyBadFiles(DatasetError):
+    """More files that are no usable images than may be left out."""
+
+    code = "too_many_bad_files"
+
+
 class TrainingError(ModelError):
     """Training went wrong in a way that its message explains: a loss that is not finite, say."""
 

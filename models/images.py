@@ -32,6 +32,8 @@ EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
 DRAFT_FACTOR = 2.5
 
+OVERSHOOT = 26  # of 255: how far a resize in floats may go beyond white and black
+
 PIXEL_CEILING = 2 * 89_478_485  # where Pillow refuses on its own account
 MAX_READS = 100_000  # a photograph's header takes about 100; made of a million tiny segments, one would take 10 s
 MAX_SCANNED_PIXELS = (
@@ -109,6 +111,23 @@ def decode(
         raise ImageTooLarge(f"not enough memory for this {_name(file_format)}; send a smaller image") from error
     except Exception as error:  # Pillow raises what comes to hand: IndexError, SyntaxError, struct.error ...
         raise InvalidImage(_damage(data, file_format, stage, error)) from error
+
+
+def unnormalise(image: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """float32 (C, H, W), as `classifier.normalise` makes it -> the uint8 pixels that it was made of.
+
+    Values between pixels are rounded, as in a resized image file, and those up to OVERSHOOT beyond 0..255 are clipped.
+    Raises `InvalidImage` for what is further outside, or no number.
+    """
+    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1) * 255
+    std = torch.tensor(preprocessing.std).view(-1, 1, 1) * 255
+    pixels = image * std + mean
+    low, high = pixels.aminmax()
+    if not (low >= -OVERSHOOT and high <= 255 + OVERSHOOT):  # nor is NaN
+        raise InvalidImage(
+            "its values are not normalised pixels, (x / 255 - mean) / std per channel; send those, or uint8"
+        )
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

@@ -1,14 +1,19 @@
 """The layer table of an architecture: output shapes, parameters and multiply-adds, for one image at its own input size."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models import architectures
 
 SHOWN_DEPTH = 3  # "features.denseblock1.denselayer1" is shown; what is inside it is counted in its row
+
+Shapes = dict[str, tuple[int, ...]]  # of a module's output, by its path
 
 
 @dataclass(frozen=True)
@@ -44,32 +49,41 @@ def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerT
 
     network = architectures.outline(name, num_classes, channels).eval()
     crop = architectures.preprocessing_of(name, channels).crop
-    outputs = _watch_outputs(network)
-    with FlopCounterMode(display=False) as counter:
+    with watched(network) as outputs, FlopCounterMode(display=False) as counter:
         network(torch.empty(1, channels, crop, crop, device="meta"))
     root = type(network).__name__
     layers = []
-    for path, module in network.named_modules():
-        if path in outputs and len(path.split(".")) <= SHOWN_DEPTH:
-            parameters = sum(p.numel() for p in module.parameters())
-            operations = sum(counter.flop_counts.get(f"{root}.{path}".rstrip("."), {}).values())
-            layers.append(Layer(path, type(module).__name__, outputs[path], parameters, operations // 2))
+    for path, module in shown_modules(network, outputs):
+        parameters = sum(p.numel() for p in module.parameters())
+        operations = sum(counter.flop_counts.get(f"{root}.{path}".rstrip("."), {}).values())
+        layers.append(Layer(path, type(module).__name__, outputs[path], parameters, operations // 2))
     return LayerTable(tuple(layers))
 
 
-def _watch_outputs(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of what each module answers, by path, filled in when the network runs."""
-    outputs: dict[str, tuple[int, ...]] = {}
+@contextmanager
+def watched(network: nn.Module) -> Iterator[Shapes]:
+    """Within, the shapes of what each module answers, filled in when the network runs."""
+    outputs: Shapes = {}
 
-    def watch(path: str, module: nn.Module) -> None:
+    def watch(path: str, module: nn.Module) -> RemovableHandle:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             outputs[path] = tuple((output if isinstance(output, Tensor) else output[0]).shape)
 
-        module.register_forward_hook(note)
+        return module.register_forward_hook(note)
 
+    hooks = [watch(path, module) for path, module in network.named_modules()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shown_modules(network: nn.Module, outputs: Shapes) -> Iterator[tuple[str, nn.Module]]:
+    """Those that have run and do not lie too deep, by path."""
     for path, module in network.named_modules():
-        watch(path, module)
-    return outputs
+        if path in outputs and len(path.split(".")) <= SHOWN_DEPTH:
+            yield path, module
 
 
 def _cells(layer: Layer) -> tuple[str, str, str, str, str]:

@@ -1,12 +1,14 @@
-"""What the engine answers."""
+"""What the engine answers, and what it remembers of it."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from models.classifier import top_k
+from models.classifier import ModelConfig, top_k
 from models.errors import ModelError
 
 
@@ -35,6 +37,11 @@ class Timings:
     decode: float = 0.0
     queue: float = 0.0
     compute: float = 0.0
+
+    @property
+    def header(self) -> str:
+        """As `Server-Timing` says it."""
+        return f"decode;dur={self.decode:.2f}, queue;dur={self.queue:.2f}, compute;dur={self.compute:.2f}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,30 @@ def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error."""
+
+    config: ModelConfig
+    results: list[Tensor | ModelError]
+    timings: Timings
+
+    def probabilities(self) -> Tensor:
+        """(images, classes). Raises the first error of an image, which then says which image it is."""
+        rows = []
+        for number, result in enumerate(self.results, 1):
+            if isinstance(result, ModelError):
+                single = len(self.results) == 1
+                raise result if single else type(result)(f"image {number} of {len(self.results)}: {result}")
+            rows.append(result)
+        return torch.cat(rows)
+
+    def answer(self, k: int) -> Answer:
+        """The k best classes of each."""
+        results = [row if isinstance(row, ModelError) else best(row, self.config.classes, k) for row in self.results]
+        return Answer(self.config.name, self.config.version, results, self.timings)
+
+
+@dataclass(frozen=True)
 class Embedding:
     """Feature vectors, float32 (D,) each, of one model's backbones (concatenated where there are several)."""
 
@@ -78,3 +109,40 @@ def best(probabilities: Tensor, classes: Sequence[str], k: int) -> Prediction:
     """Probabilities (1, classes) of one image -> its k best classes."""
     [indices], [values] = top_k(probabilities, k)
     return Prediction([classes[i] for i in indices], indices, values)
+
+
+@dataclass
+class Total:
+    """How often, and how long in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.ns += round(seconds * 1e9)
+
+
+@dataclass
+class Statistics:
+    """What one version was asked since it was loaded. Times are of requests; of several images, the slowest counts."""
+
+    images: int = 0  # answered
+    last_at: float = 0.0  # time.time() of the last answer
+    success: Total = field(default_factory=Total)
+    failure: Total = field(default_factory=Total)
+    decode: Total = field(default_factory=Total)
+    queue: Total = field(default_factory=Total)
+    compute: Total = field(default_factory=Total)
+
+    def answered(self, scores: Scores, seconds: float) -> None:
+        """A request that was answered; one of which every image failed is a failure."""
+        images = sum(not isinstance(result, ModelError) for result in scores.results)
+        if not images:
+            self.failure.add(seconds)
+            return
+        self.images, self.last_at = self.images + images, time.time()
+        self.success.add(seconds)
+        self.decode.add(scores.timings.decode / 1000)
+        self.queue.add(scores.timings.queue / 1000)
+        self.compute.add(scores.timings.compute / 1000)

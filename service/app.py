@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from models.store import ModelStore
 from service.auth import Keys, require_user
+from service.datasets import Datasets
 from service.engine import Engine
 from service.errors import (
     BadRequest,
@@ -26,12 +27,15 @@ from service.errors import (
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Edge, Traffic, UserCORS
-from service.routes import finetune, models, ops, predict
+from service.routes import datasets, finetune, models, ops, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
 from service.state import State
 
-DESCRIPTION = "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`."
+DESCRIPTION = (
+    "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`; "
+    "under `/v2`, where clients of the Open Inference Protocol expect it so, `{error: message}`."
+)
 
 
 def create_app(
@@ -51,9 +55,11 @@ def create_app(
         state = _state(settings, engine, store, metrics, keys, jobs)
         state["engine"].start()
         state["jobs"].start()
+        await state["datasets"].start()
         try:
             yield state
         finally:
+            state["datasets"].close()
             await state["jobs"].close()
             state["engine"].close()
 
@@ -73,6 +79,11 @@ def create_app(
     app.include_router(models.router, dependencies=user)
     app.include_router(models.admin_router)
     app.include_router(finetune.router)
+    app.include_router(datasets.router)
+    app.include_router(v2.infer_router, dependencies=user)
+    app.include_router(v2.router, dependencies=user)
+    app.include_router(v2.admin_router)
+    app.include_router(v2.health_router)
     app.include_router(ops.router)
     app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic())
     if settings.cors_origins:
@@ -80,8 +91,8 @@ def create_app(
             UserCORS,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
-            expose_headers=("X-Request-ID", "Server-Timing", "Retry-After"),
+            allow_headers=("Authorization", "Content-Type", "X-Request-ID", v2.HEADER_LENGTH),
+            expose_headers=("X-Request-ID", "Server-Timing", "Retry-After", v2.HEADER_LENGTH),
         )
     return app
 
@@ -103,6 +114,7 @@ def _state(
         metrics=metrics,
         keys=keys or Keys.of(settings),
         jobs=jobs or Jobs(settings, engine, store),
+        datasets=Datasets(settings.datasets),
     )
 
 

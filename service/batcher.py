@@ -5,13 +5,15 @@
                                  up to max_batch rows -> features -> parts
 
 A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and at rest an
-image goes at once. The device thread cuts it itself, so no device waits for the event loop.
+image goes at once. The device thread cuts it itself, so no device waits for the event loop. Priority is a head start in the queue, so that
+nobody waits for ever.
 """
 
 import asyncio
 import logging
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,7 +61,13 @@ class Item:
     parts: Sequence[Part]
     deadline: float  # time.monotonic()
     future: asyncio.Future[Output]
+    head_start_s: float = 0.0  # it waits as if it had come so much earlier; negative: later
     submitted_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def turn(self) -> float:
+        """Whose is smallest goes first."""
+        return self.submitted_at - self.head_start_s
 
 
 class BackboneQueue:
@@ -138,13 +146,15 @@ class Batcher:
         for worker in self.workers:
             worker.start()
 
-    async def submit(self, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Part], deadline: float) -> Output:
+    async def submit(
+        self, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Part], deadline: float, head_start_s: float = 0.0
+    ) -> Output:
         """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
-        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future())
+        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s)
         with self._changed:
             if self._closed or all(worker.lost for worker in self.workers):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
-            queue.items.append(item)
+            insort(queue.items, item, key=_turn)
             self._queues[queue] = None
             self._changed.notify()
         return await item.future
@@ -157,7 +167,7 @@ class Batcher:
                     self._changed.wait()
                 if self._closed:
                     return None
-                queue = min(self._queues, key=lambda q: q.items[0].submitted_at)
+                queue = min(self._queues, key=lambda q: q.items[0].turn)
                 items = self._cut(queue, queue.batch_limit(device))
                 if items:
                     return queue, items
@@ -213,7 +223,7 @@ class DeviceThread(threading.Thread):
 
     def _answer(self, queue: BackboneQueue, items: list[Item]) -> bool:
         """Computes and delivers a batch; False when the device is lost, and with it this thread."""
-        oldest, size = items[0].submitted_at, len(items)
+        oldest, size = min(item.submitted_at for item in items), len(items)
         try:
             answers = self._compute(queue, items)
         except DeviceLost as lost:
@@ -261,6 +271,10 @@ class DeviceThread(threading.Thread):
             else NonFiniteOutput("the model's answer for this image is not a finite number")
             for item, row in zip(items, values, strict=True)
         ]
+
+
+def _turn(item: Item) -> float:
+    return item.turn
 
 
 def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:

@@ -142,6 +142,17 @@ class Catalogue:
         before = await asyncio.to_thread(self.store.previous, name)
         return await self._serve(name, before, partial(self.store.rollback, name))
 
+    async def retire(self, name: str) -> None:
+        """Takes a model out of service and out of memory; its versions stay in the store.
+
+        Raises ModelNotFound, and NameConflict where the setting `models` names it.
+        """
+        plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+        if self.settings.models and name in plan.names:
+            raise NameConflict(f"the setting `models` names {name!r}; take it out there")
+        await asyncio.to_thread(self.store.deactivate, name)
+        await self.sync()
+
     async def _serve(
         self, name: str, version: int, record: Callable[[], object], check: Check = unchecked
     ) -> ModelStatus:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from models import images
 from models.classifier import Preprocessing
-from models.errors import ImageError, ModelError, WeightsError
+from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
-from service.answers import Answer, Embedding, Prediction, Sample, Timings, best
+from service.answers import Answer, Embedding, Sample, Scores, Timings
 from service.batcher import Batcher, Output, Part
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
@@ -32,6 +32,9 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Image = (
+    bytes | Tensor
+)  # a file, or (C, crop, crop) that was preprocessed already: uint8, or float32 as `normalise` makes it
 
 PARITY = 0.05  # of a probability, between training in float32 and serving, which may be in bfloat16
 
@@ -113,14 +116,45 @@ class Engine:
         Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded; an image's own error stands in its place.
         """
         bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
-        answers = await self._answers(files, bound, k, timeout_ms)
-        for result in (result for answer in answers for result in answer.results):
-            self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
-        return answers
+        return [scores.answer(k) for scores in await self._counted(files, bound, timeout_ms)]
 
-    async def _answers(
-        self, files: Sequence[bytes], bound: Sequence[Served], k: int, timeout_ms: int | None = None
-    ) -> list[Answer]:
+    async def infer(
+        self, images: Sequence[Image], served: Served, timeout_ms: int | None = None, head_start_s: float = 0.0
+    ) -> Scores:
+        """The probabilities of all classes, by a version that `bind` gave. In the queue it is as if it had come `head_start_s` earlier.
+
+        Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
+        """
+        [scores] = await self._counted(images, [served], timeout_ms, head_start_s)
+        return scores
+
+    def bind(self, name: str, version: int | None = None) -> Served:
+        """The version that answers now. Raises NotReady, and ModelNotFound also where another than `version` is served."""
+        served = self.catalogue.bind(name)
+        if version is not None and version != served.config.version:
+            raise ModelNotFound(f"this version of the model is not served; version {served.config.version} is")
+        return served
+
+    async def _counted(
+        self, images: Sequence[Image], bound: Sequence[Served], timeout_ms: int | None, head_start_s: float = 0.0
+    ) -> list[Scores]:
+        """The scores, with what metrics and statistics make of them."""
+        started = time.monotonic()
+        try:
+            answered = await self._scores(images, bound, timeout_ms, head_start_s)
+        except BaseException:
+            for served in bound:
+                served.statistics.failure.add(time.monotonic() - started)
+            raise
+        for served, scores in zip(bound, answered, strict=True):
+            served.statistics.answered(scores, time.monotonic() - started)
+            for result in scores.results:
+                self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
+        return answered
+
+    async def _scores(
+        self, images: Sequence[Image], bound: Sequence[Served], timeout_ms: int | None = None, head_start_s: float = 0.0
+    ) -> list[Scores]:
         wanted: dict[LoadedBackbone, list[Part]] = {}
         slots: list[list[tuple[LoadedBackbone, int]]] = []  # for each model, where the values of its parts will stand
         for served in bound:
@@ -128,27 +162,23 @@ class Engine:
             for backbone, part in zip(served.backbones, served.parts, strict=True):
                 wanted.setdefault(backbone, []).append(part)
                 slots[-1].append((backbone, len(wanted[backbone]) - 1))
-        rows = await self._rows(files, wanted, timeout_ms)
-        answers = []
-        for served, places in zip(bound, slots, strict=True):
-            results = await self._results(served, places, rows, k)
-            answers.append(Answer(served.config.name, served.config.version, results, _slowest(rows)))
-        return answers
+        rows = await self._rows(images, wanted, timeout_ms, head_start_s)
+        timings = _slowest(rows)
+        return [
+            Scores(served.config, await self._joined(served, places, rows), timings)
+            for served, places in zip(bound, slots, strict=True)
+        ]
 
-    async def _results(
-        self,
-        served: Served,
-        places: Sequence[tuple[LoadedBackbone, int]],
-        rows: Sequence["_Row | ModelError"],
-        k: int,
-    ) -> list[Prediction | ModelError]:
-        """The parts of each image joined to its best classes. An ensemble's joining computes, and goes to the pool."""
+    async def _joined(
+        self, served: Served, places: Sequence[tuple[LoadedBackbone, int]], rows: Sequence["_Row | ModelError"]
+    ) -> list[Tensor | ModelError]:
+        """The parts of each image joined to its probabilities. An ensemble's joining computes, and goes to the pool."""
 
-        def joined() -> list[Prediction | ModelError]:
+        def joined() -> list[Tensor | ModelError]:
             return [
                 row
                 if isinstance(row, ModelError)
-                else best(served.probabilities([row.values[b][slot] for b, slot in places]), served.config.classes, k)
+                else served.probabilities([row.values[b][slot] for b, slot in places])
                 for row in rows
             ]
 
@@ -167,26 +197,30 @@ class Engine:
         return Embedding(served.config.name, served.config.version, results, _slowest(rows))
 
     async def _rows(
-        self, files: Sequence[bytes], wanted: dict[LoadedBackbone, list[Part]], timeout_ms: int | None
+        self,
+        files: Sequence[Image],
+        wanted: dict[LoadedBackbone, list[Part]],
+        timeout_ms: int | None,
+        head_start_s: float = 0.0,
     ) -> list[_Row | ModelError]:
         """Each image through each backbone: its values, or the error that concerns it alone."""
         timeout_s = min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms) / 1000
         deadline = time.monotonic() + timeout_s
-        size = sum(len(data) for data in files)
+        size = sum(data.nbytes if isinstance(data, Tensor) else len(data) for data in files)
         with contextlib.ExitStack() as admitted:
             for backbone in wanted:
                 admitted.enter_context(backbone.queue.admit(len(files), size))
             admitted.enter_context(self._under_way())
             try:
                 async with asyncio.timeout(timeout_s):
-                    rows = await asyncio.gather(*(self._row(data, wanted, deadline) for data in files))
+                    rows = await asyncio.gather(*(self._row(data, wanted, deadline, head_start_s) for data in files))
                 return _answered(rows)
             except (TimeoutError, DeadlineExceeded):
                 self.metrics.reject("deadline")
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
 
     async def _row(
-        self, data: bytes, wanted: dict[LoadedBackbone, list[Part]], deadline: float
+        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, head_start_s: float
     ) -> _Row | ModelError | ServiceError:
         """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
         started = time.monotonic()
@@ -198,7 +232,7 @@ class Engine:
         decoded = time.monotonic()
         outcomes = await asyncio.gather(
             *(
-                self.batcher.submit(backbone.queue, pixels[backbone.ref.preprocessing], parts, deadline)
+                self.batcher.submit(backbone.queue, pixels[backbone.ref.preprocessing], parts, deadline, head_start_s)
                 for backbone, parts in wanted.items()
             ),
             return_exceptions=True,
@@ -218,12 +252,16 @@ class Engine:
         self._observe(timings)
         return _Row({b: output.values for b, output in zip(wanted, outputs, strict=True)}, timings)
 
-    async def _decode(self, data: bytes, preprocessing: Preprocessing) -> Tensor:
-        """Image bytes -> uint8 (C, crop, crop), in the decode pool."""
+    async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
+        """An image -> uint8 (C, crop, crop), in the decode pool."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._decoders, images.decode, data, preprocessing, self._limits, self._formats
-        )
+        if isinstance(data, bytes):
+            return await loop.run_in_executor(
+                self._decoders, images.decode, data, preprocessing, self._limits, self._formats
+            )
+        if data.dtype == torch.uint8:
+            return data
+        return await loop.run_in_executor(self._decoders, images.unnormalise, data, preprocessing)
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[None]:
@@ -256,6 +294,10 @@ class Engine:
         """The same with the version that served before."""
         return await self.catalogue.rollback(name)
 
+    async def retire(self, name: str) -> None:
+        """Takes a model out of service; its versions stay in the store. Raises ModelNotFound, NameConflict."""
+        await self.catalogue.retire(name)
+
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name."""
         return self.catalogue.models()
@@ -268,11 +310,11 @@ class Engine:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
-        [answer] = await self._answers([s.data for s in samples], [served], len(served.config.classes))
-        for sample, found in zip(samples, answer.results, strict=True):
+        [scores] = await self._scores([s.data for s in samples], [served])
+        for sample, found in zip(samples, scores.results, strict=True):
             if isinstance(found, ModelError):
                 raise WeightsError(f"{sample.name}, an image of its training, is refused here: {found}")
-            off = max(abs(p - sample.probabilities[i]) for i, p in zip(found.indices, found.probabilities, strict=True))
+            off = float((found[0] - torch.tensor(sample.probabilities)).abs().max())
             if off > PARITY:
                 raise WeightsError(f"{sample.name} gets other probabilities here than in training: by up to {off:.3f}")
 

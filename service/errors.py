@@ -117,12 +117,6 @@ class Forbidden(ServiceError):
     code = "forbidden"
 
 
-class PathNotAllowed(ServiceError):
-    """A path outside the datasets folder, symlinks resolved."""
-
-    code = "path_not_allowed"
-
-
 # Jobs
 
 
@@ -221,6 +215,9 @@ STATUS: dict[type[Exception], int] = {
     model.ModelNotFound: 404,
     model.ArchitectureNotFound: 404,
     model.DatasetError: 422,
+    model.TooFewClasses: 422,
+    model.TooFewImages: 422,
+    model.TooManyBadFiles: 422,
     model.TrainingError: 500,
     model.DeviceUnavailable: 503,
     model.InferenceFailed: 500,
@@ -241,7 +238,6 @@ STATUS: dict[type[Exception], int] = {
     MethodNotAllowed: 405,
     Unauthorized: 401,
     Forbidden: 403,
-    PathNotAllowed: 403,
     JobNotFound: 404,
     ReportNotFound: 404,
     JobFinished: 409,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from models.classifier import BackboneRef, Head, ModelConfig
+from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.errors import InvalidName, ModelNotFound, WeightsError
 from models.runtime import RuntimeInfo, compile_backbone
 from models.store import ModelStore
+from service.answers import Statistics
 from service.batcher import BackboneQueue, Batcher
 from service.metrics import Metrics
 from service.settings import Settings
@@ -45,8 +46,15 @@ class HeadPart:
 
     def __init__(self, heads: Mapping[torch.device, Head], member: int) -> None:
         self._heads, self._member = heads, member
+        self._batches = dict.fromkeys(heads, 0)  # each device's thread writes its own
+
+    @property
+    def batches(self) -> int:
+        """In how many it took part."""
+        return sum(self._batches.values())
 
     def __call__(self, features: Tensor) -> Tensor:
+        self._batches[features.device] += 1
         head = self._heads[features.device]
         part = head.part(self._member, features)
         return head.combine([part]) if len(head.layers) == 1 else part
@@ -60,6 +68,16 @@ class Served:
     backbones: tuple[LoadedBackbone, ...]
     parts: tuple[HeadPart, ...]
     head: Head  # on the CPU
+    statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def input(self) -> Preprocessing | None:
+        """What an image has to be like for every backbone; None where they differ, so that no pixels would fit them all."""
+        first, *others = (backbone.ref.preprocessing for backbone in self.backbones)
+        same = all(
+            (o.channels, o.crop, o.mean, o.std) == (first.channels, first.crop, first.mean, first.std) for o in others
+        )
+        return first if same else None
 
     @torch.inference_mode()
     def probabilities(self, values: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
 
-head -> request id -> draining? declared size? -> routes, which receive the body counted -> headers, metrics, access log
+head -> request id -> draining? declared size? -> routes, which receive the body inflated and counted -> headers, metrics, access log
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import ModelError
+from service.encodings import inflating
 from service.errors import BadRequest, Draining, Internal, PayloadTooLarge, QueueFull, ServiceError, envelope, status_of
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
@@ -28,8 +29,13 @@ access_log = logging.getLogger("service.access")
 
 SMALL_BODY = 2**20  # bytes: all that a route without images may be sent
 IMAGE_PATHS = frozenset({"/predict", "/embed"})
-USER_PATHS = {"POST": re.compile(r"/predict|/embed"), "GET": re.compile(r"/models(/[^/]+)?")}
-OPEN_WHILE_DRAINING = ("/health/", "/metrics")
+UPLOADS = frozenset({("POST", "/datasets")})  # their bodies go to the disk as they come
+INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")  # the Open Inference Protocol's
+USER_PATHS = {
+    "POST": re.compile(rf"/predict|/embed|{INFER_PATH.pattern}"),
+    "GET": re.compile(r"/models(/[^/]+)?|/v2(/(models|health)/.*)?"),
+}
+OPEN_WHILE_DRAINING = ("/health/", "/v2/health/", "/metrics")
 LINGER_BYTES, LINGER_S = (
     2**20,
     2.0,
@@ -55,6 +61,7 @@ class Exchange:
     limit: int  # bytes of body
     started: float = field(default_factory=time.perf_counter)
     received: int = 0
+    held: int = 0  # bytes of body in memory
     status: int = 0
     admitted: bool = False  # it counts as traffic, and a shutdown waits for it
     complete: bool = False  # the whole body has been received
@@ -102,13 +109,13 @@ class Edge:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope["path"], headers))
+        exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope, headers))
         exchange.complete = b"content-length" not in headers and b"transfer-encoding" not in headers
         scope["state"]["request_id"] = exchange.request_id.decode()
         try:
             await self._answer(scope, headers, exchange, receive, send)
         finally:
-            self.held -= exchange.received
+            self.held -= exchange.held
             if exchange.admitted:
                 self.traffic.end()
             self._record(scope, exchange)
@@ -117,25 +124,32 @@ class Edge:
         self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive, send: Send
     ) -> None:
         reply = self._reply_to(exchange, send)
-        counted = self._counted(exchange, receive)
         try:
             self._admit(scope, headers, exchange)
-            await self.app(scope, counted, reply)
+            body = self._body(scope, headers, exchange, receive)
+            await self.app(scope, self._counted(exchange, body, _is_upload(scope)), reply)
         except ClientDisconnect:
             exchange.status = CLIENT_LEFT
         except asyncio.CancelledError:  # the grace time of a shutdown is over
             if exchange.status or not scope["state"]["engine"].draining:
                 raise
-            await self._refuse(Draining("the server shut down before the answer was there"), exchange, receive, reply)
+            late = Draining("the server shut down before the answer was there")
+            await self._refuse(late, scope["path"], exchange, receive, reply)
         except (ServiceError, ModelError) as error:
-            await self._refuse(exchange.refusal or error, exchange, receive, reply)
+            await self._refuse(exchange.refusal or error, scope["path"], exchange, receive, reply)
         except Exception:
             log.exception("request %s failed", exchange.request_id.decode())
             if exchange.status:  # the answer had begun: all we can do is to break it off
                 raise
-            await self._refuse(Internal("internal error; the log has the details"), exchange, receive, reply)
+            bug = Internal("internal error; the log has the details")
+            await self._refuse(bug, scope["path"], exchange, receive, reply)
 
-    def _limit(self, path: str, headers: dict[bytes, bytes]) -> int:
+    def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        path = scope["path"]
+        if _is_upload(scope):
+            return self.settings.max_dataset_mb * 2**20
+        if INFER_PATH.fullmatch(path):
+            return self._multipart_limit
         if path not in IMAGE_PATHS:
             return SMALL_BODY
         multipart = headers.get(b"content-type", b"")[:10].lower() == b"multipart/"
@@ -156,18 +170,33 @@ class Edge:
         if int(declared) > exchange.limit:
             raise _too_large(exchange.limit)
 
-    def _counted(self, exchange: Exchange, receive: Receive) -> Receive:
-        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs."""
+    def _body(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive) -> Receive:
+        """`receive`, which notes when all has come; inflated where the route reads compressed bodies."""
+
+        async def noted() -> Message:
+            message = await receive()
+            exchange.complete = exchange.complete or not message.get("more_body", False)
+            return message
+
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        if encoding.lower() != "identity" and INFER_PATH.fullmatch(scope["path"]):
+            return inflating(noted, encoding)
+        return noted
+
+    def _counted(self, exchange: Exchange, receive: Receive, passing: bool) -> Receive:
+        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs; one that is only `passing`
+        through the memory counts for itself alone."""
 
         async def counted() -> Message:
             message = await receive()
             size = len(message.get("body", b""))
             exchange.received += size
-            self.held += size
-            exchange.complete = exchange.complete or not message.get("more_body", False)
+            if not passing:
+                exchange.held += size
+                self.held += size
             if exchange.received > exchange.limit:
                 exchange.refusal = _too_large(exchange.limit)
-            elif self.held > self._max_held and exchange.received < self.held:
+            elif not passing and self.held > self._max_held and exchange.held < self.held:
                 held = f"the server already holds {self._max_held >> 20} MB of requests; try again later"
                 exchange.refusal = QueueFull(held, retry_after_s=1.0)
             if exchange.refusal is not None:
@@ -192,12 +221,12 @@ class Edge:
         return reply
 
     async def _refuse(
-        self, error: ServiceError | ModelError, exchange: Exchange, receive: Receive, reply: Send
+        self, error: ServiceError | ModelError, path: str, exchange: Exchange, receive: Receive, reply: Send
     ) -> None:
         """Answers an error. Where the body was not read to its end, reads on a little so that the sender sees the answer, and closes."""
         count_rejection(self.metrics, error)
         exchange.closing = exchange.closing or not exchange.complete
-        status, headers, body = render(error, exchange.request_id.decode())
+        status, headers, body = render(error, exchange.request_id.decode(), path)
         await reply({"type": "http.response.start", "status": status, "headers": headers})
         if not exchange.complete:
             await reply({"type": "http.response.body", "body": body, "more_body": True})
@@ -228,11 +257,16 @@ class UserCORS(CORSMiddleware):
             await self.app(scope, receive, send)
 
 
-def render(error: ServiceError | ModelError, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """An error as status, headers and JSON body."""
+def render(
+    error: ServiceError | ModelError, request_id: str, path: str
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An error as status, headers and JSON body; under /v2 the body is the Open Inference Protocol's."""
     status = status_of(error)
     param = getattr(error, "param", None)
-    body = encode(envelope(error.code, str(error), param, request_id) | getattr(error, "beside", {}))
+    if path == "/v2" or path.startswith("/v2/"):
+        body = encode({"error": f"{param}: {error}" if param else str(error)})
+    else:
+        body = encode(envelope(error.code, str(error), param, request_id) | getattr(error, "beside", {}))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in getattr(error, "headers", {}).items()]
     if status == 401:
@@ -258,6 +292,10 @@ def _request_id(given: bytes | None) -> bytes:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return token_hex(8).encode()
+
+
+def _is_upload(scope: Scope) -> bool:
+    return (scope["method"], scope["path"]) in UPLOADS
 
 
 def _is_user_route(scope: Scope) -> bool:

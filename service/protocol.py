@@ -2,6 +2,8 @@
 
 first byte ----head_timeout_s----> head complete ----body_timeout_s----> body complete       late: 408, close
            at most max_head bytes                                                        larger: 431, close
+
+The body of an upload may take longer, as long as each span of body_timeout_s brings it on by UPLOAD_RATE.
 """
 
 import asyncio
@@ -15,8 +17,10 @@ from uvicorn.server import ServerState
 
 from models.errors import ModelError
 from service.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
-from service.middleware import LINGER_BYTES, LINGER_S, render
+from service.middleware import LINGER_BYTES, LINGER_S, UPLOADS, render
 from service.settings import Settings
+
+UPLOAD_RATE = 8 * 1024  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0
+        self._body_bytes = 0  # since the deadline was set
         self._refused = False
         self._linger_bytes = LINGER_BYTES
 
@@ -92,6 +97,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._expect("request body", self._guards.body_timeout_s)
 
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._expect_nothing()
@@ -103,6 +112,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _expect(self, what: str, seconds: float) -> None:
         self._expect_nothing()
+        self._body_bytes = 0
         self._deadline = self.loop.call_later(seconds, self._late, what, seconds)
 
     def _expect_nothing(self) -> None:
@@ -111,6 +121,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline = None
 
     def _late(self, what: str, seconds: float) -> None:
+        uploading = not self._in_head and (self.scope["method"], self.scope["path"]) in UPLOADS
+        if uploading and self._body_bytes >= seconds * UPLOAD_RATE:
+            self._expect(what, seconds)
+            return
         self._refuse(RequestTimeout(f"the {what} did not arrive within {seconds:g} s"))
 
     def _refuse_head(self) -> None:
@@ -128,7 +142,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         request_id = token_hex(8)
-        status, headers, body = render(error, request_id)
+        status, headers, body = render(error, request_id, getattr(self, "url", b"").decode("latin-1").partition("?")[0])
         headers += [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
         head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)

@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.classifier import NAME_PATTERN
+from models.training.request import FinetuneRequest
+from service.datasets import Dataset
 from service.jobs import Job
 from service.loaded import ModelStatus
 
@@ -78,6 +80,20 @@ class JobList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Job]
     has_more: bool
+
+
+class DatasetList(BaseModel):
+    """Datasets by name; for the next page, `after` is the name of the last one here."""
+
+    object: Literal["list"] = "list"
+    data: list[Dataset]
+    has_more: bool
+
+
+class Validate(FinetuneRequest):
+    """A dataset, and whatever else of a job's request changes how it is split; the model needs no name yet."""
+
+    name: str = Field(default="dataset", pattern=NAME_PATTERN, description="Name of the model to be")
 
 
 class JobEvent(BaseModel):
@@ -167,6 +183,13 @@ JOB_EXAMPLE = {
     "model": None,
     "version": None,
     "deployment": None,
+}
+DATASET_EXAMPLE = {
+    "object": "dataset",
+    "name": "hymenoptera.zip",
+    "kind": "zip",
+    "bytes": 47286322,
+    "modified": "2026-11-22T09:29:00Z",
 }
 EVENT_EXAMPLE = {
     "seq": 7,

@@ -132,8 +132,9 @@ class Settings(BaseSettings):
 
     # Limits on what arrives
     max_body_mb: int = Field(16, ge=1, description="Largest request body of one raw image, in megabytes")
-    max_multipart_mb: int = Field(64, ge=1, description="Largest multipart request body, in megabytes")
-    max_files: int = Field(32, ge=1, le=1000, description="Most images in one multipart request")
+    max_multipart_mb: int = Field(64, ge=1, description="Largest request body of several images, in megabytes")
+    max_dataset_mb: int = Field(10_240, ge=1, description="Largest upload of a dataset, in megabytes")
+    max_files: int = Field(32, ge=1, le=1000, description="Most images in one request")
     max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
     max_image_megapixels: int = Field(  # at most what models.images.PIXEL_CEILING lets through
         50, ge=1, le=178, description="Largest image, in millions of pixels"

@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 
 from models.store import ModelStore
 from service.auth import Keys
+from service.datasets import Datasets
 from service.engine import Engine
 from service.jobs import Jobs
 from service.metrics import Metrics
@@ -21,6 +22,7 @@ class State(TypedDict):
     metrics: Metrics
     keys: Keys
     jobs: Jobs
+    datasets: Datasets
 
 
 def state_of(request: Request) -> State:
@@ -47,7 +49,12 @@ async def get_jobs(request: Request) -> Jobs:
     return state_of(request)["jobs"]
 
 
+async def get_datasets(request: Request) -> Datasets:
+    return state_of(request)["datasets"]
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 StoreDep = Annotated[ModelStore, Depends(get_store)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
+DatasetsDep = Annotated[Datasets, Depends(get_datasets)]

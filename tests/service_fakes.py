@@ -24,7 +24,7 @@ from models.store import ModelStore, Serving
 from service.answers import Answer, Embedding, Prediction, Sample, Timings
 from service.app import create_app
 from service.engine import Engine
-from service.loaded import ModelStatus
+from service.loaded import ModelStatus, Served
 from service.metrics import Metrics
 from service.middleware import Traffic
 from service.settings import Settings
@@ -115,6 +115,9 @@ class FakeEngine(Engine):
         best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
         results = [FAILURES.get(data, best) for data in files]
         return [Answer(name, self.version, results, TIMINGS) for name in models or ["pets"]]
+
+    def bind(self, name: str, version: int | None = None) -> Served:
+        raise ModelNotFound("no model of that name is served")
 
     async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
         self.asked = {"model": model, "timeout_ms": timeout_ms}

@@ -12,7 +12,18 @@ from service.auth import Keys, admin_key_of
 from service.errors import Forbidden, Unauthorized
 
 OPEN = {"/", "/health/live", "/health/ready", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
-USER = {("POST", "/predict"), ("POST", "/embed"), ("GET", "/models"), ("GET", "/models/{name}")}
+OPEN |= {"/v2/health/live", "/v2/health/ready"}
+USER = {("POST", "/predict"), ("POST", "/embed"), ("GET", "/models"), ("GET", "/models/{name}"), ("GET", "/v2")}
+USER |= {
+    ("GET", "/v2/models/stats"),
+    ("POST", "/v2/models/{name}/infer"),
+    ("POST", "/v2/models/{name}/versions/{version}/infer"),
+}
+USER |= {
+    ("GET", f"/v2/models/{{name}}{version}{what}")
+    for version in ("", "/versions/{version}")
+    for what in ("", "/ready", "/config", "/stats")
+}
 
 
 @pytest.mark.parametrize("key", [None, "", "b" * 32, ADMIN_KEY[:-1], ADMIN_KEY + "a", ADMIN_KEY.upper(), "ü"])

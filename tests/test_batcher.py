@@ -53,8 +53,14 @@ async def batching(
     queue = BackboneQueue("fake", {CPU: runtime}, max_images, max_bytes, metrics)
     batcher.start()
 
-    def submit(value: int, timeout_s: float = 5.0, part: Callable[[Tensor], Tensor] = identity) -> asyncio.Task[Output]:
-        return asyncio.create_task(batcher.submit(queue, image(value), [part], time.monotonic() + timeout_s))
+    def submit(
+        value: int,
+        timeout_s: float = 5.0,
+        part: Callable[[Tensor], Tensor] = identity,
+        head_start_s: float = 0.0,
+    ) -> asyncio.Task[Output]:
+        deadline = time.monotonic() + timeout_s
+        return asyncio.create_task(batcher.submit(queue, image(value), [part], deadline, head_start_s))
 
     try:
         yield submit, queue, metrics
@@ -254,3 +260,33 @@ def test_rows_that_share_a_part_go_through_it_together() -> None:
     values = apply_parts(torch.arange(3.0).unsqueeze(1), [[double], [identity], [identity, double]])
     assert [[v.item() for v in row] for row in values] == [[0.0], [1.0], [2.0, 4.0]]
     assert calls == [2]
+
+
+def waiting(queue: BackboneQueue) -> list[int]:
+    return [int(item.pixels[0, 0, 0]) for item in queue.items]
+
+
+async def test_a_head_start_counts_as_time_waited() -> None:
+    runtime = FakeRuntime(max_batch=1)
+    async with batching(runtime) as (submit, queue, _):
+        tasks = [
+            await held(runtime, submit),
+            *(submit(v, head_start_s=h) for v, h in ((1, -1), (2, 0), (3, 0), (4, 1))),
+        ]
+        await asyncio.sleep(0.01)
+        assert waiting(queue) == [4, 2, 3, 1]
+        runtime.gate.set()
+        assert answers(await asyncio.gather(*tasks)) == [0, 1, 2, 3, 4]
+
+
+async def test_whoever_has_waited_for_long_is_not_overtaken() -> None:
+    runtime = FakeRuntime(max_batch=1)
+    async with batching(runtime) as (submit, queue, _):
+        tasks = [await held(runtime, submit), submit(1, head_start_s=-1)]
+        await asyncio.sleep(0.01)
+        queue.items[0].submitted_at -= 3
+        tasks.append(submit(2, head_start_s=1))
+        await asyncio.sleep(0.01)
+        assert waiting(queue) == [1, 2]
+        runtime.gate.set()
+        await asyncio.gather(*tasks)

@@ -7,7 +7,7 @@ import pytest
 import models.runtime  # noqa: F401
 import service.app  # noqa: F401  whatever defines errors of its own is imported before we walk them
 from models.errors import EmptyImage, ImageTooLarge, ModelError, ModelNotFound, UnsupportedImage
-from service.errors import STATUS, QueueFull, ServiceError, envelope, status_of
+from service.errors import STATUS, QueueFull, ServiceError, envelope, error_of, status_of
 
 
 def descendants(root: type[Exception]) -> Iterator[type[Exception]]:
@@ -37,6 +37,12 @@ def test_the_table_has_no_row_too_many() -> None:
 )
 def test_status_of(error: ModelError | ServiceError, status: int) -> None:
     assert status_of(error) == status
+
+
+@pytest.mark.parametrize("code", ["invalid_dataset", "too_few_classes", "too_few_images", "too_many_bad_files"])
+def test_what_is_wrong_with_a_dataset_keeps_its_code_from_the_trainer_on(code: str) -> None:
+    error = error_of(code, "said")
+    assert (error.code, str(error), status_of(error)) == (code, "said", 422)
 
 
 def test_every_error_has_a_code_in_snake_case() -> None:

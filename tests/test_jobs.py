@@ -21,9 +21,10 @@ from service_fakes import FakeEngine, FakeStore
 
 from models.errors import DatasetError, ModelNotFound, NameConflict
 from models.training.request import FinetuneRequest
+from service import datasets
 from service.answers import Sample
 from service.errors import InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
-from service.jobs import Job, Jobs, datasets, trainer
+from service.jobs import Job, Jobs, trainer
 from service.jobs.trainer import Trainers
 from service.loaded import ModelStatus
 from service.settings import Settings
@@ -271,6 +272,18 @@ async def test_a_spare_trainer_stands_ready_for_the_next_job(jobs: Jobs) -> None
     job, _ = await jobs.create(wanting("succeed"))
     await ended(jobs, job.id)
     assert int((jobs.folders / job.id / "pid").read_text()) == spare[0]
+
+
+async def test_a_job_takes_the_spare_trainer_that_was_started_during_the_one_before(jobs: Jobs) -> None:
+    first = await waiting(jobs)
+    at_work = int((jobs.folders / first.id / "pid").read_text())
+    async with asyncio.timeout(PATIENCE_S):
+        while not (spare := {*children()} - {at_work}):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    second, _ = await jobs.create(wanting("succeed"))
+    await jobs.stop(first.id)
+    await ended(jobs, second.id)
+    assert {int((jobs.folders / second.id / "pid").read_text())} == spare
 
 
 def test_a_spare_trainer_that_has_died_or_waited_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,11 +240,16 @@ def test_batches_grow_while_they_pay(engine: FakeEngine, largest: int) -> None:
     [
         pytest.param(0.0, 4, id="the smallest that is nearly the best"),
         pytest.param(0.05, 8, id="long enough"),
-        pytest.param(1.0, 16, id="none is long enough"),
+        pytest.param(0.3, 32, id="longer than any that was measured"),
+        pytest.param(1.0, 64, id="no batch is long enough"),
     ],
 )
 def test_the_recommended_batch(shortest_s: float, size: int) -> None:
-    assert choice.recommended_batch({1: 50.0, 2: 80.0, 4: 96.0, 8: 100.0, 16: 90.0}, shortest_s) == size
+    assert choice.recommended_batch({1: 50.0, 2: 80.0, 4: 96.0, 8: 100.0, 16: 90.0}, shortest_s, 64) == size
+
+
+def test_no_batch_is_recommended_beyond_one_that_is_slower() -> None:
+    assert choice.recommended_batch({1: 50.0, 2: 60.0, 4: 40.0}, 1.0, 64) == 2
 
 
 def test_the_fastest_engine_without_an_error_is_chosen() -> None:

@@ -1,5 +1,6 @@
 """The OpenAPI document."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,10 @@ def test_the_examples_fit_the_schemas() -> None:
     PredictAnswer.model_validate(PREDICT_EXAMPLE)
     PredictAnswers.model_validate(PREDICT_SEVERAL_EXAMPLE)
     EmbedAnswer.model_validate(EMBED_EXAMPLE)
+
+
+def test_every_part_of_a_path_is_declared_once(document: dict[str, Any]) -> None:
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            declared = [field["name"] for field in operation.get("parameters", ()) if field["in"] == "path"]
+            assert sorted(declared) == sorted(re.findall(r"\{(\w+)\}", path)), path

@@ -53,7 +53,7 @@ def small(tmp_path: Path, **settings: Any) -> Service:
     return Service(tmp_path, **{"port": 0, "max_body_mb": 1, **settings})
 
 
-async def talk(server: Server, *pieces: bytes, timeout_s: float = PATIENCE_S) -> tuple[int, dict[str, Any]]:
+async def talk(server: Server, *pieces: bytes, timeout_s: float = PATIENCE_S) -> tuple[int, Any]:
     """Sends, and reads until the server closes: status and the error's body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
     for piece in pieces:
@@ -93,6 +93,15 @@ async def test_what_is_slow_or_malformed_is_answered_and_closed(
     async with serving(small(tmp_path, head_timeout_s=limit_s, body_timeout_s=limit_s)) as server:
         answered, error = await talk(server, *pieces)
     assert (answered, error["code"]) == (status, code)
+
+
+async def test_under_v2_the_guards_speak_its_protocol(tmp_path: Path) -> None:
+    head = b"POST /v2/models/pets/infer?x HTTP/1.1\r\n"
+    async with serving(small(tmp_path, head_timeout_s=0.3, max_multipart_mb=1)) as server:
+        late = await talk(server, head + b"Ho")
+        large = await talk(server, head + b"Host: x\r\nContent-Length: 99999999\r\n\r\n")
+    assert late == (408, "the request head did not arrive within 0.3 s")
+    assert large == (413, "the request body is larger than 1 MB")
 
 
 async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.classifier import Preprocessing
-from models.errors import DatasetError
+from models.errors import DatasetError, TooFewImages, TooManyBadFiles
 from models.training import dataset
 from models.training.dataset import Dataset, load, pixels
 
@@ -141,13 +141,21 @@ def test_animations_are_bad_files(tmp_path: Path) -> None:
 
 
 def test_fail_stops_at_a_bad_file(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"red/broken\.png"):
+    with pytest.raises(TooManyBadFiles, match=r"red/broken\.png"):
         load_all(folder(tmp_path, coloured(4) | BAD), on_bad_file="fail")
 
 
 def test_too_many_bad_files_are_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="2 of 8 files"):
+    with pytest.raises(TooManyBadFiles, match="2 of 8 files"):
         load_all(folder(tmp_path, coloured(2) | BAD | {"blue/text.png": b"hello"}))
+
+
+def test_an_error_counts_all_problems_and_lists_twenty(tmp_path: Path) -> None:
+    bad = {f"red/bad{i:02}.png": b"" for i in range(23)}
+    with pytest.raises(TooManyBadFiles, match="23 of 29 files") as refused:
+        load_all(folder(tmp_path, coloured(2) | bad))
+    assert (str(refused.value).count("zero bytes"), str(refused.value)[-12:]) == (20, "; and 3 more")
+    assert str(tmp_path) not in str(refused.value)
 
 
 def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
@@ -161,25 +169,42 @@ def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "code", "message"),
     [
-        pytest.param({}, "0 classes", id="empty"),
-        pytest.param({"red/000.png": SAME}, "1 classes", id="one class"),
-        pytest.param(coloured(1), "'blue' has 1 usable .* at least 2 are needed", id="one image per class"),
+        pytest.param({}, "too_few_classes", "0 classes", id="empty"),
+        pytest.param({"red/000.png": SAME}, "too_few_classes", r"1 classes \(red\)", id="one class"),
         pytest.param(
-            coloured(4) | {"pink/0.png": b"", "pink/1.png": b"x"}, "'pink' has 0 usable training images", id="all bad"
+            coloured(1),
+            "too_few_images",
+            "^3 of 3 classes .* 'blue' has 1 usable .* at least 2 are needed",
+            id="one image per class",
+        ),
+        pytest.param(
+            coloured(4) | {"pink/0.png": b"", "pink/1.png": b"x"},
+            "too_few_images",
+            "'pink' has 0 usable training images",
+            id="all bad",
         ),
         pytest.param(
             coloured(4, "train/")
             | {f"{part}/x/{i}.png": png((9, 9, 9), i) for part in ("train", "val") for i in (1, 2)},
+            "too_few_images",
             "2 more show what is in validation",
             id="all in validation",
         ),
     ],
 )
-def test_what_is_no_dataset_says_why(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
-    with pytest.raises(DatasetError, match=message):
+def test_what_is_no_dataset_says_why(tmp_path: Path, files: dict[str, bytes], code: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message) as refused:
         load_all(folder(tmp_path, files))
+    assert refused.value.code == code
+
+
+def test_folders_without_a_file_are_classes_without_images(tmp_path: Path) -> None:
+    for name in ("blue", "red"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(TooFewImages, match="none of the 2 class folders"):
+        load_all(tmp_path)
 
 
 def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run from end to end, on tiny networks: every mode, resuming, the gate, the report; and the model that the project ships."""
 
 import json
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,9 @@ class Workshop:
 
     def scratch(self, **request: Any) -> ModelConfig:
         return self.run(**{"base": "lenet5", "mode": "scratch", "half": True, "hyperparameters": QUICK, **request})
+
+    def page(self, name: str = "colours") -> str:
+        return (self.root / "jobs" / name / "report.html").read_text()
 
     def report(self, name: str = "colours") -> Report:
         return Report.model_validate_json((self.root / "jobs" / name / "report.json").read_bytes())
@@ -260,6 +264,8 @@ def test_the_last_epoch_may_be_kept_instead_of_the_best(workshop: Workshop, monk
     best = workshop.scratch(name="best", hyperparameters=chosen)
     last = workshop.scratch(name="last", hyperparameters=chosen, early_stopping={"keep": "last"})
     assert best.backbones[0].sha256 != last.backbones[0].sha256
+    assert (best.metrics["best_epoch"], last.metrics["best_epoch"]) == (1, 2)
+    assert workshop.report("last").best_epoch == 2
 
 
 def test_stopping_keeps_the_best_so_far(workshop: Workshop) -> None:
@@ -325,7 +331,7 @@ def test_several_devices_train_it_together(tmp_path: Path, photos: Path, monkeyp
         trained_by.append(settings.devices)
         return whole.train(network, data, preprocessing, settings, *rest)
 
-    monkeypatch.setattr(finetune, "device_count", lambda: 2)
+    monkeypatch.setattr(finetune, "devices", lambda name: [torch.device("cpu")] * 2)
     monkeypatch.setattr(distributed, "train", train)
     workshop = Workshop(tmp_path, photos)
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters={**QUICK, "epochs": 1, "devices": 2})
@@ -358,8 +364,54 @@ def test_the_report_lies_in_the_jobs_folder(trained: Workshop) -> None:
     assert report.calibration.temperature == trained.store.config("colours", 1).head.temperature
     assert report.parity is not None
     assert (report.parity.agrees, report.parity.images > 0) == (True, True)
-    assert "<!doctype html>" in (job_dir / "report.html").read_text()
+    page = trained.page()
+    assert "<!doctype html>" in page
+    assert "The beginning of the first batch, as the network saw it: augmentation light." in page
+    assert len(page) < 200_000
     assert list((job_dir / "tensorboard").iterdir())
+
+
+def test_training_accuracy_is_in_the_report(trained: Workshop) -> None:
+    history = trained.report().history
+    assert (history[0].accuracy or 0) < (history[-1].accuracy or 0)
+
+
+def test_frozen_layers_are_told_from_trained_ones(trained: Workshop) -> None:
+    chosen = {"epochs": 1, "freeze_until": "features.conv1"}
+    trained.run(name="half-frozen", base="colours", mode="finetune", hyperparameters=chosen)
+    layers = {layer.name: layer for layer in trained.report("half-frozen").layers}
+    assert layers["features.conv1"].trained == 0 < layers["features.conv2"].trained
+    assert layers["lenet5"].parameters - layers["lenet5"].trained == layers["features.conv1"].parameters
+    assert (layers["head"].output, layers["head"].trained) == ((3,), layers["head"].parameters)
+
+
+def test_below_a_head_all_is_frozen(trained: Workshop) -> None:
+    trained.run(name="on-top", base="colours", hyperparameters={"copies": 1, "augmentation": "light"})
+    assert [layer.name for layer in trained.report("on-top").layers if layer.trained] == ["head"]
+    assert "in an augmented copy: augmentation light" in trained.page("on-top")
+    trained.run(name="on-plain", base="colours")
+    copied, plain = (
+        set(
+            re.findall(
+                'data:[^"]+', trained.page(name).partition("What it was trained on")[2].partition("</section>")[0]
+            )
+        )
+        for name in ("on-top", "on-plain")
+    )
+    assert plain
+    assert copied.isdisjoint(plain)
+
+
+def test_a_base_that_has_seen_the_images_is_a_warning(workshop: Workshop, tmp_path: Path) -> None:
+    plain = Workshop(tmp_path, folder(tmp_path / "plain", coloured(12, side=32)))
+    plain.scratch(hyperparameters={"epochs": 1})
+    plain.ask(name="same", base="colours")
+    assert not any("has probably seen" in warning for warning in plain.report("same").audit.warnings)
+    plain.ask(name="other", base="same", val_fraction=0.4)  # a head upon a head: the backbone is that of the first
+    [said] = [warning for warning in plain.report("other").audit.warnings if "has probably seen" in warning]
+    assert said.startswith("the base same@1 was trained on this dataset under another split")
+    assert "(keep=last)" in said
+    assert said in plain.page("other")
 
 
 def test_a_heads_report_has_its_path_and_doubts(tmp_path: Path, trained: Workshop) -> None:
@@ -371,6 +423,16 @@ def test_a_heads_report_has_its_path_and_doubts(tmp_path: Path, trained: Worksho
     assert len(report.path) > 1
     assert report.learning_curve is not None
     assert {(error.given, error.suggested) for error in report.label_errors} >= {("red", "blue"), ("red", "green")}
+
+
+def test_a_network_doubts_the_labels_of_images_it_has_not_learned(tmp_path: Path, trained: Workshop) -> None:
+    wrong = FILES | {"test/red/odd.png": coloured(1, seed=900, side=32)["blue/000.png"]}
+    workshop = Workshop(trained.root, folder(tmp_path / "photos", wrong))
+    chosen = {"epochs": 1, "lr": 1e-9, "ema": 0.0}
+    workshop.run(name="doubting", base="colours", mode="head_then_finetune", hyperparameters=chosen)
+    report = workshop.report("doubting")
+    assert report.labels_checked == ("val", "test")
+    assert [(error.path, error.suggested) for error in report.label_errors] == [("test/red/odd.png", "blue")]
 
 
 def test_what_the_server_is_to_be_asked(trained: Workshop) -> None:

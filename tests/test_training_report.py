@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from training_reports import HOSTILE, report
 
-from models.training.report import Report, html, write_tensorboard
+from models.training.report import Batch, Report, html, write_tensorboard
 from models.training.report.markup import Markup, element
 from models.training.report.plots import Scale, Series, confusion, lines
 from models.training.report.tensorboard import scalars
@@ -76,11 +76,40 @@ def test_pictures_are_there_for_those_that_have_one() -> None:
     assert len(pictures) == times
 
 
+def test_a_batch_is_shown_with_its_labels() -> None:
+    batch = Batch("As the network saw it.", (("ant", JPEG), ("70% bee, 30% <b>", JPEG)))
+    page = html(report(), {}, batch)
+    assert [attributes["alt"] for tag, attributes in Tags(page).found if tag == "img"] == ["ant", "70% bee, 30% <b>"]
+    assert "As the network saw it." in page
+
+
+def test_the_layer_table_marks_what_was_frozen(page: str) -> None:
+    assert "60,255 parameters, of which 255 were trained." in page
+    assert "<td>\u2003\u2003conv1</td><td>Conv2d</td>" in page
+    assert page.count("<td>frozen</td>") == 2
+
+
+def test_it_says_which_images_were_looked_at_for_wrong_labels() -> None:
+    found = report().model_copy(update={"labels_checked": ("val", "test")})
+    assert "Of the validation and test images, those that" in html(found, {})
+    assert "None of the validation and test images." in html(found.model_copy(update={"label_errors": ()}), {})
+
+
 def test_a_report_of_the_least_is_a_page_too() -> None:
     full = report()
     least = full.model_copy(
-        update={field: Report.model_fields[field].default for field in ("history", "path", "candidates", "verdict")}
-        | {"label_errors": (), "learning_curve": None, "version": None, "stopping": None, "stop_reason": None}
+        update={
+            field: Report.model_fields[field].default
+            for field in ("history", "path", "candidates", "verdict", "layers")
+        }
+        | {
+            "label_errors": (),
+            "labels_checked": (),
+            "learning_curve": None,
+            "version": None,
+            "stopping": None,
+            "stop_reason": None,
+        }
     )
     page = html(least, {})
     assert Tags(page).open == []

@@ -133,14 +133,14 @@ def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [
-        pytest.param("MAX_FILES", 3, "more than 3 files", id="files"),
-        pytest.param("MAX_DEPTH", 0, "folders deep", id="depth"),
+        pytest.param("models.archive.MAX_FILES", 3, "more than 3 files", id="files"),
+        pytest.param("models.training.sources.MAX_DEPTH", 0, "folders deep", id="depth"),
     ],
 )
 def test_scans_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, message: str
 ) -> None:
-    monkeypatch.setattr(sources, limit, value)
+    monkeypatch.setattr(limit, value)
     with pytest.raises(DatasetError, match=message):
         listed(folder(tmp_path, TINY))
 

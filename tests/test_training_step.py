@@ -49,10 +49,12 @@ def flat(module: nn.Module) -> Tensor:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_pieces_add_up_to_the_step(batch_size: int) -> None:
     whole, pieces = network(), network()
-    loss = stepper(whole, settings(batch_size=8)).step(IMAGES, LABELS, 1.0)
+    loss, right = stepper(whole, settings(batch_size=8)).step(IMAGES, LABELS, 1.0)
     cut = stepper(pieces)
     cut.micro = batch_size
-    assert cut.step(IMAGES, LABELS, 1.0).item() == pytest.approx(loss.item())
+    taken = cut.step(IMAGES, LABELS, 1.0)
+    assert taken.loss.item() == pytest.approx(loss.item())
+    assert taken.right.item() == right.item()
     assert torch.allclose(flat(whole), flat(pieces), atol=1e-6)
 
 
@@ -87,10 +89,19 @@ def test_a_batch_norm_never_sees_one_image() -> None:
     assert sizes == [3, 2, 2]
 
 
+@pytest.mark.parametrize("labels", [LABELS, F.one_hot(LABELS, 3).float()], ids=["labels", "shares"])
+def test_what_the_network_had_right_is_counted(labels: Tensor) -> None:
+    module = network()
+    expected = int((module(IMAGES).argmax(dim=1) == LABELS).sum())
+    small = stepper(module)
+    module.register_forward_pre_hook(fits(3))  # what ran before the memory was out does not count twice
+    assert (expected, small.step(IMAGES, labels, 1.0).right.item()) == (expected, expected)
+
+
 def test_classes_count_as_they_are_told() -> None:
     module, classes = network(), torch.tensor([0.5, 1.0, 3.0])
     each = F.cross_entropy(module(IMAGES), LABELS, reduction="none")
-    loss = stepper(module, classes=classes).step(IMAGES, LABELS, 1.0)
+    loss = stepper(module, classes=classes).step(IMAGES, LABELS, 1.0).loss
     assert loss.item() == pytest.approx((each * classes[LABELS]).mean().item(), rel=1e-5)
 
 
@@ -100,7 +111,7 @@ def test_auxiliary_classifiers_learn_beside_it() -> None:
     main = F.cross_entropy(module(IMAGES), LABELS).item()
     beside = F.cross_entropy(head(module[0](IMAGES)), LABELS).item()
     with aux.listening(module):
-        loss = stepper(module, aux=aux).step(IMAGES, LABELS, 1.0)
+        loss = stepper(module, aux=aux).step(IMAGES, LABELS, 1.0).loss
     assert loss.item() == pytest.approx(main + 0.4 * beside)
     assert head[1].weight.grad is not None
 

@@ -8,6 +8,7 @@ from models.training.curve import CurvePoint, LearningCurve
 from models.training.evaluate import evaluate, label_errors
 from models.training.gate import compare
 from models.training.head import STRENGTHS, PathPoint
+from models.training.layers import TrainedLayer
 from models.training.report import Epoch, Parity, Report
 from models.training.select import Choice, Scored
 
@@ -51,6 +52,11 @@ def report() -> Report:
         audit=audit(),
         history=tuple(epochs),
         best_epoch=6,
+        layers=(
+            TrainedLayer(name="lenet5", kind="Net", depth=0, output=(84,), parameters=60_000, trained=0),
+            TrainedLayer(name="features.conv1", kind="Conv2d", depth=2, output=(6, 28, 28), parameters=156, trained=0),
+            TrainedLayer(name="head", kind="Linear", depth=0, output=(3,), parameters=255, trained=255),
+        ),
         path=tuple(
             PathPoint(strength=s, cv_loss=1 + abs(i - 4) / 8, cv_accuracy=0.9 - abs(i - 4) / 20, spread=0.02)
             for i, s in enumerate(STRENGTHS)
@@ -69,6 +75,7 @@ def report() -> Report:
         calibration=calibrate(scores, labels),
         val=evaluate(scores.softmax(dim=1), labels, CLASSES, paths),
         label_errors=label_errors(scores.softmax(dim=1), labels, paths, CLASSES),
+        labels_checked=("train",),
         learning_curve=LearningCurve(points=tuple(points), advice="Twice as many images might help."),
         verdict=compare(right.roll(1), right),
         parity=Parity(images=8, max_difference=1e-7, agrees=True),

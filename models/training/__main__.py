@@ -1,6 +1,8 @@
 """One training run in a process of its own: `python -m models.training [JOB_DIR]`. See `models.training.child`."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from models.training.child import be_modest, main
@@ -11,4 +13,6 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="audit, split and estimate; train nothing")
     options = parser.parse_args()
     be_modest()  # before torch is imported: that takes seconds of computing too
-    raise SystemExit(main(options.folder, dry_run=options.dry_run))
+    code = main(options.folder, dry_run=options.dry_run)
+    sys.stderr.flush()
+    os._exit(code)  # all is written; to tear torch down takes seconds

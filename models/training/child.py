@@ -7,9 +7,11 @@ end means that the server is gone, and ends the process. SIGTERM ends it at once
 there is nothing to tidy. This module imports nothing heavy by itself: torch is imported once the process has made itself modest.
 """
 
+import importlib
 import json
 import math
 import os
+import select
 import sys
 import threading
 import time
@@ -205,9 +207,12 @@ def _take_stdout() -> TextIO:
 
 
 def _get_ready() -> None:
-    """Imports what a run will import."""
-    import models.training.finetune
-    import models.training.rehearsal  # noqa: F401
+    """Imports what a run will import; what only some runs do, seconds as well, while no job is waiting."""
+    modules = ["models.training.finetune", "models.training.rehearsal"]
+    if not select.select([STDIN], [], [], 0)[0]:
+        modules += ["torchvision.models", "tensorboardX"]
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _read_line(stdin: int) -> bytes | None:

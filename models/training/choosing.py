@@ -10,7 +10,7 @@ import torch
 from models.classifier import Backbone
 from models.runtime import Options, compile_backbone
 from models.training.fitting import cached_features
-from models.training.job import Job, device
+from models.training.job import Job
 from models.training.request import Event
 from models.training.select import Candidate, Choice, choose
 
@@ -35,7 +35,7 @@ def _choose(job: Job) -> Choice:
     with job.clock.phase("features"):
         backbones = {base.name: job.store.load_backbone(base.stored) for base in job.bases}
         candidates = [
-            Candidate(name, cached_features(job, backbone)[rows], latency_ms(backbone))
+            Candidate(name, cached_features(job, backbone)[rows], latency_ms(backbone, job.device))
             for name, backbone in backbones.items()
         ]
         choice = choose(
@@ -51,9 +51,9 @@ def _choose(job: Job) -> Choice:
     return choice
 
 
-def latency_ms(backbone: Backbone) -> float:
+def latency_ms(backbone: Backbone, device: torch.device) -> float:
     """Milliseconds for one image through the runtime that would serve it, without decoding."""
-    runtime, shape = compile_backbone(backbone, device(), Options()), backbone.ref.preprocessing
+    runtime, shape = compile_backbone(backbone, device, Options()), backbone.ref.preprocessing
     pixels = torch.full((1, shape.channels, shape.crop, shape.crop), 127, dtype=torch.uint8)
     seconds = []
     for _ in range(SHOTS):

@@ -2,11 +2,8 @@
 
 from base64 import b64encode
 from dataclasses import dataclass
-from io import BytesIO
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from models import files
@@ -17,15 +14,14 @@ from models.records import to_json
 from models.training.fitting import Trained
 from models.training.gate import Verdict, compare
 from models.training.handover import PARITY, Deployment, ParitySample, ParitySamples
-from models.training.job import Job, device
-from models.training.report import Parity, Report
+from models.training.job import Job
+from models.training.report import Parity
 from models.training.request import FinetuneRequest
 from models.training.sources import UNREADABLE, open_source
 
 PARITY_IMAGES = 8
 PARITY_BYTES = 24 * 2**20  # of all samples together: the server has to read them
 PARITY_TOLERANCE = 1e-3  # of a probability; float32 against float32
-THUMBNAIL = 96  # pixels
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def _served_probabilities(job: Job, config: ModelConfig, trained: Trained) -> Te
 def _features(job: Job, backbone: Backbone, rows: Tensor) -> Tensor:
     pixels, digests = job.pixels(backbone.ref.preprocessing)
     own = [digests[row] for row in rows.tolist()]
-    return job.cache.features(backbone, pixels[rows], own, progress=job.tell("evaluate"), device=device())
+    return job.cache.features(backbone, pixels[rows], own, progress=job.tell("evaluate"), device=job.device)
 
 
 def decide(request: FinetuneRequest, compared: Compared, parity: Parity) -> tuple[Deployment, str]:
@@ -150,23 +146,3 @@ def _contents(job: Job, paths: list[str]) -> dict[str, bytes]:
             if sum(map(len, found.values())) + len(data) <= PARITY_BYTES:
                 found[path] = data
     return found
-
-
-# Pictures for the report
-
-
-def thumbnails(job: Job, report: Report) -> dict[str, bytes]:
-    """Small JPEGs of the images that the report speaks of, by path."""
-    evaluated = [part for part in (report.test, report.val) if part]
-    wanted = {mistake.path for part in evaluated for mistake in part.mistakes}
-    wanted |= {error.path for error in report.label_errors}
-    places = {path: row for row, path in enumerate(job.data.paths) if path in wanted}
-    return {path: _thumbnail(job.data.pixels[row].permute(1, 2, 0).numpy()) for path, row in places.items()}
-
-
-def _thumbnail(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, C) -> JPEG."""
-    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-    buffer = BytesIO()
-    image.resize((THUMBNAIL, THUMBNAIL)).save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()

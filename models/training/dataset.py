@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from models.classifier import Preprocessing
-from models.errors import DatasetError, ImageError
+from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.images import decode
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
 from models.training.progress import Progress, silent
-from models.training.sources import LIMITS, PARTS, UNREADABLE, Part, Read, Source, open_source
+from models.training.sources import LIMITS, MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source, open_source
 
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
-MAX_NAMED = 20  # files in an error
 MAX_HELD_OUT = 0.9  # of the images, validation and test together
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
 TICK_S = 0.25  # between two signs of progress
@@ -57,6 +56,11 @@ class Dataset:
     rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
+
+    def warned(self, warnings: Sequence[str]) -> "Dataset":
+        """With more warnings in its audit."""
+        more = self.audit.model_copy(update={"warnings": (*self.audit.warnings, *warnings)})
+        return replace(self, audit=more)
 
 
 class _Decoded(NamedTuple):
@@ -83,12 +87,17 @@ def load(
 ) -> Dataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
-    `progress` is called with 0..1, several times a second. Raises DatasetError: not a dataset, a class with fewer than two training
-    images, more than 20 % bad files, or any with `fail`; OSError where the pixels need a temporary file and the disk is full.
+    `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than two training
+    images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset; OSError where the pixels need a temporary
+    file and the disk is full.
     """
     with open_source(path) as source:
         decoded = _decode_all(source, preprocessing, lambda done: progress(DECODING * done))
     _check_bad(decoded.bad, len(source.items), on_bad_file)
+    if not decoded.places:
+        raise TooFewImages(
+            f"none of the {len(source.classes)} class folders has an image in it; add at least 2 to each"
+        )
     images = _images(source, decoded, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0)))
     given = [source.items[place].part for place in decoded.places]
     found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed))
@@ -197,7 +206,11 @@ def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...]) ->
         f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
         for name, count, index in small[:MAX_NAMED]
     )
-    raise DatasetError(f"{listed}: at least 2 are needed, to train and to validate on; add images, or remove the class")
+    more = f"; and {len(small) - MAX_NAMED} more classes" if len(small) > MAX_NAMED else ""
+    raise TooFewImages(
+        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least 2 are needed, to train and to validate on; "
+        "add images, or remove the class"
+    )
 
 
 def _also(count: int) -> str:
@@ -286,7 +299,8 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
         return
     examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:MAX_NAMED])
     limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
-    raise DatasetError(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}")
+    more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
 
 
 def _allocate(shape: tuple[int, int, int, int]) -> Array:

@@ -35,6 +35,7 @@ from models.errors import TrainingError
 from models.runtime import tune_allocator
 from models.training.auxiliary import Auxiliary
 from models.training.dataset import Dataset
+from models.training.freezing import Freezing
 from models.training.handover import Failure
 from models.training.network import History, Limits, Progress, Trainer, run
 from models.training.process import die_with_parent, explain
@@ -101,6 +102,9 @@ def train(
         _run(plan, folder, progress, stop)
         history = History(**torch.load(folder / HISTORY, weights_only=True))
     network.load_state_dict(history.best)
+    Freezing(network[0], settings.freeze_until, settings.thaw_every).begin(
+        len(history.losses)
+    )  # as it was with the ranks
     return history
 
 

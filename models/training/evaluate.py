@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +44,12 @@ class Mistake(Record):
 
 
 class LabelError(Record):
-    """A training image whose label is probably wrong."""
+    """An image whose label is probably wrong."""
 
     path: str
     given: str
     suggested: str
-    probability: float  # of the suggestion, by a head that was not shown the image
+    probability: float  # of the suggestion, by a head or network that was not fitted to the image
 
 
 class Evaluation(Record):
@@ -66,9 +65,6 @@ class Evaluation(Record):
     confusion: tuple[tuple[int, ...], ...] | None  # [true][predicted]; None above 200 classes
     confused: tuple[Pair, ...]  # most frequent first
     mistakes: tuple[Mistake, ...]  # most confident first
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -152,8 +148,8 @@ def label_errors(
 ) -> tuple[LabelError, ...]:
     """Images whose label is probably wrong, the surest first, by confident learning (Northcutt et al. 2021).
 
-    From the out-of-fold probabilities (n, C): an image counts as of class j where p_j reaches the mean that images labelled j have;
-    where several do, of the likeliest. If that is not its label, the label is doubted.
+    From the probabilities (n, C) of whoever was not fitted to these images: an image counts as of class j where p_j reaches the mean
+    that images labelled j have; where several do, of the likeliest. If that is not its label, the label is doubted.
     """
     one_hot = torch.nn.functional.one_hot(labels, len(classes)).to(probabilities.dtype)
     counts = one_hot.sum(dim=0)

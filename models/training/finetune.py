@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from models.classifier import ModelConfig
-from models.runtime import tune_allocator
+from models.runtime import devices, tune_allocator
 from models.runtime.device import gains_from_bfloat16
 from models.store import ModelStore
 from models.training import comparison, dataset, fitting
@@ -23,7 +23,9 @@ from models.training.choosing import choose_base
 from models.training.features import FeatureCache
 from models.training.fitting import Trained
 from models.training.handover import Result, published
-from models.training.job import Clock, Job, Run, device, device_count
+from models.training.job import Clock, Job, Run
+from models.training.lineage import seen_before
+from models.training.pictures import thumbnails, training_batch
 from models.training.progress import Stop, never
 from models.training.report import Report
 from models.training.reporting import make_report, metrics_of, write_report
@@ -67,7 +69,8 @@ def run(
     deployment, reason = comparison.decide(request, compared, parity)
     progress(Event("publish", 1.0, message=reason))
     report = report.model_copy(update={"version": config.version, "parity": parity, "timings": _rounded(job.clock)})
-    write_report(report, job.folder, comparison.thumbnails(job, report))
+    batch = training_batch(trained.sample, job.data.classes)
+    write_report(report, job.folder, thumbnails(job, report), batch)
     fitting.forget_checkpoint(job)
     return Result(
         status="succeeded",
@@ -102,32 +105,33 @@ def prepare(
             on_bad_file=request.on_bad_file,
             progress=lambda done: progress(Event("audit", done)),
         )
+        data = data.warned(seen_before(bases, data, store))
     for file in data.audit.bad:
         progress(Event("audit", 1.0, message=f"skipped {file.path}: {file.reason}"))
     for warning in data.audit.warnings:
         progress(Event("audit", 1.0, message=warning))
-    mode = _mode(request, data)
-    settings = effective(request, mode, len(data.rows["train"]), _precision(mode), device_count())
+    there = devices("auto")
+    mode = _mode(request, data, there[0])
+    settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
     run.check(data)
     if folder:
         run.write(folder)
-    return Job(
-        request, store, progress, stop, folder or Path(), FeatureCache(cache), data, bases, mode, settings, clock, run
-    )
+    kept, features = folder or Path(), FeatureCache(cache)
+    return Job(request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, there[0])
 
 
-def _mode(request: FinetuneRequest, data: dataset.Dataset) -> Mode:
+def _mode(request: FinetuneRequest, data: dataset.Dataset, device: torch.device) -> Mode:
     """`auto`: the backbone trains too where a GPU makes that quick and every class has images enough."""
     if request.mode != "auto":
         return request.mode
     fewest = min(data.audit.class_counts["train"].values())
     one = not isinstance(request.base, tuple)
-    return "head_then_finetune" if device().type == "cuda" and fewest >= ENOUGH and one else "head"
+    return "head_then_finetune" if device.type == "cuda" and fewest >= ENOUGH and one else "head"
 
 
-def _precision(mode: Mode) -> Precision:
-    gains = mode != "head" and device().type == "cuda" and gains_from_bfloat16(device())
+def _precision(mode: Mode, device: torch.device) -> Precision:
+    gains = mode != "head" and device.type == "cuda" and gains_from_bfloat16(device)
     return "bfloat16" if gains else "float32"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from models.training import checkpoint, distributed
 from models.training import network as whole
 from models.training.augment import augmented_copy
 from models.training.auxiliary import auxiliary
+from models.training.batches import Sample, first_images, spread
 from models.training.calibrate import Calibration
 from models.training.evaluate import outputs
 from models.training.feature_sum import fit_sum
 from models.training.features import Stopped
 from models.training.handover import StopReason
 from models.training.head import Fit, fit
-from models.training.job import Job, device
+from models.training.job import Job
+from models.training.layers import TrainedLayer, head_layer, layers_of
 from models.training.network import History
 from models.training.request import Event
 
@@ -34,6 +37,8 @@ class Trained:
     backbones: tuple[Backbone, ...]
     head: Head
     features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
+    layers: tuple[TrainedLayer, ...]
+    sample: Sample  # of what it was trained on
     fit: Fit | None = None
     history: History | None = None
     stop_reason: StopReason | None = None
@@ -69,18 +74,36 @@ def train_head(job: Job) -> Trained:
     backbones = tuple(job.store.load_backbone(base.stored) for base in job.bases)
     with job.clock.phase("features"):
         every = [cached_features(job, backbone) for backbone in backbones]
-        shown, labels, groups = training_features(job, backbones, every)
+        shown = training_features(job, backbones, every)
     with job.clock.phase("train"):
-        fitted = _fit(job, shown, labels, groups)
+        fitted = _fit(job, shown)
     ended: StopReason | None = "stopped" if job.stop() else "budget" if job.out_of_time() else None
-    return Trained(backbones, fitted.head, lambda rows: [f[rows] for f in every], fit=fitted, stop_reason=ended)
+    layers = [layer for b in backbones for layer in layers_of(b.ref.architecture, b.module, b.ref.preprocessing)]
+    return Trained(
+        backbones,
+        fitted.head,
+        lambda rows: [f[rows] for f in every],
+        layers=(*layers, head_layer(fitted.head)),
+        sample=shown.sample,
+        fit=fitted,
+        stop_reason=ended,
+    )
 
 
-def _fit(job: Job, features: Sequence[Tensor], labels: Tensor, groups: Tensor) -> Fit:
+class Shown(NamedTuple):
+    """What a head is fitted to: the training images, then each of their augmented copies."""
+
+    features: list[Tensor]  # one float32 (n, D) per backbone
+    labels: Tensor  # int64 (n,)
+    groups: Tensor  # int64 (n,)
+    sample: Sample
+
+
+def _fit(job: Job, shown: Shown) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
-    if len(features) > 1:
-        return fit_sum(features, labels, classes, groups, job.settings, tell)
-    return fit(features[0], labels, classes, groups, job.settings, tell, job.is_to_end)
+    if len(shown.features) > 1:
+        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell)
+    return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
 
 
 def cached_features(job: Job, backbone: Backbone) -> Tensor:
@@ -97,7 +120,7 @@ def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequ
             digests,
             progress=job.tell("features"),
             warn=lambda message: job.progress(Event("features", 0.0, message=message)),
-            device=device(),
+            device=job.device,
             stop=job.is_to_end,
         )
     except Stopped:
@@ -108,20 +131,22 @@ def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequ
         ) from None
 
 
-def training_features(
-    job: Job, backbones: Sequence[Backbone], every: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Features, labels (n,) and groups (n,) to fit to: the training images, then each of their augmented copies."""
+def training_features(job: Job, backbones: Sequence[Backbone], every: Sequence[Tensor]) -> Shown:
+    """`every`: the features of all images, of each backbone. The sample is of the last copy that the last backbone saw."""
     rows, copies = job.data.rows["train"], job.settings.copies
-    shown = []
+    shown, places = [], spread(rows)
     for backbone, features in zip(backbones, every, strict=True):
         pixels, _ = job.pixels(backbone.ref.preprocessing)
-        parts = [features[rows]]
+        seen, parts = pixels[rows[places]], [features[rows]]
         for number in range(1, copies + 1):
             changed, digests = augmented_copy(pixels[rows], job.settings, number)
             parts.append(compute_features(job, backbone, changed, digests))
+            seen = changed[places]
         shown.append(torch.cat(parts))
-    return shown, job.data.labels[rows].repeat(copies + 1), job.data.groups[rows].repeat(copies + 1)
+    labels, groups = (values[rows].repeat(copies + 1) for values in (job.data.labels, job.data.groups))
+    how = f"in an augmented copy: augmentation {job.settings.augmentation}" if copies else "without augmentation"
+    said = f"Some training images as the backbone saw them, {how}."
+    return Shown(shown, labels, groups, Sample(said, seen, labels[places]))
 
 
 # The whole network
@@ -131,7 +156,7 @@ def train_network(job: Job) -> Trained:
     """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
     base = job.bases[0]
     backbone, layer = _parts(job)
-    network = nn.Sequential(backbone, layer).to(device())
+    network = nn.Sequential(backbone, layer).to(job.device)
     fit_network = distributed.train if job.settings.devices > 1 else whole.train
     with job.clock.phase("train"):
         history = fit_network(
@@ -146,12 +171,15 @@ def train_network(job: Job) -> Trained:
             job.stop,
             auxiliary(base.architecture, len(job.data.classes)),
         )
-    ref = job.store.put_backbone(base.architecture, backbone.cpu(), base.preprocessing, half=job.request.half)
-    stored = job.store.load_backbone(ref)
+    layers = layers_of(base.architecture, backbone.cpu(), base.preprocessing)
+    ref = job.store.put_backbone(base.architecture, backbone, base.preprocessing, half=job.request.half)
+    stored, head = job.store.load_backbone(ref), Head.of(layer.cpu())
     return Trained(
         (stored,),
-        Head.of(layer.cpu()),
+        head,
         _features_of(job, stored),
+        layers=(*layers, head_layer(head)),
+        sample=first_images(job.data, base.preprocessing, job.settings),
         history=history,
         stop_reason=history.stop_reason,
     )
@@ -178,7 +206,7 @@ def _head_first(job: Job) -> nn.Linear:
 
 def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
     """Computed once for each set of rows that is asked for."""
-    module = backbone.module.to(memory_format=torch.channels_last).to(device())
+    module = backbone.module.to(memory_format=torch.channels_last).to(job.device)
     known: dict[bytes, Tensor] = {}
 
     def features(rows: Tensor) -> list[Tensor]:

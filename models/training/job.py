@@ -79,6 +79,7 @@ class Job:
     settings: Effective
     clock: Clock
     run: Run
+    device: torch.device
     began: float = field(default_factory=time.monotonic)
     _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
 
@@ -104,15 +105,6 @@ class Job:
         if preprocessing not in self._pixels:
             self._pixels[preprocessing] = dataset.pixels(self.request.dataset, self.data, preprocessing)
         return self._pixels[preprocessing]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_count() -> int:
-    """Of the devices that may share the training of a network."""
-    return max(1, torch.cuda.device_count())
 
 
 def forget(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Training a whole network: backbone, then last layer; the weights of its best epoch stay.
 
-    rows --shuffle--> uint8 (B, C, H, W) --augment, normalise, mix--> network --cross-entropy--> gradients --accumulate--> step
+    batches --images (B, C, H, W)--> network --cross-entropy--> gradients --accumulate--> step
     every 5 steps the weights join their average; each epoch it is validated, the rest of the run decided, and a checkpoint written
 
 Everything random follows from seed and epoch, and every decision from the history, so a run that was killed goes on to the same result.
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.classifier import Preprocessing, normalise
+from models.classifier import Preprocessing
 from models.errors import TrainingError
 from models.training import checkpoint as checkpoints
-from models.training.augment import SEED_STEP, augment, flips, mix
+from models.training.augment import SEED_STEP
 from models.training.auxiliary import Auxiliary
+from models.training.batches import Batches
 from models.training.dataset import Dataset
 from models.training.evaluate import outputs
 from models.training.freezing import Freezing
@@ -39,8 +40,6 @@ from models.training.stopping import reason_to_stop, trade
 
 AVERAGE_EVERY = 5  # steps; averaging every step costs more and gains nothing
 REPORT_EVERY_S = 0.4  # between two events
-SMALL = 0.75  # of the side, in the small epochs
-GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie there once and for all
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
 REASONS: tuple[StopReason | None, ...] = (None, "budget", "stopped")  # for which an epoch is cut short
@@ -54,29 +53,22 @@ class History:
 
     losses: list[float] = field(default_factory=list)  # of training, mean over the epoch
     val_losses: list[float] = field(default_factory=list)  # cross-entropy, without smoothing or class weights
+    train_accuracies: list[float | None] = field(
+        default_factory=list
+    )  # see `train_one_epoch`; None where labels are mixed
     accuracies: list[float] = field(default_factory=list)  # on the validation part
     learning_rates: list[float] = field(default_factory=list)  # of the backbone's last stage, at the epoch's first step
     seconds: list[float] = field(default_factory=list)  # wall time, validation included
     stop_reason: StopReason | None = None  # None: all epochs ran, or more are to come
     trade: str = ""  # what early stopping saved and may have cost, for people
     best: Weights = field(default_factory=dict)
+    kept_epoch: int = 0  # whose weights stay, once the run is over
 
     @property
     def best_epoch(self) -> int:
         """1-based: of the highest accuracy; of equals that with the lower loss."""
         epochs = range(len(self.accuracies))
         return max(epochs, key=lambda i: (self.accuracies[i], -self.val_losses[i], i)) + 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the model's metrics: all but the weights."""
-        series = ("losses", "val_losses", "accuracies", "learning_rates", "seconds")
-        return {
-            "epochs": len(self.losses),
-            "best_epoch": self.best_epoch,
-            "stop_reason": self.stop_reason,
-            "trade": self.trade,
-            "history": {name: [float(f"{value:.4g}") for value in getattr(self, name)] for name in series},
-        }
 
 
 def train(
@@ -91,7 +83,8 @@ def train(
     stop: Stop = never,
     aux: Auxiliary | None = None,
 ) -> History:
-    """Train `network`, a backbone and a last layer, in place, on the device it lies on, and leave it with the weights of its best epoch.
+    """Train `network`, a backbone and a last layer, in place, on the device it lies on, and leave it with the weights of the epoch that
+    is kept: its best, or with `keep` "last" its last.
 
     Goes on from `checkpoint` where there is one, to the same result. `stop` is asked at each step; when it says yes, or the seconds of the
     budget are over (those of earlier attempts count), the epoch under way is cut short, validated, and the last. `aux` trains beside it.
@@ -113,9 +106,13 @@ def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint:
             history = replace(history, stop_reason=history.stop_reason or _reason(history, stopping, budget, settings))
             trainer.save(checkpoint, history)
             trainer.tell_epoch(history)
-    if stopping.keep == "last" and history.losses:
-        history = replace(history, best=trainer.weights())
-    return replace(history, trade=trade(stopping, history.losses, history.val_losses, settings.epochs))
+    last = stopping.keep == "last"
+    return replace(
+        history,
+        best=trainer.weights() if last else history.best,
+        kept_epoch=len(history.losses) if last else history.best_epoch,
+        trade=trade(stopping, history.losses, history.val_losses, settings.epochs),
+    )
 
 
 def _reason(history: History, stopping: EarlyStopping, budget: Budget, settings: Effective) -> StopReason | None:
@@ -161,16 +158,14 @@ class Trainer:
         self.ranks = ranks
         self.aux = aux.to(self.device) if aux else None
         self.data = data
-        self.pixels = self._pixels()
+        self.batches = Batches(data, preprocessing, settings, self.device, ranks)
+        self.steps = self.batches.steps  # of an epoch
         self.preprocessing = preprocessing
         self.settings = settings
         self.progress = progress
         self.done = 0.0  # share of the run, as last told
         self.freezing = Freezing(network[0], settings.freeze_until, settings.thaw_every)
         self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell, ranks)
-        images = len(data.rows["train"])
-        self.step_images = min(settings.batch_size * settings.accumulate, images)
-        self.steps = images // self.step_images  # of an epoch; what is left over waits for the next shuffle
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -189,7 +184,7 @@ class Trainer:
         started, epoch = time.monotonic(), len(history.losses) + 1
         rate = self.rate(self.steps * (epoch - 1), history)
         self.ranks.agree(replace(history, best={}))  # the others follow
-        loss, reason = self.train_one_epoch(epoch, history, limits)
+        loss, train_accuracy, reason = self.train_one_epoch(epoch, history, limits)
         val_loss, accuracy = self.validate()
         if not math.isfinite(val_loss):
             raise self.diverged(epoch)
@@ -197,6 +192,7 @@ class Trainer:
             history,
             losses=[*history.losses, loss],
             val_losses=[*history.val_losses, val_loss],
+            train_accuracies=[*history.train_accuracies, train_accuracy],
             accuracies=[*history.accuracies, accuracy],
             learning_rates=[*history.learning_rates, self.settings.lr * rate],
             seconds=[*history.seconds, time.monotonic() - started],
@@ -204,22 +200,27 @@ class Trainer:
         )
         return replace(longer, best=self.weights()) if longer.best_epoch == epoch else longer
 
-    def train_one_epoch(self, epoch: int, history: History, limits: Limits) -> tuple[float, StopReason | None]:
-        """-> the mean training loss, and why it ended early. All chance follows from seed and epoch, so a resumed run draws the same."""
-        torch.manual_seed(self.settings.seed + SEED_STEP * epoch)
+    def train_one_epoch(
+        self, epoch: int, history: History, limits: Limits
+    ) -> tuple[float, float | None, StopReason | None]:
+        """-> the mean training loss, the training accuracy, and why it ended early. All chance follows from seed and epoch, so a resumed
+        run draws the same.
+
+        The accuracy comes from the scores that the steps computed anyway: of augmented images, by weights that moved from step to step,
+        dropout on. So it lies below that of the finished epoch on the plain images. None where labels are mixed.
+        """
         self.freezing.begin(epoch)
         self.network.train()
         self.freezing.hold()
         self.stepper.begin()
-        rows = self.data.rows["train"]
-        order = rows[torch.randperm(len(rows))][: self.steps * self.step_images]
-        mirrored = flips(len(self.data.labels), self.settings.seed, epoch)
-        total, reported = torch.zeros((), device=self.device), time.monotonic()
-        for step, batch in enumerate(torch.split(order, self.step_images), start=1):
-            images, labels = self.batch(batch, mirrored[batch], epoch)
+        total, right = (torch.zeros((), device=self.device) for _ in range(2))
+        reported = time.monotonic()
+        for step, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
             number = self.steps * (epoch - 1) + step - 1  # from the start of the run
             with self.ranks.own_chance(self.settings.seed + SEED_STEP * number):
-                total += self.stepper.step(images, labels, self.rate(number, history), of=len(batch))
+                taken = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
+            total += taken.loss
+            right += taken.right
             if self.average and number % AVERAGE_EVERY == 0:
                 self.average.update_parameters(self.network)
             reason = self.ranks.choose(REASONS, limits.reached)
@@ -228,28 +229,8 @@ class Trainer:
                 reported = time.monotonic()
             if reason:
                 break
-        return total.item() / step, reason
-
-    def batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The images at `rows` (B,) as the network wants them, float32 (B, C, H, W), and labels (B,) or, mixed, shares (B, classes).
-
-        Of several ranks, each prepares its own. Small epochs show three quarters of the side: while the learning rate is high, as good as
-        the full size.
-        """
         mixed = bool(self.settings.mixup or self.settings.cutmix)
-        part = self.ranks.part(len(rows), mixed)
-        if part:
-            rows, mirrored = rows[part.places], mirrored[part.places]
-        pixels = self.pixels[rows.to(self.pixels.device)].to(self.device)
-        images = normalise(augment(pixels, mirrored, self.settings, part), self.preprocessing)
-        if epoch <= round(self.settings.small_until * self.settings.epochs):
-            images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
-        labels = self.data.labels[rows].to(self.device)
-        if mixed:
-            images, labels = mix(images, labels, len(self.data.classes), self.settings)
-        if mixed and part:
-            images, labels = images[1:], labels[1:]  # the first belongs to the rank before
-        return images.contiguous(memory_format=torch.channels_last), labels
+        return total.item() / step, None if mixed else right.item() / (step * self.batches.images), reason
 
     def rate(self, step: int, history: History) -> float:
         """The share of the peak learning rates at `step`, counted from the start of the run."""
@@ -310,6 +291,7 @@ class Trainer:
         self.stepper.micro = min(self.stepper.micro, state["micro"])
         history = History(**state["history"])
         self.done = len(history.losses) / self.settings.epochs
+        self.freezing.begin(len(history.losses))
         self.tell(f"going on after epoch {len(history.losses)}, from {file.name}")
         return history
 
@@ -341,14 +323,6 @@ class Trainer:
         settings, own = self.settings, [self.network[1:], *(self.aux.classifiers if self.aux else ())]
         groups = [{"params": list(part.parameters()), "peak": settings.head_lr} for part in own]
         return [*self.freezing.groups(settings.lr, settings.layer_decay), *groups]
-
-    def _pixels(self) -> Tensor:
-        """All images: on the GPU from the start where they take up little of it, which saves their way there at each step."""
-        pixels = self.data.pixels
-        if self.device.type != "cuda":
-            return pixels
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return pixels.to(self.device) if pixels.numel() < GPU_SHARE * free else pixels
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weight == "none":

@@ -49,12 +49,13 @@ class Ranks:
             return module
         return DistributedDataParallel(module, forward_sync_buffers=False, find_unused_parameters=unused)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Of all ranks' values, on their devices."""
+    def sums(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Of all ranks' values, each (), on their devices; in one exchange."""
         if self.count == 1:
-            return value
-        dist.all_reduce(value)
-        return value / self.count
+            return values
+        together = torch.stack(values)
+        dist.all_reduce(together)
+        return together.unbind()
 
     def agree(self, value: T) -> T:
         """The first rank's value, whatever the others have; anything that can be pickled."""

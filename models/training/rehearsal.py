@@ -14,7 +14,7 @@ from models.runtime import tune_allocator
 from models.store import ModelStore
 from models.training.bases import Base
 from models.training.finetune import prepare
-from models.training.job import Job, device
+from models.training.job import Job
 from models.training.request import Event, FinetuneRequest
 
 IMAGES = 8  # of the batch that is timed
@@ -59,12 +59,12 @@ def estimate(job: Job) -> dict[str, float]:
 def seconds_per_image(job: Job, base: Base) -> float:
     """Of a forward pass in training's arithmetic."""
     shape = base.preprocessing
-    module = _network(job, base).eval().to(memory_format=torch.channels_last).to(device())
-    images = normalise(_grey(shape).to(device()), shape).contiguous(memory_format=torch.channels_last)
+    module = _network(job, base).eval().to(memory_format=torch.channels_last).to(job.device)
+    images = normalise(_grey(shape).to(job.device), shape).contiguous(memory_format=torch.channels_last)
     module(images[:1])
     started = time.perf_counter()
     module(images)
-    if device().type == "cuda":
+    if job.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / IMAGES
 

@@ -5,18 +5,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models import files
 from models.records import to_json
 from models.training.calibrate import Calibration
 from models.training.comparison import Compared
 from models.training.curve import LearningCurve, learning_curve
+from models.training.dataset import Part
 from models.training.evaluate import Evaluation, LabelError, evaluate, label_errors
 from models.training.fitting import Trained
 from models.training.handover import REPORT, REPORT_PAGE
 from models.training.job import Job
 from models.training.lineage import lineage_of
 from models.training.network import History
-from models.training.report import Epoch, Report, html, write_tensorboard
+from models.training.report import Batch, Epoch, Report, html, write_tensorboard
 from models.training.request import Event
 from models.training.select import Choice
 
@@ -33,8 +36,9 @@ def make_report(
         request=job.request.model_dump(mode="json"),
         effective=asdict(job.settings),
         audit=job.data.audit,
+        layers=trained.layers,
         history=_epochs(history) if history else (),
-        best_epoch=history.best_epoch if history else None,
+        best_epoch=history.kept_epoch if history else None,
         stop_reason=trained.stop_reason,
         stopping=history.trade if history else None,
         path=fitted.path if fitted else (),
@@ -44,6 +48,7 @@ def make_report(
         val=_evaluated(job, trained, "val"),
         test=_evaluated(job, trained, "test") if len(job.data.rows["test"]) else None,
         label_errors=_label_errors(job, trained),
+        labels_checked=_checked(job, trained),
         learning_curve=_learning_curve(job, trained),
         verdict=compared.verdict,
         lineage=lineage_of(job),
@@ -51,10 +56,12 @@ def make_report(
 
 
 def _epochs(history: History) -> tuple[Epoch, ...]:
-    series = (history.losses, history.val_losses, history.accuracies, history.learning_rates, history.seconds)
+    fields = ("loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds")
+    seconds = [round(value, 2) for value in history.seconds]
+    train, val = (history.losses, history.train_accuracies), (history.val_losses, history.accuracies)
+    series = zip(*train, *val, history.learning_rates, seconds, strict=True)
     return tuple(
-        Epoch(epoch=number, loss=loss, val_loss=val_loss, val_accuracy=accuracy, lr=lr, seconds=round(seconds, 2))
-        for number, (loss, val_loss, accuracy, lr, seconds) in enumerate(zip(*series, strict=True), start=1)
+        Epoch(epoch=number, **dict(zip(fields, values, strict=True))) for number, values in enumerate(series, start=1)
     )
 
 
@@ -72,13 +79,23 @@ def _evaluated(job: Job, trained: Trained, part: Any) -> Evaluation:
     return found
 
 
+def _checked(job: Job, trained: Trained) -> tuple[Part, ...]:
+    """Whose labels can be doubted: training images by the heads of the other folds, and where a whole network has learned all of those
+    by heart, the held-out ones."""
+    if trained.fit is not None:
+        return ("train",)
+    return ("val", "test") if len(job.data.rows["test"]) else ("val",)
+
+
 def _label_errors(job: Job, trained: Trained) -> tuple[LabelError, ...]:
-    """Of the training images, by heads that were not shown them; mode head alone has such."""
-    if trained.fit is None:
-        return ()
-    rows = job.data.rows["train"]
+    parts = _checked(job, trained)
+    rows = torch.cat([job.data.rows[part] for part in parts])
+    if trained.fit is not None:
+        probabilities = trained.fit.out_of_fold[: len(rows)]
+    else:
+        probabilities = torch.cat([trained.probabilities(job.data.rows[part]) for part in parts])
     paths = [job.data.paths[row] for row in rows.tolist()]
-    return label_errors(trained.fit.out_of_fold[: len(rows)], job.data.labels[rows], paths, job.data.classes)
+    return label_errors(probabilities, job.data.labels[rows], paths, job.data.classes)
 
 
 def _learning_curve(job: Job, trained: Trained) -> LearningCurve | None:
@@ -112,8 +129,8 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     return evaluation.model_dump(mode="json", include=SUMMARY) | {"per_class": recalls}
 
 
-def write_report(report: Report, folder: Path, thumbnails: Mapping[str, bytes]) -> None:
-    """report.json, report.html with pictures by path, and tensorboard/ beside them."""
+def write_report(report: Report, folder: Path, thumbnails: Mapping[str, bytes], batch: Batch) -> None:
+    """report.json, report.html with pictures by path and of a batch, and tensorboard/ beside them."""
     files.replace(folder / REPORT, to_json(report))
-    files.replace(folder / REPORT_PAGE, html(report, thumbnails).encode())
+    files.replace(folder / REPORT_PAGE, html(report, thumbnails, batch).encode())
     write_tensorboard(report, folder / "tensorboard")

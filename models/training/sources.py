@@ -21,7 +21,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.errors import DatasetError
+from models.archive import check_count, members_of, open_archive, printable
+from models.errors import DatasetError, TooFewClasses
 from models.images import Limits
 
 Part = Literal["train", "val", "test"]
@@ -32,10 +33,8 @@ PART_NAMES: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "
 
 # Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
 LIMITS = Limits(max_bytes=64 * 2**20)
-MAX_FILES = 2_000_000
 MAX_DEPTH = 32  # folders in folders
-MAX_RATIO = 100  # of a zip's content to its size, past a gigabyte; photographs are 1, flat bitmaps some 20
-MAX_MEMBER_RATIO = 500  # of one member, past 16 MiB; deflate ends at 1,032
+MAX_NAMED = 20  # files, folders or classes in an error
 # RuntimeError: encrypted, an unknown zip method, or a loop of links
 UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
@@ -65,18 +64,18 @@ class Source:
 def open_source(path: Path) -> Iterator[Source]:
     """List a dataset. `read` may be used by several threads at once, until the end of the block.
 
-    Raises DatasetError: neither folder, zip nor CSV, fewer than two classes, too many files, or a name that points outside.
+    Raises TooFewClasses; DatasetError: neither folder, zip nor CSV, too many files, or a name that points outside.
     """
     if path.is_dir():
         yield _by_folders({name: name for name in _scan(path)}, _reader(path))
     elif path.is_file() and path.suffix.lower() == ".csv":
         yield _by_table(path)
     elif path.is_file() and zipfile.is_zipfile(path):
-        with _archive(path) as archive:
-            yield _by_folders(_member_names(archive, path), lambda name: _read_member(archive, name))
+        with open_archive(path) as archive:
+            yield _by_folders(_member_names(archive), lambda name: _read_member(archive, name))
     else:
         raise DatasetError(
-            f"{path} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
+            f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
             "or a CSV of path,label"
         )
 
@@ -91,11 +90,13 @@ def _scan(root: Path) -> list[str]:
     while folders:
         folder = folders.pop()
         if folder.count("/") > MAX_DEPTH:
-            raise DatasetError(f"{_printable(folder)} lies more than {MAX_DEPTH} folders deep; this is no dataset")
+            raise DatasetError(f"{printable(folder)} lies more than {MAX_DEPTH} folders deep; this is no dataset")
         try:
             entries = [entry for entry in os.scandir(root / folder) if not _hidden(entry.name)]
         except OSError as error:
-            raise DatasetError(f"the folder {_printable(folder) or root} cannot be read: {error.strerror}") from error
+            raise DatasetError(
+                f"the folder {printable(folder) or root.name} cannot be read: {error.strerror}"
+            ) from error
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(f"{folder}{entry.name}/")
@@ -103,17 +104,12 @@ def _scan(root: Path) -> list[str]:
                 names.append(folder + entry.name)
         if folder and not entries:
             names.append(folder)
-        _check_count(len(names))
+        check_count(len(names))
     return names
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _check_count(files: int) -> None:
-    if files > MAX_FILES:
-        raise DatasetError(f"the dataset has more than {MAX_FILES:,} files; split it, or name a folder further down")
 
 
 def _reader(root: Path) -> Read:
@@ -140,13 +136,13 @@ def _by_folders(names: dict[str, str], read: Read) -> Source:
     found = {parts: file for parts, file in found.items() if not any(map(_hidden, parts))}
     found, beside = _unwrap(found)
     split = any(_part(parts[0]) == "train" and len(parts) > 2 for parts in found)
-    items, strays = [], [_printable("/".join(parts)) for parts in beside]
+    items, strays = [], [printable("/".join(parts)) for parts in beside]
     for parts, file in found.items():
         item = _item(parts, file, split)
         if item:
             items.append(item)
         elif parts[-1]:
-            strays.append(_printable("/".join(parts)))
+            strays.append(printable("/".join(parts)))
     return _source(items, sorted(strays), read)
 
 
@@ -162,20 +158,15 @@ def _unwrap(found: dict[tuple[str, ...], str]) -> tuple[dict[tuple[str, ...], st
 
 
 def _item(parts: tuple[str, ...], file: str, split: bool) -> Item | None:
-    path = _printable("/".join(parts))
+    path = printable("/".join(parts))
     if not split:
-        return Item(path, file, "train", _printable(parts[0])) if len(parts) > 1 else None
+        return Item(path, file, "train", printable(parts[0])) if len(parts) > 1 else None
     part = _part(parts[0])
-    return Item(path, file, part, _printable(parts[1])) if part and len(parts) > 2 else None
+    return Item(path, file, part, printable(parts[1])) if part and len(parts) > 2 else None
 
 
 def _part(name: str) -> Part | None:
     return PART_NAMES.get(name.lower())
-
-
-def _printable(name: str) -> str:
-    """A file name need not be UTF-8; what is not becomes an escape, so that it can be hashed and written as JSON."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _source(items: list[Item], strays: list[str], read: Read, labelled: bool = False) -> Source:
@@ -183,45 +174,29 @@ def _source(items: list[Item], strays: list[str], read: Read, labelled: bool = F
     classes = tuple(sorted({item.class_name for item in items if item.part == "train"}))
     files = sorted((item for item in items if not item.path.endswith("/")), key=astuple)
     if len(classes) < 2:
-        left_out = f"; these lie outside class folders: {', '.join(strays[:5])}" if strays else ""
-        raise DatasetError(
-            f"the dataset has {len(classes)} classes; it needs at least two folders, one per class, with images in them"
-            + left_out
-        )
+        raise _too_few(classes, strays, labelled)
     strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in classes})
     if strange:
         raise DatasetError(
-            f"{', '.join(strange[:20])}: no such class in train/, which has {', '.join(classes[:10])}"
+            f"{', '.join(strange[:MAX_NAMED])}: no such class in train/, which has {', '.join(classes[:10])}"
             + (" ..." if len(classes) > 10 else "")
         )
     return Source(tuple(files), classes, tuple(strays), labelled, read)
 
 
+def _too_few(classes: tuple[str, ...], strays: list[str], labelled: bool) -> TooFewClasses:
+    found = f"the dataset has {len(classes)} classes" + "".join(f" ({name})" for name in classes)
+    needed = "two labels" if labelled else "two folders, one per class, with images in them"
+    beside = f"; {len(strays)} files lie outside class folders: {', '.join(strays[:MAX_NAMED])}" if strays else ""
+    return TooFewClasses(f"{found}; it needs at least {needed}{beside}")
+
+
 # Zip files
 
 
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise DatasetError(f"{path.name} cannot be read as a zip file: {error}; pack or copy it again") from error
-    with archive:
-        yield archive
-
-
-def _member_names(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
+def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:
     """As `_scan`, and what the archive calls each; a folder is empty where no other member lies in it."""
-    members = archive.infolist()
-    _check_count(len(members))
-    for member in members:
-        _check_member(member, path)
-    size, total = path.stat().st_size, sum(member.file_size for member in members)
-    if total > 2**30 and total > MAX_RATIO * size:
-        raise DatasetError(
-            f"{path.name} is refused: its {size:,} bytes would grow to {total:,}, more than {MAX_RATIO} times as many"
-        )
-    names = {_without_dots(member.filename): member.filename for member in members}
+    names = {_without_dots(member.filename): member.filename for member in members_of(archive)}
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
     return {name: file for name, file in names.items() if name not in filled}
 
@@ -239,18 +214,6 @@ def _parents(names: Iterable[str]) -> set[str]:
         parents |= {f"{folder}/" for folder in folders}
         folders = {folder.rpartition("/")[0] for folder in folders} - {""}
     return parents
-
-
-def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
-    name = member.filename.replace("\\", "/")
-    if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name):
-        raise DatasetError(
-            f"{path.name} is refused: its member {_printable(member.filename)[:200]!r} would lie outside of it"
-        )
-    if member.file_size > 16 * 2**20 and member.file_size > MAX_MEMBER_RATIO * max(1, member.compress_size):
-        raise DatasetError(
-            f"{path.name} is refused: {_printable(name)[:200]!r} would grow from {member.compress_size:,} to {member.file_size:,} bytes"
-        )
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -273,7 +236,7 @@ def _by_table(path: Path) -> Source:
                 )
             for row in table:
                 items.add(_table_item(row, f"{path.name}, line {table.line_num}"))
-                _check_count(len(items))
+                check_count(len(items))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{path.name} cannot be read as a CSV in UTF-8: {error}") from error
     return _source(list(items), [], _reader(path.parent), labelled=True)

@@ -6,7 +6,7 @@ images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> gr
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,13 @@ class Scores(nn.Module):
         return [self.network(images), *(self.aux.take() if self.aux else ())]
 
 
+class Taken(NamedTuple):
+    """A step."""
+
+    loss: Tensor  # (): the mean
+    right: Tensor  # (): how many images had their label, of shares the largest, as the highest score
+
+
 class Stepper:
     """The optimiser of a network, and how a batch goes through it. `classes` (C,) is what an image of each class counts; None: 1.
 
@@ -80,54 +87,57 @@ class Stepper:
         frozen = not all(parameter.requires_grad for parameter in self.whole.parameters())
         self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # they hear no frozen place
 
-    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Tensor:
-        """-> the mean loss, (). `labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images
-        the step has on all ranks together.
+    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Taken:
+        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images the step has on all
+        ranks together, and what comes back is of all of them.
 
         Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory; Halved where ranks share it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         share = (of or len(images)) / self.ranks.count  # the mean over the ranks is then that over all images
-        loss = self._gradients(images, labels, share)
-        while loss is None:
+        taken = self._gradients(images, labels, share)
+        while taken is None:
             self._halve(images)
-            loss = self._gradients(images, labels, share)
+            taken = self._gradients(images, labels, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.ranks.mean(loss)
+        loss, right = self.ranks.sums(*taken)
+        return Taken(loss / self.ranks.count, right)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return {"optimizer": self.optimizer, "scaler": self.scaler}
 
-    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> Tensor | None:
+    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> Taken | None:
         """Puts the gradient of the summed loss over `share` into the weights, and that of all ranks together; None: out of memory."""
         self.optimizer.zero_grad()
         pieces = max(1, min(math.ceil(len(images) / self.micro), len(images) // self.least))
-        total = torch.zeros((), device=self.device)
+        total, right = (torch.zeros((), device=self.device) for _ in range(2))
         try:
             parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
             for number, (part, own) in enumerate(parts, start=1):
                 with self._exchange(number == pieces):
-                    loss = self._loss(part, own) / share
-                    self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                    loss, hits = self._loss(part, own)
+                    self.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / share
+                right += hits
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return total
+        return Taken(total, right)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Summed over the images, auxiliary classifiers included."""
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
         with self._autocast():
             scores, *others = self.scores(images)
             loss = self._cross_entropy(scores, labels)
             for auxiliary in others:
                 assert self.aux is not None, "only auxiliary classifiers have scores beside the network's"  # noqa: S101
                 loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
-        return loss
+        likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return loss, (scores.detach().argmax(dim=1) == likeliest).sum()
 
     def _exchange(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients of the pieces of a step add up on each rank; the last piece's go to the others, and the sum with them."""

@@ -1,4 +1,4 @@
-"""The command line: `imago serve | predict | finetune | jobs | models | bench`.
+"""The command line: `imago serve | predict | finetune | jobs | datasets | models | bench`.
 
 Each command lives in a module of its own, imported when it is called, so that `imago --help` need not wait for torch.
 """
@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "Classify image files, without a server.",
     "finetune": "Train a classifier on a folder of images.",
     "jobs": "Watch and steer the fine-tuning jobs of a running server.",
+    "datasets": "See and upload the datasets of a running server.",
     "models": "List, pull, import, remove and switch models.",
     "bench": "Put a running server under load, and measure it.",
 }

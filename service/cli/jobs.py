@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,15 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
 
     The admin key is that of IMAGO_ADMIN_KEY, or the one in the server's data folder.
     """
+    context.obj = context.with_resource(connect(url, flags))
+
+
+def connect(url: str, flags: Mapping[str, Any]) -> "httpx.Client":
+    """A client of the server there, with the admin key that the flags and the environment lead to."""
     import httpx
 
-    settings = Settings.load(**flags)
-    headers = {"Authorization": f"Bearer {admin_key(settings)}"}
-    context.obj = context.with_resource(httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S))
+    headers = {"Authorization": f"Bearer {admin_key(Settings.load(**flags))}"}
+    return httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
 
 
 def admin_key(settings: Settings) -> str:

@@ -23,6 +23,7 @@ from models.records import read_record, to_json
 from models.store import ModelStore
 from models.training.handover import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, Result
 from models.training.request import FinetuneRequest
+from service import datasets
 from service.answers import Sample
 from service.engine import Engine
 from service.errors import (
@@ -33,7 +34,6 @@ from service.errors import (
     TrainerUnavailable,
     error_of,
 )
-from service.jobs import datasets
 from service.jobs.events import EVENTS, Tail, append
 from service.jobs.job import ID_PATTERN, Job
 from service.jobs.trainer import TRAINER, Trainers, order_of
@@ -76,12 +76,13 @@ class Jobs:
         self._rehearsing = asyncio.Lock()
         self._closing = threading.Event()
         self._working = threading.Lock()  # held while a job is worked on
+        self._lost = threading.Event()  # that job is another server's by now
 
     # Life
 
     def start(self) -> None:
         """Takes up the jobs of before, once the models serve; returns at once."""
-        if self.settings.jobs_database or self._sqlite.exists():
+        if self._any_before:
             self._resuming = asyncio.create_task(self._resume())
 
     async def _resume(self) -> None:
@@ -115,6 +116,11 @@ class Jobs:
     @property
     def _leaving(self) -> bool:
         return self._closing.is_set() or self.engine.draining
+
+    @property
+    def _any_before(self) -> bool:
+        """Whether there is a database, and so there may be jobs in it."""
+        return bool(self.settings.jobs_database) or self._sqlite.exists()
 
     @property
     def _sqlite(self) -> Path:
@@ -153,14 +159,23 @@ class Jobs:
         closing.callback(table.close)
         closing.callback(self._hold(url, table))
         from service.jobs.queue import Queue
+        from service.jobs.takeover import Takeover
         from service.jobs.worker import Worker
 
         def activate(name: str, version: int, samples: Sequence[Sample]) -> None:
             asyncio.run_coroutine_threadsafe(self.engine.activate(name, version, samples), loop).result()
 
-        worker = Worker(self.settings, self.store, table, self.folders, activate, lambda: self._leaving, self._trainers)
-        queue = Queue(url, self.settings.server_name, self._exclusive(worker.train), self._exclusive(worker.deploy))
+        def leaving() -> bool:
+            return self._leaving or self._lost.is_set()
+
+        name = self.settings.server_name
+        shared = Takeover(table, name, self.folders, self._lost.set) if url.startswith("postgresql") else None
+        worker = Worker(self.settings, self.store, table, self.folders, activate, leaving, self._trainers)
+        queue = Queue(url, name, self._exclusive(worker.train), self._exclusive(worker.deploy))
         closing.callback(queue.close)
+        if shared is not None:
+            shared.start(queue)
+            closing.callback(shared.close)
         return table, queue
 
     def _sweep(self, ids: Callable[[], set[str]]) -> None:
@@ -177,6 +192,7 @@ class Jobs:
     def _exclusive(self, work: Callable[[str], None]) -> Callable[[str], None]:
         def working(job: str) -> None:
             with self._working:
+                self._lost.clear()
                 work(job)
 
         return working
@@ -241,6 +257,12 @@ class Jobs:
     async def page(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
         """Jobs from the latest on, and whether there are more."""
         return await self._in_pool((await self._opened()).table.page, after, limit)
+
+    async def using(self, dataset: Path) -> str | None:
+        """The id of a job that is not at its end and has this dataset, by its path under the datasets folder."""
+        if self._opening is None and not self._any_before:
+            return None
+        return await self._in_pool((await self._opened()).table.using, dataset)
 
     async def cancel(self, id: str) -> Job:
         """A queued job is cancelled at once, a running one within seconds. Raises JobNotFound, JobFinished."""

@@ -68,5 +68,16 @@ class Queue:
         if known is not None and known.status not in RUNNING:
             DBOS.delete_workflow(job)
 
+    def held_by(self, server: str) -> list[str]:
+        """The jobs that a server has taken from the queue and not ended."""
+        held = DBOS.list_workflows(
+            status="PENDING", executor_id=server, queue_name=QUEUE, load_input=False, load_output=False
+        )
+        return [workflow.workflow_id for workflow in held]
+
+    def put_back(self, job: str) -> None:
+        """Enqueues a job that a server has taken which is lost; nobody else may do so at the same time."""
+        DBOS.resume_workflow(job, queue_name=QUEUE)
+
     def close(self) -> None:
         DBOS.destroy(destroy_registry=True)

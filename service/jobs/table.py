@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -107,7 +108,7 @@ class JobTable:
     def __init__(self, url: str) -> None:
         """Opens the database and makes the tables where they are missing; refuses those of a newer Imago."""
         self._engine = _engine(sa.make_url(url))
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             _meta.create_all(connection)
             version = connection.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
             if version is None:
@@ -139,7 +140,7 @@ class JobTable:
         Raises IdempotencyMismatch, NameConflict, QueueFull.
         """
         try:
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 if new.key and (known := self._replayed(connection, new)):
                     return known, True
                 self._check_room(connection, max_queued)
@@ -157,7 +158,7 @@ class JobTable:
         """The job that came with this Idempotency-Key before. Raises IdempotencyMismatch where it came with another request."""
         if new.key is None:
             return None
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return self._replayed(connection, new)
 
     def _replayed(self, connection: sa.Connection, new: Submission) -> Job | None:
@@ -177,7 +178,7 @@ class JobTable:
 
     def get(self, id: str) -> Job:
         """Raises JobNotFound."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return self._get(connection, id)
 
     def _get(self, connection: sa.Connection, id: str) -> Job:
@@ -189,7 +190,7 @@ class JobTable:
     def page(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
         """Jobs from the latest to the first, at most `limit`, older than the job `after`; and whether there are more."""
         query = _shown.order_by(_jobs.c.number.desc()).limit(limit + 1)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if after is not None:
                 number = connection.execute(sa.select(_jobs.c.number).where(_jobs.c.id == after)).scalar()
                 if number is None:
@@ -200,19 +201,25 @@ class JobTable:
 
     def unfinished(self) -> list[str]:
         """The ids of all jobs that are to be worked on, the oldest first."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             query = sa.select(_jobs.c.id).where(_jobs.c.status.in_(ACTIVE)).order_by(_jobs.c.number)
             return list(connection.execute(query).scalars())
 
+    def using(self, dataset: Path) -> str | None:
+        """The id of a job that is not at its end and has this dataset, if there is one."""
+        with self.transaction() as connection:
+            jobs = connection.execute(sa.select(_jobs.c.id, _jobs.c.request).where(_jobs.c.status.in_(ACTIVE)))
+            return next((job.id for job in jobs if Path(job.request["dataset"]) == dataset), None)
+
     def ids(self) -> set[str]:
         """Of all jobs there are."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return set(connection.execute(sa.select(_jobs.c.id)).scalars())
 
     def wish(self, id: str) -> Wish:
         """Raises JobNotFound."""
         job = sa.select(_jobs.c.status, _jobs.c.stop_requested).where(_jobs.c.id == id)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(job).first()
         if row is None:
             raise JobNotFound(_NO_JOB)
@@ -243,7 +250,7 @@ class JobTable:
 
     def delete(self, id: str) -> None:
         """Raises JobNotFound, and JobActive for a job that is not at its end."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             done = connection.execute(_jobs.delete().where(_jobs.c.id == id, _jobs.c.status.in_(TERMINAL)))
             if done.rowcount == 0:
                 job = self._get(connection, id)
@@ -268,7 +275,7 @@ class JobTable:
 
     def crashed(self, id: str, reached: Reached) -> int:
         """Notes that a trainer ended without a result, and gives how many have since one last got further. Raises JobNotFound."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(sa.select(_jobs.c.crashes, _jobs.c.crash_point).where(_jobs.c.id == id)).first()
             if row is None:
                 raise JobNotFound(_NO_JOB)
@@ -296,11 +303,12 @@ class JobTable:
         return self._change((_jobs.c.id == id) & _jobs.c.status.in_(before), **values)
 
     def _change(self, where: sa.ColumnElement[bool], **values: Any) -> bool:
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return connection.execute(_jobs.update().where(where).values(values)).rowcount == 1
 
     @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
+    def transaction(self) -> Iterator[sa.Connection]:
+        """Committed at its end. Raises TrainerUnavailable."""
         with _reported(), self._engine.begin() as connection:
             yield connection
 

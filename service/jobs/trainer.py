@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from models.training.handover import Order
 from models.training.request import FinetuneRequest
-from service.jobs.datasets import resolve
+from service.datasets import resolve
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -173,11 +173,16 @@ class Trainers:
         return TrainerProcess(self._threads, self._command)
 
     def prepare(self) -> None:
-        """Makes sure that there is a spare one for the next SPARE_S seconds. It dies with the calling thread, as the kernel has it."""
+        """Makes sure that there is a spare one for the next SPARE_S seconds, if the system lets it start. It dies with the calling
+        thread, as the kernel has it."""
         spare = self._swap(None)
         if spare is None or spare.returncode is not None:
             self._end(spare)
-            spare = TrainerProcess(self._threads, self._command)
+            try:
+                spare = TrainerProcess(self._threads, self._command)
+            except OSError as error:  # no failure of the job that is under way
+                log.warning("no spare trainer: %s", error)
+                return
         self._end(self._swap(spare))
 
     def close(self) -> None:

@@ -60,8 +60,8 @@ class Worker:
         trainers: Trainers,
     ) -> None:
         self.settings, self.store, self.table, self.folders = settings, store, table, folders
-        self.leaving = leaving
-        self._activate, self._trainers = activate, trainers
+        self.leaving, self.trainers = leaving, trainers
+        self._activate = activate
 
     # Training
 
@@ -140,7 +140,7 @@ class Worker:
             return self._fail(job.id, error.code, str(error))
         replace(folder / JOB, to_json(order))
         self._tell(job.id, status="running", message=f"attempt {job.attempt}")
-        process = self._trainers.take()
+        process = self.trainers.take()
         watch = Watch(self, job, process)
         try:
             process.begin(folder)
@@ -211,7 +211,7 @@ class Worker:
     def deploy(self, id: str) -> None:
         """Puts the model to service where the gate says so; then the job has succeeded. The last step of every job."""
         self._persist(self._deploy, id)
-        self._trainers.prepare()
+        self.trainers.prepare()
 
     def _deploy(self, id: str) -> None:
         job = self.table.get(id)
@@ -297,7 +297,7 @@ class Watch:
         self._looked = self._noted = 0.0  # monotonic seconds
         self._noted_at = 0.0  # which progress of the phase
         self._told = -1.0  # which progress of the job the table knows
-        self._asked = False
+        self._asked = self._prepared = False
 
     @property
     def reached(self) -> Reached:
@@ -341,8 +341,15 @@ class Watch:
         changed, self._phase = phase != self._phase, phase
         if changed:
             self._looked = 0.0  # the table is told at once
+            self._prepare()
         now = time.monotonic()
         moved = abs(progress - self._noted_at) >= EVENT_STEP or now - self._noted >= EVENT_S
         if changed or moved or progress >= 1 or "message" in event or "epoch" in event:
             self._noted, self._noted_at = now, progress
             self._worker.note(self._job.id, {"level": "info", **event})
+
+    def _prepare(self) -> None:
+        """Once this trainer is past its imports and its audit, the next one may begin its own: the next job finds it ready."""
+        if self._phase in ("features", "train") and not self._prepared:
+            self._prepared = True
+            self._worker.trainers.prepare()

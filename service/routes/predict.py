@@ -106,5 +106,4 @@ def _raise_if_all_failed(results: Sequence[object], images: int, content: dict[s
 
 
 def _respond(content: dict[str, Any], timings: Timings) -> Response:
-    took = f"decode;dur={timings.decode:.2f}, queue;dur={timings.queue:.2f}, compute;dur={timings.compute:.2f}"
-    return Response(encode(content), media_type="application/json", headers={"Server-Timing": took})
+    return Response(encode(content), media_type="application/json", headers={"Server-Timing": timings.header})

@@ -9,9 +9,10 @@ from typing import Any
 from models.training.audit import Audit
 from models.training.evaluate import Evaluation
 from models.training.gate import Verdict
+from models.training.layers import TrainedLayer
 from models.training.report.markup import Child, Markup, element, table
 from models.training.report.plots import Series, confusion, lines, reliability_diagram
-from models.training.report.record import Report
+from models.training.report.record import Batch, Report
 
 STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what the page may do, wherever it is opened
@@ -22,7 +23,7 @@ MIN_POINTS = 2  # of a line
 Thumbnails = Mapping[str, bytes]
 
 
-def html(report: Report, thumbnails: Thumbnails) -> str:
+def html(report: Report, thumbnails: Thumbnails, batch: Batch | None = None) -> str:
     """The whole page; `thumbnails` are small JPEGs by path, of the mistakes and doubted labels that are to be shown with a picture."""
     title = f"{report.name} v{report.version}" if report.version else report.name
     head = element(
@@ -33,16 +34,18 @@ def html(report: Report, thumbnails: Thumbnails) -> str:
         element("title", f"{title} - training report"),
         element("style", Markup(STYLE.read_text(encoding="utf-8"))),
     )
-    body = element("body", _heading(report, title), _tiles(report), *_sections(report, thumbnails))
+    body = element("body", _heading(report, title), _tiles(report), *_sections(report, thumbnails, batch))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def _sections(report: Report, thumbnails: Thumbnails) -> Iterable[Markup]:
+def _sections(report: Report, thumbnails: Thumbnails, batch: Batch | None) -> Iterable[Markup]:
     yield _attention(report)
     yield _mistakes(report.test or report.val, "test" if report.test else "validation", thumbnails)
     yield _confusion(report.test or report.val, "Test" if report.test else "Validation")
     yield _classes(report.test or report.val)
     yield _training(report)
+    yield _batch(batch)
+    yield _layers(report.layers)
     yield _calibration(report)
     yield _labels(report, thumbnails)
     yield _curve(report)
@@ -129,12 +132,14 @@ def _mistakes(evaluation: Evaluation, part: str, thumbnails: Thumbnails) -> Mark
 
 
 def _picture(path: str, thumbnails: Thumbnails, said: str, probability: float) -> Markup:
-    image = None
-    if path in thumbnails:
-        data = base64.b64encode(thumbnails[path]).decode()
-        image = element("img", src=f"data:image/jpeg;base64,{data}", alt=said, loading="lazy")
+    image = _image(thumbnails[path], said) if path in thumbnails else None
     caption = (element("b", said), f" {probability:.0%}", element("div", path, class_="faint"))
     return element("figure", image, element("figcaption", *caption))
+
+
+def _image(jpeg: bytes, said: str) -> Markup:
+    source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    return element("img", src=source, alt=said, loading="lazy")
 
 
 def _confusion(evaluation: Evaluation, part: str) -> Markup:
@@ -196,6 +201,40 @@ def _strength_plots(report: Report) -> Iterable[Markup]:
         yield lines([series], "strength of the penalty", what, log_x=True, mark=report.strength)
 
 
+def _batch(batch: Batch | None) -> Markup:
+    if batch is None:
+        return Markup("")
+    pictures = (element("figure", _image(jpeg, said), element("figcaption", said)) for said, jpeg in batch.pictures)
+    said = element("p", batch.said, class_="faint")
+    return _section("What it was trained on", said, element("div", *pictures, class_="pictures small"))
+
+
+def _layers(layers: Sequence[TrainedLayer]) -> Markup:
+    if not layers:
+        return Markup("")
+    whole = [layer for layer in layers if layer.depth == 0]
+    total, trained = sum(layer.parameters for layer in whole), sum(layer.trained for layer in whole)
+    rows = [
+        (
+            "\u2003" * layer.depth + (layer.name.rpartition(".")[2] if layer.depth else layer.name),
+            layer.kind,
+            " x ".join(map(str, layer.output)),
+            f"{layer.parameters:,}" if layer.parameters else "",
+            _frozen(layer),
+        )
+        for layer in layers[:MAX_ROWS]
+    ]
+    head = ["layer", "kind", "output for one image", "parameters", ""]
+    said = element("p", f"{total:,} parameters, of which {trained:,} were trained.")
+    return _section("Layers", said, _folded(f"All layers ({len(layers)})", table(head, rows), _more(len(layers))))
+
+
+def _frozen(layer: TrainedLayer) -> str:
+    if layer.trained == layer.parameters:
+        return ""
+    return "partly frozen" if layer.trained else "frozen"
+
+
 def _calibration(report: Report) -> Markup:
     found = report.calibration
     said = (
@@ -233,13 +272,16 @@ def _candidates(report: Report) -> Markup:
 
 
 def _labels(report: Report, thumbnails: Thumbnails) -> Markup:
-    if not report.label_errors:
+    if not report.labels_checked:
         return Markup("")
+    parts = " and ".join({"train": "training", "val": "validation"}.get(part, part) for part in report.labels_checked)
+    if not report.label_errors:
+        return _section("Labels to check", element("p", f"None of the {parts} images."))
     pictures = [
         _picture(e.path, thumbnails, f"labelled {e.given}, looks like {e.suggested}", e.probability)
         for e in report.label_errors[:MAX_PICTURES]
     ]
-    said = "Training images that a head which was not shown them takes for another class; the surest first."
+    said = f"Of the {parts} images, those that a model which was not fitted to them takes for another class; the surest first."
     return _section("Labels to check", element("p", said, class_="faint"), element("div", *pictures, class_="pictures"))
 
 

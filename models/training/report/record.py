@@ -1,7 +1,7 @@
 """The report as a record; `report.json` is its `model_dump_json()`."""
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -12,7 +12,9 @@ from models.training.curve import LearningCurve
 from models.training.evaluate import Evaluation, LabelError
 from models.training.gate import Verdict
 from models.training.head import PathPoint
+from models.training.layers import TrainedLayer
 from models.training.select import Choice
+from models.training.sources import Part
 
 
 class Epoch(Record):
@@ -20,7 +22,7 @@ class Epoch(Record):
 
     epoch: int = Field(ge=1)
     loss: float
-    accuracy: float | None = None  # on the training images, as they were augmented
+    accuracy: float | None = None  # on the training images as they were augmented, by weights on the move
     val_loss: float | None = None
     val_accuracy: float | None = None
     lr: float | None = None
@@ -35,6 +37,13 @@ class Parity(Record):
     agrees: bool
 
 
+class Batch(NamedTuple):
+    """Pictures of images as they were trained on. They are on the page alone, and not in the record."""
+
+    said: str  # what they are
+    pictures: tuple[tuple[str, bytes], ...]  # label and JPEG of each
+
+
 class Report(Record):
     """All that a run found out. What a mode does not have is None or empty."""
 
@@ -47,7 +56,8 @@ class Report(Record):
     effective: dict[str, Any]
     audit: Audit  # with the sizes of the parts
     history: tuple[Epoch, ...] = ()
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # whose weights were kept: the best on validation, or with keep "last" the last
+    layers: tuple[TrainedLayer, ...] = ()
     path: tuple[PathPoint, ...] = ()  # of the head's strengths
     strength: float | None = None  # the one that was taken
     stop_reason: str | None = None
@@ -57,6 +67,7 @@ class Report(Record):
     val: Evaluation
     test: Evaluation | None = None
     label_errors: tuple[LabelError, ...] = ()
+    labels_checked: tuple[Part, ...] = ()  # the parts whose images were looked at for `label_errors`
     learning_curve: LearningCurve | None = None
     verdict: Verdict | None = None
     parity: Parity | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import DatasetError
-from service.jobs import datasets
+from service import datasets
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""Small JPEGs for the report: of the images that it speaks of, and of some as they were trained on."""
+
+from io import BytesIO
+
+from PIL import Image
+from torch import Tensor
+
+from models.training.batches import Sample
+from models.training.job import Job
+from models.training.report import Batch, Report
+
+THUMBNAIL = 96  # pixels
+
+
+def thumbnails(job: Job, report: Report) -> dict[str, bytes]:
+    """Of the mistakes and doubted labels, by path."""
+    evaluated = [part for part in (report.test, report.val) if part]
+    wanted = {mistake.path for part in evaluated for mistake in part.mistakes}
+    wanted |= {error.path for error in report.label_errors}
+    places = {path: row for row, path in enumerate(job.data.paths) if path in wanted}
+    return {path: jpeg(job.data.pixels[row]) for path, row in places.items()}
+
+
+def training_batch(sample: Sample, classes: tuple[str, ...]) -> Batch:
+    """With the label, or its shares, below each."""
+    captions = (caption(label, classes) for label in sample.labels)
+    return Batch(sample.said, tuple(zip(captions, map(jpeg, sample.pixels), strict=True)))
+
+
+def caption(label: Tensor, classes: tuple[str, ...]) -> str:
+    """Of a label () or, mixed, its shares (classes,): `cat`, `70% cat, 30% dog`."""
+    if label.ndim == 0:
+        return classes[int(label)]
+    shares = [(float(share), name) for share, name in zip(label, classes, strict=True) if share > 0]
+    return ", ".join(f"{share:.0%} {name}" for share, name in sorted(shares, reverse=True))
+
+
+def jpeg(pixels: Tensor) -> bytes:
+    """uint8 (C, H, W) -> a square JPEG."""
+    rows = pixels.permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(rows if rows.shape[2] == 3 else rows[:, :, 0])
+    buffer = BytesIO()
+    image.resize((THUMBNAIL, THUMBNAIL)).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

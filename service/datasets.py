@@ -1,0 +1,205 @@
+"""The datasets folder: where the path in a request leads, what there is, and how a zip gets there.
+
+upload -> .tmp-<random>/, written as it arrives -> its table of contents checked -> <name>.zip, by one rename
+          removed at its end; what a killed server has left goes at the next start, or with the next upload
+"""
+
+import asyncio
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field
+
+from models.archive import members_of, open_archive
+from models.errors import DatasetError, NameConflict
+from models.files import TEMPORARY, locked, move, staging, sweep
+from service.errors import InsufficientStorage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_NEEDED_BYTES = 2**28  # a backbone, its checkpoint with an optimizer's state, features and a report
+_LOCK = ".lock"
+_SUFFIXES: dict[str, Literal["zip", "csv"]] = {".zip": "zip", ".csv": "csv"}
+
+
+def resolve(root: Path, relative: Path) -> Path:
+    """The absolute path of a dataset. DatasetError, the same for all that is not there and all that is not allowed:
+
+    absolute paths, `..`, `~`, URLs, symlinks at any depth, and what is neither a folder nor a regular file.
+    """
+    parts = relative.parts
+    try:
+        if not parts or relative.is_absolute() or _SCHEME.match(parts[0]) or any(map(_is_special, parts)):
+            raise ValueError
+        if not _is_plain(root, parts):
+            raise ValueError
+    except (OSError, ValueError):  # ValueError: a NUL
+        raise DatasetError(
+            "there is no dataset at that path: give the relative path of a folder, a .zip or a .csv under the datasets folder"
+        ) from None
+    return root.resolve().joinpath(*parts)
+
+
+def _is_special(part: str) -> bool:
+    return part == ".." or part.startswith("~")
+
+
+def _is_plain(root: Path, parts: tuple[str, ...]) -> bool:
+    """Whether the path is of folders down to a folder or a regular file. It is walked by descriptors: nothing on the way is followed."""
+    handle = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts:  # O_PATH opens a symlink itself, and no FIFO blocks it
+            below = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle)
+            os.close(handle)
+            handle = below
+        mode = os.fstat(handle).st_mode
+        return stat.S_ISDIR(mode) or stat.S_ISREG(mode)
+    finally:
+        os.close(handle)
+
+
+def check_space(dataset: Path, *folders: Path) -> None:
+    """Raises InsufficientStorage where a folder's disk has less than twice what a job may write."""
+    packed = dataset.stat().st_size if dataset.is_file() else 0
+    needed = 2 * (_NEEDED_BYTES + packed)
+    for folder in folders:
+        _check_free(folder, needed)
+
+
+def _check_free(folder: Path, needed: int) -> None:
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if shutil.disk_usage(there).free < needed:
+        raise InsufficientStorage(
+            f"less than {needed >> 20} MB are free on the server's disk; free some, or delete jobs and models"
+        )
+
+
+class Dataset(BaseModel):
+    """Something under the datasets folder that a job can be given."""
+
+    object: Literal["dataset"] = "dataset"
+    name: str = Field(description="The `dataset` of a request")
+    kind: Literal["folder", "zip", "csv"]
+    bytes: int | None = Field(None, description="Size of the file; null for a folder")
+    modified: datetime
+
+
+class Datasets:
+    """What lies in the datasets folder. Links are not shown, as no request can name them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._pool = ThreadPoolExecutor(4, "datasets")
+
+    async def start(self) -> None:
+        """Removes what uploads have left that were killed."""
+        await self.in_pool(self._sweep)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _sweep(self) -> None:
+        try:
+            if self.root.is_dir() and any(self.root.glob(f"{TEMPORARY}*")):
+                with locked(self.root / _LOCK):
+                    sweep(self.root)
+        except OSError as error:  # a folder that is mounted read-only
+            log.warning("uploads that were killed could not be removed: %s", error)
+
+    async def page(self, after: str, limit: int) -> tuple[list[Dataset], bool]:
+        """By name, those after this one, at most `limit`; and whether there are more."""
+        found = [dataset for dataset in await self.in_pool(self._listing) if dataset.name > after]
+        return found[:limit], len(found) > limit
+
+    def _listing(self) -> list[Dataset]:
+        if not self.root.is_dir():
+            return []
+        with os.scandir(self.root) as entries:
+            return sorted(filter(None, map(_dataset_of, entries)), key=lambda dataset: dataset.name)
+
+    def check_name(self, name: str) -> None:
+        """Raises NameConflict where there is something of this name."""
+        if os.path.lexists(self.root / name):
+            raise NameConflict(f"there is a dataset {name!r}; take another name, or replace it with `replace=true`")
+
+    async def receive(self, size: int) -> "Arrival":
+        """Begins an upload of `size` bytes, 0 if that is not known; close it in the end. Raises InsufficientStorage."""
+        return await self.in_pool(Arrival, self, size)
+
+    async def in_pool(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+
+def _dataset_of(entry: "os.DirEntry[str]") -> Dataset | None:
+    """None for what is hidden, a link, no dataset by its name, or has a name that nobody can type."""
+    kind = _SUFFIXES.get(Path(entry.name).suffix.lower())
+    if entry.name.startswith((".", "~")) or not entry.name.isprintable() or entry.is_symlink():
+        return None
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:  # it has just gone
+        return None
+    modified = datetime.fromtimestamp(found.st_mtime, UTC)
+    if stat.S_ISDIR(found.st_mode):
+        return Dataset(name=entry.name, kind="folder", bytes=None, modified=modified)
+    if kind is None or not stat.S_ISREG(found.st_mode):
+        return None
+    return Dataset(name=entry.name, kind=kind, bytes=found.st_size, modified=modified)
+
+
+class Arrival:
+    """One zip on its way into the datasets folder. Blocking; its methods raise InsufficientStorage where the disk does not take it."""
+
+    def __init__(self, datasets: Datasets, size: int) -> None:
+        self._datasets = datasets
+        self._closing = ExitStack()
+        root = datasets.root
+        with _storing():
+            _check_free(root, size + _NEEDED_BYTES)
+            self._folder = self._closing.enter_context(staging(root, root / _LOCK))
+            self._file = self._closing.enter_context((self._folder / "upload").open("xb"))
+
+    def write(self, data: bytes) -> None:
+        with _storing():
+            _check_free(self._folder, len(data) + _NEEDED_BYTES)
+            self._file.write(data)
+
+    def keep(self, name: str, replace: bool) -> Dataset:
+        """Puts the whole file into the datasets folder, once it is found to be good. Raises DatasetError, NameConflict."""
+        root, draft = self._datasets.root, self._folder / name
+        with _storing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            (self._folder / "upload").rename(draft)  # by its name in messages
+        with open_archive(draft) as archive:
+            members_of(archive)
+        with _storing(), locked(root / _LOCK):
+            if not replace or (root / name).is_dir():
+                self._datasets.check_name(name)
+            move(draft, root / name)
+            found = (root / name).stat()
+        return Dataset(name=name, kind="zip", bytes=found.st_size, modified=datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def close(self) -> None:
+        """Nothing is left of an upload that was not kept."""
+        self._closing.close()
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InsufficientStorage(f"the datasets folder cannot be written to: {error.strerror}") from error

@@ -1,0 +1,199 @@
+"""`/datasets`: what lies under the datasets folder, and how a zip gets there, for admins."""
+
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from python_multipart import MultipartParser
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
+
+from models.classifier import NAME_PATTERN
+from models.errors import NameConflict
+from service.auth import require_admin
+from service.datasets import Arrival, Dataset
+from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
+from service.middleware import encode
+from service.routes.upload import while_connected
+from service.schemas import DATASET_EXAMPLE, ERROR_ANSWERS, DatasetList, Validate, json_answer
+from service.state import DatasetsDep, JobsDep
+
+router = APIRouter(tags=["datasets"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+
+BLOCK_BYTES = 2**20  # written to the disk at once
+ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
+ZIP = {"type": "string", "format": "binary"}
+UPLOADED = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/zip": {"schema": ZIP},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": ZIP}, "required": ["file"]},
+            },
+        },
+    }
+}
+KEPT = json_answer("The dataset", DATASET_EXAMPLE)
+LISTED = json_answer("A page of datasets", {"object": "list", "data": [DATASET_EXAMPLE], "has_more": False})
+FOUND = json_answer("What the trainer found", {"audit": {}, "split": {}, "estimate": {}})
+
+
+@router.get("/datasets", summary="The datasets", responses={200: LISTED})
+async def list_datasets(
+    datasets: DatasetsDep,
+    after: Annotated[str, Query(max_length=255, description="The last name of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> DatasetList:
+    """What lies in the datasets folder itself, by name. Links are not shown, and not followed."""
+    data, has_more = await datasets.page(after, limit)
+    return DatasetList(data=data, has_more=has_more)
+
+
+@router.post("/datasets", summary="Upload a dataset", status_code=201, responses={201: KEPT}, openapi_extra=UPLOADED)
+async def upload_dataset(
+    request: Request,
+    datasets: DatasetsDep,
+    jobs: JobsDep,
+    name: Annotated[
+        str | None, Query(pattern=NAME_PATTERN, description="By default that of the file, as far as it can be one")
+    ] = None,
+    replace: Annotated[bool, Query(description="Put it in the place of the one that is there")] = False,
+) -> Dataset:
+    """A zip of class folders, as the body itself or as a multipart part `file`. It is there once it is whole and its table of contents
+    was checked; `POST /datasets/validate` looks at the images."""
+    _check_headers(request)
+    if name is not None and not replace:  # said before gigabytes are sent, and looked at again after them
+        await datasets.in_pool(datasets.check_name, _file_of(name))
+    arrival = await datasets.receive(int(request.headers.get("content-length", "0")))
+    try:
+        filename = await _write(request, arrival, datasets.in_pool)
+        file = _file_of(name or _name_from(filename))
+        if replace and (job := await jobs.using(Path(file))):
+            raise NameConflict(f"job {job} uses {file!r}; wait for it, cancel it, or take another name")
+        return await datasets.in_pool(arrival.keep, file, replace)
+    finally:
+        await datasets.in_pool(arrival.close)
+
+
+@router.post("/datasets/validate", summary="Audit a dataset", responses={200: FOUND}, response_model=dict[str, Any])
+async def validate_dataset(request: Request, jobs: JobsDep, body: Validate) -> Any:
+    """The audit of a dataset, the split and an estimate, as `POST /finetune?dry_run=true` gives them; it needs no name of a model."""
+    found = await while_connected(request, jobs.dry_run(body))
+    return Response(encode(found), media_type="application/json")
+
+
+def _check_headers(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("compressed bodies are not read; send the zip as it is, without Content-Encoding")
+    if _kind(request) not in (*ZIP_TYPES, "multipart/form-data"):
+        raise UnsupportedMediaType(
+            "send a zip with Content-Type application/zip, or multipart/form-data with a `file` part"
+        )
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+
+
+def _file_of(name: str) -> str:
+    return name.removesuffix(".zip") + ".zip"
+
+
+def _name_from(filename: str) -> str:
+    """`C:\\\\photos\\\\My Bees.ZIP` -> `my-bees`. Raises ValidationFailed where nothing is left."""
+    tail = re.split(r"[/\\]", filename)[-1].lower().removesuffix(".zip")
+    name = re.sub(r"[^a-z0-9._-]+", "-", tail).strip("-._")[:60]
+    if not name:
+        raise ValidationFailed("give the dataset a name: `?name=bees`", param="name")
+    return name
+
+
+async def _write(request: Request, arrival: Arrival, in_pool: Callable[..., Any]) -> str:
+    """Writes the zip as it arrives; -> the name of its file, empty where it has none."""
+    if _kind(request) != "multipart/form-data":
+        async for block in _blocks(request):
+            await in_pool(arrival.write, block)
+        return ""
+    part = FilePart(request.headers["content-type"], arrival.write)
+    try:
+        async for block in _blocks(request):
+            await in_pool(part.feed, block)
+    except MultipartParseError as error:
+        raise BadRequest(f"malformed multipart: {error}") from None
+    return part.end()
+
+
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    """The body in larger pieces than it arrives in: each costs a step to another thread."""
+    block = bytearray()
+    async for data in request.stream():
+        block += data
+        if len(block) >= BLOCK_BYTES:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
+
+
+class FilePart:
+    """Passes the one `file` part of a multipart body on as it arrives. Starlette's parser would write it to the temporary folder first."""
+
+    def __init__(self, content_type: str, write: Callable[[bytes], None]) -> None:
+        """Raises BadRequest, as do the methods; they also raise UnknownField and MissingFile."""
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        if not boundary:
+            raise BadRequest("malformed multipart: the Content-Type has no boundary")
+        self._write = write
+        self._filename: str | None = None
+        self._header, self._value, self._disposition = b"", b"", b""
+        self._ended = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": self._on_header,
+                "on_header_value": self._on_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_part,
+                "on_part_data": self._on_data,
+                "on_end": self._on_end,
+            },
+        )
+
+    def feed(self, data: bytes) -> None:
+        self._parser.write(data)
+
+    def end(self) -> str:
+        """The name of the file. Raises MissingFile where there was none."""
+        if not self._ended:
+            raise BadRequest("malformed multipart: it ends before its last boundary")
+        if self._filename is None:
+            raise MissingFile("there is no `file` part with a filename; send one", param="file")
+        return self._filename
+
+    def _on_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _on_part(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        self._disposition = b""
+        if options.get(b"name") != b"file" or b"filename" not in options:
+            raise UnknownField("the body has one part, `file`, with a filename; `name` and `replace` go into the query")
+        if self._filename is not None:
+            raise BadRequest("there are two `file` parts; send one dataset at a time", param="file")
+        self._filename = options[b"filename"].decode("utf-8", "replace")
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        self._write(data[start:end])
+
+    def _on_end(self) -> None:
+        self._ended = True

@@ -1,0 +1,24 @@
+"""Requests of the Open Inference Protocol as bytes."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+
+def tensor(datatype: str = "UINT8", shape: tuple[int, ...] = (1, 3, 32, 32), **more: Any) -> dict[str, Any]:
+    return {"name": "input", "datatype": datatype, "shape": list(shape), **more}
+
+
+def body(given: dict[str, Any], **more: Any) -> bytes:
+    return json.dumps({"inputs": [given], **more}).encode()
+
+
+def binary(datatype: str, shape: tuple[int, ...], raw: bytes, **more: Any) -> tuple[bytes, int]:
+    """The body, and how much of it is JSON."""
+    header = body(tensor(datatype, shape, parameters={"binary_data_size": len(raw)}), **more)
+    return header + raw, len(header)
+
+
+def elements(*files: bytes) -> bytes:
+    return b"".join(np.uint32(len(file)).astype("<u4").tobytes() + file for file in files)
