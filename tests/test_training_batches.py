@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,13 +7,18 @@ from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
 from models.classifier import denormalise, normalise
-from models.training.batches import Batches, first_images
+from models.training.batches import Batch, Batches, first_images
 from models.training.network import train
 from models.training.pictures import caption, training_batch
-from models.training.request import Budget, EarlyStopping
+from models.training.ranks import ALONE, Ranks
+from models.training.request import Budget, EarlyStopping, Effective
 
 DATA = in_memory()
 CLASSES = DATA.classes
+
+
+def first(chosen: Effective, ranks: Ranks = ALONE) -> Batch:
+    return next(Batches(DATA, PREPROCESSING, chosen, torch.device("cpu"), ranks).epoch(1))
 
 
 def test_the_way_back_from_what_a_network_sees() -> None:
@@ -37,6 +43,23 @@ def test_an_epoch_shows_each_training_image_at_most_once() -> None:
     shown = [batch.images for batch in batches.epoch(1)]
     assert [len(images) for images in shown] == [batches.images] * batches.steps
     assert len(torch.unique(torch.cat(shown).flatten(1), dim=0)) == batches.images * batches.steps
+
+
+@pytest.mark.parametrize("recipe", [{}, {"mixup": 0.2}, {"cutmix": 1.0}], ids=["plain", "mixup", "cutmix"])
+def test_ranks_share_the_batch_of_one(recipe: dict[str, float]) -> None:
+    chosen = settings(augmentation="standard", small_until=0.5, **recipe)
+    parts, whole = [first(chosen, Ranks(rank, 3)) for rank in range(3)], first(chosen)
+    assert [len(images) for images, _ in parts] == [2, 3, 3]
+    assert torch.allclose(torch.cat([images for images, _ in parts]), whole.images, atol=1e-6)
+    assert torch.allclose(torch.cat([labels for _, labels in parts]), whole.labels)
+
+
+def test_the_sample_is_what_several_ranks_were_shown() -> None:
+    """Policies draw otherwise where a batch is shared."""
+    chosen = replace(settings(augmentation="trivial"), devices=2)
+    shown = torch.cat([first(chosen, Ranks(rank, 2)).images for rank in range(2)])
+    assert torch.equal(first_images(DATA, PREPROCESSING, chosen).pixels, denormalise(shown, PREPROCESSING))
+    assert not torch.equal(shown, first(chosen).images)
 
 
 def test_a_sample_does_not_disturb_chance() -> None:

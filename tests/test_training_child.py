@@ -19,8 +19,9 @@ import torch
 from models.errors import DatasetError
 from models.records import to_json
 from models.training import child
-from models.training.child import EXIT_ORPHANED, Reporter, explain, rehearsal, work
+from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
 from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, Order, Result
+from models.training.process import explain
 from models.training.request import Event, FinetuneRequest
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
@@ -183,7 +184,7 @@ def test_events_and_nothing_else_on_stdout_and_stop_on_stdin(folder: Path) -> No
 def test_a_full_disk_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: `main` leaves its descriptors and signals alone."""
     full = Result(status="failed", error=explain(OSError(errno.ENOSPC, "No space left on device")))
-    for name, stand_in in {"_die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
+    for name, stand_in in {"die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
         monkeypatch.setattr(child, name, stand_in)
     monkeypatch.setattr(child, "work", lambda *given: full)
     assert child.main(tmp_path) == EXIT_DISK_FULL

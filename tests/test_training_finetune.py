@@ -15,7 +15,8 @@ from models.classifier import ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
 from models.images import decode, stack
 from models.store import ModelStore
-from models.training import finetune, fitting
+from models.training import distributed, finetune, fitting
+from models.training import network as whole
 from models.training.dataset import load
 from models.training.evaluate import outputs
 from models.training.finetune import Event, FinetuneRequest
@@ -321,6 +322,21 @@ def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest
     assert begun is not None
     assert begun.choice is not None
     assert trained.store.config("kept", result.version).lineage["base"] == begun.choice.best
+
+
+def test_several_devices_train_it_together(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_by: list[int] = []
+
+    def train(network: Any, data: Any, preprocessing: Any, settings: Any, *rest: Any) -> Any:
+        trained_by.append(settings.devices)
+        return whole.train(network, data, preprocessing, settings, *rest)
+
+    monkeypatch.setattr(finetune, "devices", lambda name: [torch.device("cpu")] * 2)
+    monkeypatch.setattr(distributed, "train", train)
+    workshop = Workshop(tmp_path, photos)
+    result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters={**QUICK, "epochs": 1, "devices": 2})
+    assert trained_by == [2]
+    assert (result.effective or {})["devices"] == 2
 
 
 # What is told

@@ -10,6 +10,7 @@ from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.training import network as whole
+from models.training.auxiliary import Auxiliary
 from models.training.checkpoint import previous
 from models.training.network import History
 from models.training.progress import never
@@ -205,6 +206,15 @@ def test_small_epochs_are_small(tmp_path: Path) -> None:
     module.register_forward_pre_hook(lambda m, args: sides.append(args[0].shape[-1]) if m.training else None)
     train(module, tmp_path / "c.pt", settings(4, small_until=0.5))
     assert sides == [6] * 6 + [8] * 6
+
+
+def test_an_auxiliary_classifier_thaws_with_its_place(tmp_path: Path) -> None:
+    last = nn.Linear(8, 3)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    before, chosen = last.weight.clone(), settings(3, freeze_until="layer1", thaw_every=1)
+    path, aux = tmp_path / "c.pt", Auxiliary({"layer1": head}, 0.3)
+    whole.train(tiny(), DATA, PREPROCESSING, chosen, NONE, FREE, path, lambda event: None, aux=aux)
+    assert not torch.equal(last.weight, before)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])

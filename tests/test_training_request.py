@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+from models.errors import TrainingError
 from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, command, effective
 from service.cli import main
 
@@ -55,6 +56,22 @@ def test_what_is_given_stays() -> None:
     given = Hyperparameters(epochs=3, batch_size=32, lr=0.7, ema=0.0, seed=9)
     found = effective(request(**SCRATCH, hyperparameters=given), "scratch", 50_000)
     assert (found.epochs, found.batch_size, found.lr, found.ema, found.seed) == (3, 32, 0.7, 0.0, 9)
+
+
+@pytest.mark.parametrize(("batch_size", "there", "used"), [(128, 1, 1), (128, 4, 4), (32, 4, 2), (8, 4, 1)])
+def test_each_device_gets_images_enough(batch_size: int, there: int, used: int) -> None:
+    asked = request(**SCRATCH, hyperparameters={"batch_size": batch_size})
+    assert effective(asked, "scratch", 50_000, devices=there).devices == used
+    assert effective(request(), "head", 50_000, devices=there).devices == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "why"), [(1, "devices is 4, and the trainer sees 1"), (4, "a batch of 6 is too small for 4 devices")]
+)
+def test_devices_that_cannot_be_used_are_refused(there: int, why: str) -> None:
+    asked = request(**SCRATCH, hyperparameters={"devices": 4, "batch_size": 6})
+    with pytest.raises(TrainingError, match=why):
+        effective(asked, "scratch", 50_000, devices=there)
 
 
 def test_a_batch_is_never_larger_than_the_training_part() -> None:

@@ -13,6 +13,7 @@ resampling of the whole batch, several times as fast as torchvision's transforms
 import hashlib
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +29,30 @@ SEED_STEP = 1_000_003  # between the seeds of two epochs, or copies: no two smal
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def augment(pixels: Tensor, mirrored: Tensor, settings: Effective) -> Tensor:
-    """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on."""
-    preset = settings.augmentation
+class Part(NamedTuple):
+    """Images of a batch. What is random is drawn for all of it, so an image gets its own wherever the batch is cut."""
+
+    places: Tensor  # int64 (n,), in the batch
+    of: int  # images in the batch
+
+
+def augment(pixels: Tensor, mirrored: Tensor, settings: Effective, part: Part | None = None) -> Tensor:
+    """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on.
+
+    Where the images are only a part of their batch, `part` says which.
+    """
+    preset, n = settings.augmentation, part or len(pixels)
     mirrored = mirrored & settings.hflip
-    upside_down = _coins(len(pixels)) & settings.vflip
+    upside_down = _coins(n) & settings.vflip
     if preset == "light":
-        pixels, mirrored = light(pixels, mirrored), torch.zeros_like(mirrored)
+        pixels, mirrored = light(pixels, mirrored, part), torch.zeros_like(mirrored)
     elif preset in ("trivial", "randaugment"):
-        pixels = by_policy(pixels, preset)
+        pixels = by_policy(pixels, preset) if part is None else by_policy_each(pixels, preset, part)
     if preset != "standard" and not settings.rotation:
         return flip(pixels, mirrored, upside_down)
-    crops = random_crops(len(pixels)) if preset == "standard" else whole(len(pixels))
-    warped = warp(pixels, crops, _uniform(len(pixels), -settings.rotation, settings.rotation), mirrored, upside_down)
-    return jitter(warped) if preset == "standard" else warped
+    crops = random_crops(n) if preset == "standard" else whole(len(pixels))
+    warped = warp(pixels, crops, _uniform(n, -settings.rotation, settings.rotation), mirrored, upside_down)
+    return jitter(warped, part) if preset == "standard" else warped
 
 
 def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
@@ -71,15 +82,15 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, settings: Effective) -
     return mixed
 
 
-def light(pixels: Tensor, flip: Tensor) -> Tensor:
+def light(pixels: Tensor, flip: Tensor, part: Part | None = None) -> Tensor:
     """Mirror the images where `flip` (N,) is true, then shift each by up to a sixteenth of the side, borders reflected.
 
     uint8 (N, C, H, W) -> the same, in channels_last memory. A sixteenth and not the usual eighth: in runs of some ten epochs a stronger
     shift costs more than it brings.
     """
     n, _, height, width = pixels.shape
-    rows = _mirrored(torch.arange(height) + _shifts(n, height), height)  # (N, H)
-    columns = _mirrored(torch.arange(width) + _shifts(n, width), width)  # (N, W)
+    rows = _mirrored(torch.arange(height) + _shifts(part or n, height), height)  # (N, H)
+    columns = _mirrored(torch.arange(width) + _shifts(part or n, width), width)  # (N, W)
     columns = torch.where(flip[:, None], width - 1 - columns, columns)
     images, rows, columns = (index.to(pixels.device) for index in (torch.arange(n)[:, None, None], rows, columns))
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # one gather
@@ -109,7 +120,7 @@ def whole(n: int) -> Tensor:
     return torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(n, 1)
 
 
-def random_crops(n: int) -> Tensor:
+def random_crops(n: int | Part) -> Tensor:
     """(N, 4): as torchvision's RandomResizedCrop draws them, of a larger part of the image."""
     area, ratio = _uniform(n, *CROP_AREA), _uniform(n, *map(math.log, CROP_RATIO)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
@@ -130,9 +141,10 @@ def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upsid
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def jitter(images: Tensor) -> Tensor:
+def jitter(images: Tensor, part: Part | None = None) -> Tensor:
     """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
-    factors = [_uniform(len(images), 1 - JITTER, 1 + JITTER).to(images.device).view(-1, 1, 1, 1) for _ in range(3)]
+    n = part or len(images)
+    factors = [_uniform(n, 1 - JITTER, 1 + JITTER).to(images.device).view(-1, 1, 1, 1) for _ in range(3)]
     images = images * factors[0]
     images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, factors[1])
     return torch.lerp(_gray(images), images, factors[2]).clamp_(0, 255)
@@ -161,20 +173,35 @@ def by_policy(pixels: Tensor, name: str) -> Tensor:
     return torch.stack([policy(image) for image in pixels])
 
 
+def by_policy_each(pixels: Tensor, name: str, part: Part) -> Tensor:
+    """The same for a part of a batch. A policy draws as much as its operation needs, so each image has a seed of its own."""
+    seeds = _draw(part, lambda n: torch.randint(2**62, (n,))).tolist()
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(pixels, seeds, strict=True):
+            torch.manual_seed(seed)
+            changed.append(by_policy(image[None], name))
+    return torch.cat(changed)
+
+
 # Chance
 
 
-def _coins(n: int) -> Tensor:
-    return torch.rand(n) < 0.5
+def _coins(n: int | Part) -> Tensor:
+    return _draw(n, torch.rand) < 0.5
 
 
-def _uniform(n: int, low: float, high: float) -> Tensor:
-    return low + (high - low) * torch.rand(n)
+def _uniform(n: int | Part, low: float, high: float) -> Tensor:
+    return low + (high - low) * _draw(n, torch.rand)
 
 
-def _shifts(n: int, side: int) -> Tensor:
+def _shifts(n: int | Part, side: int) -> Tensor:
     reach = side // 16
-    return torch.randint(-reach, reach + 1, (n, 1))
+    return _draw(n, lambda n: torch.randint(-reach, reach + 1, (n, 1)))
+
+
+def _draw(n: int | Part, draw: Callable[[int], Tensor]) -> Tensor:
+    return draw(n) if isinstance(n, int) else draw(n.of)[n.places]
 
 
 def _mirrored(index: Tensor, side: int) -> Tensor:

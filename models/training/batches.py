@@ -1,6 +1,6 @@
 """What a network is shown, batch by batch; order and changes follow from seed and epoch, so a resumed run is shown the same.
 
-rows of the training part --shuffle--> uint8 (B, C, H, W) --augment, normalise, mix--> float32 (B, C, H, W) and labels
+rows of the training part --shuffle--> this rank's, uint8 (B, C, H, W) --augment, normalise, mix--> float32 (B, C, H, W) and labels
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch import Tensor
 from models.classifier import Preprocessing, denormalise, normalise
 from models.training.augment import SEED_STEP, augment, flips, mix
 from models.training.dataset import Dataset
+from models.training.ranks import ALONE, Ranks
 from models.training.request import Effective
 
 SMALL = 0.75  # of the side, in the small epochs
@@ -34,13 +35,24 @@ class Sample(NamedTuple):
 
 
 class Batches:
-    """The training part, batch by batch, on the device. `images` are those of one step, `steps` those of an epoch."""
+    """The training part, batch by batch, on the device; of several ranks, this one's part of each.
 
-    def __init__(self, data: Dataset, preprocessing: Preprocessing, settings: Effective, device: torch.device) -> None:
+    `images` are those of one step, on all ranks together, `steps` those of an epoch.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        preprocessing: Preprocessing,
+        settings: Effective,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.data = data
         self.preprocessing = preprocessing
         self.settings = settings
         self.device = device
+        self.ranks = ranks
         self.pixels = self._pixels()
         count = len(data.rows["train"])
         self.images = min(settings.batch_size * settings.accumulate, count)
@@ -57,13 +69,19 @@ class Batches:
 
     def _batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> Batch:
         """Small epochs show three quarters of the side: while the learning rate is high, as good as the full size."""
+        mixed = bool(self.settings.mixup or self.settings.cutmix)
+        part = self.ranks.part(len(rows), mixed)
+        if part:
+            rows, mirrored = rows[part.places], mirrored[part.places]
         pixels = self.pixels[rows.to(self.pixels.device)].to(self.device)
-        images = normalise(augment(pixels, mirrored, self.settings), self.preprocessing)
+        images = normalise(augment(pixels, mirrored, self.settings, part), self.preprocessing)
         if epoch <= round(self.settings.small_until * self.settings.epochs):
             images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
         labels = self.data.labels[rows].to(self.device)
-        if self.settings.mixup or self.settings.cutmix:
+        if mixed:
             images, labels = mix(images, labels, len(self.data.classes), self.settings)
+        if mixed and part:
+            images, labels = images[1:], labels[1:]  # the first belongs to the rank before
         return Batch(images.contiguous(memory_format=torch.channels_last), labels)
 
     def _pixels(self) -> Tensor:
@@ -77,11 +95,13 @@ class Batches:
 
 def first_images(data: Dataset, preprocessing: Preprocessing, settings: Effective) -> Sample:
     """The first images that this run's network was shown: drawn again, for they follow from the seed."""
+    ranks = [Ranks(rank, settings.devices) for rank in range(settings.devices)]
     with torch.random.fork_rng(devices=[]):
-        images, labels = next(Batches(data, preprocessing, settings, torch.device("cpu")).epoch(1))
+        own = [next(Batches(data, preprocessing, settings, torch.device("cpu"), rank).epoch(1)) for rank in ranks]
+    images, labels = (torch.cat([part[:SAMPLE] for part in parts])[:SAMPLE] for parts in zip(*own, strict=True))
     mixed = " and mixed" if labels.ndim > 1 else ""
     said = f"The beginning of the first batch, as the network saw it: augmentation {settings.augmentation}{mixed}."
-    return Sample(said, denormalise(images[:SAMPLE], preprocessing), labels[:SAMPLE])
+    return Sample(said, denormalise(images, preprocessing), labels)
 
 
 def spread(rows: Tensor) -> Tensor:

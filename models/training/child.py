@@ -7,34 +7,32 @@ end means that the server is gone, and ends the process. SIGTERM ends it at once
 there is nothing to tidy. This module imports nothing heavy by itself: torch is imported once the process has made itself modest.
 """
 
-import ctypes
-import errno
 import importlib
 import json
 import math
 import os
 import select
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from models.training.process import die_with_parent, explain, ran_out_of_disk
+
 if TYPE_CHECKING:
     from models.store import ModelStore
-    from models.training.handover import Failure, Order, Result
+    from models.training.handover import Order, Result
     from models.training.request import Event, FinetuneRequest
 
 EVENT_S = 0.25  # at most one plain sign of progress in so many seconds
 NICE = 19
 OOM_SCORE = 500  # of 1000: where memory runs out, the kernel takes the trainer before the server
-PR_SET_PDEATHSIG = 1
 EXIT_ORPHANED = 1  # the server is gone
 STDIN = 0
 
@@ -83,7 +81,7 @@ def main(
     """
     from models.training.handover import EXIT_DISK_FULL
 
-    _die_with_parent()
+    die_with_parent()
     events = _take_stdout()
     if folder is None:
         _get_ready()
@@ -153,41 +151,6 @@ def _rehearse(*args: Any, **kwargs: Any) -> dict[str, Any]:
     return dry_run(*args, **kwargs)
 
 
-# What went wrong
-
-
-def explain(error: BaseException) -> "Failure":
-    """An exception as a code and a sentence that says what to do; the traceback is on stderr."""
-    from models.errors import ModelError
-    from models.runtime import is_out_of_memory
-    from models.training.handover import Failure
-
-    if is_out_of_memory(error):
-        advice = "take a smaller batch_size, accumulate instead, a smaller base, or gradient_checkpointing"
-        return Failure(code="out_of_memory", message=f"the trainer ran out of memory; {advice}")
-    if _ran_out_of_disk(error):
-        return Failure(code="disk_full", message="the disk is full; free some space and start the job again")
-    if isinstance(error, ModelError):
-        return Failure(code=error.code, message=str(error))
-    return Failure(
-        code="internal", message=f"{type(error).__name__} in the trainer; trainer.log in its folder says where"
-    )
-
-
-def _ran_out_of_disk(error: BaseException) -> bool:
-    """safetensors wraps the system's error into its own, torch into a RuntimeError; both quote it or chain it."""
-    return any(
-        (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(e)
-        for e in _chain(error)
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _hand_over(folder: Path, result: "Result") -> int:
     """Writes result.json. Whoever finds none where the process ended by itself looks at the exit code."""
     from models.files import replace
@@ -198,7 +161,7 @@ def _hand_over(folder: Path, result: "Result") -> int:
         replace(folder / RESULT, to_json(result))
     except OSError as error:
         traceback.print_exc()
-        return EXIT_DISK_FULL if _ran_out_of_disk(error) else 1
+        return EXIT_DISK_FULL if ran_out_of_disk(error) else 1
     return 0
 
 
@@ -267,9 +230,3 @@ def _listen(stop: threading.Event) -> None:
         if line == b"stop":
             stop.set()
     os._exit(EXIT_ORPHANED)
-
-
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent ends. The end of stdin covers a parent that ended before."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from models.classifier import ModelConfig
-from models.runtime import pick_device, tune_allocator
+from models.runtime import devices, tune_allocator
 from models.runtime.device import gains_from_bfloat16
 from models.store import ModelStore
 from models.training import comparison, dataset, fitting
@@ -110,15 +110,15 @@ def prepare(
         progress(Event("audit", 1.0, message=f"skipped {file.path}: {file.reason}"))
     for warning in data.audit.warnings:
         progress(Event("audit", 1.0, message=warning))
-    device = pick_device("auto")
-    mode = _mode(request, data, device)
-    settings = effective(request, mode, len(data.rows["train"]), _precision(mode, device))
+    there = devices("auto")
+    mode = _mode(request, data, there[0])
+    settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
     run.check(data)
     if folder:
         run.write(folder)
     kept, features = folder or Path(), FeatureCache(cache)
-    return Job(request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, device)
+    return Job(request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, there[0])
 
 
 def _mode(request: FinetuneRequest, data: dataset.Dataset, device: torch.device) -> Mode:

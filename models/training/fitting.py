@@ -11,7 +11,7 @@ from models import architectures
 from models.classifier import Backbone, ConvLayer, Head
 from models.errors import TrainingError
 from models.training import calibrate as calibration
-from models.training import checkpoint
+from models.training import checkpoint, distributed
 from models.training import network as whole
 from models.training.augment import augmented_copy
 from models.training.auxiliary import auxiliary
@@ -157,8 +157,9 @@ def train_network(job: Job) -> Trained:
     base = job.bases[0]
     backbone, layer = _parts(job)
     network = nn.Sequential(backbone, layer).to(job.device)
+    fit_network = distributed.train if job.settings.devices > 1 else whole.train
     with job.clock.phase("train"):
-        history = whole.train(
+        history = fit_network(
             network,
             job.data,
             base.preprocessing,

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models.classifier import Preprocessing
 from models.errors import TrainingError
 from models.training import checkpoint as checkpoints
+from models.training.augment import SEED_STEP
 from models.training.auxiliary import Auxiliary
 from models.training.batches import Batches
 from models.training.dataset import Dataset
@@ -30,6 +31,7 @@ from models.training.evaluate import outputs
 from models.training.freezing import Freezing
 from models.training.head import class_weights
 from models.training.progress import Stop, never
+from models.training.ranks import ALONE, Ranks
 from models.training.recompute import recomputing
 from models.training.request import Budget, EarlyStopping, Effective, Event
 from models.training.schedule import share
@@ -40,6 +42,7 @@ AVERAGE_EVERY = 5  # steps; averaging every step costs more and gains nothing
 REPORT_EVERY_S = 0.4  # between two events
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
+REASONS: tuple[StopReason | None, ...] = (None, "budget", "stopped")  # for which an epoch is cut short
 Weights = dict[str, Tensor]
 Progress = Callable[[Event], None]
 
@@ -87,7 +90,14 @@ def train(
     budget are over (those of earlier attempts count), the epoch under way is cut short, validated, and the last. `aux` trains beside it.
     Raises TrainingError: a loss that is no longer finite, a checkpoint of another run; OutOfMemory.
     """
-    trainer = Trainer(network, data, preprocessing, settings, progress, aux)
+    history = run(Trainer(network, data, preprocessing, settings, progress, aux), stopping, budget, checkpoint, stop)
+    network.load_state_dict(history.best)
+    return history
+
+
+def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint: Path, stop: Stop) -> History:
+    """All epochs that are left; `best` are the weights to keep."""
+    settings = trainer.settings
     with trainer.ready():
         history = trainer.resume(checkpoint)
         limits = Limits(budget, stop, spent=sum(history.seconds))
@@ -97,9 +107,9 @@ def train(
             trainer.save(checkpoint, history)
             trainer.tell_epoch(history)
     last = stopping.keep == "last"
-    network.load_state_dict(trainer.weights() if last else history.best)
     return replace(
         history,
+        best=trainer.weights() if last else history.best,
         kept_epoch=len(history.losses) if last else history.best_epoch,
         trade=trade(stopping, history.losses, history.val_losses, settings.epochs),
     )
@@ -138,22 +148,24 @@ class Trainer:
         settings: Effective,
         progress: Progress,
         aux: Auxiliary | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.device = next(network.parameters()).device
         self.network = network.to(memory_format=torch.channels_last)
         self.average = (
             AveragedModel(network, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
         )
+        self.ranks = ranks
         self.aux = aux.to(self.device) if aux else None
         self.data = data
-        self.batches = Batches(data, preprocessing, settings, self.device)
+        self.batches = Batches(data, preprocessing, settings, self.device, ranks)
         self.steps = self.batches.steps  # of an epoch
         self.preprocessing = preprocessing
         self.settings = settings
         self.progress = progress
         self.done = 0.0  # share of the run, as last told
         self.freezing = Freezing(network[0], settings.freeze_until, settings.thaw_every)
-        self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell)
+        self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell, ranks)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -171,6 +183,7 @@ class Trainer:
     def next_epoch(self, history: History, limits: Limits) -> History:
         started, epoch = time.monotonic(), len(history.losses) + 1
         rate = self.rate(self.steps * (epoch - 1), history)
+        self.ranks.agree(replace(history, best={}))  # the others follow
         loss, train_accuracy, reason = self.train_one_epoch(epoch, history, limits)
         val_loss, accuracy = self.validate()
         if not math.isfinite(val_loss):
@@ -199,16 +212,18 @@ class Trainer:
         self.freezing.begin(epoch)
         self.network.train()
         self.freezing.hold()
+        self.stepper.begin()
         total, right = (torch.zeros((), device=self.device) for _ in range(2))
         reported = time.monotonic()
         for step, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
-            rate = self.rate(self.steps * (epoch - 1) + step - 1, history)
-            taken = self.stepper.step(images, labels, rate)
+            number = self.steps * (epoch - 1) + step - 1  # from the start of the run
+            with self.ranks.own_chance(self.settings.seed + SEED_STEP * number):
+                taken = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
             total += taken.loss
             right += taken.right
-            if self.average and (self.steps * (epoch - 1) + step - 1) % AVERAGE_EVERY == 0:
+            if self.average and number % AVERAGE_EVERY == 0:
                 self.average.update_parameters(self.network)
-            reason = limits.reached()
+            reason = self.ranks.choose(REASONS, limits.reached)
             if reason or step == self.steps or time.monotonic() - reported > REPORT_EVERY_S:
                 self.report(epoch, step, total.item() / step)
                 reported = time.monotonic()
@@ -273,7 +288,7 @@ class Trainer:
         self._check_identity(state["identity"], file)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.stepper.micro = state["micro"]
+        self.stepper.micro = min(self.stepper.micro, state["micro"])
         history = History(**state["history"])
         self.done = len(history.losses) / self.settings.epochs
         self.freezing.begin(len(history.losses))
@@ -304,9 +319,10 @@ class Trainer:
     # How it is made
 
     def _groups(self) -> Groups:
-        settings = self.settings
-        own = [*self.network[1:].parameters(), *(self.aux.parameters() if self.aux else ())]
-        return [*self.freezing.groups(settings.lr, settings.layer_decay), {"params": own, "peak": settings.head_lr}]
+        """A fused step wants gradients of all of a group or of none, and an auxiliary classifier has none while its place is frozen."""
+        settings, own = self.settings, [self.network[1:], *(self.aux.classifiers if self.aux else ())]
+        groups = [{"params": list(part.parameters()), "peak": settings.head_lr} for part in own]
+        return [*self.freezing.groups(settings.lr, settings.layer_decay), *groups]
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weight == "none":

@@ -50,7 +50,7 @@ def estimate(job: Job) -> dict[str, float]:
         features, train = forward * (len(job.data.paths) + shown * job.settings.copies), OVERHEAD_S
     else:
         features = forward * len(job.data.paths) if job.mode == "head_then_finetune" else 0.0
-        train = job.settings.epochs * forward * (BACKWARD * shown + held_out)
+        train = job.settings.epochs * forward * (BACKWARD * shown / job.settings.devices + held_out)
     phases = {"audit": audit, "features": features, "train": train}
     return {name: round(seconds, 1) for name, seconds in {**phases, "total": sum(phases.values())}.items()}
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
+from models.errors import TrainingError
 
 Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
 Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
@@ -17,6 +18,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Phase = Literal["audit", "features", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
+IMAGES_PER_DEVICE = 16  # of a batch, fewer of which keep no GPU busy
 
 
 class Hyperparameters(Record):
@@ -75,6 +77,12 @@ class Hyperparameters(Record):
     accumulate: int | None = Field(default=None, ge=1, le=1024, description="Batches to one step")
     gradient_checkpointing: bool | None = Field(
         default=None, description="Compute again in the backward pass instead of keeping: memory for time"
+    )
+    devices: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="GPUs that share each batch; by default all there are, as long as each gets 16 images of it",
     )
     ema: float | None = Field(
         default=None, ge=0, lt=1, description="Decay of the averaged weights at each update; 0 is no average"
@@ -256,6 +264,7 @@ class Effective:
     precision: Precision
     accumulate: int
     gradient_checkpointing: bool
+    devices: int  # that share each batch
     ema: float
     small_until: float
     copies: int
@@ -299,16 +308,20 @@ _SGD_LR_PER_IMAGE: dict[Mode, float] = {
 _ADAM_LR: dict[Mode, float] = {"head": 0.0, "finetune": 1e-4, "head_then_finetune": 1e-4, "scratch": 1e-3}
 
 
-def effective(request: FinetuneRequest, mode: Mode, train_images: int, precision: Precision = "float32") -> Effective:
+def effective(
+    request: FinetuneRequest, mode: Mode, train_images: int, precision: Precision = "float32", devices: int = 1
+) -> Effective:
     """The request's hyperparameters with every gap filled; a batch is never larger than the training part.
 
-    `mode` is the request's, or what `auto` has become; `precision` is what the device gains by.
+    `mode` is the request's, or what `auto` has become; `precision` is what the device gains by; `devices` is how many there are.
+    Raises TrainingError: more devices asked for than there are, or than the batch has images for.
     """
     given = request.hyperparameters.model_dump(exclude_none=True)
     if request.mode == "auto" and mode == "head":  # `epochs` were meant for a network
         given = {name: value for name, value in given.items() if name in HEAD_FIELDS - {"epochs"}}
     chosen = {**_DEFAULTS, **_BY_MODE[mode], "precision": precision, **given}
     chosen["batch_size"] = min(given.get("batch_size") or _batch_size(mode, train_images), max(train_images, 2))
+    chosen["devices"] = 1 if mode == "head" else _devices(given.get("devices"), devices, chosen["batch_size"])
     chosen.setdefault("hflip", chosen["augmentation"] != "none")
     images = chosen["batch_size"] * chosen["accumulate"]
     chosen.setdefault("lr", _SGD_LR_PER_IMAGE[mode] * images if chosen["optimizer"] == "sgd" else _ADAM_LR[mode])
@@ -324,6 +337,19 @@ def _batch_size(mode: Mode, train_images: int) -> int:
     while size * 2 <= min(_MAX_BATCH[mode], train_images // 20):
         size *= 2
     return size
+
+
+def _devices(asked: int | None, there: int, batch_size: int) -> int:
+    """A batch norm sees a device's own images, and wants more than a few."""
+    if asked is None:
+        return max(1, min(there, batch_size // IMAGES_PER_DEVICE))
+    if asked > there:
+        raise TrainingError(
+            f"devices is {asked}, and the trainer sees {there}: leave it out, or ask for at most {there}"
+        )
+    if batch_size < 2 * asked:
+        raise TrainingError(f"a batch of {batch_size} is too small for {asked} devices, of 2 images at least each")
+    return asked
 
 
 def command(request: FinetuneRequest) -> str:

@@ -12,15 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import OutOfMemory
 from models.runtime import is_out_of_memory
 from models.training.auxiliary import Auxiliary
+from models.training.ranks import ALONE, Ranks
 from models.training.request import Effective
 
 MOMENTUM = 0.9
 
 Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", the highest of their learning rates
+
+
+class Halved(Exception):
+    """A device ran out of memory in a step that other processes share: it cannot be done again by one of them. `micro` may fit."""
+
+    def __init__(self, micro: int) -> None:
+        super().__init__(micro)
+        self.micro = micro
+
+
+class Scores(nn.Module):
+    """A network and the classifiers that listen to it, as one module: images -> its scores (N, C), then theirs."""
+
+    def __init__(self, network: nn.Module, aux: Auxiliary | None) -> None:
+        super().__init__()
+        self.network = network
+        self.aux = aux
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.network(images), *(self.aux.take() if self.aux else ())]
 
 
 class Taken(NamedTuple):
@@ -31,7 +53,10 @@ class Taken(NamedTuple):
 
 
 class Stepper:
-    """The optimiser of a network, and how a batch goes through it. `classes` (C,) is what an image of each class counts; None: 1."""
+    """The optimiser of a network, and how a batch goes through it. `classes` (C,) is what an image of each class counts; None: 1.
+
+    Where several `ranks` share each step, `begin` comes before the first.
+    """
 
     def __init__(
         self,
@@ -41,48 +66,61 @@ class Stepper:
         settings: Effective,
         classes: Tensor | None,
         tell: Callable[[str], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.network = network
+        self.whole = Scores(network, aux)
+        self.scores: nn.Module = self.whole
         self.aux = aux
         self.settings = settings
+        self.ranks = ranks
         self.device = next(network.parameters()).device
         self.classes = classes.to(self.device) if classes is not None else None
         self.tell = tell
         self.optimizer = _optimizer(groups, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
-        self.micro = settings.batch_size  # images at once
+        self.micro = math.ceil(settings.batch_size / ranks.count)  # images at once
         # A batch norm cannot normalise a single value.
         self.least = 2 if any(isinstance(module, _BatchNorm) for module in network.modules()) else 1
 
-    def step(self, images: Tensor, labels: Tensor, rate: float) -> Taken:
-        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates.
+    def begin(self) -> None:
+        """At the start of each epoch: which weights train may have changed, and an epoch begins alike in a run that was resumed."""
+        frozen = not all(parameter.requires_grad for parameter in self.whole.parameters())
+        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # they hear no frozen place
 
-        Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory.
+    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Taken:
+        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images the step has on all
+        ranks together, and what comes back is of all of them.
+
+        Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory; Halved where ranks share it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        taken = self._gradients(images, labels)
+        share = (of or len(images)) / self.ranks.count  # the mean over the ranks is then that over all images
+        taken = self._gradients(images, labels, share)
         while taken is None:
             self._halve(images)
-            taken = self._gradients(images, labels)
+            taken = self._gradients(images, labels, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return taken
+        loss, right = self.ranks.sums(*taken)
+        return Taken(loss / self.ranks.count, right)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return {"optimizer": self.optimizer, "scaler": self.scaler}
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> Taken | None:
-        """Puts the gradient of the mean loss into the weights; None: out of memory."""
+    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> Taken | None:
+        """Puts the gradient of the summed loss over `share` into the weights, and that of all ranks together; None: out of memory."""
         self.optimizer.zero_grad()
         pieces = max(1, min(math.ceil(len(images) / self.micro), len(images) // self.least))
         total, right = (torch.zeros((), device=self.device) for _ in range(2))
         try:
-            for part, own in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
-                loss, hits = self._loss(part, own)
-                self.scaler.scale(loss / len(images)).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach() / len(images)
+            parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
+            for number, (part, own) in enumerate(parts, start=1):
+                with self._exchange(number == pieces):
+                    loss, hits = self._loss(part, own)
+                    self.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / share
                 right += hits
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -93,13 +131,19 @@ class Stepper:
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
         with self._autocast():
-            scores = self.network(images)
+            scores, *others = self.scores(images)
             loss = self._cross_entropy(scores, labels)
-            if self.aux:
-                for auxiliary in self.aux.take():
-                    loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
+            for auxiliary in others:
+                assert self.aux is not None, "only auxiliary classifiers have scores beside the network's"  # noqa: S101
+                loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
         likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return loss, (scores.detach().argmax(dim=1) == likeliest).sum()
+
+    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of the pieces of a step add up on each rank; the last piece's go to the others, and the sum with them."""
+        if last or not isinstance(self.scores, DistributedDataParallel):
+            return nullcontext()
+        return self.scores.no_sync()
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing
@@ -118,6 +162,8 @@ class Stepper:
                 "take a smaller network or freeze a part of it (freeze_until), or use a device with more memory"
             )
         self.micro = max(self.least, min(self.micro, len(images)) // 2)
+        if self.ranks.count > 1:
+            raise Halved(self.micro)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
