@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_an_epoch_shows_each_training_image_at_most_once() -> None:
 
 
 @pytest.mark.parametrize("recipe", [{}, {"mixup": 0.2}, {"cutmix": 1.0}], ids=["plain", "mixup", "cutmix"])
-def test_ranks_share_the_batch_of_one(recipe: dict[str, float]) -> None:
+def test_ranks_share_the_batch_of_one(recipe: dict[str, Any]) -> None:
     chosen = settings(augmentation="standard", small_until=0.5, **recipe)
     parts, whole = [first(chosen, Ranks(rank, 3)) for rank in range(3)], first(chosen)
     assert [len(images) for images, _ in parts] == [2, 3, 3]
