@@ -1,6 +1,6 @@
 """Image files -> uint8 tensors: the only place that decodes.
 
-    bytes --_sniff--> format --_open--> header, within the limits --_load--> pixels of the first frame
+    bytes --_sniff--> format --_open--> header, within the limits --hold, _load--> pixels of the first frame
           --_square--> what the network will see: upright, (crop, crop), RGB or L --_tensor--> uint8 (C, crop, crop)
 
 Bytes come from strangers. Only the opener of the format that the first bytes name is ever run, limits are checked before pixels are
@@ -12,7 +12,8 @@ Only the first frame of an animation is read; embedded colour profiles are ignor
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -53,7 +54,20 @@ ORIENTATIONS = {
 }
 ORIENTATION_TAG = 0x0112
 
+# Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
+# beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
+EARLY = {"GIF": 1, "WEBP": 3}
+
 Box = tuple[float, float, float, float]
+Hold = Callable[[int], AbstractContextManager[object]]  # is entered with the pixels that are about to be allocated
+
+
+class NoRoom(Exception):
+    """What a `Hold` raises when so many pixels do not fit beside those that others hold; nothing was allocated."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__(f"no room for {pixels:,} pixels now")
+        self.pixels = pixels
 
 
 @dataclass(frozen=True)
@@ -88,24 +102,33 @@ def decode(
     preprocessing: Preprocessing,
     limits: Limits = Limits(),
     extra_formats: frozenset[str] = frozenset(),
+    hold: Hold = nullcontext,
 ) -> Tensor:
     """One image file -> uint8 (C, crop, crop), a permuted view of contiguous (crop, crop, C) memory.
 
     As torchvision's `Resize(resize)` and `CenterCrop(crop)` on an upright RGB image, transparency on white; of 255, the mean difference
     is below 0.35 and the largest 2 (0.02 and 1 on photographs). JPEGs whose short side is at least 5 times `resize` are decoded at a
     reduced scale: below 1, and 20. The same bytes always give the same tensor.
-    `extra_formats`: of "TIFF" and "AVIF". Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
+    `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
+    Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
     _check_bytes(data, limits)
     file_format = _sniff(data, extra_formats)
     _ignore_pillow_warnings()
     stage = "header"
     try:
-        image = _open(data, file_format, limits)
-        stage = "image data"
-        extent = _load(image, preprocessing)
-        return _tensor(_square(image, extent, preprocessing))
-    except ImageError:
+        with ExitStack() as held:
+            if early := _size_before_opening(data, file_format):
+                _check_size(early, limits)
+                held.enter_context(hold(EARLY[file_format] * math.prod(early)))
+            image = _open(data, file_format, limits)
+            stage = "image data"
+            extent, pixels = _draft(image, preprocessing)
+            if not early:
+                held.enter_context(hold(pixels))
+            image.load()
+            return _tensor(_square(image, extent, preprocessing))
+    except (ImageError, NoRoom):
         raise
     except MemoryError as error:
         raise ImageTooLarge(f"not enough memory for this {_name(file_format)}; send a smaller image") from error
@@ -184,14 +207,9 @@ def _ignore_pillow_warnings() -> None:
 
 
 def _open(data: bytes, file_format: str, limits: Limits) -> Image.Image:
-    """The image with its header read and its size checked; no pixel is allocated yet."""
-    file = _File(data)
-    if file_format == "GIF":
-        _check_size(_first_frame(file), limits)
-    if file_format == "WEBP":
-        _check_size(_webp_canvas(data), limits)
+    """The image with its header read and its size checked; no pixel is allocated yet, but for the formats of `EARLY`."""
     try:
-        image = Image.open(file, formats=(file_format,))
+        image = Image.open(_File(data), formats=(file_format,))
     except Image.DecompressionBombError as error:
         pixels = int(re.findall(r"\d+", str(error))[0])
         raise ImageTooLarge(f"the image has {pixels:,} pixels; the limit is {limits.max_pixels:,}") from error
@@ -201,8 +219,15 @@ def _open(data: bytes, file_format: str, limits: Limits) -> Image.Image:
     return image
 
 
+def _size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None:
+    """What an opener of `EARLY` is about to allocate; None for the others, which read the header first."""
+    if file_format == "GIF":
+        return _first_frame(_File(data))
+    return _webp_canvas(data) if file_format == "WEBP" else None
+
+
 def _first_frame(file: BytesIO) -> tuple[int, int]:
-    """Right and bottom edge of a GIF's first frame. Pillow allocates that area while it reads the header, so we look before."""
+    """Right and bottom edge of a GIF's first frame."""
     file.seek(10)
     flags = file.read(1)[0]
     file.seek(13 + (3 << (flags & 7) + 1 if flags & 128 else 0))
@@ -217,10 +242,7 @@ def _first_frame(file: BytesIO) -> tuple[int, int]:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """Width and height in the first chunk of a WebP. Pillow allocates two such canvases while it reads the header, so we look before.
-
-    Its openers of the other formats, TIFF and AVIF among them, allocate nothing so early.
-    """
+    """Width and height in the first chunk of a WebP."""
 
     def number(first: int, end: int) -> int:
         return int.from_bytes(data[first:end], "little")
@@ -242,12 +264,14 @@ def _check_scans(data: bytes, pixels: int) -> None:
         )
 
 
-def _load(image: Image.Image, preprocessing: Preprocessing) -> tuple[float, float]:
-    """Decode the first frame; returns the width and height of the picture in the pixels that `image` then has."""
+def _draft(image: Image.Image, preprocessing: Preprocessing) -> tuple[tuple[float, float], int]:
+    """Choose a JPEG's scale; returns the width and height of the picture in the pixels that `image` will have, and how many are decoded."""
     wanted = int(DRAFT_FACTOR * preprocessing.resize)
+    full = image.width * image.height
     draft = image.draft(None, (wanted, wanted))
-    image.load()
-    return draft[1][2:] if draft else image.size
+    # A progressive JPEG's coefficients are all in memory before the first pixel, whatever its scale.
+    pixels = full if image.info.get("progressive") else image.width * image.height
+    return (draft[1][2:] if draft else image.size), pixels
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

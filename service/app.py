@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
+from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from models.store import ModelStore
 from service.auth import Keys, require_user
@@ -127,15 +128,15 @@ def _operation_id(route: APIRoute) -> str:
 
 async def _framework_error(request: Request, error: Exception) -> NoReturn:
     assert isinstance(error, HTTPException)  # noqa: S101  (registered for it alone)
-    raise _translate(error) from error
+    raise _translate(error, request) from error
 
 
-def _translate(error: HTTPException) -> ServiceError:
+def _translate(error: HTTPException, request: Request) -> ServiceError:
     match error.status_code:
         case 404:
             return NotFound("no such path; /docs lists those there are")
         case 405:
-            allow = (error.headers or {}).get("Allow", "")
+            allow = _allowed(request)
             return MethodNotAllowed(f"this path has no such method; it has {allow}", allow)
         case 413:
             return PayloadTooLarge("the request body is too large")
@@ -143,6 +144,13 @@ def _translate(error: HTTPException) -> ServiceError:
             return BadRequest("the request could not be read")
         case _:
             return Internal("internal error; the log has the details")
+
+
+def _allowed(request: Request) -> str:
+    """Every method that the path has; the framework names those of its first route alone."""
+    routes = (context.original_route for context in iter_route_contexts(request.app.routes))
+    found = [r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in found for method in route.methods or ()}))
 
 
 async def _invalid_request(request: Request, error: Exception) -> NoReturn:

@@ -197,6 +197,8 @@ class Catalogue:
             }  # a pull that failed is not under way
             await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
             self.served = {n: served for n, served in self.served.items() if n in plan.names}
+            if self.default not in plan.names:  # it was removed
+                self.default = plan.default
             self._announce()
             if stale:
                 self.metrics.swap_seconds.observe(time.monotonic() - started)

@@ -27,6 +27,7 @@ from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
+from service.pixels import PixelBudget
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Engine:
         self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
         self._formats = frozenset(settings.extra_formats)
+        self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6)
         self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -253,15 +255,19 @@ class Engine:
         return _Row({b: output.values for b, output in zip(wanted, outputs, strict=True)}, timings)
 
     async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
-        """An image -> uint8 (C, crop, crop), in the decode pool."""
+        """An image -> uint8 (C, crop, crop), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
         loop = asyncio.get_running_loop()
-        if isinstance(data, bytes):
-            return await loop.run_in_executor(
-                self._decoders, images.decode, data, preprocessing, self._limits, self._formats
-            )
-        if data.dtype == torch.uint8:
-            return data
-        return await loop.run_in_executor(self._decoders, images.unnormalise, data, preprocessing)
+        if isinstance(data, Tensor):
+            if data.dtype == torch.uint8:
+                return data
+            return await loop.run_in_executor(self._decoders, images.unnormalise, data, preprocessing)
+        while True:
+            try:
+                return await loop.run_in_executor(
+                    self._decoders, images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold
+                )
+            except images.NoRoom as full:
+                await self._pixels.room(full.pixels)
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 from starlette.middleware.cors import CORSMiddleware
@@ -40,9 +41,10 @@ LINGER_BYTES, LINGER_S = (
     2**20,
     2.0,
 )  # of a refused body we still read so much, so that the sender gets to read our answer
+MAX_LOGGED_PATH = 240  # characters
 CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
 
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x21\x23-\x5b\x5d-\x7e]{1,128}")  # nothing that JSON would have to escape
 _ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 _REJECTIONS: dict[str, Rejection] = {
     "queue_full": "queue_full",
@@ -320,13 +322,14 @@ async def _discard(receive: Receive, most: int) -> None:
 
 
 def _access_line(scope: Scope, exchange: Exchange, seconds: float) -> str:
+    """One line of at most 512 characters, whatever the path: it is percent-encoded, as it came."""
     client = scope.get("client")
     line = {
         "client": client[0] if client else None,
         "method": scope["method"],
-        "path": scope["path"][:256],
+        "path": quote(scope["path"][:MAX_LOGGED_PATH])[:MAX_LOGGED_PATH],
         "status": exchange.status,
         "ms": round(seconds * 1000, 1),
         "request_id": exchange.request_id.decode(),
     }
-    return json.dumps(line)  # control characters are escaped
+    return json.dumps(line)

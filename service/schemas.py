@@ -230,7 +230,7 @@ _IMAGE = {"type": "string", "format": "binary"}
 def image_request(*fields: dict[str, Any]) -> dict[str, Any]:
     """The OpenAPI of a route that reads a raw image or multipart files, and `fields` as query parameters or form fields."""
     properties = {field["name"]: field["schema"] for field in fields}
-    files = {"type": "array", "items": _IMAGE, "description": "One or more images"}
+    files = {"type": "array", "items": _IMAGE, "minItems": 1, "description": "One or more images"}
     form = {"type": "object", "properties": {"file": files, **properties}, "required": ["file"]}
     return {
         "parameters": list(fields),

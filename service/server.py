@@ -168,3 +168,6 @@ def _configure_logging(settings: Settings) -> None:
     if settings.log_level != "debug":  # what uvicorn and httpx say of every step is ours to say
         for name in ("uvicorn", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("python_multipart").setLevel(
+            logging.ERROR
+        )  # it warns of every malformed form, as often as anyone likes

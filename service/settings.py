@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     max_image_megapixels: int = Field(  # at most what models.images.PIXEL_CEILING lets through
         50, ge=1, le=178, description="Largest image, in millions of pixels"
     )
+    max_megapixels_in_flight: int = Field(
+        200, ge=1, description="Most millions of pixels decoded at a time, over all requests; beyond it images wait"
+    )
     max_image_side: int = Field(65_535, ge=1, description="Longest side of an image, in pixels")
     extra_formats: Formats = Field(
         (), description="Image formats to accept besides the usual: tiff, avif, comma separated"

@@ -22,6 +22,7 @@ async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@pytest.mark.abuse("H22")
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -45,8 +46,14 @@ async def test_the_frameworks_errors_have_our_shape(
     assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
 
 
-async def test_405_says_what_is_allowed(http: httpx.AsyncClient) -> None:
-    assert (await http.get("/predict")).headers["allow"] == "POST"
+@pytest.mark.abuse("H22")
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [("/predict", "POST"), ("/models/pets", "DELETE, GET"), ("/finetune", "GET, POST"), ("/health/live", "GET, HEAD")],
+)
+async def test_405_says_what_is_allowed(http: httpx.AsyncClient, path: str, allow: str) -> None:
+    answer = await http.request("PATCH", path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allow)
 
 
 async def test_a_bug_is_500_with_a_fixed_text_and_its_id_in_the_log(
@@ -65,6 +72,7 @@ async def test_a_bug_is_500_with_a_fixed_text_and_its_id_in_the_log(
     assert "ZeroDivisionError: secret" in caplog.text
 
 
+@pytest.mark.abuse("G4")
 async def test_nan_never_reaches_the_wire(http: httpx.AsyncClient, service: Service) -> None:
     service.engine.version = float("nan")  # type: ignore[assignment]
     assert (await http.post("/predict", content=GOOD)).status_code == 500
@@ -77,6 +85,7 @@ async def test_nan_never_reaches_the_wire(http: httpx.AsyncClient, service: Serv
         pytest.param(b"x" * 128, True, id="longest"),
         pytest.param(b"x" * 129, False, id="too long"),
         pytest.param(b"a b", False, id="space"),
+        pytest.param(b'a"b', False, id="quote"),
         pytest.param("ü".encode(), False, id="not ASCII"),
         pytest.param(b"\x1b[31m", False, id="ANSI"),
         pytest.param(b"", False, id="empty"),
@@ -92,6 +101,7 @@ async def test_every_answer_forbids_sniffing(http: httpx.AsyncClient) -> None:
     assert (await http.get("/models")).headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.abuse("H19")
 async def test_cors_for_the_listed_origin_on_user_routes(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", content=GOOD, headers={"Origin": "https://page.example"})
     other = await http.post("/predict", content=GOOD, headers={"Origin": "https://evil.example"})
@@ -99,6 +109,30 @@ async def test_cors_for_the_listed_origin_on_user_routes(http: httpx.AsyncClient
     assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.abuse("H19")
+async def test_by_default_no_origin_is_let_in(tmp_path: Path) -> None:
+    origin = {"Origin": "https://page.example"}
+    async with client_of(Service(tmp_path)) as http:
+        answer = await http.post("/predict", content=GOOD, headers=origin)
+        preflight = await http.options("/predict", headers=origin | {"Access-Control-Request-Method": "POST"})
+    assert preflight.status_code == 405
+    assert not [name for reply in (answer, preflight) for name in reply.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.abuse("H19")
+@pytest.mark.parametrize("origins", ["*", "https://page.example"])
+async def test_no_origin_sends_credentials(tmp_path: Path, origins: str) -> None:
+    origin = {"Origin": "https://page.example", "Cookie": "a=b", "Access-Control-Request-Method": "POST"}
+    async with client_of(Service(tmp_path, cors_origins=origins)) as http:
+        answers = [
+            await http.post("/predict", content=GOOD, headers=origin),
+            await http.options("/predict", headers=origin),
+        ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert all("access-control-allow-credentials" not in answer.headers for answer in answers)
+
+
+@pytest.mark.abuse("H19")
 @pytest.mark.parametrize(
     ("path", "method"),
     [

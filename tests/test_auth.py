@@ -26,12 +26,14 @@ USER |= {
 }
 
 
+@pytest.mark.abuse("J1")
 @pytest.mark.parametrize("key", [None, "", "b" * 32, ADMIN_KEY[:-1], ADMIN_KEY + "a", ADMIN_KEY.upper(), "ü"])
 def test_a_wrong_admin_key(key: str | None) -> None:
     with pytest.raises(Unauthorized):
         Keys(ADMIN_KEY, API_KEY).check_admin(key)
 
 
+@pytest.mark.abuse("J1")
 def test_the_api_key_does_not_reach_admin_routes() -> None:
     with pytest.raises(Forbidden):
         Keys(ADMIN_KEY, API_KEY).check_admin(API_KEY)
@@ -49,6 +51,7 @@ def test_with_an_api_key_either_key_opens_user_routes() -> None:
         keys.check_user(None)
 
 
+@pytest.mark.abuse("J1")
 def test_the_admin_key_is_made_once_for_the_owner_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     key = admin_key_of(tmp_path / "data")
@@ -59,12 +62,14 @@ def test_the_admin_key_is_made_once_for_the_owner_alone(tmp_path: Path, caplog: 
     assert key not in caplog.text
 
 
+@pytest.mark.abuse("J1")
 def test_an_empty_key_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "admin.key").write_text("\n")
     with pytest.raises(OSError, match=r"admin\.key holds no key"):
         admin_key_of(tmp_path)
 
 
+@pytest.mark.abuse("J1")
 @pytest.mark.anyio
 async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None:
     service = Service(tmp_path, api_key=API_KEY)

@@ -92,6 +92,7 @@ async def test_images_that_wait_travel_together() -> None:
     assert metrics.registry.get_sample_value("imago_batch_size_count", {"backbone": "fake"}) == 4
 
 
+@pytest.mark.abuse("G2", "G3")
 async def test_only_the_poisoned_item_of_a_batch_fails() -> None:
     def fail(pixels: Tensor) -> None:
         if (pixels == 13).any():
@@ -106,6 +107,7 @@ async def test_only_the_poisoned_item_of_a_batch_fails() -> None:
     assert got == [InferenceFailed if value == 13 else value for value in range(32)]
 
 
+@pytest.mark.abuse("G4")
 async def test_a_nan_is_its_own_items_error() -> None:
     def part(features: Tensor) -> Tensor:
         return torch.where(features == 7, torch.nan, features)
@@ -115,6 +117,7 @@ async def test_a_nan_is_its_own_items_error() -> None:
     assert answers(got) == [6, NonFiniteOutput, 8]
 
 
+@pytest.mark.abuse("G5")
 async def test_out_of_memory_halves_the_batch_and_remembers() -> None:
     def fail(pixels: Tensor) -> None:
         if len(pixels) > 3:
@@ -130,6 +133,7 @@ async def test_out_of_memory_halves_the_batch_and_remembers() -> None:
     assert runtime.batches == [1, 8, 4, 2, 2, 4, 2, 2]
 
 
+@pytest.mark.abuse("G5")
 async def test_out_of_memory_with_one_image_says_so() -> None:
     def fail(pixels: Tensor) -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -139,6 +143,7 @@ async def test_out_of_memory_with_one_image_says_so() -> None:
             await submit(1)
 
 
+@pytest.mark.abuse("G5")
 async def test_the_limit_is_raised_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = BackboneQueue("fake", {CPU: FakeRuntime(max_batch=8)}, 100, 100, Metrics())
     queue.lower_limit(CPU, 8)
@@ -147,6 +152,7 @@ async def test_the_limit_is_raised_again_after_a_while(monkeypatch: pytest.Monke
     assert [queue.batch_limit(CPU) for _ in range(2)] == [8, 8]
 
 
+@pytest.mark.abuse("H11")
 async def test_callers_who_left_are_dropped_when_the_batch_is_cut() -> None:
     runtime = FakeRuntime()
     async with batching(runtime) as (submit, _, metrics):
@@ -172,6 +178,7 @@ async def test_an_image_past_its_deadline_is_not_computed() -> None:
     assert runtime.batches == [1]
 
 
+@pytest.mark.abuse("H23")
 async def test_a_full_queue_refuses_with_the_time_it_needs_to_drain() -> None:
     queue = BackboneQueue("fake", {CPU: FakeRuntime()}, 10, 10**6, Metrics())
     queue.images_per_s = 5.0
@@ -198,6 +205,7 @@ async def test_a_wrong_number_of_rows_is_an_error_not_a_mix_up() -> None:
             await submit(1)
 
 
+@pytest.mark.abuse("G6")
 async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
     def fail(pixels: Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -9,6 +9,7 @@ from models.errors import DatasetError
 from service import datasets
 
 
+@pytest.mark.abuse("H21", "J2")
 @pytest.mark.parametrize(
     "path",
     [

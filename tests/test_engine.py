@@ -5,8 +5,8 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from service.engine import Engine
 from service.errors import DeadlineExceeded, NotReady, QueueFull
 from service.loaded import Loader, Served
 from service.metrics import Metrics
+from service.pixels import PixelBudget
 from service.settings import Settings
 
 KIND = Preprocessing(resize=32, crop=32)
@@ -163,6 +164,7 @@ async def test_an_ensemble_is_the_mean_and_shares_its_members_backbones(store: M
         assert torch.allclose(probabilities(both), mean, atol=1e-6)
 
 
+@pytest.mark.abuse("G1")
 async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
     good = picture(1)
     async with serving(store) as engine:
@@ -172,6 +174,7 @@ async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
     assert torch.allclose(probabilities(answer, 3), probabilities(alone[0]), atol=1e-6)
 
 
+@pytest.mark.abuse("G2")
 async def test_an_answer_does_not_depend_on_its_neighbours(store: ModelStore) -> None:
     async with serving(store) as engine:
         [together] = await engine.predict([picture(i) for i in range(20)], ["b"], k=7)
@@ -189,6 +192,7 @@ async def test_an_embedding_is_the_backbones_features(store: ModelStore) -> None
     assert not isinstance(embedding.results[1], torch.Tensor)
 
 
+@pytest.mark.abuse("H15")
 async def test_an_unknown_model_is_not_found(store: ModelStore) -> None:
     async with serving(store) as engine:
         with pytest.raises(ModelNotFound):
@@ -222,6 +226,37 @@ async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypat
         assert picture(9) in decoded
 
 
+@pytest.mark.abuse("I14")
+async def test_images_wait_while_too_many_pixels_are_in_memory(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    hold = PixelBudget.hold
+
+    @contextmanager
+    def recorded(self: PixelBudget, pixels: int) -> Iterator[None]:
+        with hold(self, pixels):
+            held.append(self.most - self.left)
+            yield
+
+    monkeypatch.setattr(PixelBudget, "hold", recorded)
+    async with serving(store, decode_threads=8, max_megapixels_in_flight=1, timeout_ms=60_000) as engine:
+        [answer] = await engine.predict([picture(i, size=700) for i in range(12)], ["a"])
+    assert all(isinstance(result, Prediction) for result in answer.results)
+    assert (max(held), len(held)) == (980_000, 12)
+
+
+@pytest.mark.abuse("I14")
+async def test_an_image_without_room_is_answered_at_its_deadline_and_small_ones_go_on(store: ModelStore) -> None:
+    async with serving(store, max_megapixels_in_flight=1) as engine:
+        with engine._pixels.hold(900_000):
+            with pytest.raises(DeadlineExceeded):
+                await engine.predict([picture(1, size=400)], ["a"], timeout_ms=200)
+            await engine.predict([picture(1)], ["a"])
+        await engine.predict([picture(1, size=400)], ["a"])
+
+
+@pytest.mark.abuse("G5")
 async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(store, max_batch=4) as engine:
         backbone = engine.catalogue.served["a"].backbones[0]
@@ -317,12 +352,25 @@ async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store
         assert (await engine.predict([picture(1)]))[0].model == "a"
 
 
+@pytest.mark.abuse("H15")
+async def test_a_default_that_was_removed_is_not_said_to_be_loading(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        for name in ("both", "b", "a", "c"):
+            store.remove(name)
+        await engine.sync()
+        with pytest.raises(NotReady, match="the store serves no model"):
+            await engine.predict([picture(1)])
+        with pytest.raises(ModelNotFound):
+            await engine.predict([picture(1)], ["a"])
+
+
 async def test_models_names_what_to_serve(store: ModelStore) -> None:
     async with serving(store, models=("c", "missing")) as engine:
         assert {model.name: model.state for model in engine.models()} == {"c": "ready", "missing": "failed"}
         assert "imago models pull missing" in (engine.model("missing").error or "")
 
 
+@pytest.mark.abuse("G8")
 async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     dim = store.load_backbone(ref).feature_dim
@@ -348,6 +396,7 @@ async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> Non
         assert len(seen) > 20
 
 
+@pytest.mark.abuse("G9")
 async def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     dim = store.load_backbone(ref).feature_dim
@@ -391,6 +440,7 @@ async def test_a_version_is_recorded_only_when_it_has_been_tried(
         assert (recorded, store.serving().models["a"]) == ([1], version)
 
 
+@pytest.mark.abuse("G9")
 @pytest.mark.parametrize(("name", "version"), [("a", 2), ("new", 1)])
 async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, name: str, version: int) -> None:
     ref = store.config("a").backbones[0]
@@ -449,6 +499,7 @@ async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypa
         release.set()
 
 
+@pytest.mark.abuse("G8")
 async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:
     async with serving(store, models=("c",)) as engine:
         old = weakref.ref(engine.catalogue.served["c"].backbones[0])
@@ -469,6 +520,7 @@ async def test_draining_waits_for_what_is_under_way(store: ModelStore) -> None:
         assert not engine.ready
 
 
+@pytest.mark.abuse("G12")
 async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:
     async with serving(store, timeout_ms=60_000) as engine:
         expected = [probabilities((await engine.predict([picture(i)], ["b"], k=7))[0]) for i in range(25)]

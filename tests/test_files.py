@@ -115,6 +115,7 @@ def publish_until(root: Path, step: int) -> None:
     store.activate("digits", publish(store, seed=99).version)
 
 
+@pytest.mark.abuse("J9")
 @pytest.mark.parametrize("step", range(13))
 def test_a_writer_killed_at_any_step_leaves_a_sound_store(store: ModelStore, step: int) -> None:
     publish(store)
@@ -142,6 +143,7 @@ def publish_for_ever(root: Path) -> None:
         ModelStore(root).activate("digits", 1 + seed % 3)
 
 
+@pytest.mark.abuse("J9")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_writer_killed_at_any_moment_leaves_a_sound_store(store: ModelStore, seed: int) -> None:
     for _ in range(3):

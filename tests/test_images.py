@@ -25,7 +25,7 @@ from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from models.classifier import Preprocessing
-from models.images import decode, stack
+from models.images import ORIENTATION_TAG, ORIENTATIONS, decode, stack
 
 
 def reference(data: bytes, preprocessing: Preprocessing) -> Tensor:
@@ -98,6 +98,7 @@ def test_rounding_never_leaves_the_image(orientation: int) -> None:
         assert decode(data, Preprocessing(resize=37, crop=37)).shape == (3, 37, 37)
 
 
+@pytest.mark.abuse("I11", "I12")
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 1), (65500, 1), (1, 65500), (32, 64031)])
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "JPEG"])
 def test_extreme_shapes(size: tuple[int, int], file_format: str) -> None:
@@ -108,6 +109,7 @@ def test_extreme_shapes(size: tuple[int, int], file_format: str) -> None:
     assert difference(pixels, torch.tensor(ORANGE).view(3, 1, 1))[1] <= 3
 
 
+@pytest.mark.abuse("I7")
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_orientation(file_format: str, orientation: int) -> None:
@@ -120,6 +122,22 @@ def test_orientation(file_format: str, orientation: int) -> None:
     assert difference(got, decode(upright, SMALL))[1] <= 1
 
 
+@pytest.mark.abuse("I7")
+def test_one_picture_stored_in_eight_ways_is_one_picture() -> None:
+    upright = photo(61, 40)
+    turns = {1: None, **{tag: turn for tag, (_, _, _, turn) in ORIENTATIONS.items()}}
+    undo = {
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+    }
+    for tag, turn in turns.items():
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = tag
+        stored = upright if turn is None else upright.transpose(undo.get(turn, turn))
+        assert difference(decode(save(stored, exif=exif), SMALL), decode(save(upright), SMALL))[1] <= 1, tag
+
+
+@pytest.mark.abuse("I7")
 @pytest.mark.parametrize(
     "exif",
     [
@@ -138,6 +156,7 @@ def test_broken_exif_is_ignored(file_format: str, exif: bytes) -> None:
 # Colour
 
 
+@pytest.mark.abuse("I5", "I6", "I9")
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -177,6 +196,7 @@ def test_colour(data: bytes, expected: tuple[int, int, int]) -> None:
     assert difference(pixels, torch.tensor(expected).view(3, 1, 1))[1] <= 6
 
 
+@pytest.mark.abuse("I8")
 @pytest.mark.parametrize(
     "image",
     [
@@ -193,18 +213,21 @@ def test_tiff_modes(image: Image.Image) -> None:
     assert abs(pixels.float().mean().item() - 127.5) <= 2
 
 
+@pytest.mark.abuse("I5")
 def test_mid_gray_of_16_bits() -> None:
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     pixels = decode(save(Image.fromarray(ramp)), Preprocessing(resize=256, crop=256))
     assert abs(pixels.float().mean().item() - 127.5) <= 1
 
 
+@pytest.mark.abuse("I8")
 def test_colour_profile_is_ignored() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for icc in (profile, b"corrupt"):
         assert torch.equal(decode(save(photo(40, 30), icc_profile=icc), SMALL), decode(save(photo(40, 30)), SMALL))
 
 
+@pytest.mark.abuse("I9")
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
 def test_first_frame_only(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [solid(colour=(0, 0, shade)) for shade in range(60)]

@@ -50,6 +50,7 @@ def images_made() -> int:
 # What is refused
 
 
+@pytest.mark.abuse("I1", "I17")
 @pytest.mark.parametrize(
     "data",
     [
@@ -59,6 +60,11 @@ def images_made() -> int:
         pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", id="svg"),
         pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", id="eps"),
         pytest.param(b"%PDF-1.7\n", id="pdf"),
+        pytest.param(b"8BPS\0\1" + bytes(60), id="psd"),
+        pytest.param(b"SIMPLE  =                    T".ljust(2880), id="fits"),
+        pytest.param(bytes(range(256)), id="random bytes"),
+        pytest.param(b"MZ\x90\0" + bytes(60), id="program"),
+        pytest.param(b"ID3\4" + bytes(60), id="mp3"),
         pytest.param(b"PK\3\4" + bytes(60), id="zip"),
         pytest.param(b"RIFF\x24\0\0\0WAVEfmt ", id="wav"),
         pytest.param(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", id="heic"),
@@ -84,11 +90,13 @@ def test_extra_formats(file_format: str) -> None:
         decode(b"hello", SMALL, extra_formats=allowed)
 
 
+@pytest.mark.abuse("I2")
 def test_empty() -> None:
     with pytest.raises(EmptyImage, match="0 bytes"):
         decode(b"", SMALL)
 
 
+@pytest.mark.abuse("I13")
 @pytest.mark.parametrize(
     ("data", "limits", "message"),
     [
@@ -116,6 +124,7 @@ def test_too_large_is_refused_before_pixels_are_allocated(data: bytes, limits: L
     assert images_made() == made
 
 
+@pytest.mark.abuse("I13")
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,6 +143,7 @@ def test_size_of_a_webp_is_checked_before_its_opener_runs(
         decode(data, SMALL, Limits(max_pixels=61 * 40 - 1))
 
 
+@pytest.mark.abuse("I13")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_bomb_leaves_memory_behind() -> None:
     """With the allocator as the server sets it, what is touched once stays with the process: two canvases are 429 MB."""
@@ -179,6 +189,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(save(solid()), SMALL)
 
 
+@pytest.mark.abuse("I15", "I16")
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -202,6 +213,7 @@ def test_small_files_cannot_cost_much(build: Callable[[], bytes], message: str) 
 # Damage
 
 
+@pytest.mark.abuse("I3")
 @pytest.mark.parametrize(
     ("file_format", "message"),
     [
@@ -236,6 +248,7 @@ SMALL_FILES = [save(photo(16, 12), file_format) for file_format in (*FORMATS, "T
 EXTRA = frozenset({"TIFF", "AVIF"})
 
 
+@pytest.mark.abuse("I3", "I19")
 @pytest.mark.parametrize(
     "data", [pytest.param(data, id=name) for data, name in zip(SMALL_FILES, (*FORMATS, *EXTRA), strict=True)]
 )
@@ -245,6 +258,7 @@ def test_cut_off_at_every_byte(data: bytes) -> None:
     assert outcomes[0] == outcomes[len(data) // 3] == "refused"
 
 
+@pytest.mark.abuse("I4", "I20")
 @settings(max_examples=200, deadline=2000)
 @given(st.sampled_from(SMALL_FILES), st.data())
 def test_flipped_bytes(data: bytes, draw: st.DataObject) -> None:
@@ -254,6 +268,7 @@ def test_flipped_bytes(data: bytes, draw: st.DataObject) -> None:
     assert outcome(bytes(damaged), EXTRA) in STATUS.values()
 
 
+@pytest.mark.abuse("I4")
 @pytest.mark.data
 def test_odd_images(data_dir: Path) -> None:
     with zipfile.ZipFile(data_dir / "odd-images.zip") as archive:

@@ -168,6 +168,7 @@ class Payload:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.abuse("J12")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".pkl", ""])
 def test_a_pickle_is_never_run(store: ModelStore, tmp_path: Path, suffix: str, zipped: bool) -> None:
@@ -203,6 +204,7 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
+@pytest.mark.abuse("J12")
 @pytest.mark.parametrize("package", ["models", "service"])
 def test_no_code_of_ours_unpickles(package: str) -> None:
     paths = list((Path(__file__).parents[1] / package).rglob("*.py"))
@@ -210,6 +212,7 @@ def test_no_code_of_ours_unpickles(package: str) -> None:
     assert unsafe(ast.parse("import pickle\ntorch.load(p)\nnp.load(p, allow_pickle=True)")) != []
 
 
+@pytest.mark.abuse("J11")
 @pytest.mark.parametrize("size", [0, 1, 100, 5000, -1])
 def test_a_truncated_file_is_refused(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])

@@ -129,6 +129,7 @@ async def test_its_report(jobs: Jobs) -> None:
     assert (await jobs.report(job.id, page=True)).startswith(b"<!doctype html>")
 
 
+@pytest.mark.abuse("J8")
 @pytest.mark.parametrize(
     ("do", "status", "told"),
     [
@@ -182,6 +183,7 @@ async def test_what_a_cancelled_job_has_published_is_removed(jobs: Jobs, monkeyp
     assert store.calls == [("remove", job.request["name"], 2)]
 
 
+@pytest.mark.abuse("J6")
 @pytest.mark.parametrize("do", [pytest.param("wait", id="willing"), pytest.param("deaf", id="deaf to SIGTERM")])
 async def test_cancel_ends_it_within_5_s_and_leaves_nothing(jobs: Jobs, do: str) -> None:
     job, _ = await jobs.create(wanting(do))
@@ -195,6 +197,7 @@ async def test_cancel_ends_it_within_5_s_and_leaves_nothing(jobs: Jobs, do: str)
         await jobs.report(job.id, page=False)
 
 
+@pytest.mark.abuse("J4")
 async def test_a_job_waits_for_the_one_before_it(jobs: Jobs) -> None:
     first = await waiting(jobs)
     second, _ = await jobs.create(wanting("succeed"))
@@ -206,6 +209,7 @@ async def test_a_job_waits_for_the_one_before_it(jobs: Jobs) -> None:
     assert (await jobs.get(second.id)).attempt == 0
 
 
+@pytest.mark.abuse("J4")
 async def test_the_same_name_twice(jobs: Jobs) -> None:
     first = await waiting(jobs)
     with pytest.raises(NameConflict):
@@ -230,6 +234,7 @@ async def test_the_same_key_gives_the_same_job(jobs: Jobs) -> None:
     assert (first.id == again.id, replayed, replayed_again) == (True, False, True)
 
 
+@pytest.mark.abuse("J10")
 async def test_too_little_disk(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_NEEDED_BYTES", 2**60)
     with pytest.raises(InsufficientStorage):
@@ -250,6 +255,7 @@ async def test_a_dry_run_fails_as_the_job_would(jobs: Jobs) -> None:
         await jobs.dry_run(wanting("fail"))
 
 
+@pytest.mark.abuse("J13")
 async def test_a_database_that_is_gone_is_said_and_forgotten_once_it_is_back(tmp_path: Path) -> None:
     (tmp_path / "data" / "jobs.sqlite").mkdir(parents=True)
     async with jobs_in(tmp_path) as jobs:
@@ -321,6 +327,7 @@ async def test_a_server_that_leaves_takes_its_trainer_along_and_the_next_goes_on
         assert (await ended(jobs, second.id)).status == "succeeded"
 
 
+@pytest.mark.abuse("G11")
 async def test_a_server_that_drains_ends_its_trainer_at_once(tmp_path: Path, alone: None) -> None:
     async with jobs_in(tmp_path) as jobs:
         job = await waiting(jobs)
@@ -414,6 +421,7 @@ def eventually(happened: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.abuse("J7")
 async def test_a_server_killed_with_9_loses_no_job(tmp_path: Path, alone: None) -> None:
     with server_of(tmp_path, wanting("wait")):
         eventually(lambda: list(tmp_path.glob("data/jobs/*/checkpoint")))

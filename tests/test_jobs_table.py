@@ -99,6 +99,7 @@ def test_a_job_that_was_deleted(table: JobTable) -> None:
     assert table.ids() == set()
 
 
+@pytest.mark.abuse("J6")
 def test_a_queued_job_is_cancelled_at_once(table: JobTable) -> None:
     add(table)
     assert table.cancel("a").status == "cancelled"
@@ -106,6 +107,7 @@ def test_a_queued_job_is_cancelled_at_once(table: JobTable) -> None:
     assert table.cancel("a").status == "cancelled"  # twice does no harm
 
 
+@pytest.mark.abuse("J6")
 def test_a_running_job_that_is_cancelled_cannot_succeed(table: JobTable) -> None:
     add(table)
     table.begin("a")
@@ -115,6 +117,7 @@ def test_a_running_job_that_is_cancelled_cannot_succeed(table: JobTable) -> None
     assert table.finish("a", "cancelled")
 
 
+@pytest.mark.abuse("J6")
 def test_a_job_that_is_being_deployed_cannot_be_cancelled(table: JobTable) -> None:
     add(table)
     table.begin("a")
@@ -124,6 +127,7 @@ def test_a_job_that_is_being_deployed_cannot_be_cancelled(table: JobTable) -> No
     assert table.get("a").status == "running"
 
 
+@pytest.mark.abuse("J6")
 def test_of_cancel_and_success_at_the_same_moment_one_wins(table: JobTable) -> None:
     for number in range(10):
         id = str(number)
@@ -142,6 +146,7 @@ def outcome(call: Any, id: str) -> str:
         return type(error).__name__
 
 
+@pytest.mark.abuse("J6")
 def test_what_is_at_its_end_is_neither_cancelled_nor_stopped(table: JobTable) -> None:
     add(table)
     table.begin("a")
@@ -170,18 +175,21 @@ def test_only_what_is_at_its_end_is_deleted(table: JobTable) -> None:
         table.delete("a")
 
 
+@pytest.mark.abuse("J5")
 def test_the_same_key_and_body_give_the_same_job(table: JobTable) -> None:
     first, _ = table.add(submission("a", key="k"), MANY)
     again, replayed = table.add(submission("b", key="k"), MANY)
     assert (again.id, replayed) == (first.id, True)
 
 
+@pytest.mark.abuse("J5")
 def test_the_same_key_with_another_body_is_refused(table: JobTable) -> None:
     table.add(submission("a", key="k"), MANY)
     with pytest.raises(IdempotencyMismatch):
         table.add(submission("b", key="k", body="1"), MANY)
 
 
+@pytest.mark.abuse("J5")
 def test_a_key_is_forgotten_after_a_day(table: JobTable, monkeypatch: pytest.MonkeyPatch) -> None:
     table.add(submission("a", key="k"), MANY)
     later = time.time() + 25 * 3600
@@ -189,6 +197,7 @@ def test_a_key_is_forgotten_after_a_day(table: JobTable, monkeypatch: pytest.Mon
     assert not table.add(submission("b", name="other", key="k", body="1"), MANY)[1]
 
 
+@pytest.mark.abuse("J5")
 def test_one_key_in_ten_requests_at_once_is_one_job(table: JobTable) -> None:
     with ThreadPoolExecutor(10) as pool:
         added = list(pool.map(lambda n: table.add(submission(str(n), key="k"), MANY), range(10)))
@@ -196,6 +205,7 @@ def test_one_key_in_ten_requests_at_once_is_one_job(table: JobTable) -> None:
     assert [replayed for _, replayed in added].count(False) == 1
 
 
+@pytest.mark.abuse("J4")
 def test_two_jobs_for_one_name(table: JobTable) -> None:
     table.add(submission("a"), MANY)
     with pytest.raises(NameConflict, match="'pets'"):
@@ -231,6 +241,7 @@ def test_unfinished_jobs_from_the_oldest_on(table: JobTable) -> None:
     assert table.unfinished() == ["a", "c"]
 
 
+@pytest.mark.abuse("J14")
 def test_a_page_of_many_is_quick(tmp_path: Path) -> None:
     table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
     row = {"status": "cancelled", "created_at": 0.0, "request": {}, "body_sha256": "", "name": "n"}
@@ -243,6 +254,7 @@ def test_a_page_of_many_is_quick(tmp_path: Path) -> None:
     table.close()
 
 
+@pytest.mark.abuse("J13")
 def test_a_database_of_a_newer_imago_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/jobs.sqlite"
     table = JobTable(url)
@@ -253,6 +265,7 @@ def test_a_database_of_a_newer_imago_is_refused(tmp_path: Path) -> None:
         JobTable(url)
 
 
+@pytest.mark.abuse("J13")
 def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(TrainerUnavailable, match="unable to open database file"):
         JobTable(f"sqlite:///{tmp_path}/none/jobs.sqlite")

@@ -98,12 +98,14 @@ def test_a_job_that_gets_further_bears_many_crashes(scene: Scene) -> None:
     assert (job.status, job.phase, job.attempt) == ("running", "deploy", 7)
 
 
+@pytest.mark.abuse("J8")
 def test_three_crashes_at_one_place_fail_it(scene: Scene) -> None:
     job = scene.train(Trainer(-9, 1), Trainer(-9, 2), Trainer(-9), Trainer(-9, 1))
     assert job.error is not None
     assert (job.error.code, job.attempt) == ("trainer_crashed", 4)
 
 
+@pytest.mark.abuse("J10")
 def test_a_full_disk_is_waited_out(scene: Scene) -> None:
     job = scene.train(*(Trainer(EXIT_DISK_FULL) for _ in range(5)), Trainer(result=DONE))
     assert (job.phase, job.attempt) == ("deploy", 1)
@@ -124,6 +126,7 @@ def test_a_disk_that_is_full_for_us(scene: Scene, monkeypatch: pytest.MonkeyPatc
     assert scene.train(Trainer(result=DONE)).phase == "deploy"
 
 
+@pytest.mark.abuse("J10")
 def test_a_disk_that_stays_full_fails_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FULL_S", 0.05)
     monkeypatch.setattr(module, "FULL_RETRY_S", 0.1)

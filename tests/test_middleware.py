@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,7 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path, max_body_mb=1, max_multipart_mb=2, max_queue_mb=1)
 
 
+@pytest.mark.abuse("H5")
 async def test_a_declared_size_is_refused_before_the_body(service: Service) -> None:
     async with client_of(service):
         call = await Call([chunk(b"x")], headers={"content-length": "99999999999"}).run(service)
@@ -86,6 +88,7 @@ async def test_multipart_may_be_larger(service: Service) -> None:
     assert call.status == 400
 
 
+@pytest.mark.abuse("H4")
 async def test_an_undeclared_size_is_refused_at_the_limit(service: Service) -> None:
     async with client_of(service):
         call = await Call([chunk(b"x" * MB, more=True), chunk(b"x", more=True), chunk(b"", more=False)]).run(service)
@@ -108,6 +111,7 @@ async def test_other_routes_take_little(service: Service) -> None:
     assert (call.status, call.error["code"]) == (413, "payload_too_large")
 
 
+@pytest.mark.abuse("H7")
 async def test_a_refused_body_is_read_a_little(service: Service) -> None:
     flood = (chunk(b"x" * 2**16, more=True) for _ in range(1000))
     async with client_of(service):
@@ -115,6 +119,7 @@ async def test_a_refused_body_is_read_a_little(service: Service) -> None:
     assert call.reads == 16  # of 64 KB each: 1 MB
 
 
+@pytest.mark.abuse("H6")
 async def test_the_length_must_be_a_number(service: Service) -> None:
     async with client_of(service):
         call = await Call([chunk(b"x")], headers={"content-length": "-1"}).run(service)
@@ -134,14 +139,29 @@ async def test_all_bodies_together_are_bounded(service: Service) -> None:
     assert (second.json()["error"]["code"], second.headers["retry-after"]) == ("queue_full", "1")
 
 
-async def test_a_client_that_leaves_while_sending(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * (MB // 2)
+
+
+@pytest.mark.abuse("H10")
+@pytest.mark.parametrize(
+    ("kind", "half"),
+    [pytest.param("image/png", b"half", id="raw"), pytest.param("multipart/form-data; boundary=b", FORM, id="form")],
+)
+async def test_a_client_that_leaves_while_sending(
+    service: Service, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str, half: bytes
+) -> None:
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda self: pytest.fail("a file on disk"))
+    headers = {"transfer-encoding": "chunked", "content-type": kind}
     async with client_of(service):
-        call = await Call([chunk(b"half", more=True), LEFT]).run(service)
+        call = await Call([chunk(half, more=True), chunk(b"x" * (MB // 4), more=True), LEFT], headers=headers).run(
+            service
+        )
     assert call.sent == []
     assert service.count("imago_requests_total", route="/predict", method="POST", status="499") == 1
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.abuse("H11")
 async def test_a_client_that_leaves_while_waiting_cancels_the_engine(service: Service) -> None:
     service.engine.gate = asyncio.Event()
     async with client_of(service):
@@ -194,12 +214,16 @@ async def test_what_is_cut_short_by_a_shutdown_gets_503(service: Service) -> Non
     assert (call.status, call.error["code"]) == (503, "draining")
 
 
+@pytest.mark.abuse("H20")
 async def test_the_access_log_is_one_line_of_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service = Service(tmp_path, access_log=True)
     caplog.set_level(logging.INFO, "service.access")
+    headers = {"user-agent": "\x1b[31m" + "u" * 30_000, "x-request-id": "'" * 128}
     async with client_of(service):
-        await Call([chunk(b"")], path="/nowhere\n\x1b[31m" + "x" * 1000).run(service)
+        await Call([chunk(b"")], path="/nowhere\n\x1b[31m" + "\x1b\U0001f431" * 1000, headers=headers).run(service)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "service.access"]
-    assert "\n" not in line
-    assert len(line) < 512
+    assert line.isprintable()
+    assert line.isascii()
+    assert len(line) <= 512
+    assert json.loads(line)["path"].startswith("/nowhere%0A%1B")
     assert json.loads(line)["status"] == 404

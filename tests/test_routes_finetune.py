@@ -77,6 +77,7 @@ async def test_a_job_from_202_to_its_report(http: httpx.AsyncClient) -> None:
     assert (report.json(), report.headers["content-type"]) == ({"schema": 1}, "application/json")
 
 
+@pytest.mark.abuse("J16")
 async def test_a_browser_gets_the_page_and_no_script_runs_in_it(http: httpx.AsyncClient) -> None:
     path = await start(http)
     await ended(http, path)
@@ -156,6 +157,7 @@ async def test_what_cannot_be_asked_for(
     )
 
 
+@pytest.mark.abuse("J2")
 @pytest.mark.parametrize("path", ["/finetune", "/finetune?dry_run=true"])
 async def test_a_dataset_that_is_not_allowed_looks_like_one_that_is_not_there(
     http: httpx.AsyncClient, path: str
@@ -165,6 +167,7 @@ async def test_a_dataset_that_is_not_allowed_looks_like_one_that_is_not_there(
     assert bodies[0] == bodies[1]
 
 
+@pytest.mark.abuse("J5")
 async def test_an_idempotency_key(http: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "one"}
     first, again = [await http.post("/finetune", json=BODY, headers=headers) for _ in range(2)]
@@ -175,6 +178,7 @@ async def test_an_idempotency_key(http: httpx.AsyncClient) -> None:
     await ended(http, first.headers["location"])
 
 
+@pytest.mark.abuse("J5")
 @pytest.mark.parametrize("key", [pytest.param(b"x" * 256, id="long"), pytest.param(b"\xc3\xbc", id="not ASCII")])
 async def test_a_key_that_is_none(http: httpx.AsyncClient, key: bytes) -> None:
     answer = await http.post("/finetune", json=BODY, headers={b"Idempotency-Key": key})
@@ -186,6 +190,7 @@ async def test_a_dry_run(http: httpx.AsyncClient) -> None:
     assert (answer.status_code, answer.json()["audit"]) == (200, {"images": 12})
 
 
+@pytest.mark.abuse("J6")
 async def test_stop_cancel_and_delete_at_the_wrong_time(http: httpx.AsyncClient) -> None:
     running = await start(http, "wait", name="first")
     queued = await start(http, name="second")
@@ -248,6 +253,7 @@ async def test_without_the_admin_key(http: httpx.AsyncClient) -> None:
     assert code_of(answer) == (401, "unauthorized")
 
 
+@pytest.mark.abuse("J13")
 async def test_predict_goes_on_without_a_database(tmp_path: Path) -> None:
     (tmp_path / "data" / "jobs.sqlite").mkdir(parents=True)
     async with client_of(Training(tmp_path)) as http:

@@ -31,6 +31,7 @@ async def test_show(http: httpx.AsyncClient) -> None:
     assert (body["version"], body["classes"], body["state"]) == (1, CLASSES, "ready")
 
 
+@pytest.mark.abuse("H15")
 @pytest.mark.parametrize("name", ["none", "%2e%2e%2fx", "ü", "n" * 10_000])
 async def test_show_what_is_not_there(http: httpx.AsyncClient, name: str) -> None:
     answer = await http.get(f"/models/{name}")
@@ -55,6 +56,7 @@ async def test_a_version_that_does_not_load_is_not_activated(http: httpx.AsyncCl
     assert (service.engine.version, service.store.version) == (1, 1)
 
 
+@pytest.mark.abuse("H15")
 @pytest.mark.parametrize(
     ("method", "path"),
     [

@@ -51,6 +51,7 @@ async def test_not_live_when_a_device_hangs(http: httpx.AsyncClient, service: Se
     assert (await http.get("/health/live")).status_code == 503
 
 
+@pytest.mark.abuse("H18")
 async def test_metrics_count_by_route_template(http: httpx.AsyncClient, service: Service) -> None:
     headers = {"Authorization": f"Bearer {API_KEY}"}
     await http.post("/predict", content=GOOD, headers=headers)
@@ -61,3 +62,24 @@ async def test_metrics_count_by_route_template(http: httpx.AsyncClient, service:
     assert 'imago_requests_total{method="GET",route="/models/{name}",status="404"} 1.0' in text
     assert 'imago_requests_total{method="GET",route="other",status="404"} 1.0' in text
     assert "made/up" not in text
+
+
+async def hostile_round(http: httpx.AsyncClient, word: str) -> set[str]:
+    """Sends a word wherever a caller may put one; returns the names and labels of all series there are then."""
+    key = {"Authorization": f"Bearer {API_KEY}"}
+    for path in (f"/{word}", f"/models/{word}", f"/finetune/{word}", f"/health/{word}", f"/predict/{word}"):
+        await http.get(path, headers=key)
+    await http.request(word.upper(), "/predict", headers=key | {"X-Request-ID": word, "User-Agent": word, "Host": word})
+    await http.post("/predict", params={"model": word}, content=GOOD, headers=key)
+    await http.post("/predict", params={word: word}, content=GOOD, headers=key)
+    await http.post("/predict", files={"file": (word, GOOD)}, headers=key)
+    await http.post("/predict", files={"file": (word, b"no image")}, headers={"Authorization": f"Bearer {word}"})
+    return {line.rpartition(" ")[0] for line in (await http.get("/metrics")).text.splitlines() if line[0] != "#"}
+
+
+@pytest.mark.abuse("H18")
+async def test_no_series_is_made_by_what_callers_choose(http: httpx.AsyncClient) -> None:
+    await http.get("/metrics")
+    first, second = await hostile_round(http, "first"), await hostile_round(http, "second")
+    assert first == second
+    assert not [series for series in second if "first" in series or "second" in series]

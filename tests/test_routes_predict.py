@@ -59,6 +59,7 @@ async def test_server_timing(http: httpx.AsyncClient) -> None:
     assert answer.headers["server-timing"] == "decode;dur=1.50, queue;dur=0.25, compute;dur=3.00"
 
 
+@pytest.mark.abuse("G1")
 async def test_several_files_answer_in_their_order_with_errors_in_place(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", files=parts(GOOD, BAD, GOOD))
     results = answer.json()["results"]
@@ -87,6 +88,7 @@ async def test_the_defaults(http: httpx.AsyncClient, service: Service) -> None:
     assert service.engine.asked == {"files": [GOOD], "models": [], "k": 5, "timeout_ms": None}
 
 
+@pytest.mark.abuse("I2")
 @pytest.mark.parametrize(
     ("content", "status", "code"),
     [
@@ -102,6 +104,7 @@ async def test_one_image_that_fails_is_the_request_that_fails(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
+@pytest.mark.abuse("G1")
 async def test_when_all_fail_each_reason_is_shown(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", files=parts(BAD, TEXT))
     body = answer.json()
@@ -109,7 +112,8 @@ async def test_when_all_fail_each_reason_is_shown(http: httpx.AsyncClient) -> No
     assert [result["error"]["code"] for result in body["results"]] == ["invalid_image", "unsupported_media_type"]
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1e9", "NaN", "5.0", "", "９", "%00", "9" * 5000, " 5", "+5"])
+@pytest.mark.abuse("H14")
+@pytest.mark.parametrize("text", ["0", "-1", "1e9", "NaN", "inf", "5.0", "", "９", "%00", "9" * 5000, " 5", "+5"])
 async def test_top_k_is_a_plain_whole_number(http: httpx.AsyncClient, text: str) -> None:
     answer = await http.post("/predict", params={"top_k": text}, content=GOOD, headers=JPEG)
     error = answer.json()["error"]
@@ -129,6 +133,19 @@ async def test_an_unknown_field_is_named(http: httpx.AsyncClient) -> None:
     }
 
 
+@pytest.mark.abuse("H21")
+@pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "file:///etc/passwd", "gopher://x"])
+async def test_there_is_nothing_to_give_an_address_to(http: httpx.AsyncClient, url: str) -> None:
+    answers = [
+        await http.post("/predict", params={"url": url}, content=GOOD, headers=JPEG),
+        await http.post("/predict", files=parts(GOOD), data={"url": url}),
+        await http.post("/predict", data={"file": url}, files={"file": ("a", GOOD)}),
+    ]
+    assert [answer.status_code for answer in answers] == [422, 422, 422]
+    assert url not in "".join(answer.text for answer in answers)
+
+
+@pytest.mark.abuse("H13")
 async def test_a_repeated_scalar_is_400(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict?top_k=1", files=parts(GOOD), data={"top_k": "2"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_k")
@@ -139,6 +156,7 @@ async def test_too_many_models(http: httpx.AsyncClient) -> None:
     assert (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).status_code == 422
 
 
+@pytest.mark.abuse("H17")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -160,6 +178,7 @@ def multipart(body: bytes, boundary: str = "b") -> dict[str, Any]:
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\ngood image\r\n'
 
 
+@pytest.mark.abuse("H2", "H3")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -168,9 +187,9 @@ PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r
         pytest.param(multipart(b"--b\r\n\r\nx\r\n--b--"), id="part without a name"),
         pytest.param(multipart(b"--b\r\nX: " + b"y" * 10_000 + b"\r\n\r\nx\r\n--b--"), id="huge part header"),
         pytest.param(multipart(b"x", boundary="b" * 300), id="long boundary"),
-        pytest.param({"files": parts(*[GOOD] * 33)}, id="33 files"),
-        pytest.param({"files": parts(GOOD), "data": {"model": ["m"] * 17}}, id="17 fields"),
-        pytest.param({"files": parts(GOOD), "data": {"model": "m" * 5000}}, id="long field"),
+        pytest.param(multipart(PART % b"a" + PART[:-20] % b"b"), id="breaks off"),
+        pytest.param(multipart(PART % b"a" + b"--b--", "b; charset=undefined"), id="charset that is none"),
+        pytest.param(multipart(b"--b\r\n" + b"X: y\r\n" * 9 + b"\r\nx\r\n--b--"), id="many part headers"),
     ],
 )
 async def test_malformed_multipart_is_400(http: httpx.AsyncClient, request_: dict[str, Any]) -> None:
@@ -178,6 +197,26 @@ async def test_malformed_multipart_is_400(http: httpx.AsyncClient, request_: dic
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
 
 
+@pytest.mark.abuse("H3")
+@pytest.mark.parametrize(
+    ("request_", "limit"),
+    [
+        pytest.param({"files": parts(*[GOOD] * 33)}, "32", id="33 files"),
+        pytest.param({"files": parts(*[GOOD] * 1000)}, "32", id="1000 files"),
+        pytest.param({"files": parts(GOOD), "data": {"model": ["m"] * 17}}, "16", id="17 fields"),
+        pytest.param({"files": parts(GOOD), "data": {"model": "m" * 5000}}, "4", id="long field"),
+        pytest.param({"files": parts(GOOD), "data": {"model": "m" * 2**20}}, "4", id="field of 1 MB"),
+    ],
+)
+async def test_beyond_a_limit_on_parts_is_400_and_names_it(
+    http: httpx.AsyncClient, request_: dict[str, Any], limit: str
+) -> None:
+    error = (await http.post("/predict", **request_)).json()["error"]
+    assert error["code"] == "bad_request"
+    assert limit in error["message"]
+
+
+@pytest.mark.abuse("I2")
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
@@ -191,6 +230,7 @@ async def test_multipart_without_a_file(http: httpx.AsyncClient, request_: dict[
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
 
 
+@pytest.mark.abuse("H12")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -199,6 +239,8 @@ async def test_multipart_without_a_file(http: httpx.AsyncClient, request_: dict[
         pytest.param("\U0001f431.jpg".encode(), "\U0001f431.jpg", id="emoji"),
         pytest.param(b"\x1b[31mred\x07.jpg", "\ufffd[31mred\ufffd.jpg", id="ANSI"),
         pytest.param(b"\xff\xfe.jpg", "\xff\xfe.jpg", id="not UTF-8"),
+        pytest.param(b"a%0d%0aSet-Cookie: x=1", "a%0d%0aSet-Cookie: x=1", id="CRLF"),
+        pytest.param(b"<script>alert(1)</script>.jpg", "script>.jpg", id="markup"),
         pytest.param(b"n" * 3000, "n" * 128, id="3 kB"),
     ],
 )

@@ -14,24 +14,9 @@ from typing import IO
 
 import httpx
 import pytest
+from live_server import CLASSES
+from live_server import weights as weights
 from PIL import Image
-
-from models import architectures
-from models.classifier import Head
-from models.store import ModelStore
-
-CLASSES = ["ant", "bee", "cat"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("weights")
-    store, network = ModelStore(root), architectures.create("lenet5", num_classes=3, channels=3)
-    ref = store.put_backbone(network.name, network.backbone, network.preprocessing)
-    config = store.publish("insects", [ref], Head.of(network.layer), CLASSES)
-    store.activate("insects", config.version)
-    store.set_default("insects")
-    return root
 
 
 def start(weights: Path, data: Path) -> "subprocess.Popen[str]":
@@ -76,6 +61,7 @@ def test_predict(server: str) -> None:
     assert sum(prediction["probability"] for prediction in result["predictions"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.abuse("G1")
 def test_predict_with_a_broken_neighbour(server: str) -> None:
     files = [("file", ("a.jpg", jpeg())), ("file", ("b.jpg", jpeg()[:300])), ("file", ("c.txt", b"text"))]
     results = httpx.post(f"{server}/predict", files=files).json()["results"]
@@ -120,6 +106,7 @@ def test_stages_are_measured(server: str) -> None:
     assert min(map(float, counts.values())) > 0
 
 
+@pytest.mark.abuse("G11")
 def test_told_to_stop_while_it_loads_it_leaves_with_0(weights: Path, tmp_path: Path) -> None:
     process = start(weights, tmp_path)
     assert process.stderr is not None

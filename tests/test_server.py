@@ -67,6 +67,7 @@ async def talk(server: Server, *pieces: bytes, timeout_s: float = PATIENCE_S) ->
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
 
 
+@pytest.mark.abuse("H1", "H6", "H9", "H16", "H22")
 @pytest.mark.parametrize(
     ("pieces", "status", "code"),
     [
@@ -82,6 +83,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
         pytest.param(
             [HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"], 400, "bad_request", id="both"
         ),
+        pytest.param([b"GET /" + b"x" * 2**20 + b" HTTP/1.1\r\n\r\n"], 431, "headers_too_large", id="path of 1 MB"),
         pytest.param([b"GET @evil/ HTTP/1.1\r\nHost: x\r\n\r\n"], 400, "bad_request", id="odd target"),
         pytest.param([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "bad_request", id="TLS"),
     ],
@@ -104,6 +106,7 @@ async def test_under_v2_the_guards_speak_its_protocol(tmp_path: Path) -> None:
     assert large == (413, "the request body is larger than 1 MB")
 
 
+@pytest.mark.abuse("H5", "H8")
 async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path: Path) -> None:
     async with serving(small(tmp_path, body_timeout_s=60)) as server:
         started = time.monotonic()
@@ -112,6 +115,7 @@ async def test_a_declared_size_is_refused_at_once_without_100_continue(tmp_path:
     assert time.monotonic() - started < PATIENCE_S  # it lingers for 2 s
 
 
+@pytest.mark.abuse("H7")
 async def test_a_client_that_sends_first_and_reads_later_still_reads_the_413(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         answer = await asyncio.to_thread(
@@ -130,6 +134,7 @@ async def test_requests_follow_each_other_on_one_connection(tmp_path: Path) -> N
     assert statuses == [200, 200, 200]
 
 
+@pytest.mark.abuse("H22")
 async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
@@ -139,6 +144,7 @@ async def test_pipelined_requests_and_http_1_0(tmp_path: Path) -> None:
     assert answers.count(b"HTTP/1.1 200 OK") == 3
 
 
+@pytest.mark.abuse("H22")
 async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
     service = small(tmp_path)
     async with serving(service) as server:
@@ -148,6 +154,7 @@ async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
     assert (ready, not_ready) == ((200, {}), (503, {}))
 
 
+@pytest.mark.abuse("H4")
 async def test_a_chunked_body(tmp_path: Path) -> None:
     async with serving(small(tmp_path)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
@@ -172,6 +179,7 @@ async def test_slow_clients_do_not_hold_up_others(tmp_path: Path) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.abuse("H11")
 async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -184,6 +192,7 @@ async def test_a_client_that_closes_while_waiting_is_dropped(tmp_path: Path) -> 
     assert service.engine.cancelled
 
 
+@pytest.mark.abuse("G11")
 async def test_a_drain_finishes_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -245,6 +254,7 @@ async def test_when_the_grace_time_is_over_requests_get_503(tmp_path: Path) -> N
     assert server.exit_code == 1
 
 
+@pytest.mark.abuse("G11")
 async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
     service = small(tmp_path)
     service.engine.gate = asyncio.Event()
@@ -258,6 +268,7 @@ async def test_told_twice_it_leaves_at_once(tmp_path: Path) -> None:
     assert (server.exit_code, server.force_exit) == (1, True)
 
 
+@pytest.mark.abuse("G6")
 async def test_a_lost_device_ends_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service = small(tmp_path)
     async with serving(service) as server:

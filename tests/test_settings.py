@@ -14,6 +14,7 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         monkeypatch.delenv(f"IMAGO_{name.upper()}", raising=False)
 
 
+@pytest.mark.abuse("H18")
 def test_the_defaults_need_nothing() -> None:
     settings = Settings.load()
     assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, ())

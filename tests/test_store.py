@@ -146,6 +146,7 @@ def test_an_unknown_version_is_said_with_those_that_are_there(store: ModelStore)
         store.config("digits", 7)
 
 
+@pytest.mark.abuse("H15")
 @pytest.mark.parametrize("name", ["", "../x", "A", "a/b", ".tmp-x", "a" * 65, "a\n", "a\0", "é"])
 def test_a_bad_name_never_reaches_a_path(store: ModelStore, name: str) -> None:
     calls: list[Callable[[], object]] = [
@@ -195,6 +196,7 @@ def test_a_state_dict_of_another_network_is_not_stored(store: ModelStore) -> Non
 # Damage
 
 
+@pytest.mark.abuse("J11")
 def test_a_backbone_whose_hash_differs_is_refused(store: ModelStore) -> None:
     publish(store, "other", seed=1)
     ref = publish(store).backbones[0]
@@ -206,6 +208,7 @@ def test_a_backbone_whose_hash_differs_is_refused(store: ModelStore) -> None:
     store.load("other")
 
 
+@pytest.mark.abuse("J11")
 def test_a_file_far_too_large_is_not_read(store: ModelStore) -> None:
     ref = publish(store).backbones[0]
     os.truncate(weights_file(store, ref), 2**40)
@@ -219,6 +222,7 @@ def overwrite(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.abuse("J11")
 @pytest.mark.parametrize("file", ["head.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "folder", "null bytes"])
 def test_a_damaged_version_takes_nothing_else_down(store: ModelStore, file: str, damage: str) -> None:
@@ -262,6 +266,7 @@ def test_a_namesake_is_not_overwritten(store: ModelStore) -> None:
         put(store)
 
 
+@pytest.mark.abuse("J11")
 def test_weights_replaced_on_disk_leave_what_is_loaded_alone(store: ModelStore) -> None:
     ref = publish(store).backbones[0]
     module = store.load("digits").backbones[0].module

@@ -42,6 +42,7 @@ def tensor_at(*offsets: int, **changes: object) -> dict[str, object]:
     return {"dtype": "F32", "shape": [2], "data_offsets": list(offsets), **changes}
 
 
+@pytest.mark.abuse("J11")
 @pytest.mark.parametrize(
     "data",
     [
@@ -98,6 +99,7 @@ def test_what_overflows_float16_is_said() -> None:
         tensors.serialise({"a": torch.full((2, 2), 1e6), "b": torch.full((2,), 1e6)}, half=True)
 
 
+@pytest.mark.abuse("J11")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

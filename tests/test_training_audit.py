@@ -161,6 +161,7 @@ def test_an_ordinary_dataset_has_no_warning() -> None:
     assert audited(names, list(range(26))).warnings == ()
 
 
+@pytest.mark.abuse("J3")
 def test_lists_are_capped_and_totals_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "MAX_LISTED", 1)
     monkeypatch.setattr(audit, "MAX_GROUP", 2)

@@ -64,6 +64,7 @@ def test_a_damaged_one_never_takes_the_place_of_the_previous(path: Path, monkeyp
     assert epoch_of(path) == 2
 
 
+@pytest.mark.abuse("J10")
 def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(state: object, file: object) -> None:
         raise OSError(28, "No space left on device")

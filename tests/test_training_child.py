@@ -226,6 +226,7 @@ def test_a_spare_one_ends_with_its_stdin() -> None:
         assert child.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.abuse("J7")
 def test_it_dies_with_its_parent_even_where_stdin_stays_open(folder: Path) -> None:
     """The parent is a process in between, which starts it and is killed; stdin is a pipe of ours."""
     parent = f"""

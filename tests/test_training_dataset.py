@@ -97,6 +97,7 @@ def test_the_hash_of_a_csv_follows_its_labels(tmp_path: Path) -> None:
     assert load_all(csv).sha256 != one.sha256
 
 
+@pytest.mark.abuse("J3")
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -145,6 +146,7 @@ def test_fail_stops_at_a_bad_file(tmp_path: Path) -> None:
         load_all(folder(tmp_path, coloured(4) | BAD), on_bad_file="fail")
 
 
+@pytest.mark.abuse("J3")
 def test_too_many_bad_files_are_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(TooManyBadFiles, match="2 of 8 files"):
         load_all(folder(tmp_path, coloured(2) | BAD | {"blue/text.png": b"hello"}))
@@ -168,6 +170,7 @@ def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
     assert [file.path for file in load_all(path).audit.bad] == ["red/000.png"]
 
 
+@pytest.mark.abuse("J3")
 @pytest.mark.parametrize(
     ("files", "code", "message"),
     [
@@ -207,12 +210,14 @@ def test_folders_without_a_file_are_classes_without_images(tmp_path: Path) -> No
         load_all(tmp_path)
 
 
+@pytest.mark.abuse("J3")
 def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
     (folder(tmp_path, coloured(4)) / "pink").mkdir()
     with pytest.raises(DatasetError, match="'pink' has 0 usable training images"):
         load_all(tmp_path)
 
 
+@pytest.mark.abuse("J3")
 def test_duplicates_share_a_group_and_a_side(tmp_path: Path) -> None:
     copies = {f"red/copy{i}.png": SAME for i in range(6)}
     data = load_all(folder(tmp_path, coloured(10) | copies))

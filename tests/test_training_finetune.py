@@ -436,6 +436,7 @@ def test_a_first_version_is_activated(workshop: Workshop) -> None:
     assert (result.deployment, result.verdict) == ("activate", None)
 
 
+@pytest.mark.abuse("J15")
 @pytest.mark.parametrize(
     ("deploy", "expected"),
     [

@@ -178,6 +178,7 @@ def test_a_budget_ends_it(tmp_path: Path, budget: Budget, epochs: int) -> None:
     assert (len(history.losses), history.stop_reason) == (epochs, "budget")
 
 
+@pytest.mark.abuse("J15")
 def test_a_loss_that_is_not_finite_says_what_to_do(tmp_path: Path) -> None:
     module = tiny()
     module[0].register_forward_hook(lambda backbone, args, out: out * torch.inf)

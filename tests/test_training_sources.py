@@ -106,6 +106,7 @@ def test_an_empty_folder_is_a_class_without_images(tmp_path: Path) -> None:
     assert listed(tmp_path).classes == ("ant", "bee", "cow")
 
 
+@pytest.mark.abuse("J2")
 def test_links_stay_inside(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     root = folder(tmp_path / "d", TINY)
@@ -116,6 +117,7 @@ def test_links_stay_inside(tmp_path: Path) -> None:
         content(root, "ant/out.png")
 
 
+@pytest.mark.abuse("J2")
 @pytest.mark.parametrize(
     "make", [pytest.param(os.mkfifo, id="pipe"), pytest.param(lambda p: p.symlink_to("."), id="loop")]
 )
@@ -130,6 +132,7 @@ def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(content(folder(tmp_path, TINY | {"ant/big.png": bytes(100)}), "ant/big.png")) == 11
 
 
+@pytest.mark.abuse("J3")
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [

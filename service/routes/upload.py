@@ -75,6 +75,15 @@ class _InMemory(MultiPartParser):
     """Multipart files stay in memory: the middleware bounds what all requests together hold, and no temporary file is left behind."""
 
     spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def close(self) -> None:
+        """The files of all parts, of one too that was never finished, which no form holds."""
+        for file in self._files_to_close_on_error:
+            file.close()
 
 
 async def _read_multipart(request: Request, max_files: int) -> Upload:
@@ -85,10 +94,14 @@ async def _read_multipart(request: Request, max_files: int) -> Upload:
         form = await parser.parse()
     except MultiPartException as error:
         raise BadRequest(f"malformed multipart: {error.message}") from None
+    except ValueError:  # UnicodeError among them: some of Python's codecs are no charsets
+        raise BadRequest("malformed multipart: its charset cannot be read; send UTF-8") from None
     try:
+        if not parser.ended:  # else its last part would be missing without a word
+            raise BadRequest("malformed multipart: it breaks off before its closing boundary")
         upload = await _files_of(form)
     finally:
-        await form.close()
+        parser.close()
     _add_fields(upload, ((name, value) for name, value in form.multi_items() if isinstance(value, str)))
     if not upload.images:
         raise MissingFile("there is no `file` part with a filename; send one or more", param="file")
