@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
+from live_server import CLASSES
 from PIL import Image
-from test_serve import CLASSES, read_until, start
+from test_serve import read_until, start
 from tritonclient.utils import InferenceServerException
 
 from models import architectures, images
