@@ -5,7 +5,10 @@ import hmac
 import logging
 import os
 import secrets
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,34 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from service.errors import Forbidden, Unauthorized
+from service.errors import Forbidden, TooManyAttempts, Unauthorized
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 ADMIN_KEY_FILE = "admin.key"  # in the data folder, mode 0600
+MAX_BAD_KEYS, BAD_KEYS_S = 10, 60.0  # so many bad keys an address may send in so many seconds
+MAX_ADDRESSES = 10_000  # that are remembered: about 2 MB
+
+
+class Attempts:
+    """Bad keys, by client address. After MAX_BAD_KEYS of them no key of that address is even looked at, until BAD_KEYS_S are over."""
+
+    def __init__(self) -> None:
+        self._bad: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and when they are forgotten
+
+    def check(self, address: str) -> None:
+        """Raises TooManyAttempts."""
+        count, ends = self._bad.get(_network(address), (0, 0.0))
+        if count >= MAX_BAD_KEYS and (left := ends - time.monotonic()) > 0:
+            raise TooManyAttempts("too many wrong keys came from this address; try again later", retry_after_s=left)
+
+    def failed(self, address: str) -> None:
+        network, now = _network(address), time.monotonic()
+        count, ends = self._bad.pop(network, (0, 0.0))
+        self._bad[network] = (count + 1, ends) if ends > now else (1, now + BAD_KEYS_S)
+        if len(self._bad) > MAX_ADDRESSES:
+            self._bad.popitem(last=False)
 
 
 class Keys:
@@ -28,12 +53,24 @@ class Keys:
         self._admin = _digest(admin)
         self._api = _digest(api) if api else None
         self.users_need_one = api is not None
+        self._attempts = Attempts()
 
     @classmethod
     def of(cls, settings: Settings) -> "Keys":
         """The settings' keys; an admin key that they do not name is read from the data folder, or made there."""
         admin = settings.admin_key.get_secret_value() if settings.admin_key else admin_key_of(settings.data)
         return cls(admin, settings.api_key.get_secret_value() if settings.api_key else None)
+
+    def try_key(self, check: Callable[[str | None], None], key: str | None, address: str) -> None:
+        """`check_admin` or `check_user` of a key that came from this address. Raises TooManyAttempts too."""
+        if key is None:
+            return check(None)
+        self._attempts.check(address)
+        try:
+            check(key)
+        except Unauthorized:
+            self._attempts.failed(address)
+            raise
 
     def check_admin(self, key: str | None) -> None:
         """Raises Unauthorized, or Forbidden for the API key."""
@@ -69,8 +106,21 @@ def admin_key_of(data: Path) -> str:
     return path.read_text().strip()
 
 
+def _network(address: str) -> str:
+    """Of IPv6 the /64, of which a client has all addresses to itself."""
+    try:
+        found = ip_address(address)
+    except ValueError:  # what a proxy has made up
+        return address[:64]
+    return str(int(found) >> 64) if isinstance(found, IPv6Address) and found.ipv4_mapped is None else address
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 class _AdminKey(HTTPBearer):
@@ -79,7 +129,7 @@ class _AdminKey(HTTPBearer):
     async def __call__(self, request: Request) -> None:  # type: ignore[override]
         credentials = await super().__call__(request)
         keys: Keys = request.state.keys
-        keys.check_admin(credentials.credentials if credentials else None)
+        keys.try_key(keys.check_admin, credentials.credentials if credentials else None, _address(request))
 
 
 class _UserKey(HTTPBearer):
@@ -87,7 +137,7 @@ class _UserKey(HTTPBearer):
         keys: Keys = request.state.keys
         if keys.users_need_one:
             credentials = await super().__call__(request)
-            keys.check_user(credentials.credentials if credentials else None)
+            keys.try_key(keys.check_user, credentials.credentials if credentials else None, _address(request))
 
 
 require_admin = _AdminKey(scheme_name="AdminKey", description="The admin key", auto_error=False)

@@ -226,12 +226,15 @@ class DeviceThread(threading.Thread):
         oldest, size = min(item.submitted_at for item in items), len(items)
         try:
             answers = self._compute(queue, items)
-        except DeviceLost as lost:
-            log.critical("%s is lost: %s", self.device, lost)
+        except Exception as error:
+            if not isinstance(error, DeviceLost):  # what nobody foresaw, as an empty_cache() that fails
+                log.exception("the thread of %s failed", self.device)
+                error = DeviceLost(f"{self.device} stopped working; the server is about to restart")
+            log.critical("%s is lost: %s", self.device, error)
             self.lost = True
-            deliver(items, [lost] * size)
+            deliver(items, [error] * size)
             if all(worker.lost for worker in self._batcher.workers):
-                self._batcher.fail_waiting(lost)
+                self._batcher.fail_waiting(error)
             return False
         queue.batch_done(size, oldest)
         self._batcher.metrics.batch(queue.name, size)

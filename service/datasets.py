@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 from models.archive import members_of, open_archive
 from models.errors import DatasetError, NameConflict
 from models.files import TEMPORARY, locked, move, staging, sweep
+from models.training.handover import NO_DATASET
 from service.errors import InsufficientStorage
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ def resolve(root: Path, relative: Path) -> Path:
         if not _is_plain(root, parts):
             raise ValueError
     except (OSError, ValueError):  # ValueError: a NUL
-        raise DatasetError(
-            "there is no dataset at that path: give the relative path of a folder, a .zip or a .csv under the datasets folder"
-        ) from None
+        raise DatasetError(NO_DATASET) from None
     return root.resolve().joinpath(*parts)
 
 

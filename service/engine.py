@@ -37,6 +37,7 @@ Image = (
     bytes | Tensor
 )  # a file, or (C, crop, crop) that was preprocessed already: uint8, or float32 as `normalise` makes it
 
+HANGS_AFTER_S = 60.0  # a batch may take so long at least before its device counts as lost
 PARITY = 0.05  # of a probability, between training in float32 and serving, which may be in bfloat16
 
 
@@ -86,7 +87,7 @@ class Engine:
     @property
     def live(self) -> bool:
         """Every device thread is alive, and none has been in one batch for longer than twice the deadline."""
-        limit_s = max(60.0, 2 * self.settings.timeout_ms / 1000)
+        limit_s = max(HANGS_AFTER_S, 2 * self.settings.timeout_ms / 1000)
         return all(
             worker.is_alive() and (worker.busy_since is None or time.monotonic() - worker.busy_since < limit_s)
             for worker in self.batcher.workers
@@ -257,7 +258,7 @@ class Engine:
     async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
         """An image -> uint8 (C, crop, crop), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
         loop = asyncio.get_running_loop()
-        if not isinstance(data, bytes):
+        if isinstance(data, Tensor):
             if data.dtype == torch.uint8:
                 return data
             return await loop.run_in_executor(self._decoders, images.unnormalise, data, preprocessing)

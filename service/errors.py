@@ -117,6 +117,12 @@ class Forbidden(ServiceError):
     code = "forbidden"
 
 
+class TooManyAttempts(ServiceError):
+    """More wrong keys than an address may send in a minute; for a while none of its keys is looked at."""
+
+    code = "too_many_attempts"
+
+
 # Jobs
 
 
@@ -238,6 +244,7 @@ STATUS: dict[type[Exception], int] = {
     MethodNotAllowed: 405,
     Unauthorized: 401,
     Forbidden: 403,
+    TooManyAttempts: 429,
     JobNotFound: 404,
     ReportNotFound: 404,
     JobFinished: 409,

@@ -5,6 +5,7 @@ head -> request id -> draining? declared size? -> routes, which receive the body
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -21,7 +22,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import ModelError
 from service.encodings import inflating
-from service.errors import BadRequest, Draining, Internal, PayloadTooLarge, QueueFull, ServiceError, envelope, status_of
+from service.errors import (
+    BadRequest,
+    Draining,
+    InsufficientStorage,
+    Internal,
+    PayloadTooLarge,
+    QueueFull,
+    ServiceError,
+    envelope,
+    status_of,
+)
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
 
@@ -51,6 +62,7 @@ _REJECTIONS: dict[str, Rejection] = {
     "draining": "draining",
     "not_ready": "not_ready",
     "unauthorized": "unauthorized",
+    "too_many_attempts": "unauthorized",
     "payload_too_large": "too_large",
 }
 
@@ -139,12 +151,11 @@ class Edge:
             await self._refuse(late, scope["path"], exchange, receive, reply)
         except (ServiceError, ModelError) as error:
             await self._refuse(exchange.refusal or error, scope["path"], exchange, receive, reply)
-        except Exception:
+        except Exception as error:
             log.exception("request %s failed", exchange.request_id.decode())
             if exchange.status:  # the answer had begun: all we can do is to break it off
                 raise
-            bug = Internal("internal error; the log has the details")
-            await self._refuse(bug, scope["path"], exchange, receive, reply)
+            await self._refuse(_unforeseen(error), scope["path"], exchange, receive, reply)
 
     def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
         path = scope["path"]
@@ -307,6 +318,12 @@ def _is_user_route(scope: Scope) -> bool:
         method = dict(scope["headers"]).get(b"access-control-request-method", b"").decode("latin-1")
     paths = USER_PATHS.get(method)
     return paths is not None and paths.fullmatch(scope["path"]) is not None
+
+
+def _unforeseen(error: Exception) -> ServiceError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InsufficientStorage("the server's disk is full; free some, or delete jobs and models")
+    return Internal("internal error; the log has the details")
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -67,7 +67,8 @@ def make_server(settings: Settings, app: FastAPI, engine: Engine, traffic: Traff
         lifespan="on",
         log_config=None,
         access_log=False,  # the middleware writes one of its own
-        proxy_headers=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         server_header=False,
     )
     return Server(config, engine, traffic, settings.drain_seconds)

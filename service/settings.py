@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     cors_origins: Names = Field(
         (), description="Origins whose pages may call the user routes, comma separated; none by default"
     )
+    trusted_proxies: Names = Field(
+        (),
+        description="Addresses or networks of reverse proxies whose `X-Forwarded-For` names the client, comma separated; none by default",
+    )
     admin_key: SecretStr | None = Field(
         None,
         min_length=32,

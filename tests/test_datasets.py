@@ -1,11 +1,15 @@
 """Where a dataset may be."""
 
 import os
+import socket
+import stat
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from models.errors import DatasetError
+from models.training.handover import NO_DATASET
 from service import datasets
 
 
@@ -29,6 +33,8 @@ from service import datasets
         pytest.param("chain", id="link to a link"),
         pytest.param("archive.zip", id="link to a file"),
         pytest.param("fifo", id="FIFO"),
+        pytest.param("listening", id="socket"),
+        pytest.param("null", id="device"),
         pytest.param("socket/x", id="under a file"),
     ],
 )
@@ -40,11 +46,15 @@ def test_whatever_is_not_a_dataset_has_one_answer(tmp_path: Path, path: str) -> 
     (outside / "file").touch()
     (root / "socket").touch()
     os.mkfifo(root / "fifo")
+    with closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(f"{os.path.relpath(root)}/listening")  # a socket's name has at most 108 characters
+    with suppress(PermissionError):  # root alone may make one
+        os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     for name, target in (("link", outside), ("chain", root / "link"), ("archive.zip", outside / "file")):
         (root / name).symlink_to(target)
     with pytest.raises(DatasetError) as refused:
         datasets.resolve(root, Path(path))
-    assert str(refused.value).startswith("there is no dataset at that path: give the relative path")
+    assert str(refused.value) == NO_DATASET
 
 
 def test_datasets_are_folders_and_files_at_any_depth(tmp_path: Path) -> None:

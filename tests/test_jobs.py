@@ -23,7 +23,7 @@ from models.errors import DatasetError, ModelNotFound, NameConflict
 from models.training.request import FinetuneRequest
 from service import datasets
 from service.answers import Sample
-from service.errors import InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
+from service.errors import IdempotencyMismatch, InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
 from service.jobs import Job, Jobs, trainer
 from service.jobs.trainer import Trainers
 from service.loaded import ModelStatus
@@ -184,7 +184,14 @@ async def test_what_a_cancelled_job_has_published_is_removed(jobs: Jobs, monkeyp
 
 
 @pytest.mark.abuse("J6")
-@pytest.mark.parametrize("do", [pytest.param("wait", id="willing"), pytest.param("deaf", id="deaf to SIGTERM")])
+@pytest.mark.parametrize(
+    "do",
+    [
+        pytest.param("wait", id="willing"),
+        pytest.param("deaf", id="deaf to SIGTERM"),
+        pytest.param("save", id="in a checkpoint"),
+    ],
+)
 async def test_cancel_ends_it_within_5_s_and_leaves_nothing(jobs: Jobs, do: str) -> None:
     job, _ = await jobs.create(wanting(do))
     await until(jobs, job.id, lambda job: job.phase == "train")
@@ -247,7 +254,7 @@ async def test_a_dry_run_starts_nothing(jobs: Jobs) -> None:
     assert found["audit"] == {"images": 12}
     assert Path(found["dataset"]).is_absolute()
     assert (await jobs.page(None, 1))[0][0].id == before.id
-    assert not list(jobs.folders.glob("dry-*"))
+    assert not list(jobs.folders.glob(".tmp-*"))
 
 
 async def test_a_dry_run_fails_as_the_job_would(jobs: Jobs) -> None:
@@ -336,6 +343,19 @@ async def test_a_server_that_drains_ends_its_trainer_at_once(tmp_path: Path, alo
             while trainers_of(tmp_path):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert (await jobs.get(job.id)).status == "running"  # and so the next start takes it up
+
+
+@pytest.mark.abuse("J5")
+async def test_a_key_is_known_after_a_restart(tmp_path: Path, alone: None) -> None:
+    request = wanting("wait")
+    async with jobs_in(tmp_path) as jobs:
+        first, _ = await jobs.create(request, "key")
+    async with jobs_in(tmp_path) as jobs:
+        again, replayed = await jobs.create(request, "key")
+        with pytest.raises(IdempotencyMismatch):
+            await jobs.create(wanting("succeed"), "key")
+        assert (again.id, replayed) == (first.id, True)
+        assert len((await jobs.page(None, 10))[0]) == 1
 
 
 async def test_a_job_that_the_queue_has_lost_is_found_again(

@@ -1,6 +1,5 @@
 """What servers that were killed and jobs that were deleted leave behind."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,8 +7,10 @@ from typing import Any, cast
 import pytest
 from service_fakes import FakeEngine, FakeStore
 
+from models.files import staging
 from service.jobs import Jobs
 from service.jobs import queue as module
+from service.jobs.jobs import STAGING_LOCK
 from service.jobs.queue import Queue
 from service.settings import Settings
 
@@ -19,11 +20,12 @@ KNOWN, LOST = "ftjob-" + "0" * 32, "ftjob-" + "1" * 32
 def test_folders_that_are_left_over_are_swept(tmp_path: Path) -> None:
     store = FakeStore()
     jobs = Jobs(Settings(data=tmp_path), FakeEngine(store), store)
-    for name in ("dry-old", "dry-new", KNOWN, LOST, "notes"):
+    for name in (".tmp-old", KNOWN, LOST, "notes"):
         (jobs.folders / name).mkdir(parents=True)
-    os.utime(jobs.folders / "dry-old", (0, 0))  # the new one may be going on
-    jobs._sweep(lambda: {KNOWN})
-    assert {folder.name for folder in jobs.folders.iterdir()} == {"dry-new", KNOWN, "notes"}
+    with staging(jobs.folders, jobs.folders / STAGING_LOCK) as under_way:  # a dry run
+        (jobs.folders / ".tmp-old").mkdir(exist_ok=True)
+        jobs._sweep(lambda: {KNOWN})
+        assert {folder.name for folder in jobs.folders.iterdir()} == {under_way.name, KNOWN, "notes", STAGING_LOCK}
 
 
 @pytest.mark.parametrize(

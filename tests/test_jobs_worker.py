@@ -105,6 +105,15 @@ def test_three_crashes_at_one_place_fail_it(scene: Scene) -> None:
     assert (job.error.code, job.attempt) == ("trainer_crashed", 4)
 
 
+@pytest.mark.abuse("J15")
+def test_killed_before_its_first_epoch_it_fails_and_nothing_is_activated(scene: Scene) -> None:
+    scene.worker._activate = lambda *given: pytest.fail("activated")
+    job = scene.train(Trainer(-9), Trainer(-9), Trainer(-9))
+    scene.worker.deploy("a")
+    assert job.error is not None
+    assert (job.status, job.error.code, job.version, job.deployment) == ("failed", "trainer_crashed", None, None)
+
+
 @pytest.mark.abuse("J10")
 def test_a_full_disk_is_waited_out(scene: Scene) -> None:
     job = scene.train(*(Trainer(EXIT_DISK_FULL) for _ in range(5)), Trainer(result=DONE))

@@ -20,7 +20,7 @@ from models.errors import DatasetError
 from models.records import to_json
 from models.training import child
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
-from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, Order, Result
+from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
 from models.training.process import explain
 from models.training.request import Event, FinetuneRequest
 
@@ -38,6 +38,21 @@ def folder(tmp_path: Path) -> Path:
 
 def never() -> bool:
     return False
+
+
+@pytest.mark.abuse("J2")
+@pytest.mark.parametrize("name", ["", "photos"])
+def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "outside" / "photos").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    request = FinetuneRequest(dataset=tmp_path / "link" / name, name="pets")
+    order = Order(request=request, weights=tmp_path / "weights", cache=tmp_path / "cache", threads=1)
+    (folder / JOB).write_bytes(to_json(order))
+    result = work(folder, lambda *given, **named: DONE, print, never)
+    assert result.error is not None
+    assert (result.error.code, result.error.message) == ("invalid_dataset", NO_DATASET)
 
 
 def test_the_run_gets_what_the_order_says(folder: Path) -> None:
@@ -224,7 +239,17 @@ def test_a_spare_one_ends_with_its_stdin() -> None:
     with process(IDLE, stdin=subprocess.PIPE) as child:
         assert child.stdin is not None
         child.stdin.close()
-        assert child.wait(PATIENCE_S) == 0
+        assert child.wait(PATIENCE_S) in (0, EXIT_ORPHANED)  # it waited already, or not yet
+
+
+@pytest.mark.abuse("J7")
+def test_it_does_not_even_begin_its_imports_where_its_server_is_gone() -> None:
+    """They take ten seconds on a busy machine, and more."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    with process(IDLE.replace("lambda: None", "lambda: time.sleep(600)"), stdin=reading) as child:
+        os.close(reading)
+        assert child.wait(PATIENCE_S) == EXIT_ORPHANED
 
 
 @pytest.mark.abuse("J7")

@@ -118,6 +118,26 @@ def test_links_stay_inside(tmp_path: Path) -> None:
 
 
 @pytest.mark.abuse("J2")
+def test_a_folder_that_becomes_a_link_between_look_and_read_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = folder(tmp_path / "d", TINY), folder(tmp_path / "outside", {"0.png": b"secret"})
+    realpath = os.path.realpath
+
+    def swapped(path: str, strict: bool = False) -> str:
+        found = realpath(path, strict=strict)
+        if strict:  # the look at one file, just before it is opened
+            (root / "ant").rename(root / "gone")
+            (root / "ant").symlink_to(outside)
+        return found
+
+    with open_source(root) as source:
+        monkeypatch.setattr(os.path, "realpath", swapped)
+        with pytest.raises(NotADirectoryError):
+            source.read("ant/0.png")
+
+
+@pytest.mark.abuse("J2")
 @pytest.mark.parametrize(
     "make", [pytest.param(os.mkfifo, id="pipe"), pytest.param(lambda p: p.symlink_to("."), id="loop")]
 )

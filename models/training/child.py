@@ -79,9 +79,10 @@ def main(
 
     Without a folder it gets ready, and waits until stdin names one; nothing is done where stdin ends instead.
     """
+    die_with_parent()  # before any import, which takes its time once this process is modest
+    _end_orphaned()
     from models.training.handover import EXIT_DISK_FULL
 
-    die_with_parent()
     events = _take_stdout()
     if folder is None:
         _get_ready()
@@ -130,11 +131,14 @@ def rehearsal(folder: Path, dry_run: DryRun, progress: Callable[["Event"], None]
 def _prepare(folder: Path) -> tuple["Order", "ModelStore"]:
     import torch
 
+    from models.errors import DatasetError
     from models.records import read_record
     from models.store import ModelStore
-    from models.training.handover import JOB, Order
+    from models.training.handover import JOB, NO_DATASET, Order
 
     order = read_record(folder / JOB, Order)
+    if os.path.realpath(order.request.dataset) != str(order.request.dataset):  # a link has come since the server looked
+        raise DatasetError(NO_DATASET)
     torch.set_num_threads(order.threads)
     return order, ModelStore(order.weights)
 
@@ -230,3 +234,11 @@ def _listen(stop: threading.Event) -> None:
         if line == b"stop":
             stop.set()
     os._exit(EXIT_ORPHANED)
+
+
+def _end_orphaned() -> None:
+    """A parent that ended before it could be watched has left a pipe that nobody writes to."""
+    stdin = select.poll()
+    stdin.register(STDIN, 0)
+    if any(event & select.POLLHUP for _, event in stdin.poll(0)):
+        os._exit(EXIT_ORPHANED)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from models.files import replace
+from models.files import locked, replace, staging, sweep
 from models.records import read_record, to_json
 from models.store import ModelStore
 from models.training.handover import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, Result
@@ -51,6 +51,7 @@ READY_S = 60.0  # after so long jobs are taken up again, even if the models are 
 REOPEN_S = 30.0  # between two attempts to open the database
 CLOSE_S = 15.0  # for a trainer to be ended at the server's end
 DRY_RUN_S = 300.0
+STAGING_LOCK = ".staging"  # of the folders of dry runs
 
 
 @dataclass(frozen=True)
@@ -179,15 +180,15 @@ class Jobs:
         return table, queue
 
     def _sweep(self, ids: Callable[[], set[str]]) -> None:
-        """Removes what a server that was killed has left: folders of dry runs that cannot go on, and of jobs without a row."""
+        """Removes what a server that was killed has left: folders of dry runs, and of jobs without a row."""
+        with locked(self.folders / STAGING_LOCK):
+            sweep(self.folders)
         folders = list(self.folders.iterdir())
         jobs = ids()  # asked after: a job has its row before its folder
         for folder in folders:
-            lost = re.match(ID_PATTERN, folder.name) is not None and folder.name not in jobs
-            with suppress(FileNotFoundError):  # a dry run has just ended
-                if lost or (folder.name.startswith("dry-") and time.time() - folder.stat().st_mtime > 2 * DRY_RUN_S):
-                    log.warning("%s is left over from before, and removed", folder)
-                    shutil.rmtree(folder, ignore_errors=True)
+            if re.match(ID_PATTERN, folder.name) and folder.name not in jobs:
+                log.warning("%s is left over from before, and removed", folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _exclusive(self, work: Callable[[str], None]) -> Callable[[str], None]:
         def working(job: str) -> None:
@@ -326,9 +327,7 @@ class Jobs:
 
     def _rehearse(self, request: FinetuneRequest, left: threading.Event) -> dict[str, Any]:
         self._check(request)
-        folder = self.folders / f"dry-{secrets.token_hex(8)}"
-        folder.mkdir(parents=True)
-        try:
+        with staging(self.folders, self.folders / STAGING_LOCK) as folder:
             replace(folder / JOB, to_json(order_of(self.settings, request)))
             self._run_dry(folder, left)
             result = read_record(folder / RESULT, Result)
@@ -336,8 +335,6 @@ class Jobs:
                 raise error_of(result.error.code, result.error.message)
             found: dict[str, Any] = json.loads((folder / DRY_RUN).read_bytes())
             return found
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _run_dry(self, folder: Path, left: threading.Event) -> None:
         ends = time.monotonic() + DRY_RUN_S

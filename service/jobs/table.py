@@ -108,6 +108,7 @@ class JobTable:
     def __init__(self, url: str) -> None:
         """Opens the database and makes the tables where they are missing; refuses those of a newer Imago."""
         self._engine = _engine(sa.make_url(url))
+        self._file, self._inode = _file_of(self._engine), None
         with self.transaction() as connection:
             _meta.create_all(connection)
             version = connection.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
@@ -117,6 +118,7 @@ class JobTable:
                 raise TrainerUnavailable(
                     "the jobs database is of a newer Imago; update this one, or name another database"
                 )
+        self._inode = _inode(self._file)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -229,8 +231,7 @@ class JobTable:
 
     def cancel(self, id: str) -> Job:
         """Queued: cancelled. Running: cancelling. Cancelled or about to be: as it is. Raises JobFinished."""
-        now = time.time()
-        if not self._move(id, ("queued",), status="cancelled", finished_at=now):
+        if not self._move(id, ("queued",), status="cancelled", finished_at=_now_or(_jobs.c.created_at)):
             self._change((_jobs.c.id == id) & (_jobs.c.status == "running") & _not_deploying(), status="cancelling")
         job = self.get(id)
         if job.status == "running":
@@ -260,7 +261,7 @@ class JobTable:
 
     def begin(self, id: str) -> bool:
         """A trainer is about to start for this job: False if it is not to be worked on any more."""
-        started = sa.func.coalesce(_jobs.c.started_at, time.time())
+        started = sa.func.coalesce(_jobs.c.started_at, _now_or(_jobs.c.created_at))
         return self._move(
             id,
             ("queued", "running"),
@@ -297,7 +298,8 @@ class JobTable:
     def finish(self, id: str, status: Status, **values: Any) -> bool:
         """The last change. A job that is being cancelled can only become cancelled, and no other can."""
         before: tuple[Status, ...] = ("cancelling",) if status == "cancelled" else ("running",)
-        return self._move(id, before, status=status, finished_at=time.time(), eta_seconds=None, **values)
+        finished = _now_or(sa.func.coalesce(_jobs.c.started_at, _jobs.c.created_at))
+        return self._move(id, before, status=status, finished_at=finished, eta_seconds=None, **values)
 
     def _move(self, id: str, before: tuple[Status, ...], **values: Any) -> bool:
         return self._change((_jobs.c.id == id) & _jobs.c.status.in_(before), **values)
@@ -309,6 +311,11 @@ class JobTable:
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
         """Committed at its end. Raises TrainerUnavailable."""
+        if self._inode is not None and _inode(self._file) != self._inode:  # what went into it now would be lost with it
+            raise TrainerUnavailable(
+                "the jobs database was deleted or replaced while the server ran; put it back, or restart the server",
+                retry_after_s=10.0,
+            )
         with _reported(), self._engine.begin() as connection:
             yield connection
 
@@ -338,6 +345,25 @@ def _engine(url: sa.URL) -> sa.Engine:
         )
 
     return engine
+
+
+def _file_of(engine: sa.Engine) -> Path | None:
+    """SQLite's file; None for PostgreSQL, and for a database in memory."""
+    name = engine.url.database if engine.url.get_backend_name() == "sqlite" else None
+    return Path(name) if name else None
+
+
+def _inode(file: Path | None) -> int | None:
+    try:
+        return None if file is None else file.stat().st_ino
+    except OSError:
+        return None
+
+
+def _now_or(earlier: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """The time, or that of what came before, where the clock was set back meanwhile."""
+    now = time.time()
+    return sa.case((earlier > now, earlier), else_=now)
 
 
 def _not_deploying() -> sa.ColumnElement[bool]:

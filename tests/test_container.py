@@ -1,0 +1,129 @@
+"""What the container may do: little. compose.yaml, the Dockerfile and what docs/operations.md says for those who use neither."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from live_server import _read_until
+from live_server import weights as weights
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    """The service in compose.yaml, with the defaults of its variables."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
+    return yaml.safe_load(text)["services"]["imago"]
+
+
+@pytest.fixture(scope="module")
+def pod() -> Any:
+    (text,) = re.findall(r"```yaml\n(spec:.*?)```", OPERATIONS, re.DOTALL)
+    return yaml.safe_load(text)["spec"]
+
+
+@pytest.mark.abuse("J18")
+def test_compose_gives_the_container_nothing_it_does_not_need(compose: Any) -> None:
+    assert (compose["read_only"], compose["cap_drop"], compose.get("cap_add"), compose.get("privileged")) == (
+        True,
+        ["ALL"],
+        None,
+        None,
+    )
+    assert compose["security_opt"] == ["no-new-privileges:true"]
+    assert all(re.fullmatch(r"/tmp:size=\d+m,.*", mount) for mount in compose["tmpfs"])
+    assert int(compose["pids_limit"]) > 0
+    assert re.fullmatch(r"\d+g", compose["mem_limit"])
+    assert compose["ports"] == ["127.0.0.1:8000:8000"]
+
+
+@pytest.mark.abuse("J18")
+def test_compose_mounts_datasets_read_only_and_nothing_of_the_host_besides(compose: Any) -> None:
+    mounts = [mount.split(":") for mount in compose["volumes"]]
+    from_host = [mount for mount in mounts if mount[0].startswith((".", "/", "~"))]
+    assert from_host == [["./datasets", "/var/lib/imago/datasets", "ro"]]
+    writable = {mount[1] for mount in mounts if mount[2:] != ["ro"]}
+    assert writable == {compose["environment"]["IMAGO_WEIGHTS"], compose["environment"]["IMAGO_DATA"]}
+    assert compose["environment"]["TMPDIR"] in writable
+
+
+@pytest.mark.abuse("J18")
+def test_there_is_time_to_drain(compose: Any, pod: Any) -> None:
+    drain_s = Settings.model_fields["drain_seconds"].default
+    assert int(compose["stop_grace_period"].removesuffix("s")) > drain_s + 5
+    assert pod["terminationGracePeriodSeconds"] > drain_s + 5
+    assert re.findall(r"^STOPSIGNAL (\w+)", DOCKERFILE, re.MULTILINE) == ["SIGTERM"]
+
+
+@pytest.mark.abuse("J18")
+def test_the_image_runs_as_nobody_in_particular_and_says_how_it_is() -> None:
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.findall(r"^USER (\S+)", final, re.MULTILINE) == ["imago"]
+    assert re.search(r"useradd --uid 10001 .*--shell /usr/sbin/nologin imago", final)
+    assert re.search(r"^HEALTHCHECK .*\n.*/health/ready", final, re.MULTILINE)
+    assert not re.search(r"(KEY|PASSWORD|TOKEN|SECRET)\s*=|chmod|\bADD\b|curl .*\|", DOCKERFILE)
+
+
+@pytest.mark.abuse("J18")
+def test_operations_says_the_same_for_docker_run(compose: Any) -> None:
+    (run,) = re.findall(r"\$ docker run (.*?)```", OPERATIONS, re.DOTALL)
+    said = " ".join(run.replace("\\\n", " ").split())
+    wanted = [f"--tmpfs {compose['tmpfs'][0]}", "--read-only", "--cap-drop ALL", "--security-opt no-new-privileges"]
+    wanted += [f"--pids-limit {compose['pids_limit']}", f"--memory {compose['mem_limit']}", "--init"]
+    wanted += [f"--stop-timeout {compose['stop_grace_period'].removesuffix('s')}", "/var/lib/imago/datasets:ro"]
+    wanted += [f"-e TMPDIR={compose['environment']['TMPDIR']}"]
+    assert [flag for flag in wanted if flag not in said] == []
+
+
+@pytest.mark.abuse("J18")
+def test_operations_says_the_same_for_kubernetes(pod: Any) -> None:
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (True, 10001)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert "memory" in container["resources"]["limits"]
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
+
+
+@pytest.mark.abuse("J18")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="root alone makes the root file system read-only"
+)
+def test_it_serves_where_only_weights_and_data_can_be_written(weights: Path, tmp_path: Path) -> None:
+    """With everything else mounted read-only, in a mount namespace of its own."""
+    written = tmp_path / "written"
+    shutil.copytree(weights, written / "weights")
+    serve = (
+        f"{sys.executable} -m service.cli serve --port 0 --device cpu --weights {written}/weights --data {written}/data"
+    )
+    script = f"mount --bind {written} {written} && mount -o remount,bind,ro / && ! touch /x 2>&- && exec {serve}"
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script], stderr=log, env={**os.environ, "TMPDIR": str(written)}
+        )
+    try:
+        url = _read_until(process, tmp_path / "serve.log", r"listening on (\S+)")
+        _read_until(process, tmp_path / "serve.log", r"ready in [\d.]+ s: (\w+)")
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
