@@ -1,0 +1,3 @@
+import { html } from "./page.js";
+
+export const Models = () => html`<p>Models</p>`;

@@ -1,0 +1,3 @@
+import { html } from "./page.js";
+
+export const Server = () => html`<p>Server</p>`;

@@ -1,0 +1,3 @@
+import { html } from "./page.js";
+
+export const Train = () => html`<p>Train</p>`;
