@@ -110,8 +110,8 @@ function Options({ models, explains, change }) {
           >`,
       )}
     </fieldset>
-    <label>Classes <select value=${chosen.topK} onChange=${(event) => change({ topK: Number(event.target.value) })}>
-        ${TOP_KS.map((k) => html`<option>${k}</option>`)}
+    <label>Classes <select onChange=${(event) => change({ topK: Number(event.target.value) })}>
+        ${TOP_KS.map((k) => html`<option selected=${k === chosen.topK}>${k}</option>`)}
       </select></label>
     ${explains &&
     html`<label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>`}
