@@ -270,7 +270,7 @@ async def test_a_model_may_have_the_groups_name(store: ModelStore) -> None:
 async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def pull(self: Loader, name: str) -> None:
+    def pull(self: Loader, name: str, progress: object) -> None:
         assert release.wait(30)
         raise DownloadError("no network")
 
@@ -296,7 +296,7 @@ async def test_a_failed_pull_stays_failed_when_another_succeeds(
 ) -> None:
     ref = store.config("a").backbones[0]
 
-    def pull(self: Loader, name: str) -> int:
+    def pull(self: Loader, name: str, progress: object) -> int:
         if name == "p":
             raise DownloadError("no network")
         return add_head(store, name, ref, 84, classes=2)

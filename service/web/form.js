@@ -56,10 +56,11 @@ function Control({ id, field, required, value, set, wrong }) {
   const choices = kind.type === "boolean" ? [true, false] : kind.enum;
   if (choices) return html`<${Choice} common=${common} choices=${choices} standard=${field.default} value=${value} set=${set} />`;
   const hint = required ? "" : placeholder(id, field.default);
+  const pattern = kind.pattern?.replaceAll("-]", "\\-]"); // in a class, browsers want a hyphen escaped
   const typed = (event) => set(parse(event.target.value.trim(), kinds));
   const number = ["number", "integer"].includes(kind.type);
   const limits = number && { inputmode: "decimal" };
-  return html`<input ...${common} ...${limits} pattern=${kind.pattern} placeholder=${hint} value=${shown(value)} onChange=${typed} autocomplete="off" />`;
+  return html`<input ...${common} ...${limits} pattern=${pattern} placeholder=${hint} value=${shown(value)} onChange=${typed} autocomplete="off" />`;
 }
 
 function Choice({ common, choices, standard, value, set }) {
