@@ -18,7 +18,6 @@ from playwright.sync_api import Page, sync_playwright
 
 TARGET = Path(__file__).parents[1] / "docs" / "screenshots"
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
-COLOURS = 128  # of a picture's palette
 MEASURED_S = 40  # how long the server is watched under load
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -31,7 +30,7 @@ def main() -> None:
             page = browser.new_page(base_url=server.url, reduced_motion="reduce")
             page.set_default_timeout(1000 * PATIENCE_S)
             page.add_init_script(f"sessionStorage.setItem('imago.key', '{ADMIN_KEY}')")
-            job = train(server, archive(root / "landscapes.zip", per_class=60))
+            job = train(server, archive(root / "landscapes.zip", per_class=60, side=128))
             show_views(page, server, job)
 
 
@@ -107,12 +106,12 @@ def load(server: PageServer) -> Iterator[None]:
 def shoot(page: Page, view: str) -> None:
     for scheme in ("light", "dark"):
         for size, (width, height) in SIZES.items():
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": height})
             page.wait_for_timeout(400)  # for the plots, which follow the width
-            image = Image.open(BytesIO(page.screenshot())).convert("RGB")
+            page.evaluate("scrollTo(0, 0)")
             TARGET.mkdir(exist_ok=True)
-            image.quantize(COLOURS, dither=Image.Dither.NONE).save(
+            Image.open(BytesIO(page.screenshot())).convert("RGB").save(
                 TARGET / f"{view}-{scheme}-{size}.png", optimize=True
             )
 

@@ -205,7 +205,9 @@ def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
 
 def test_a_wrong_hyperparameter_is_named_at_its_field(admin: Page, tmp_path: Path) -> None:
     admin.goto("/#train")
-    admin.route("**/datasets/validate", lambda route: route.fulfill(status=422, json={}))  # tested above, and takes seconds
+    admin.route(
+        "**/datasets/validate", lambda route: route.fulfill(status=422, json={})
+    )  # tested above, and takes seconds
     admin.set_input_files("input[type=file]", archive(tmp_path / "few.zip", per_class=1, side=8))
     admin.get_by_text("Everything else").click()
     admin.get_by_label("epochs", exact=True).fill("-3")
@@ -277,6 +279,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(admin: Page, view: str) -> 
     admin.goto(f"/#{view}")
     admin.wait_for_load_state("networkidle")
     assert admin.evaluate("document.scrollingElement.scrollWidth") <= 360
+    assert admin.evaluate("document.querySelector('header').offsetHeight") < 70  # in one line
 
 
 def test_by_keyboard_alone(page: Page) -> None:

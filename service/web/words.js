@@ -1,24 +1,24 @@
-// Numbers as people read them.
+// Numbers as people read them, with their units on the same line.
 
-export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}\u00a0%`;
 export const count = (number) => number.toLocaleString("en");
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
 export function bytes(size) {
   for (const unit of ["B", "KB", "MB"]) {
-    if (size < 1024) return `${unit === "B" ? size : size.toFixed(size < 10 ? 1 : 0)} ${unit}`;
+    if (size < 1024) return `${unit === "B" ? size : size.toFixed(size < 10 ? 1 : 0)}\u00a0${unit}`;
     size /= 1024;
   }
-  return `${size.toFixed(1)} GB`;
+  return `${size.toFixed(1)}\u00a0GB`;
 }
 
 export function duration(seconds) {
-  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 60) return `${Math.max(1, Math.round(seconds))}\u00a0s`;
   const minutes = Math.round(seconds / 60);
-  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  return minutes < 60 ? `${minutes}\u00a0min` : `${Math.floor(minutes / 60)} h ${minutes % 60}\u00a0min`;
 }
 
-export const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+export const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)}\u00a0ms`;
 
 export const moment = (iso) => new Date(iso).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
