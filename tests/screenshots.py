@@ -111,9 +111,8 @@ def shoot(page: Page, view: str) -> None:
             page.wait_for_timeout(400)  # for the plots, which follow the width
             page.evaluate("scrollTo(0, 0)")
             TARGET.mkdir(exist_ok=True)
-            Image.open(BytesIO(page.screenshot())).convert("RGB").save(
-                TARGET / f"{view}-{scheme}-{size}.png", optimize=True
-            )
+            image = Image.open(BytesIO(page.screenshot())).convert("RGB").quantize(256, kmeans=1)
+            image.save(TARGET / f"{view}-{scheme}-{size}.png", optimize=True)
 
 
 if __name__ == "__main__":

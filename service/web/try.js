@@ -11,7 +11,7 @@ const TOP_KS = [1, 3, 5, 10];
 
 export function Try({ query }) {
   const [, renew] = useState(0);
-  const [listed, trouble] = useLoad((quiet) => get("models", { quiet }), 10000);
+  const [listed, trouble, reload] = useLoad((quiet) => get("models", { quiet }), 10000);
   const [abilities] = useLoad(whatPredictCan);
   useEffect(() => heard(shelf, "change", () => renew((n) => n + 1)), []);
   useEffect(() => heard(document, "paste", (event) => take(event.clipboardData.files)), []);
@@ -29,7 +29,7 @@ export function Try({ query }) {
   return html`
     <p class="lead">Drop images anywhere on this page, paste them, or choose them here.</p>
     <${Sources} />
-    <${Trouble} error=${trouble} />
+    <${Trouble} error=${trouble} again=${reload} />
     <${Options} models=${ready} explains=${abilities?.explain} change=${change} />
     <${Tally} />
     <ul class="cards">
