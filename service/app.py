@@ -28,7 +28,7 @@ from service.errors import (
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Edge, Traffic, UserCORS
-from service.routes import datasets, finetune, models, ops, predict, v2
+from service.routes import datasets, finetune, models, ops, page, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
 from service.state import State
@@ -86,6 +86,8 @@ def create_app(
     app.include_router(v2.admin_router)
     app.include_router(v2.health_router)
     app.include_router(ops.router)
+    app.include_router(page.router)
+    app.mount("/web", page.Files(directory=page.WEB))
     app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic())
     if settings.cors_origins:
         app.add_middleware(

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import torch
 
+from models.classifier import ModelConfig
+from models.download import Progress
 from models.errors import ModelError, ModelNotFound, NameConflict, WeightsError
 from models.store import ModelStore
 from service.batcher import Batcher
@@ -128,6 +130,16 @@ class Catalogue:
                 await self._load_stored()
         finally:
             del self._pulls[name]
+
+    async def pull(self, name: str, progress: Progress) -> ModelConfig:
+        """Published weights -> a version in the store, which serves from then on unless another of its name does.
+
+        Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict where the setting `models` names others.
+        """
+        config = await self._loader.pull(name, progress)
+        if name not in self.served:
+            await self.activate(name, config.version)
+        return config
 
     async def activate(self, name: str, version: int, check: Check = unchecked) -> ModelStatus:
         """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from models import images
-from models.classifier import Preprocessing
+from models.classifier import ModelConfig, Preprocessing
+from models.download import Progress
 from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
@@ -304,6 +305,10 @@ class Engine:
     async def retire(self, name: str) -> None:
         """Takes a model out of service; its versions stay in the store. Raises ModelNotFound, NameConflict."""
         await self.catalogue.retire(name)
+
+    async def pull(self, name: str, progress: Progress) -> ModelConfig:
+        """Downloads published weights and serves them; `progress` is called in a thread. See `Catalogue.pull`."""
+        return await self.catalogue.pull(name, progress)
 
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name."""

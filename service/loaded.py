@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
+from models.download import Progress
 from models.errors import InvalidName, ModelNotFound, WeightsError
 from models.runtime import RuntimeInfo, compile_backbone
 from models.store import ModelStore
@@ -120,18 +121,19 @@ class Loader:
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self._puller.shutdown(wait=False, cancel_futures=True)
 
-    async def pull(self, name: str) -> ModelConfig:
-        """Published weights -> a version in the store. One at a time, in a thread of their own: loading does not wait for them."""
-        return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name)
+    async def pull(self, name: str, progress: Progress | None = None) -> ModelConfig:
+        """Published weights -> a version in the store. One at a time, in a thread of their own, which calls `progress`: loading does
+        not wait for them."""
+        return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress)
 
-    def _pull(self, name: str) -> ModelConfig:
+    def _pull(self, name: str, progress: Progress | None) -> ModelConfig:
         from models.pull import IMAGENET_ENSEMBLE, pull, pull_group
 
         log.info("%s: pulling its published weights", name)
         downloads, mirror = self._settings.data / "downloads", self._settings.weights_url
         if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
-            return pull_group(self._store, downloads, base_url=mirror)[-1]
-        return pull(name, self._store, downloads, base_url=mirror)
+            return pull_group(self._store, downloads, progress, base_url=mirror)[-1]
+        return pull(name, self._store, downloads, progress, base_url=mirror)
 
     def _config(self, name: str, version: int | None) -> ModelConfig:
         try:

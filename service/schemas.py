@@ -1,5 +1,6 @@
 """What the API says and hears: JSON bodies, and the documented shapes of answers, which the hot path builds as plain dicts."""
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -126,6 +127,33 @@ class Activate(BaseModel):
     version: int = Field(ge=1, description="A version that the store has")
 
 
+class Pull(BaseModel):
+    """Whose published weights are wanted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"name": "resnet50"}]})
+
+    name: str = Field(pattern=NAME_PATTERN, description="An architecture of torchvision, or imagenet-ensemble")
+
+
+class VersionStatus(BaseModel):
+    """A version in the store. Of one that is damaged, `error` says what ails it, and nothing else is known."""
+
+    version: int
+    state: Literal["serving", "previous", "stored"] = Field(description="previous is what a rollback would serve")
+    created_at: datetime | None = None
+    classes: int | None = None
+    backbones: list[str] = []
+    metrics: dict[str, Any] = {}
+    command: str | None = Field(None, description="The command line that made it, where it was trained here")
+    error: str | None = None
+
+
+class VersionList(BaseModel):
+    """From the latest on."""
+
+    versions: list[VersionStatus]
+
+
 class Health(BaseModel):
     status: str
 
@@ -161,6 +189,16 @@ MODEL_EXAMPLE = {
     "version": 1,
     "error": None,
     "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
+VERSION_EXAMPLE = {
+    "version": 2,
+    "state": "serving",
+    "created_at": "2026-11-22T09:31:00Z",
+    "classes": 2,
+    "backbones": ["preact_resnet-007a148d"],
+    "metrics": {"val": {"images": 153, "accuracy": 0.95, "interval": [0.903, 0.974]}},
+    "command": "imago finetune bees --name bees",
+    "error": None,
 }
 
 JOB_EXAMPLE = {

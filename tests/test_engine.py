@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from models import architectures, images
-from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing
+from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing
+from models.download import Progress
 from models.errors import (
     DownloadError,
     EmptyImage,
@@ -305,7 +306,7 @@ async def test_a_model_may_have_the_groups_name(store: ModelStore) -> None:
 async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def pull(self: Loader, name: str) -> None:
+    def pull(self: Loader, name: str, progress: object) -> None:
         assert release.wait(30)
         raise DownloadError("no network")
 
@@ -331,7 +332,7 @@ async def test_a_failed_pull_stays_failed_when_another_succeeds(
 ) -> None:
     ref = store.config("a").backbones[0]
 
-    def pull(self: Loader, name: str) -> int:
+    def pull(self: Loader, name: str, progress: object) -> int:
         if name == "p":
             raise DownloadError("no network")
         return add_head(store, name, ref, 84, classes=2)
@@ -339,6 +340,23 @@ async def test_a_failed_pull_stays_failed_when_another_succeeds(
     monkeypatch.setattr(Loader, "_pull", pull)
     async with serving(store, models=("a", "p", "q"), pull_missing=True) as engine:
         assert {model.name: model.state for model in engine.models()} == {"a": "ready", "p": "failed", "q": "ready"}
+
+
+async def test_what_is_pulled_on_request_serves_from_then_on(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = store.config("a").backbones[0]
+    told: list[int] = []
+
+    def pull(self: Loader, name: str, progress: Progress) -> ModelConfig:
+        progress(7, None)
+        return store.config(name, add_head(store, name, ref, 84, classes=2, activate=False))
+
+    monkeypatch.setattr(Loader, "_pull", pull)
+    async with serving(store) as engine:
+        config = await engine.pull("new", lambda done, total: told.append(done))
+        assert (config.version, engine.model("new").version, told) == (1, 1, [7])
+        assert store.serving().models["new"] == 1
 
 
 async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store: ModelStore) -> None:

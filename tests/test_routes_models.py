@@ -1,11 +1,21 @@
 """`/models`: what serves, and the admin's routes."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 from service_fakes import ADMIN, CLASSES, Service, client_of
+
+from models import architectures
+from models.classifier import Head
+from models.download import Progress
+from models.errors import DownloadError
+from models.store import ModelStore
+from service.routes.models import list_versions
 
 pytestmark = pytest.mark.anyio
 
@@ -107,3 +117,78 @@ async def test_remove(http: httpx.AsyncClient, service: Service) -> None:
     answers = [await http.delete(path, headers=ADMIN) for path in ("/models/pets", "/models/pets/versions/2")]
     assert [answer.status_code for answer in answers] == [204, 204]
     assert service.store.calls == [("remove", "pets", None), ("remove", "pets", 2)]
+
+
+# Versions
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    """Two versions of `insects`, of which the second serves."""
+    store, network = ModelStore(tmp_path / "weights"), architectures.create("lenet5", num_classes=3, channels=3)
+    ref = store.put_backbone(network.name, network.backbone, network.preprocessing)
+    for version in (1, 2):
+        lineage = {"command": f"run {version}"}
+        store.publish("insects", [ref], Head.of(network.layer), CLASSES, {"val": {"accuracy": version / 4}}, lineage)
+        store.activate("insects", version)
+    return store
+
+
+async def test_versions_and_their_figures(store: ModelStore) -> None:
+    latest, first = (await list_versions("insects", store)).versions
+    assert (latest.version, latest.state, latest.classes, latest.command) == (2, "serving", 3, "run 2")
+    assert (first.version, first.state, first.metrics) == (1, "previous", {"val": {"accuracy": 0.25}})
+
+
+async def test_a_damaged_version_says_what_ails_it(store: ModelStore) -> None:
+    (store.models / "insects" / "1" / "config.json").write_text("{")
+    latest, first = (await list_versions("insects", store)).versions
+    assert (latest.error, first.state, first.created_at) == (None, "previous", None)
+    assert first.error is not None
+    assert "config.json" in first.error
+
+
+async def test_versions_of_what_the_store_has_not(http: httpx.AsyncClient, service: Service, tmp_path: Path) -> None:
+    ModelStore.__init__(service.store, tmp_path / "empty")
+    answer = await http.get("/models/none/versions", headers=ADMIN)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+# Pull
+
+
+@pytest.fixture
+def pulls(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that were pulled; `broken` cannot be."""
+    names: list[str] = []
+
+    async def pull(name: str, progress: Progress) -> Any:
+        names.append(name)
+        progress(1, 4)
+        if name == "broken":
+            raise DownloadError("404 Not Found")
+        return SimpleNamespace(name=name, version=1)
+
+    monkeypatch.setattr(service.engine, "pull", pull)
+    monkeypatch.setattr("models.pull.published", lambda name: None)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        pytest.param("good", ["event: end", {"model": "good", "version": 1}], id="pulled"),
+        pytest.param("broken", ["event: error", {"code": "download_failed", "message": "404 Not Found"}], id="failed"),
+    ],
+)
+async def test_pull_tells_how_far_it_is(http: httpx.AsyncClient, pulls: list[str], name: str, last: list[Any]) -> None:
+    answer = await http.post("/models/pull", json={"name": name}, headers=ADMIN)
+    first, *_, end = answer.text.strip().split("\n\n")
+    assert json.loads(first.removeprefix("data: ")) == {"bytes": 1, "total": 4}
+    assert [end.splitlines()[0], json.loads(end.splitlines()[1].removeprefix("data: "))] == last
+    assert pulls == [name]
+
+
+async def test_pull_of_what_nobody_publishes(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/models/pull", json={"name": "resnet5"}, headers=ADMIN)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "architecture_not_found")

@@ -1,4 +1,4 @@
-"""Health, metrics and the root."""
+"""Health and metrics."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

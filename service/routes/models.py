@@ -1,17 +1,34 @@
 """`/models`: what is served, for users; what the store holds and which version serves, for admins."""
 
+import asyncio
+import json
 import re
-from typing import Annotated
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path
+from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
-from models.classifier import NAME_PATTERN
-from models.errors import ModelNotFound
+from models.classifier import NAME_PATTERN, ModelConfig
+from models.errors import ModelError, ModelNotFound
+from models.store import ModelStore
 from service.auth import require_admin
+from service.engine import Engine
+from service.errors import ServiceError
 from service.loaded import ModelStatus
-from service.schemas import ERROR_ANSWERS, MODEL_EXAMPLE, Activate, ModelList, json_answer
+from service.schemas import (
+    ERROR_ANSWERS,
+    MODEL_EXAMPLE,
+    VERSION_EXAMPLE,
+    Activate,
+    ModelList,
+    Pull,
+    VersionList,
+    VersionStatus,
+    json_answer,
+)
 from service.state import EngineDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
@@ -30,6 +47,11 @@ Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])
 
 LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE]})
 SHOWN = json_answer("The model", MODEL_EXAMPLE)
+VERSIONS = json_answer("Its versions", {"versions": [VERSION_EXAMPLE]})
+
+PULL_S = 0.25  # how often a download tells how far it is
+UNCACHED = {"Cache-Control": "no-store"}
+_pulls: set[asyncio.Task[ModelConfig]] = set()  # nobody else holds a task whose client has left
 
 
 @router.get("/models", summary="What is served", responses={200: LISTED})
@@ -48,6 +70,79 @@ async def sync_models(engine: EngineDep) -> ModelList:
     """Loads what is new in the store beside what serves, and swaps. What fails to load shows its error, and its old version serves on."""
     await engine.sync()
     return ModelList(models=engine.models())
+
+
+PULLED = {"content": {"text/event-stream": {"example": 'data: {"bytes": 1048576, "total": 102530333}\n\n'}}}
+
+
+@admin_router.post("/models/pull", summary="Download published weights", responses={200: PULLED})
+async def pull_model(body: Pull, engine: EngineDep) -> StreamingResponse:
+    """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
+    another version of its name did, or `event: error` with `{code, message}`. The download goes on where the client leaves."""
+    await run_in_threadpool(_check_published, body.name)
+    return StreamingResponse(pulling(engine, body.name), media_type="text/event-stream", headers=UNCACHED)
+
+
+def _check_published(name: str) -> None:
+    from models.pull import IMAGENET_ENSEMBLE, published
+
+    if name != IMAGENET_ENSEMBLE:
+        published(name)
+
+
+async def pulling(engine: Engine, name: str) -> AsyncIterator[str]:
+    far: dict[str, int | None] = {"bytes": 0, "total": None}
+
+    def hear(done: int, total: int | None) -> None:  # in the thread that downloads
+        far.update(bytes=done, total=total)
+
+    task = asyncio.create_task(engine.pull(name, hear))
+    _pulls.add(task)
+    task.add_done_callback(_pulls.discard)
+    while not task.done() and not engine.draining:
+        await asyncio.wait([task], timeout=PULL_S)
+        yield f"data: {json.dumps(far)}\n\n"
+    if task.done():
+        yield _outcome(task)
+
+
+def _outcome(task: asyncio.Task[ModelConfig]) -> str:
+    try:
+        config = task.result()
+    except (ModelError, ServiceError) as error:
+        return f"event: error\ndata: {json.dumps({'code': error.code, 'message': str(error)})}\n\n"
+    return f"event: end\ndata: {json.dumps({'model': config.name, 'version': config.version})}\n\n"
+
+
+@admin_router.get("/models/{name}/versions", summary="A model's versions in the store", responses={200: VERSIONS})
+async def list_versions(name: Name, store: StoreDep) -> VersionList:
+    """With the figures that each was published with."""
+    return await run_in_threadpool(_versions, store, name)
+
+
+def _versions(store: ModelStore, name: str) -> VersionList:
+    serving, numbers = store.serving(), store.versions(name)
+    if not numbers:
+        raise ModelNotFound(f"the store has no model {name!r}")
+    states = {serving.previous.get(name): "previous", serving.models.get(name): "serving"}
+    found = [_version(store, name, number, states.get(number, "stored")) for number in reversed(numbers)]
+    return VersionList(versions=found)
+
+
+def _version(store: ModelStore, name: str, number: int, state: Any) -> VersionStatus:
+    try:
+        config = store.config(name, number)
+    except ModelError as error:
+        return VersionStatus(version=number, state=state, error=str(error))
+    return VersionStatus(
+        version=number,
+        state=state,
+        created_at=config.created_at,
+        classes=len(config.classes),
+        backbones=[ref.key for ref in config.backbones],
+        metrics=config.metrics,
+        command=config.lineage.get("command"),
+    )
 
 
 @admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})

@@ -1,4 +1,4 @@
-"""Health and metrics, always open, and the root."""
+"""Health and metrics, always open."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -49,8 +49,3 @@ async def ready(engine: EngineDep) -> Health:
 )
 async def metrics(metrics: MetricsDep) -> Response:
     return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-@router.get("/", include_in_schema=False)
-async def root() -> dict[str, str]:
-    return {"service": "imago", "docs": "/docs", "models": "/models", "predict": "POST an image to /predict"}

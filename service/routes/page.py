@@ -1,0 +1,41 @@
+"""The page at `/`: its files, and what a browser may do with them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+router = APIRouter(include_in_schema=False)
+
+WEB = Path(__file__).parents[1] / "web"
+HEADERS = {
+    # Nothing comes from elsewhere, nothing stands inside the page's own text, and nobody puts the page into theirs. Pictures that a
+    # visitor chose are blob: URLs.
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # asked for again each time, by its ETag: a new version is seen at once
+}
+
+
+class Files(StaticFiles):
+    """The page's scripts and style, with its headers."""
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Any, status_code: int = 200
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(HEADERS)
+        return response
+
+
+@router.get("/")
+async def page() -> FileResponse:
+    return FileResponse(WEB / "index.html", headers=HEADERS)

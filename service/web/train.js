@@ -1,0 +1,188 @@
+// Train: a dataset, what is wrong with it, a job.
+
+import { get, send, server, upload } from "./api.js";
+import { Fields, bodyOf } from "./form.js";
+import { Job } from "./job.js";
+import { confirmed, html, Trouble, useLoad, useState, useWork } from "./page.js";
+import { bytes, count, duration, moment, percent, plural } from "./words.js";
+
+export function Train({ detail }) {
+  return detail ? html`<${Job} key=${detail} id=${detail} />` : html`<${Begin} />`;
+}
+
+function Begin() {
+  const [dataset, setDataset] = useState(null);
+  const [datasets, trouble, reload] = useLoad(allDatasets);
+  return html`
+    <p class="lead">From a folder of images to a served model: one folder per class, in a zip.</p>
+    <h2>1. The images</h2>
+    <${Trouble} error=${trouble} again=${reload} />
+    ${datasets &&
+    html`<${Upload} done=${(kept) => (reload(), setDataset(kept.name))} />
+      <${Datasets} datasets=${datasets} chosen=${dataset} choose=${setDataset} />`}
+    ${dataset && html`<${Check} key=${dataset} dataset=${dataset} />`}
+    ${dataset && html`<${Start} key=${`start ${dataset}`} dataset=${dataset} />`}
+    ${datasets && html`<${Jobs} />`}
+  `;
+}
+
+async function allDatasets(quiet) {
+  const found = [];
+  for (let more = true; more; ) {
+    const after = found.length ? `&after=${encodeURIComponent(found.at(-1).name)}` : "";
+    const page = await get(`datasets?limit=100${after}`, { quiet });
+    found.push(...page.data);
+    more = page.has_more;
+  }
+  return found;
+}
+
+// Upload
+
+function Upload({ done }) {
+  const [far, setFar] = useState(null);
+  const [over, setOver] = useState(false);
+  const [work, busy, trouble] = useWork(async (file) => {
+    if (!/\.zip$/i.test(file.name)) throw new Error(`${file.name} is no zip; put the class folders into one.`);
+    setFar(0);
+    try {
+      const kept = await uploaded(file, setFar);
+      if (kept) done(kept);
+    } finally {
+      setFar(null);
+    }
+  });
+  const dropped = (event) => {
+    event.preventDefault();
+    setOver(false);
+    if (event.dataTransfer.files.length && !busy) work(event.dataTransfer.files[0]);
+  };
+  const dragged = (event) => (event.preventDefault(), setOver(true));
+  return html`<div class="drop ${over && "over"}" onDrop=${dropped} onDragOver=${dragged} onDragLeave=${() => setOver(false)}>
+      ${far === null
+        ? html`<span>Drop a zip here, or</span>
+            <label class="button">Choose a zip<input class="unseen" type="file" accept=".zip" onChange=${(e) => e.target.files.length && work(e.target.files[0])} /></label>`
+        : html`<progress aria-label="Upload" max="1" value=${far}></progress> <span>${percent(far, 0)}</span>`}
+    </div>
+    <${Trouble} error=${trouble} />`;
+}
+
+async function uploaded(file, onProgress) {
+  const name = file.name.toLowerCase().replace(/\.zip$/, "").replace(/[^a-z0-9._-]+/g, "-").replace(/^[-._]+/, "").slice(0, 60) || "images";
+  try {
+    return await upload(`datasets?name=${name}`, file, onProgress);
+  } catch (error) {
+    if (error.code !== "name_conflict") throw error;
+    const text = `There is a dataset ${name}.zip already. Models that were trained on it stay as they are.`;
+    return (await confirmed(`Replace ${name}.zip?`, text, "Replace")) && upload(`datasets?name=${name}&replace=true`, file, onProgress);
+  }
+}
+
+function Datasets({ datasets, chosen, choose }) {
+  if (!datasets.length) return html`<p class="faint">There are none on the server yet.</p>`;
+  return html`<fieldset class="list">
+    <legend class="unseen">Datasets on the server</legend>
+    ${datasets.map(
+      ({ name, kind, bytes: size, modified }) => html`<label key=${name}>
+        <input type="radio" name="dataset" checked=${name === chosen} onChange=${() => choose(name)} />
+        <span><strong>${name}</strong> <span class="faint">${kind}${size && `, ${bytes(size)}`}, ${moment(modified)}</span></span>
+      </label>`,
+    )}
+  </fieldset>`;
+}
+
+// The audit
+
+function Check({ dataset }) {
+  const [found, trouble, again] = useLoad(() => send("POST", "datasets/validate", { dataset }), 0, [dataset]);
+  return html`<h2>2. What is in them</h2>
+    <${Trouble} error=${trouble} again=${again} />
+    ${!found && !trouble && html`<p class="faint pending" role="status">Every file is read</p>`}
+    ${found && html`<${Audit} audit=${found.audit} estimate=${found.estimate} />`}`;
+}
+
+function Audit({ audit, estimate }) {
+  const { parts, totals } = audit;
+  return html`
+    <p role="status">
+      <strong>${plural(audit.images, "good image")}</strong> in ${plural(Object.keys(audit.class_counts.train).length, "class", "classes")}: ${count(parts.train)} to train on, ${count(parts.val)} to validate on${parts.test > 0 && `, ${count(parts.test)} to test on`}. A head is
+      trained in about ${duration(estimate.total)}.
+    </p>
+    ${audit.warnings.length > 0 && html`<ul class="warnings">${audit.warnings.map((said) => html`<li>${said}</li>`)}</ul>`}
+    <${Listed} title="Bad files, left out" total=${totals.bad} items=${audit.bad.map(({ path, reason }) => [path, reason])} />
+    <${Listed} title="The same picture under several labels" total=${totals.conflicts} items=${audit.conflicts.map(together)} />
+    <${Listed} title="Duplicates" total=${totals.duplicates} items=${audit.duplicates.map(together)} />
+    <${Listed} title="Near duplicates" total=${totals.near_duplicates} items=${audit.near_duplicates.map(together)} />
+    <details>
+      <summary>Images by class</summary>
+      <ol class="bars narrow"><${Classes} counts=${audit.class_counts.train} /></ol>
+    </details>
+  `;
+}
+
+const together = (paths) => [paths.join(" = ")];
+
+function Listed({ title, total, items }) {
+  if (!total) return null;
+  return html`<details>
+    <summary>${title}: ${count(total)}</summary>
+    <ul class="paths">${items.map(([path, reason]) => html`<li><code>${path}</code>${reason && html` <span class="faint">${reason}</span>`}</li>`)}</ul>
+    ${total > items.length && html`<p class="faint">and ${count(total - items.length)} more</p>`}
+  </details>`;
+}
+
+function Classes({ counts }) {
+  const most = Math.max(...Object.values(counts));
+  return Object.entries(counts).map(
+    ([name, images]) => html`<li>
+      <span class="label">${name}</span><span class="number">${count(images)}</span>
+      <span class="bar"><i style=${{ width: `${(100 * images) / most}%` }}></i></span>
+    </li>`,
+  );
+}
+
+// The start
+
+const FIRST = ["name", "base", "mode", "deploy"];
+
+function Start({ dataset }) {
+  const [schema, trouble] = useLoad((quiet) => get("finetune/schema", { quiet }));
+  const [values, setValues] = useState({ name: dataset.replace(/\.(zip|csv)$/, "").toLowerCase().replace(/[^a-z0-9._-]+/g, "-") });
+  const [start, busy, failed] = useWork(async () => {
+    const job = await send("POST", "finetune", { ...bodyOf(values), dataset });
+    location.hash = `#train/${job.id}`;
+  });
+  const change = (path, value) => setValues((others) => ({ ...others, [path]: value }));
+  const submit = (event) => {
+    event.preventDefault();
+    start();
+  };
+  const shared = { schema, values, change, error: failed };
+  return html`<h2>3. The model</h2>
+    <${Trouble} error=${trouble} />
+    ${schema &&
+    html`<form onSubmit=${submit}>
+      <div class="fields"><${Fields} ...${shared} only=${FIRST} /></div>
+      <details>
+        <summary>Everything else</summary>
+        <div class="fields"><${Fields} ...${shared} without=${[...FIRST, "dataset"]} /></div>
+      </details>
+      <${Trouble} error=${failed} />
+      <button class="primary" disabled=${busy}>Start training</button>
+    </form>`}`;
+}
+
+function Jobs() {
+  const [found, trouble] = useLoad((quiet) => get("finetune?limit=20", { quiet }), 3000);
+  if (!found?.data.length) return html`<${Trouble} error=${server.state === "ready" && trouble} />`;
+  return html`<h2>Jobs</h2>
+    <ul class="list">
+      ${found.data.map(
+        (job) => html`<li key=${job.id}>
+          <a href="#train/${job.id}">${job.request.name}</a>
+          <span class="badge ${job.status === "failed" && "bad"}">${job.status}</span>
+          <span class="faint">${job.request.dataset}, ${moment(job.created_at)}${!job.terminal && `, ${percent(job.progress, 0)}`}</span>
+        </li>`,
+      )}
+    </ul>`;
+}

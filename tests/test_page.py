@@ -1,0 +1,291 @@
+"""The page in a real Chromium, against a real server: each view, a job from its images to a served model, and a server that dies."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from landscapes import archive, landscape, png
+from page_server import ADMIN_KEY, PATIENCE_S, QUIET, PageServer, add_twin, chromium, embedded, page_server
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
+
+VIEWS = ("try", "models", "train", "server")
+MARKUP = "<img src=x onerror=\"document.title='owned'\"> it's.png"
+GIVE_KEY = f"sessionStorage.setItem('imago.key', '{ADMIN_KEY}')"
+File = dict[str, Any]
+
+expect.set_options(timeout=1000 * PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = chromium()
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=QUIET) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    root = tmp_path_factory.mktemp("server")
+    add_twin(embedded(root))
+    with page_server(root) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser: Browser, server: PageServer) -> Iterator[Page]:
+    """A page that asked no other host, and did nothing that its policy forbids."""
+    page = browser.new_page(base_url=server.url)
+    page.set_default_timeout(1000 * PATIENCE_S)
+    asked, said = list[str](), list[str]()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(f"Uncaught {error}"))
+    yield page
+    page.close()
+    assert not [url for url in asked if not url.startswith((f"{server.url}/", "blob:", "data:", "about:"))]
+    assert not [text for text in said if "Content Security Policy" in text or "Uncaught" in text]
+
+
+@pytest.fixture
+def admin(page: Page) -> Page:
+    page.add_init_script(GIVE_KEY)
+    return page
+
+
+def drawn(name: str, kind: str = "sea") -> File:
+    return {"name": name, "mimeType": "image/png", "buffer": png(landscape(kind, 1, 64))}
+
+
+def give(page: Page, *files: File) -> None:
+    page.set_input_files("input[multiple]", list(files))  # type: ignore[arg-type]
+
+
+def tally(page: Page, said: str) -> None:
+    expect(page.locator(".tally")).to_contain_text(said)
+
+
+# Try
+
+
+def test_images_are_answered_in_their_places(page: Page) -> None:
+    page.goto("/")
+    page.get_by_label("twin").check()
+    give(page, drawn("sea.png"), drawn(MARKUP), {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"text"})
+    tally(page, "3 images: 2 answered, 1 refused")
+    card = page.locator(".card", has_text=MARKUP)
+    expect(card.locator("h3")).to_have_text(["cifar10 version 1", "twin version 1"])
+    expect(card.locator(".bars li")).to_have_count(6)
+    expect(card.locator(".times")).to_contain_text("compute")
+    expect(page.locator(".card", has_text="notes.txt")).to_contain_text("JPEG, PNG")
+    assert page.title() == "Try - Imago"
+
+
+def test_a_dropped_image_and_a_pasted_one(page: Page) -> None:
+    page.goto("/")
+    for kind, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
+        page.evaluate(
+            """([kind, holder, bytes]) => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(bytes)], `${kind}.png`));
+                const event = new Event(kind, {bubbles: true, cancelable: true});
+                document.body.dispatchEvent(Object.assign(event, {[holder]: transfer}));
+            }""",
+            [kind, holder, list(drawn("x.png")["buffer"])],
+        )
+    tally(page, "2 images: 2 answered")
+
+
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> None:
+    command = {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}[language]
+    if language == "curl" and not shutil.which("curl"):
+        pytest.skip("no curl")
+    page.goto("/")
+    files = [drawn(MARKUP.replace('"', "")), drawn("a;b, c.png")]  # a quotation mark in a file's name is sent as %22
+    give(page, *files)
+    page.get_by_text("The same from your own code").click()
+    text = page.locator(".snippet", has_text=language).locator("pre").inner_text()
+    for file in files:
+        (tmp_path / file["name"]).write_bytes(file["buffer"])
+    ran = subprocess.run([*command, text], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == 2, ran.stderr
+
+
+def test_a_heat_map_where_the_server_can_explain(page: Page) -> None:
+    explained = {"label": "sea", "index": 0, "probability": 1.0, "explanation": {"grid": [[0, 1], [0, 0]]}}
+    answer = {"model": "cifar10", "version": 1, "results": [{"filename": None, "predictions": [explained]}]}
+    abilities = {"paths": {"/predict": {"post": {"parameters": [{"name": "explain"}]}}}}
+    page.route("**/openapi.json", lambda route: route.fulfill(json=abilities))
+    page.route("**/predict?*explain=true*", lambda route: route.fulfill(json=answer))
+    page.goto("/")
+    page.get_by_label("Heat map").check()
+    give(page, drawn("sea.png"))
+    heat = page.get_by_role("img", name="What speaks for sea")
+    expect(heat).to_be_visible()
+    assert heat.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 2, 1).data].map((v) => v > 0)[7]")
+
+
+def test_no_heat_map_where_it_cannot(page: Page) -> None:
+    abilities: Any = {"paths": {"/predict": {"post": {"parameters": []}}}}
+    page.route("**/openapi.json", lambda route: route.fulfill(json=abilities))
+    page.goto("/")
+    expect(page.get_by_label("cifar10")).to_be_checked()
+    expect(page.get_by_label("Heat map")).to_have_count(0)
+
+
+def test_a_full_server_is_asked_again(page: Page) -> None:
+    full = {"error": {"code": "queue_full", "message": "full", "param": None, "request_id": "1"}}
+    page.goto("/")
+    page.route("**/predict*", lambda route: route.fulfill(status=429, json=full), times=1)
+    give(page, drawn("sea.png"))
+    expect(page.locator(".card")).to_contain_text("held until the server can take it")
+    tally(page, "1 image: 1 answered")
+
+
+# Models
+
+
+def test_a_key_is_asked_for_and_a_version_activated_and_rolled_back(page: Page) -> None:
+    page.goto("/#models")
+    expect(page.locator("main")).to_contain_text("on 1 backbone")
+    expect(page.locator("main")).to_contain_text("shared with cifar10")
+    twin = page.locator(".rows > .card", has=page.get_by_role("heading", name="twin"))
+    twin.get_by_text("Versions").click()
+    page.get_by_label("Key").fill("k" * 39)
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_label("Key").fill(ADMIN_KEY)
+    page.get_by_role("button", name="Go on").click()
+    expect(twin.locator(".versions")).to_contain_text("90.1 % (89.5 % to 90.7 %) of 10,000 test images")
+    twin.get_by_role("button", name="Activate").click()
+    page.get_by_role("dialog").get_by_role("button", name="Activate").click()
+    expect(twin.locator("h2")).to_contain_text("version 2")
+    twin.get_by_role("button", name="Roll back to version 1").click()
+    page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+    expect(twin.locator("h2")).to_contain_text("version 1")
+
+
+def test_a_download_tells_how_far_it_is(admin: Page) -> None:
+    told = 'data: {"bytes": 1048576, "total": 4194304}\n\n'
+    failed = 'event: error\ndata: {"code": "download_failed", "message": "404 <b>Not</b> Found"}\n\n'
+    admin.goto("/#models")
+    admin.route("**/models/pull", lambda route: route.fulfill(content_type="text/event-stream", body=told + failed))
+    admin.get_by_label("Architecture").fill("resnet18")
+    admin.get_by_role("button", name="Pull").click()
+    expect(admin.get_by_role("alert")).to_have_text("404 <b>Not</b> Found")
+
+
+# Train
+
+
+def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
+    admin.goto("/#train")
+    admin.set_input_files("input[type=file]", archive(tmp_path / "My Views.zip", per_class=10))
+    expect(admin.get_by_label("my-views.zip")).to_be_checked()
+    expect(admin.locator("main")).to_contain_text("41 good images in 4 classes")
+    admin.get_by_text("Bad files, left out: 2").click()
+    expect(admin.locator("main")).to_contain_text("sea/notes.txt")
+    admin.get_by_role("button", name="Start training").click()
+    expect(admin.locator("main")).to_contain_text("It serves now.")
+    expect(admin.locator(".log")).to_contain_text("my-views@1: activated")
+    admin.get_by_role("button", name="Open the report").click()
+    expect(admin.frame_locator("iframe").get_by_role("heading", name="my-views v1")).to_be_visible()
+    admin.get_by_role("button", name="Close the report").click()
+    admin.get_by_role("link", name="Try it").click()
+    give(admin, drawn("night.png", "night"))
+    expect(admin.locator(".card h3")).to_have_text("my-views version 1")
+    expect(admin.locator(".card .label").first).to_have_text("night")
+
+
+def test_a_wrong_hyperparameter_is_named_at_its_field(admin: Page, tmp_path: Path) -> None:
+    admin.goto("/#train")
+    admin.route(
+        "**/datasets/validate", lambda route: route.fulfill(status=422, json={})
+    )  # tested above, and takes seconds
+    admin.set_input_files("input[type=file]", archive(tmp_path / "few.zip", per_class=1, side=8))
+    admin.get_by_text("Everything else").click()
+    admin.get_by_label("epochs", exact=True).fill("-3")
+    admin.get_by_role("button", name="Start training").click()
+    wrong = admin.locator(".field", has=admin.get_by_label("epochs", exact=True))
+    expect(wrong).to_contain_text("greater than or equal to 1")
+
+
+def test_curves_and_a_verdict_that_is_left_to_the_person(admin: Page) -> None:
+    job = {"id": "ftjob-1", "status": "succeeded", "terminal": True, "progress": 1, "model": "twin", "version": 2}
+    job |= {"deployment": "rejected: it is worse", "request": {"name": "twin", "dataset": "d", "mode": "finetune"}}
+    lines = "".join(f'id: {n}\ndata: {{"seq": {n}, "epoch": {n}, "loss": 0.{n}, "accuracy": 0.5}}\n\n' for n in (1, 2))
+
+    def answer(route: Route) -> None:
+        if route.request.url.endswith("/events"):
+            route.fulfill(content_type="text/event-stream", body=f"{lines}event: end\ndata: {{}}\n\n")
+        else:
+            route.fulfill(json=job)
+
+    admin.route("**/finetune/ftjob-1**", answer)
+    admin.goto("/#train/ftjob-1")
+    expect(admin.get_by_role("img", name="Accuracy by epoch")).to_be_visible()
+    expect(admin.locator("main")).to_contain_text("Not put to service: it is worse")
+    expect(admin.get_by_role("button", name="Serve version 2")).to_be_enabled()
+
+
+# Server
+
+
+def test_the_server_as_it_is_now(page: Page) -> None:
+    page.goto("/#server")
+    expect(page.locator(".plot canvas")).to_have_count(7)
+    expect(page.locator(".plot", has_text="memory")).to_contain_text("MB")
+
+
+# All of it
+
+
+def test_a_server_that_dies_and_comes_back(page: Page, server: PageServer) -> None:
+    page.goto("/")
+    expect(page.get_by_label("cifar10")).to_be_checked()
+    server.kill()
+    give(page, drawn("sea.png"))
+    expect(page.locator(".notice")).to_contain_text("does not answer")
+    tally(page, "1 image: 1 to come")
+    server.start()
+    tally(page, "1 image: 1 answered")
+    expect(page.locator(".notice")).to_be_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(admin: Page, scheme: Any) -> None:
+    admin.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    found = []
+    for view in VIEWS:
+        admin.goto(f"/#{view}")
+        if view == "try":
+            give(admin, drawn("sea.png"), {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"text"})
+            tally(admin, "1 refused")
+        expect(admin.locator("h1")).to_be_visible()
+        admin.wait_for_load_state("networkidle")
+        found += [(view, each["id"], each["nodes"][0]["html"]) for each in Axe().run(admin).response["violations"]]
+    assert not found
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_phone_shows_it_without_scrolling_sideways(admin: Page, view: str) -> None:
+    admin.set_viewport_size({"width": 360, "height": 740})
+    admin.goto(f"/#{view}")
+    admin.wait_for_load_state("networkidle")
+    assert admin.evaluate("document.scrollingElement.scrollWidth") <= 360
+    assert admin.evaluate("document.querySelector('header').offsetHeight") < 70  # in one line
+
+
+def test_by_keyboard_alone(page: Page) -> None:
+    page.goto("/")
+    expect(page.locator("h1")).to_have_text("Try")
+    for _ in range(4):  # skip link, brand, Try, Models
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Models")
