@@ -247,16 +247,32 @@ class Classifier:
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (N, C, H, W) on any device -> float32 of the same shape, `(x / 255 - mean) / std`."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, -1, 1, 1) * 255
+    mean, std = _mean_and_std(preprocessing, pixels.device)
     return (pixels.float() - mean) / std
 
 
 def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The way back, to look at: float32 (N, C, H, W) -> uint8, cut off at black and white."""
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, -1, 1, 1) * 255
-    return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
+    return to_uint8(unscaled(images, preprocessing))
+
+
+def unscaled(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalised float32 (..., C, H, W) -> pixels as float32, which may lie between or beyond 0..255."""
+    mean, std = _mean_and_std(preprocessing, images.device)
+    return images * std + mean
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Rounded, and cut off at black and white."""
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _mean_and_std(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(C, 1, 1) each, of pixels."""
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std)
+    )
+    return mean, std
 
 
 def top_k(probabilities: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:

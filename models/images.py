@@ -22,7 +22,7 @@ import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models.classifier import Preprocessing
+from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 
 # Imported so that Pillow need not import all its 43 openers to find them.
@@ -142,15 +142,13 @@ def unnormalise(image: Tensor, preprocessing: Preprocessing) -> Tensor:
     Values between pixels are rounded, as in a resized image file, and those up to OVERSHOOT beyond 0..255 are clipped.
     Raises `InvalidImage` for what is further outside, or no number.
     """
-    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1) * 255
-    std = torch.tensor(preprocessing.std).view(-1, 1, 1) * 255
-    pixels = image * std + mean
+    pixels = unscaled(image, preprocessing)
     low, high = pixels.aminmax()
     if not (low >= -OVERSHOOT and high <= 255 + OVERSHOOT):  # nor is NaN
         raise InvalidImage(
             "its values are not normalised pixels, (x / 255 - mean) / std per channel; send those, or uint8"
         )
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return to_uint8(pixels)
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

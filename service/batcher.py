@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import torch
@@ -154,7 +155,7 @@ class Batcher:
         with self._changed:
             if self._closed or all(worker.lost for worker in self.workers):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
-            insort(queue.items, item, key=_turn)
+            insort(queue.items, item, key=attrgetter("turn"))
             self._queues[queue] = None
             self._changed.notify()
         return await item.future
@@ -274,10 +275,6 @@ class DeviceThread(threading.Thread):
             else NonFiniteOutput("the model's answer for this image is not a finite number")
             for item, row in zip(items, values, strict=True)
         ]
-
-
-def _turn(item: Item) -> float:
-    return item.turn
 
 
 def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 from models.archive import members_of, open_archive
 from models.errors import DatasetError, NameConflict
 from models.files import TEMPORARY, locked, move, staging, sweep
+from models.paths import open_beneath
 from models.training.handover import NO_DATASET
 from service.errors import InsufficientStorage
 
@@ -56,13 +57,9 @@ def _is_special(part: str) -> bool:
 
 
 def _is_plain(root: Path, parts: tuple[str, ...]) -> bool:
-    """Whether the path is of folders down to a folder or a regular file. It is walked by descriptors: nothing on the way is followed."""
-    handle = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Whether the path is of folders down to a folder or a regular file."""
+    handle = open_beneath(root, parts, os.O_PATH)  # no FIFO blocks it
     try:
-        for part in parts:  # O_PATH opens a symlink itself, and no FIFO blocks it
-            below = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle)
-            os.close(handle)
-            handle = below
         mode = os.fstat(handle).st_mode
         return stat.S_ISDIR(mode) or stat.S_ISREG(mode)
     finally:

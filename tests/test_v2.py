@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import io
 import json
 import time
 from collections.abc import AsyncIterator
@@ -13,32 +12,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from service_fakes import ADMIN, Service, client_of
-from v2_requests import binary, body, elements, tensor
+from v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
 
-from models import architectures, images
+from models import architectures
 from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing, normalise
 from models.store import ModelStore
 from service.app import create_app
 from service.engine import Engine
 
 pytestmark = pytest.mark.anyio
-KIND = Preprocessing(resize=40, crop=32)
 OTHER = Preprocessing(resize=40, crop=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = ["ant", "bee", "cat"]
 INFER = "/v2/models/tiny/infer"
-
-
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(256, size=(48, 64, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURES = [picture(1), picture(2)]
-PIXELS = torch.stack([images.decode(file, KIND) for file in PICTURES])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """An unmodified tritonclient[http] against `imago serve`."""
 
-import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,29 +7,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 import tritonclient.http as triton
 from live_server import CLASSES
-from PIL import Image
 from test_serve import read_until, start
 from tritonclient.utils import InferenceServerException
+from v2_requests import KIND, PICTURES, PIXELS
 
-from models import architectures, images
-from models.classifier import Head, Preprocessing, normalise
+from models import architectures
+from models.classifier import Head, normalise
 from models.store import ModelStore
-
-KIND = Preprocessing(resize=40, crop=32)
-
-
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(256, size=(48, 64, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURES = [picture(1), picture(2)]
-PIXELS = torch.stack([images.decode(file, KIND) for file in PICTURES])
 
 
 @pytest.fixture(scope="module")

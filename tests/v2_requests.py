@@ -1,9 +1,15 @@
-"""Requests of the Open Inference Protocol as bytes."""
+"""Requests of the Open Inference Protocol as bytes, and images for them."""
 
+import io
 import json
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+
+from models import images
+from models.classifier import Preprocessing
 
 
 def tensor(datatype: str = "UINT8", shape: tuple[int, ...] = (1, 3, 32, 32), **more: Any) -> dict[str, Any]:
@@ -22,3 +28,16 @@ def binary(datatype: str, shape: tuple[int, ...], raw: bytes, **more: Any) -> tu
 
 def elements(*files: bytes) -> bytes:
     return b"".join(np.uint32(len(file)).astype("<u4").tobytes() + file for file in files)
+
+
+def picture(seed: int) -> bytes:
+    """A PNG of noise."""
+    pixels = np.random.default_rng(seed).integers(256, size=(48, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+KIND = Preprocessing(resize=40, crop=32)
+PICTURES = [picture(1), picture(2)]
+PIXELS = torch.stack([images.decode(file, KIND) for file in PICTURES])

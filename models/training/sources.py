@@ -24,6 +24,7 @@ from typing import Literal
 from models.archive import check_count, members_of, open_archive, printable
 from models.errors import DatasetError, TooFewClasses
 from models.images import Limits
+from models.paths import open_beneath
 
 Part = Literal["train", "val", "test"]
 Read = Callable[[str], bytes]
@@ -35,7 +36,6 @@ PART_NAMES: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "
 LIMITS = Limits(max_bytes=64 * 2**20)
 MAX_DEPTH = 32  # folders in folders
 MAX_NAMED = 20  # files, folders or classes in an error
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 # RuntimeError: encrypted, an unknown zip method, or a loop of links
 UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
@@ -122,7 +122,7 @@ def _reader(root: Path) -> Read:
         real = os.path.realpath(os.path.join(inside, name), strict=True)
         if not real.startswith(inside.rstrip("/") + "/"):
             raise OSError("a link that leads out of the dataset")
-        handle = _open_plain(real)
+        handle = open_beneath("/", real.strip("/").split("/"), os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise OSError("a link to a folder, a pipe or a device, and no regular file")
@@ -130,22 +130,6 @@ def _reader(root: Path) -> Read:
             return file.read(LIMITS.max_bytes + 1)
 
     return read
-
-
-def _open_plain(path: str) -> int:
-    """Opens an absolute path without following any link on the way: one that came since the path was looked at is an OSError."""
-    *folders, name = path.strip("/").split("/")
-    handle = os.open("/", _FOLDER)
-    try:
-        for folder in folders:
-            below = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
-            os.close(handle)
-            handle = below
-        return os.open(
-            name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle
-        )  # a FIFO would block
-    finally:
-        os.close(handle)
 
 
 def _by_folders(names: dict[str, str], read: Read) -> Source:
