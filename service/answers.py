@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,35 @@ class Sample:
     probabilities: Sequence[float]
 
 
+Explain = Literal["grid", "overlay"]  # a heat map as numbers, or as a picture too
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where an image shows a class: rows of numbers in 0..1, and the image under that heat as a PNG in base64 where it was asked for."""
+
+    grid: list[list[float]]
+    overlay: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        return {"grid": self.grid} | ({"overlay": self.overlay} if self.overlay is not None else {})
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The best classes of one image, best first."""
+    """The best classes of one image, best first; `explanations` of the same, where they were asked for."""
 
     labels: list[str]
     indices: list[int]
     probabilities: list[float]
+    explanations: list[Explanation] | None = None
+
+    def document(self) -> dict[str, Any]:
+        rows = zip(self.labels, self.indices, self.probabilities, strict=True)
+        predictions: list[dict[str, Any]] = [{"label": name, "index": i, "probability": p} for name, i, p in rows]
+        for prediction, explanation in zip(predictions, self.explanations or (), strict=False):
+            prediction["explanation"] = explanation.document()
+        return {"predictions": predictions}
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,7 @@ class Answer:
             if isinstance(result, ModelError):
                 results.append(failed(filename, result))
             else:
-                rows = zip(result.labels, result.indices, result.probabilities, strict=True)
-                predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
-                results.append({"filename": filename, "predictions": predictions})
+                results.append({"filename": filename, **result.document()})
         return {"model": self.model, "version": self.version, "results": results}
 
 
@@ -72,12 +92,24 @@ def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An image as one backbone saw it, uint8 (C, H, W), and the map that its features come from, float32 (D, h, w), where there is one."""
+
+    pixels: Tensor
+    map: Tensor | None
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error."""
+    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error.
+
+    `seen`: of each image, by each backbone, where an explanation was asked for.
+    """
 
     config: ModelConfig
     results: list[Tensor | ModelError]
     timings: Timings
+    seen: list[list[Seen]] = field(default_factory=list)
 
     def probabilities(self) -> Tensor:
         """(images, classes). Raises the first error of an image, which then says which image it is."""

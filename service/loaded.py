@@ -39,6 +39,7 @@ class LoadedBackbone:
     size: int  # bytes of its weights in memory, over all devices
     queue: BackboneQueue
     infos: Mapping[str, RuntimeInfo]  # by device
+    mapped: bool = False  # its features come from a map that the forward pass can hand out
 
 
 class HeadPart:
@@ -189,6 +190,7 @@ class Loader:
             sum(_bytes(backbone.module, runtime.info.precision) for runtime in compiled),
             queue,
             {str(device): runtime.info for device, runtime in runtimes.items()},
+            backbone.map is not None,
         )
         self._loaded[ref] = loaded
         weakref.finalize(loaded, self._forget, ref.key)

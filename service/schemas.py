@@ -29,10 +29,18 @@ class ImageErrorBody(BaseModel):
     message: str
 
 
+class Heat(BaseModel):
+    """Where the image shows the class."""
+
+    grid: list[list[float]] = Field(description="Rows of the network's last map, over the square it saw; 1 is hottest")
+    overlay: str | None = Field(None, description="That square under its heat, a PNG in base64; with `explain=overlay`")
+
+
 class LabelScore(BaseModel):
     label: str
     index: int = Field(description="The class's place in the model's `classes`")
     probability: float
+    explanation: Heat | None = Field(None, description="With `explain`")
 
 
 class ImageResult(BaseModel):
@@ -147,6 +155,23 @@ PREDICT_SEVERAL_EXAMPLE = {
         }
         for name in ("cifar10", "pets")
     ]
+}
+PREDICT_EXPLAINED_EXAMPLE = {
+    "model": "cifar10",
+    "version": 1,
+    "results": [
+        {
+            "filename": "cat.jpg",
+            "predictions": [
+                {
+                    "label": "cat",
+                    "index": 3,
+                    "probability": 0.931,
+                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "overlay": "iVBORw0KGgo="},
+                }
+            ],
+        }
+    ],
 }
 EMBED_EXAMPLE = {
     "model": "cifar10",
@@ -266,6 +291,13 @@ TOP_K_FIELD = {
     "description": "Predictions per image; more than there are classes gives all of them",
     "schema": {"type": "integer", "minimum": 1, "default": 5},
     "example": 5,
+}
+EXPLAIN_FIELD = {
+    "name": "explain",
+    "in": "query",
+    "description": "Add to each prediction where the image shows it: a grid of numbers, and with `overlay` a picture too",
+    "schema": {"type": "string", "enum": ["false", "true", "overlay"], "default": "false"},
+    "example": "true",
 }
 TIMEOUT_FIELD = {
     "name": "timeout_ms",

@@ -475,3 +475,36 @@ async def test_a_thousand_coloured_images_each_get_their_own_answer(store: Model
         answers = await asyncio.gather(*(engine.predict([picture(i % 25)], ["b"], k=7) for i in range(1000)))
     for i, [answer] in enumerate(answers):
         assert torch.allclose(probabilities(answer), expected[i % 25], atol=1e-4)
+
+
+# Explanations
+
+
+async def test_each_prediction_is_explained_by_cam_by_grad_cam_and_in_an_ensemble(store: ModelStore) -> None:
+    ref, dim = add_backbone(store, 3, "resnet20_v1")
+    add_head(store, "cam", ref, dim, classes=3)
+    async with serving(store) as engine:
+        for model, side in (("cam", 8), ("a", 5), ("both", 5)):
+            [answer] = await engine.predict([picture(1), b""], [model], k=2, explain="overlay")
+            result, bad = answer.results
+            assert isinstance(result, Prediction)
+            assert isinstance(bad, EmptyImage)
+            assert result.explanations is not None
+            assert len(result.explanations) == 2
+            grids = torch.tensor([e.grid for e in result.explanations])
+            assert grids.shape == (2, side, side)
+            assert result.explanations[0].overlay is not None
+            plain = (await engine.predict([picture(1)], [model], k=2))[0].results[0]
+            assert isinstance(plain, Prediction)
+            assert plain.explanations is None
+            assert plain.probabilities == pytest.approx(result.probabilities, abs=1e-5)
+
+
+async def test_a_cam_is_of_the_forward_pass_that_answered(store: ModelStore) -> None:
+    ref, dim = add_backbone(store, 3, "resnet20_v1")
+    add_head(store, "cam", ref, dim, classes=3)
+    async with serving(store) as engine:
+        key = engine.model("cam").backbones[0].key
+        before = forward_passes(engine, key)
+        await engine.predict([picture(1)], ["cam"], explain="grid")
+        assert forward_passes(engine, key) == before + 1
