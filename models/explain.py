@@ -97,7 +97,7 @@ def _spatial(output: Tensor) -> Tensor | None:
     if output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
         return output
     if output.ndim == 3 and (side := math.isqrt(output.shape[1] - 1)) > 1 and side**2 == output.shape[1] - 1:
-        return output[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return output[:, 1:].transpose(1, 2).reshape(len(output), -1, side, side)
     return None
 
 
@@ -115,7 +115,7 @@ def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) ->
     weights = _mixing(head, classes) @ layer.weight  # (k, D), or (k, D * h * w)
     if weights.shape[1] == len(maps):
         return torch.einsum("cd,dhw->chw", weights, maps)
-    return (weights.unflatten(1, maps.shape) * maps).sum(dim=1)
+    return (weights.reshape(-1, *maps.shape) * maps).sum(dim=1)
 
 
 def _mixing(head: Head, classes: Sequence[int]) -> Tensor:

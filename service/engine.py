@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from models.classifier import Preprocessing
 from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
-from service.answers import Answer, Embedding, Explain, Sample, Scores, Seen, Timings
+from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
 from service.batcher import Batcher, Output, Part
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
@@ -29,6 +29,7 @@ from service.explain import Explainer
 from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
 from service.settings import Settings
+from service.trust import check, judged
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +48,6 @@ class _Row:
     values: dict[LoadedBackbone, list[Tensor]]
     timings: Timings
     seen: dict[LoadedBackbone, Seen]
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """On which a call's images are taken. In the queue they are as if they had come `head_start_s` earlier."""
-
-    timeout_ms: int | None = None
-    head_start_s: float = 0.0
-    explained: bool = False  # their maps are wanted too
 
 
 class Engine:
@@ -127,17 +119,18 @@ class Engine:
         models: Sequence[str] = (),
         k: int = 5,
         timeout_ms: int | None = None,
-        explain: Explain | None = None,
+        wanted: Wanted = PLAIN,
     ) -> list[Answer]:
-        """Classifies images with one or more models (none: the default), one forward pass per backbone. `explain` adds to each of the k
-        best classes where the image shows it.
+        """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
         Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded, NotProvided; an image's own error stands in its place.
         """
         bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
-        deadline = self._deadline(timeout_ms)
-        scored = await self._counted(files, bound, _Terms(timeout_ms, explained=explain is not None))
-        answers = [scores.answer(k) for scores in scored]
+        for served in bound:
+            check(served, wanted)
+        explain, deadline = wanted.explain, self._deadline(timeout_ms)
+        scored = await self._counted(files, bound, Terms(timeout_ms, explained=explain is not None, judged=True))
+        answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
         if explain is None:
             return answers
         async with self._until(deadline):
@@ -153,7 +146,7 @@ class Engine:
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        [scores] = await self._counted(images, [served], _Terms(timeout_ms, head_start_s))
+        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s))
         return scores
 
     def bind(self, name: str, version: int | None = None) -> Served:
@@ -163,7 +156,7 @@ class Engine:
             raise ModelNotFound(f"this version of the model is not served; version {served.config.version} is")
         return served
 
-    async def _counted(self, images: Sequence[Image], bound: Sequence[Served], terms: _Terms) -> list[Scores]:
+    async def _counted(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
         """The scores, with what metrics and statistics make of them."""
         started = time.monotonic()
         try:
@@ -178,18 +171,28 @@ class Engine:
                 self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
         return answered
 
-    async def _scores(self, images: Sequence[Image], bound: Sequence[Served], terms: _Terms) -> list[Scores]:
+    async def _scores(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
         wanted: dict[LoadedBackbone, list[Part]] = {}
         slots: list[list[tuple[LoadedBackbone, int]]] = []  # for each model, where the values of its parts will stand
+        near: dict[Served, int] = {}  # and where its distances
         for served in bound:
             slots.append([])
             for backbone, part in zip(served.backbones, served.parts, strict=True):
                 wanted.setdefault(backbone, []).append(part)
                 slots[-1].append((backbone, len(wanted[backbone]) - 1))
+            if terms.judged and served.near is not None:
+                wanted[served.backbones[0]].append(served.near)
+                near[served] = len(wanted[served.backbones[0]]) - 1
         rows = await self._rows(images, wanted, terms)
         timings = _slowest(rows)
         return [
-            Scores(served.config, await self._joined(served, places, rows), timings, _seen(served, rows))
+            Scores(
+                served.config,
+                await self._joined(served, places, rows),
+                timings,
+                _seen(served, rows),
+                _near(served, near, rows),
+            )
             for served, places in zip(bound, slots, strict=True)
         ]
 
@@ -213,12 +216,17 @@ class Engine:
     async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
-        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, _Terms(timeout_ms))
+        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, Terms(timeout_ms))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
         ]
-        return Embedding(served.config.name, served.config.version, results, _slowest(rows))
+        return Embedding(
+            served.config.name,
+            served.config.version,
+            results,
+            _slowest(rows),
+        )
 
     def _deadline(self, timeout_ms: int | None) -> float:
         """time.monotonic()"""
@@ -237,7 +245,7 @@ class Engine:
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
 
     async def _rows(
-        self, files: Sequence[Image], wanted: dict[LoadedBackbone, list[Part]], terms: _Terms
+        self, files: Sequence[Image], wanted: dict[LoadedBackbone, list[Part]], terms: Terms
     ) -> list[_Row | ModelError]:
         """Each image through each backbone: its values, or the error that concerns it alone."""
         deadline = self._deadline(terms.timeout_ms)
@@ -250,7 +258,7 @@ class Engine:
         return rows
 
     async def _row(
-        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, terms: _Terms
+        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, terms: Terms
     ) -> _Row | ModelError | ServiceError:
         """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
         started = time.monotonic()
@@ -349,7 +357,7 @@ class Engine:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
-        [scores] = await self._scores([s.data for s in samples], [served], _Terms())
+        [scores] = await self._scores([s.data for s in samples], [served], Terms())
         for sample, found in zip(samples, scores.results, strict=True):
             if isinstance(found, ModelError):
                 raise WeightsError(f"{sample.name}, an image of its training, is refused here: {found}")
@@ -368,6 +376,11 @@ def _seen(served: Served, rows: Sequence[_Row | ModelError]) -> list[list[Seen]]
     return [[row.seen[b] for b in served.backbones] if isinstance(row, _Row) and row.seen else [] for row in rows]
 
 
+def _near(served: Served, slots: Mapping[Served, int], rows: Sequence[_Row | ModelError]) -> list[Tensor | None]:
+    slot, first = slots.get(served), served.backbones[0]
+    return [None if slot is None or isinstance(row, ModelError) else row.values[first][slot] for row in rows]
+
+
 def _answered(rows: Sequence[_Row | ModelError | ServiceError]) -> list[_Row | ModelError]:
     """The rows; raises what befell the server and not an image: nobody gets half an answer."""
     answered: list[_Row | ModelError] = []
@@ -379,9 +392,4 @@ def _answered(rows: Sequence[_Row | ModelError | ServiceError]) -> list[_Row | M
 
 
 def _slowest(rows: Sequence[_Row | ModelError]) -> Timings:
-    timings = [row.timings for row in rows if isinstance(row, _Row)]
-    return Timings(
-        decode=max((t.decode for t in timings), default=0.0),
-        queue=max((t.queue for t in timings), default=0.0),
-        compute=max((t.compute for t in timings), default=0.0),
-    )
+    return Timings.slowest([row.timings for row in rows if isinstance(row, _Row)])

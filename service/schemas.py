@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.classifier import NAME_PATTERN
+from models.reference import NEAREST
 from models.training.request import FinetuneRequest
 from service.datasets import Dataset
 from service.jobs import Job
@@ -43,11 +44,27 @@ class LabelScore(BaseModel):
     explanation: Heat | None = Field(None, description="With `explain`")
 
 
+class InDistribution(BaseModel):
+    """Whether the image is like the training images."""
+
+    within: bool = Field(description="The distance is at most the threshold")
+    distance: float = Field(description="To the 10th nearest training image, between features of unit length")
+    threshold: float = Field(description="Which 5 % of the held-out images exceed")
+
+
+class NearImage(BaseModel):
+    name: str = Field(description="Path in the dataset that the model was trained on")
+    distance: float = Field(description="Between features of unit length, 0 to 2")
+
+
 class ImageResult(BaseModel):
     """One image's predictions, best first, or its error."""
 
     filename: str | None = Field(description="As the part named it, made printable; null for a raw body")
     predictions: list[LabelScore] | None = None
+    set: list[str] | None = Field(None, description="With `alpha`: the conformal set, the likeliest first")
+    in_distribution: InDistribution | None = Field(None, description="Where the model keeps training images")
+    neighbours: list[NearImage] | None = Field(None, description="With `neighbours`, nearest first")
     error: ImageErrorBody | None = None
 
 
@@ -162,6 +179,9 @@ PREDICT_EXPLAINED_EXAMPLE = {
     "results": [
         {
             "filename": "cat.jpg",
+            "set": ["cat", "dog"],
+            "in_distribution": {"within": True, "distance": 0.2114, "threshold": 0.3902},
+            "neighbours": [{"name": "train/cat/0231.jpg", "distance": 0.1538}],
             "predictions": [
                 {
                     "label": "cat",
@@ -290,6 +310,20 @@ TOP_K_FIELD = {
     "in": "query",
     "description": "Predictions per image; more than there are classes gives all of them",
     "schema": {"type": "integer", "minimum": 1, "default": 5},
+    "example": 5,
+}
+ALPHA_FIELD = {
+    "name": "alpha",
+    "in": "query",
+    "description": "Add the conformal set: the true class is in it with probability 1 - alpha",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "example": 0.1,
+}
+NEIGHBOURS_FIELD = {
+    "name": "neighbours",
+    "in": "query",
+    "description": "Add so many of the nearest training images",
+    "schema": {"type": "integer", "minimum": 1, "maximum": NEAREST},
     "example": 5,
 }
 EXPLAIN_FIELD = {
