@@ -150,7 +150,7 @@ def calibrate(name: str, dataset: Path, part: str, share: float, images: int | N
 
     store = open_store(flags)
     config = store.config(*split_version(name))
-    with progress("calibrate", "") as update:
+    with progress("calibrate", "%") as update:
         told = lambda done: update(round(100 * done), 100)  # noqa: E731
         reference = make_reference(store, config, dataset, part, share, images, told)  # type: ignore[arg-type]
     store.put_reference(config, reference)
