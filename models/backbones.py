@@ -9,10 +9,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from models import architectures, files, tensors
+from models import architectures, explain, files, tensors
 from models.classifier import Backbone, BackboneRef, Preprocessing, Tap
 from models.errors import WeightsError
 from models.records import CONFIG, read_record, to_json
@@ -40,7 +39,9 @@ class BackboneShelf:
         tensors.load(module, path, ref.sha256)
         _fill_buffers(module, ref)
         module = _tapped(module, ref).eval().requires_grad_(False)
-        return Backbone(ref, module, _feature_dim(module, ref.preprocessing, path))
+        features, name = explain.find_map(module, explain.probe(ref.preprocessing, 1))
+        tensors.check_finite({"features": features}, str(path))
+        return Backbone(ref, module, features.shape[1], name)
 
     def size(self, ref: BackboneRef) -> int:
         """Bytes on disk."""
@@ -122,14 +123,6 @@ def _tapped(module: nn.Module, ref: BackboneRef) -> nn.Module:
     if ref.output not in names:
         raise WeightsError(f"{ref.architecture} has no module {ref.output!r}; it has {', '.join(names)[:2000]}")
     return Tap(module, ref.output)
-
-
-@torch.inference_mode()
-def _feature_dim(module: nn.Module, preprocessing: Preprocessing, path: Path) -> int:
-    """D of the features (N, D): one black image is tried, which costs less than importing what the meta device needs (5 s)."""
-    features: Tensor = module(torch.zeros(1, preprocessing.channels, preprocessing.crop, preprocessing.crop))
-    tensors.check_finite({"features": features}, str(path))
-    return features.shape[1]
 
 
 def _fill_buffers(module: nn.Module, ref: BackboneRef) -> None:

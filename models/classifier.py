@@ -204,6 +204,7 @@ class Tap(nn.Module):
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
         self.network = network
+        self.name = name
         self._tapped: Tensor | None = None
         network.get_submodule(name).register_forward_hook(self._keep)
 
@@ -223,11 +224,15 @@ class Tap(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network without its last layer, weights loaded: float32 (N, C, H, W), normalised -> float32 (N, D). In eval mode, on the CPU."""
+    """A network without its last layer, weights loaded: float32 (N, C, H, W), normalised -> float32 (N, D). In eval mode, on the CPU.
+
+    `map` names the module whose output, averaged over its positions or laid out flat, are the features; None: there is no such.
+    """
 
     ref: BackboneRef
     module: nn.Module
     feature_dim: int
+    map: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

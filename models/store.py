@@ -1,7 +1,7 @@
 """The model store: backbones once by hash, model versions beside them, and the record of which version is served.
 
     weights/backbones/<architecture>-<sha8>/   model.safetensors, config.json (BackboneRef)
-    weights/models/<name>/<version>/           head.safetensors, config.json (ModelConfig)
+    weights/models/<name>/<version>/           head.safetensors, config.json (ModelConfig), reference-<hash>.safetensors
     weights/serving.json                       Serving
 
 Nothing that is published is ever modified: files are written in a temporary folder, and one rename publishes it. Writers, in
@@ -33,6 +33,7 @@ from models.classifier import (
 )
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
 from models.records import CONFIG, read_record, to_json
+from models.reference import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
 
@@ -93,6 +94,13 @@ class ModelStore:
         loaded = {ref: self.load_backbone(ref) for ref in config.backbones}
         return Classifier(config, tuple(loaded[ref] for ref in config.backbones), head)
 
+    def load_reference(self, config: ModelConfig) -> Reference | None:
+        """What the version keeps of its data; None where it keeps nothing. Raises WeightsError when the file is damaged."""
+        found = sorted(
+            self._folder(config.name, config.version).glob(REFERENCES), key=lambda path: path.stat().st_mtime
+        )
+        return read_reference(found[-1]) if found else None
+
     def backbone_size(self, ref: BackboneRef) -> int:
         """Bytes on disk."""
         return self.backbones.size(ref)
@@ -126,6 +134,7 @@ class ModelStore:
         classes: Sequence[str],
         metrics: Mapping[str, Any] | None = None,
         lineage: Mapping[str, Any] | None = None,
+        reference: Reference | None = None,
     ) -> ModelConfig:
         """Publishes the next version of a model, atomically; it is served once it is activated.
 
@@ -145,11 +154,25 @@ class ModelStore:
             metrics=dict(metrics or {}),
             lineage=dict(lineage or {}),
         )
-        return self._publish(config, data)
+        return self._publish(config, data, reference)
 
-    def _publish(self, draft: ModelConfig, head: bytes) -> ModelConfig:
+    def put_reference(self, config: ModelConfig, reference: Reference) -> None:
+        """Gives a version that is published already another reference: the one thing in its folder that may be replaced."""
+        folder = self._folder(config.name, config.version)
+        name, data = to_file(reference)
+        with self._locked():
+            self.config(config.name, config.version)
+            before = [path for path in folder.glob(REFERENCES) if path.name != name]
+            files.replace(folder / name, data)
+            for path in before:
+                path.unlink(missing_ok=True)
+
+    def _publish(self, draft: ModelConfig, head: bytes, reference: Reference | None) -> ModelConfig:
         with files.staging(self.models, self.lock) as folder:
             files.write(folder / HEAD, head)
+            if reference is not None:
+                name, data = to_file(reference)
+                files.write(folder / name, data)
             with self._locked():
                 for ref in draft.backbones:
                     self.backbones.size(ref)  # raises where it is missing

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,90 @@ class Sample:
     probabilities: Sequence[float]
 
 
+Explain = Literal["grid", "overlay"]  # a heat map as numbers, or as a picture too
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where an image shows a class: rows of numbers in 0..1, and the image under that heat as a PNG in base64 where it was asked for."""
+
+    grid: list[list[float]]
+    overlay: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        return {"grid": self.grid} | ({"overlay": self.overlay} if self.overlay is not None else {})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call wants to know beside the best classes."""
+
+    explain: Explain | None = None
+    alpha: float | None = None  # 1 - the coverage of the conformal set
+    neighbours: int = 0  # how many of the nearest training images
+
+
+PLAIN = Wanted()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which a call's images are taken. In the queue they are as if they had come `head_start_s` earlier."""
+
+    timeout_ms: int | None = None
+    head_start_s: float = 0.0
+    explained: bool = False  # their maps are wanted too
+    judged: bool = False  # their distances to training images are wanted too
+
+
+@dataclass(frozen=True)
+class WithinTraining:
+    """How far an image is from the training images, and up to where most images like them are."""
+
+    distance: float
+    threshold: float
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "within": self.distance <= self.threshold,
+            "distance": round(self.distance, 4),
+            "threshold": round(self.threshold, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A training image, by its path in the dataset."""
+
+    name: str
+    distance: float
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The best classes of one image, best first."""
+    """The best classes of one image, best first; the rest where it was asked for, and the model has it."""
 
     labels: list[str]
     indices: list[int]
     probabilities: list[float]
+    explanations: list[Explanation] | None = None  # of these classes
+    conformal: list[str] | None = None
+    in_distribution: WithinTraining | None = None
+    nearest: list[Nearest] | None = None
+
+    def document(self) -> dict[str, Any]:
+        rows = zip(self.labels, self.indices, self.probabilities, strict=True)
+        predictions: list[dict[str, Any]] = [{"label": name, "index": i, "probability": p} for name, i, p in rows]
+        for prediction, explanation in zip(predictions, self.explanations or (), strict=False):
+            prediction["explanation"] = explanation.document()
+        document: dict[str, Any] = {"predictions": predictions}
+        if self.conformal is not None:
+            document["set"] = self.conformal
+        if self.in_distribution is not None:
+            document["in_distribution"] = self.in_distribution.document()
+        if self.nearest is not None:
+            document["neighbours"] = [{"name": n.name, "distance": round(n.distance, 4)} for n in self.nearest]
+        return document
 
 
 @dataclass(frozen=True)
@@ -37,6 +114,10 @@ class Timings:
     decode: float = 0.0
     queue: float = 0.0
     compute: float = 0.0
+
+    @classmethod
+    def slowest(cls, timings: "Sequence[Timings]") -> "Timings":
+        return cls(*(max((getattr(t, stage.name) for t in timings), default=0.0) for stage in fields(cls)))
 
     @property
     def header(self) -> str:
@@ -60,9 +141,7 @@ class Answer:
             if isinstance(result, ModelError):
                 results.append(failed(filename, result))
             else:
-                rows = zip(result.labels, result.indices, result.probabilities, strict=True)
-                predictions = [{"label": label, "index": index, "probability": p} for label, index, p in rows]
-                results.append({"filename": filename, "predictions": predictions})
+                results.append({"filename": filename, **result.document()})
         return {"model": self.model, "version": self.version, "results": results}
 
 
@@ -72,12 +151,26 @@ def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An image as one backbone saw it, uint8 (C, H, W), and the map that its features come from, float32 (D, h, w), where there is one."""
+
+    pixels: Tensor
+    map: Tensor | None
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error."""
+    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error.
+
+    `seen`: of each image, by each backbone, where an explanation was asked for. `near`: of each image, where the version keeps training
+    images, the distances to the nearest and their places, (2 * M,).
+    """
 
     config: ModelConfig
     results: list[Tensor | ModelError]
     timings: Timings
+    seen: list[list[Seen]] = field(default_factory=list)
+    near: list[Tensor | None] = field(default_factory=list)
 
     def probabilities(self) -> Tensor:
         """(images, classes). Raises the first error of an image, which then says which image it is."""

@@ -44,14 +44,20 @@ class Runtime(Protocol):
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+
 
 @dataclass(frozen=True)
 class Output:
-    """One image's answer: a float32 (K,) CPU tensor for each part that was asked for, and where the time went."""
+    """One image's answer: a float32 (K,) CPU tensor for each part that was asked for, and where the time went.
+
+    `map`: what the features come from, float32 (D, h, w) on the CPU, where it was asked for.
+    """
 
     values: list[Tensor]
     queue_ms: float
     compute_ms: float
+    map: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +69,7 @@ class Item:
     deadline: float  # time.monotonic()
     future: asyncio.Future[Output]
     head_start_s: float = 0.0  # it waits as if it had come so much earlier; negative: later
+    mapped: bool = False  # its map is wanted too
     submitted_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -148,10 +155,16 @@ class Batcher:
             worker.start()
 
     async def submit(
-        self, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Part], deadline: float, head_start_s: float = 0.0
+        self,
+        queue: BackboneQueue,
+        pixels: Tensor,
+        parts: Sequence[Part],
+        deadline: float,
+        head_start_s: float = 0.0,
+        mapped: bool = False,
     ) -> Output:
         """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
-        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s)
+        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s, mapped)
         with self._changed:
             if self._closed or all(worker.lost for worker in self.workers):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
@@ -264,17 +277,29 @@ class DeviceThread(threading.Thread):
 
     def _forward(self, queue: BackboneQueue, items: list[Item]) -> list[Output | Exception]:
         started = time.monotonic()
-        features = queue.runtimes[self.device](stack([item.pixels for item in items]))  # (N, D)
+        features, maps = self._features(queue.runtimes[self.device], items)
         if len(features) != len(items):
             raise RuntimeError(f"the backbone answered {len(features)} rows for {len(items)} images")
         values = apply_parts(features, [item.parts for item in items])
         compute_ms = (time.monotonic() - started) * 1000
         return [
-            Output(row, (started - item.submitted_at) * 1000, compute_ms)
+            Output(row, (started - item.submitted_at) * 1000, compute_ms, one_map)
             if all(bool(value.isfinite().all()) for value in row)
             else NonFiniteOutput("the model's answer for this image is not a finite number")
-            for item, row in zip(items, values, strict=True)
+            for item, row, one_map in zip(items, values, maps, strict=True)
         ]
+
+    def _features(self, runtime: Runtime, items: Sequence[Item]) -> tuple[Tensor, list[Tensor | None]]:
+        """(N, D) on the device, and on the CPU the map of each item that wants it."""
+        pixels = stack([item.pixels for item in items])
+        maps: list[Tensor | None] = [None] * len(items)
+        rows = [row for row, item in enumerate(items) if item.mapped]
+        if not rows:
+            return runtime(pixels), maps
+        features, every = runtime.with_maps(pixels)
+        for row, one_map in zip(rows, every[rows].cpu(), strict=True):
+            maps[row] = one_map
+        return features, maps
 
 
 def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:

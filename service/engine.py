@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +22,16 @@ from models.download import Progress
 from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
-from service.answers import Answer, Embedding, Sample, Scores, Timings
+from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
 from service.batcher import Batcher, Output, Part
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
+from service.explain import Explainer
 from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
 from service.pixels import PixelBudget
 from service.settings import Settings
+from service.trust import check, judged
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class _Row:
 
     values: dict[LoadedBackbone, list[Tensor]]
     timings: Timings
+    seen: dict[LoadedBackbone, Seen]
 
 
 class Engine:
@@ -62,6 +65,7 @@ class Engine:
         self._formats = frozenset(settings.extra_formats)
         self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6)
         self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
+        self._explainer = Explainer(store, self._decoders)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -108,19 +112,36 @@ class Engine:
     def close(self) -> None:
         self.catalogue.close()
         self.batcher.close()
+        self._explainer.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     # Answers
 
     async def predict(
-        self, files: Sequence[bytes], models: Sequence[str] = (), k: int = 5, timeout_ms: int | None = None
+        self,
+        files: Sequence[bytes],
+        models: Sequence[str] = (),
+        k: int = 5,
+        timeout_ms: int | None = None,
+        wanted: Wanted = PLAIN,
     ) -> list[Answer]:
         """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
-        Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded; an image's own error stands in its place.
+        Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded, NotProvided; an image's own error stands in its place.
         """
         bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
-        return [scores.answer(k) for scores in await self._counted(files, bound, timeout_ms)]
+        for served in bound:
+            check(served, wanted)
+        explain, deadline = wanted.explain, self._deadline(timeout_ms)
+        scored = await self._counted(files, bound, Terms(timeout_ms, explained=explain is not None, judged=True))
+        answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
+        if explain is None:
+            return answers
+        async with self._until(deadline):
+            return [
+                await self._explainer.explained(answer, served, scores, explain)
+                for answer, served, scores in zip(answers, bound, scored, strict=True)
+            ]
 
     async def infer(
         self, images: Sequence[Image], served: Served, timeout_ms: int | None = None, head_start_s: float = 0.0
@@ -129,7 +150,7 @@ class Engine:
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        [scores] = await self._counted(images, [served], timeout_ms, head_start_s)
+        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s))
         return scores
 
     def bind(self, name: str, version: int | None = None) -> Served:
@@ -139,13 +160,11 @@ class Engine:
             raise ModelNotFound(f"this version of the model is not served; version {served.config.version} is")
         return served
 
-    async def _counted(
-        self, images: Sequence[Image], bound: Sequence[Served], timeout_ms: int | None, head_start_s: float = 0.0
-    ) -> list[Scores]:
+    async def _counted(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
         """The scores, with what metrics and statistics make of them."""
         started = time.monotonic()
         try:
-            answered = await self._scores(images, bound, timeout_ms, head_start_s)
+            answered = await self._scores(images, bound, terms)
         except BaseException:
             for served in bound:
                 served.statistics.failure.add(time.monotonic() - started)
@@ -156,20 +175,28 @@ class Engine:
                 self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
         return answered
 
-    async def _scores(
-        self, images: Sequence[Image], bound: Sequence[Served], timeout_ms: int | None = None, head_start_s: float = 0.0
-    ) -> list[Scores]:
+    async def _scores(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
         wanted: dict[LoadedBackbone, list[Part]] = {}
         slots: list[list[tuple[LoadedBackbone, int]]] = []  # for each model, where the values of its parts will stand
+        near: dict[Served, int] = {}  # and where its distances
         for served in bound:
             slots.append([])
             for backbone, part in zip(served.backbones, served.parts, strict=True):
                 wanted.setdefault(backbone, []).append(part)
                 slots[-1].append((backbone, len(wanted[backbone]) - 1))
-        rows = await self._rows(images, wanted, timeout_ms, head_start_s)
+            if terms.judged and served.near is not None:
+                wanted[served.backbones[0]].append(served.near)
+                near[served] = len(wanted[served.backbones[0]]) - 1
+        rows = await self._rows(images, wanted, terms)
         timings = _slowest(rows)
         return [
-            Scores(served.config, await self._joined(served, places, rows), timings)
+            Scores(
+                served.config,
+                await self._joined(served, places, rows),
+                timings,
+                _seen(served, rows),
+                _near(served, near, rows),
+            )
             for served, places in zip(bound, slots, strict=True)
         ]
 
@@ -193,38 +220,49 @@ class Engine:
     async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
-        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, timeout_ms)
+        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, Terms(timeout_ms))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
         ]
-        return Embedding(served.config.name, served.config.version, results, _slowest(rows))
+        return Embedding(
+            served.config.name,
+            served.config.version,
+            results,
+            _slowest(rows),
+        )
 
-    async def _rows(
-        self,
-        files: Sequence[Image],
-        wanted: dict[LoadedBackbone, list[Part]],
-        timeout_ms: int | None,
-        head_start_s: float = 0.0,
-    ) -> list[_Row | ModelError]:
-        """Each image through each backbone: its values, or the error that concerns it alone."""
-        timeout_s = min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms) / 1000
-        deadline = time.monotonic() + timeout_s
-        size = sum(data.nbytes if isinstance(data, Tensor) else len(data) for data in files)
-        with contextlib.ExitStack() as admitted:
-            for backbone in wanted:
-                admitted.enter_context(backbone.queue.admit(len(files), size))
-            admitted.enter_context(self._under_way())
+    def _deadline(self, timeout_ms: int | None) -> float:
+        """time.monotonic()"""
+        return time.monotonic() + min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms) / 1000
+
+    @contextlib.asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[None]:
+        """Work under way, for which the server waits before it ends. Raises DeadlineExceeded."""
+        timeout_s = deadline - time.monotonic()
+        with self._under_way():
             try:
                 async with asyncio.timeout(timeout_s):
-                    rows = await asyncio.gather(*(self._row(data, wanted, deadline, head_start_s) for data in files))
-                return _answered(rows)
+                    yield
             except (TimeoutError, DeadlineExceeded):
                 self.metrics.reject("deadline")
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
 
+    async def _rows(
+        self, files: Sequence[Image], wanted: dict[LoadedBackbone, list[Part]], terms: Terms
+    ) -> list[_Row | ModelError]:
+        """Each image through each backbone: its values, or the error that concerns it alone."""
+        deadline = self._deadline(terms.timeout_ms)
+        size = sum(data.nbytes if isinstance(data, Tensor) else len(data) for data in files)
+        with contextlib.ExitStack() as admitted:
+            for backbone in wanted:
+                admitted.enter_context(backbone.queue.admit(len(files), size))
+            async with self._until(deadline):
+                rows = _answered(await asyncio.gather(*(self._row(data, wanted, deadline, terms) for data in files)))
+        return rows
+
     async def _row(
-        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, head_start_s: float
+        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, terms: Terms
     ) -> _Row | ModelError | ServiceError:
         """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
         started = time.monotonic()
@@ -236,7 +274,14 @@ class Engine:
         decoded = time.monotonic()
         outcomes = await asyncio.gather(
             *(
-                self.batcher.submit(backbone.queue, pixels[backbone.ref.preprocessing], parts, deadline, head_start_s)
+                self.batcher.submit(
+                    backbone.queue,
+                    pixels[backbone.ref.preprocessing],
+                    parts,
+                    deadline,
+                    terms.head_start_s,
+                    terms.explained and backbone.mapped,
+                )
                 for backbone, parts in wanted.items()
             ),
             return_exceptions=True,
@@ -254,7 +299,9 @@ class Engine:
             compute=max(output.compute_ms for output in outputs),
         )
         self._observe(timings)
-        return _Row({b: output.values for b, output in zip(wanted, outputs, strict=True)}, timings)
+        by_backbone = dict(zip(wanted, outputs, strict=True))
+        seen = {b: Seen(pixels[b.ref.preprocessing], o.map) for b, o in by_backbone.items()} if terms.explained else {}
+        return _Row({b: output.values for b, output in by_backbone.items()}, timings, seen)
 
     async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
         """An image -> uint8 (C, crop, crop), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
@@ -322,7 +369,7 @@ class Engine:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
-        [scores] = await self._scores([s.data for s in samples], [served])
+        [scores] = await self._scores([s.data for s in samples], [served], Terms())
         for sample, found in zip(samples, scores.results, strict=True):
             if isinstance(found, ModelError):
                 raise WeightsError(f"{sample.name}, an image of its training, is refused here: {found}")
@@ -336,6 +383,16 @@ def _features(features: Tensor) -> Tensor:
     return features
 
 
+def _seen(served: Served, rows: Sequence[_Row | ModelError]) -> list[list[Seen]]:
+    """Of each image by each of the model's backbones; of a bad image, and where nobody asked, nothing."""
+    return [[row.seen[b] for b in served.backbones] if isinstance(row, _Row) and row.seen else [] for row in rows]
+
+
+def _near(served: Served, slots: Mapping[Served, int], rows: Sequence[_Row | ModelError]) -> list[Tensor | None]:
+    slot, first = slots.get(served), served.backbones[0]
+    return [None if slot is None or isinstance(row, ModelError) else row.values[first][slot] for row in rows]
+
+
 def _answered(rows: Sequence[_Row | ModelError | ServiceError]) -> list[_Row | ModelError]:
     """The rows; raises what befell the server and not an image: nobody gets half an answer."""
     answered: list[_Row | ModelError] = []
@@ -347,9 +404,4 @@ def _answered(rows: Sequence[_Row | ModelError | ServiceError]) -> list[_Row | M
 
 
 def _slowest(rows: Sequence[_Row | ModelError]) -> Timings:
-    timings = [row.timings for row in rows if isinstance(row, _Row)]
-    return Timings(
-        decode=max((t.decode for t in timings), default=0.0),
-        queue=max((t.queue for t in timings), default=0.0),
-        compute=max((t.compute for t in timings), default=0.0),
-    )
+    return Timings.slowest([row.timings for row in rows if isinstance(row, _Row)])

@@ -46,6 +46,12 @@ class UnknownField(ServiceError):
     code = "unknown_field"
 
 
+class NotProvided(ServiceError):
+    """Something that this model cannot give: a heat map, a conformal set, the nearest images."""
+
+    code = "not_provided"
+
+
 class MissingFile(ServiceError):
     """A multipart request without a `file` part."""
 
@@ -234,6 +240,7 @@ STATUS: dict[type[Exception], int] = {
     BadRequest: 400,
     ValidationFailed: 422,
     UnknownField: 422,
+    NotProvided: 422,
     MissingFile: 422,
     AllImagesFailed: 422,
     UnsupportedMediaType: 415,

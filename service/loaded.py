@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.download import Progress
 from models.errors import InvalidName, ModelNotFound, WeightsError
+from models.reference import Reference, nearest
 from models.runtime import RuntimeInfo, compile_backbone
 from models.store import ModelStore
 from service.answers import Statistics
@@ -40,6 +41,7 @@ class LoadedBackbone:
     size: int  # bytes of its weights in memory, over all devices
     queue: BackboneQueue
     infos: Mapping[str, RuntimeInfo]  # by device
+    mapped: bool = False  # its features come from a map that the forward pass can hand out
 
 
 class HeadPart:
@@ -61,6 +63,17 @@ class HeadPart:
         return head.combine([part]) if len(head.layers) == 1 else part
 
 
+class NearPart:
+    """What a backbone's batch computes for a version that keeps training images: features (n, D) -> distances and places (n, 2 * M)."""
+
+    def __init__(self, kept: Mapping[torch.device, Tensor]) -> None:
+        self._kept = kept  # (n, D) on each device
+
+    def __call__(self, features: Tensor) -> Tensor:
+        distances, places = nearest(self._kept[features.device], features)
+        return torch.cat([distances, places.float()], dim=1)
+
+
 @dataclass(frozen=True, eq=False)
 class Served:
     """One version of a model, in memory."""
@@ -69,6 +82,8 @@ class Served:
     backbones: tuple[LoadedBackbone, ...]
     parts: tuple[HeadPart, ...]
     head: Head  # on the CPU
+    reference: Reference | None = None
+    near: NearPart | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     @property
@@ -112,7 +127,11 @@ class Loader:
         )
         heads = {device: head if device.type == "cpu" else deepcopy(head).to(device) for device in self._devices}
         parts = tuple(HeadPart(heads, member) for member in range(len(backbones)))
-        served = Served(config, backbones, parts, head)
+        reference = await loop.run_in_executor(self._readers, self._reference, config)
+        near = None
+        if reference is not None and (neighbourhood := reference.neighbourhood) is not None:
+            near = NearPart({device: neighbourhood.features.to(device) for device in self._devices})
+        served = Served(config, backbones, parts, head, reference, near)
         await _probe(served, batcher)
         return served
 
@@ -134,6 +153,14 @@ class Loader:
         if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
             return pull_group(self._store, downloads, progress, base_url=mirror)[-1]
         return pull(name, self._store, downloads, progress, base_url=mirror)
+
+    def _reference(self, config: ModelConfig) -> Reference | None:
+        """A damaged one takes nothing else down: the model answers, and says less."""
+        try:
+            return self._store.load_reference(config)
+        except WeightsError as error:
+            log.warning("%s@%d: %s", config.name, config.version, error)
+            return None
 
     def _config(self, name: str, version: int | None) -> ModelConfig:
         try:
@@ -191,6 +218,7 @@ class Loader:
             sum(_bytes(backbone.module, runtime.info.precision) for runtime in compiled),
             queue,
             {str(device): runtime.info for device, runtime in runtimes.items()},
+            backbone.map is not None,
         )
         self._loaded[ref] = loaded
         weakref.finalize(loaded, self._forget, ref.key)
@@ -211,11 +239,12 @@ async def _probe(served: Served, batcher: Batcher) -> None:
     """One gray image through the real path, so that weights which fail or answer NaN are refused before anyone is served by them."""
     deadline = time.monotonic() + 300
     values = []
+    near = [] if served.near is None else [served.near]
     for backbone, part in zip(served.backbones, served.parts, strict=True):
         kind = backbone.ref.preprocessing
         pixels = torch.full((kind.crop, kind.crop, kind.channels), 127, dtype=torch.uint8).permute(2, 0, 1)
-        output = await batcher.submit(backbone.queue, pixels, [part], deadline)
-        values += output.values
+        output = await batcher.submit(backbone.queue, pixels, [part, *near], deadline)
+        values.append(output.values[0])
     probabilities = served.probabilities(values)
     if probabilities.shape != (1, len(served.config.classes)):
         raise WeightsError(

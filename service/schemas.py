@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.classifier import NAME_PATTERN
+from models.reference import NEAREST
 from models.training.request import FinetuneRequest
 from service.datasets import Dataset
 from service.jobs import Job
@@ -30,10 +31,31 @@ class ImageErrorBody(BaseModel):
     message: str
 
 
+class Heat(BaseModel):
+    """Where the image shows the class."""
+
+    grid: list[list[float]] = Field(description="Rows of the network's last map, over the square it saw; 1 is hottest")
+    overlay: str | None = Field(None, description="That square under its heat, a PNG in base64; with `explain=overlay`")
+
+
 class LabelScore(BaseModel):
     label: str
     index: int = Field(description="The class's place in the model's `classes`")
     probability: float
+    explanation: Heat | None = Field(None, description="With `explain`")
+
+
+class InDistribution(BaseModel):
+    """Whether the image is like the training images."""
+
+    within: bool = Field(description="The distance is at most the threshold")
+    distance: float = Field(description="To the 10th nearest training image, between features of unit length")
+    threshold: float = Field(description="Which 5 % of the held-out images exceed")
+
+
+class NearImage(BaseModel):
+    name: str = Field(description="Path in the dataset that the model was trained on")
+    distance: float = Field(description="Between features of unit length, 0 to 2")
 
 
 class ImageResult(BaseModel):
@@ -41,6 +63,9 @@ class ImageResult(BaseModel):
 
     filename: str | None = Field(description="As the part named it, made printable; null for a raw body")
     predictions: list[LabelScore] | None = None
+    set: list[str] | None = Field(None, description="With `alpha`: the conformal set, the likeliest first")
+    in_distribution: InDistribution | None = Field(None, description="Where the model keeps training images")
+    neighbours: list[NearImage] | None = Field(None, description="With `neighbours`, nearest first")
     error: ImageErrorBody | None = None
 
 
@@ -176,6 +201,26 @@ PREDICT_SEVERAL_EXAMPLE = {
         for name in ("cifar10", "pets")
     ]
 }
+PREDICT_EXPLAINED_EXAMPLE = {
+    "model": "cifar10",
+    "version": 1,
+    "results": [
+        {
+            "filename": "cat.jpg",
+            "set": ["cat", "dog"],
+            "in_distribution": {"within": True, "distance": 0.2114, "threshold": 0.3902},
+            "neighbours": [{"name": "train/cat/0231.jpg", "distance": 0.1538}],
+            "predictions": [
+                {
+                    "label": "cat",
+                    "index": 3,
+                    "probability": 0.931,
+                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "overlay": "iVBORw0KGgo="},
+                }
+            ],
+        }
+    ],
+}
 EMBED_EXAMPLE = {
     "model": "cifar10",
     "version": 1,
@@ -304,6 +349,27 @@ TOP_K_FIELD = {
     "description": "Predictions per image; more than there are classes gives all of them",
     "schema": {"type": "integer", "minimum": 1, "default": 5},
     "example": 5,
+}
+ALPHA_FIELD = {
+    "name": "alpha",
+    "in": "query",
+    "description": "Add the conformal set: the true class is in it with probability 1 - alpha",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "example": 0.1,
+}
+NEIGHBOURS_FIELD = {
+    "name": "neighbours",
+    "in": "query",
+    "description": "Add so many of the nearest training images",
+    "schema": {"type": "integer", "minimum": 1, "maximum": NEAREST},
+    "example": 5,
+}
+EXPLAIN_FIELD = {
+    "name": "explain",
+    "in": "query",
+    "description": "Add to each prediction where the image shows it: a grid of numbers, and with `overlay` a picture too",
+    "schema": {"type": "string", "enum": ["false", "true", "overlay"], "default": "false"},
+    "example": "true",
 }
 TIMEOUT_FIELD = {
     "name": "timeout_ms",

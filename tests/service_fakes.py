@@ -21,7 +21,7 @@ from models.errors import (
     WeightsError,
 )
 from models.store import ModelStore, Serving
-from service.answers import Answer, Embedding, Prediction, Sample, Timings
+from service.answers import PLAIN, Answer, Embedding, Prediction, Sample, Timings, Wanted
 from service.app import create_app
 from service.engine import Engine
 from service.loaded import ModelStatus, Served
@@ -108,9 +108,15 @@ class FakeEngine(Engine):
         return self.under_way == 0
 
     async def predict(
-        self, files: Sequence[bytes], models: Sequence[str] = (), k: int = 5, timeout_ms: int | None = None
+        self,
+        files: Sequence[bytes],
+        models: Sequence[str] = (),
+        k: int = 5,
+        timeout_ms: int | None = None,
+        wanted: Wanted = PLAIN,
     ) -> list[Answer]:
         self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": timeout_ms}
+        self.wanted = wanted
         await self._work()
         best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
         results = [FAILURES.get(data, best) for data in files]

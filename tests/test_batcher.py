@@ -35,6 +35,9 @@ class FakeRuntime:
         self.fail(pixels)
         return pixels[:, 0, 0, 0].float().unsqueeze(1).repeat(1, 2)
 
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self(pixels), pixels.float()
+
 
 def image(value: int) -> Tensor:
     return torch.full((1, 2, 2), value, dtype=torch.uint8)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from models import architectures, images
-from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing
+from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, normalise
 from models.download import Progress
 from models.errors import (
     DownloadError,
@@ -26,11 +26,12 @@ from models.errors import (
     OutOfMemory,
     WeightsError,
 )
+from models.reference import Conformal, Neighbourhood, Reference
 from models.store import ModelStore
-from service.answers import Answer, Prediction, Sample
+from service.answers import Answer, Prediction, Sample, Wanted
 from service.batcher import Batcher
 from service.engine import Engine
-from service.errors import DeadlineExceeded, NotReady, QueueFull
+from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull
 from service.loaded import Loader, Served
 from service.metrics import Metrics
 from service.pixels import PixelBudget
@@ -545,3 +546,85 @@ async def test_a_thousand_coloured_images_each_get_their_own_answer(store: Model
         answers = await asyncio.gather(*(engine.predict([picture(i % 25)], ["b"], k=7) for i in range(1000)))
     for i, [answer] in enumerate(answers):
         assert torch.allclose(probabilities(answer), expected[i % 25], atol=1e-4)
+
+
+# Explanations
+
+
+async def test_each_prediction_is_explained_by_cam_by_grad_cam_and_in_an_ensemble(store: ModelStore) -> None:
+    ref, dim = add_backbone(store, 3, "resnet20_v1")
+    add_head(store, "cam", ref, dim, classes=3)
+    async with serving(store) as engine:
+        for model, side in (("cam", 8), ("a", 5), ("both", 5)):
+            [answer] = await engine.predict([picture(1), b""], [model], k=2, wanted=Wanted("overlay"))
+            result, bad = answer.results
+            assert isinstance(result, Prediction)
+            assert isinstance(bad, EmptyImage)
+            assert result.explanations is not None
+            assert len(result.explanations) == 2
+            grids = torch.tensor([e.grid for e in result.explanations])
+            assert grids.shape == (2, side, side)
+            assert result.explanations[0].overlay is not None
+            plain = (await engine.predict([picture(1)], [model], k=2))[0].results[0]
+            assert isinstance(plain, Prediction)
+            assert plain.explanations is None
+            assert plain.probabilities == pytest.approx(result.probabilities, abs=1e-5)
+
+
+async def test_a_cam_is_of_the_forward_pass_that_answered(store: ModelStore) -> None:
+    ref, dim = add_backbone(store, 3, "resnet20_v1")
+    add_head(store, "cam", ref, dim, classes=3)
+    async with serving(store) as engine:
+        key = engine.model("cam").backbones[0].key
+        before = forward_passes(engine, key)
+        await engine.predict([picture(1)], ["cam"], wanted=Wanted("grid"))
+        assert forward_passes(engine, key) == before + 1
+
+
+# What an answer is worth
+
+
+def remembering(store: ModelStore, name: str, count: int = 30) -> list[bytes]:
+    """Gives `name` the pictures as its training images, their order as their names; -> the pictures."""
+    classifier = store.load(name)
+    pictures = [picture(seed) for seed in range(count)]
+    pixels = torch.stack([images.decode(data, KIND) for data in pictures])
+    features = classifier.backbones[0].module(normalise(pixels, KIND))
+    probabilities = classifier.probabilities([pixels])
+    near = Neighbourhood.of(features, [f"{n}.png" for n in range(count)], features)
+    labels = probabilities.argmin(dim=1)
+    store.put_reference(classifier.config, Reference(Conformal.of(probabilities, labels), near))
+    return pictures
+
+
+async def test_an_answer_says_what_it_is_worth(store: ModelStore) -> None:
+    pictures = remembering(store, "b")
+    async with serving(store) as engine:
+        [answer] = await engine.predict([pictures[7], b""], ["b"], k=1, wanted=Wanted(alpha=0.1, neighbours=2))
+        result, bad = answer.results
+        assert isinstance(result, Prediction)
+        assert isinstance(bad, EmptyImage)
+        document = result.document()
+        assert document["neighbours"][0] == {"name": "7.png", "distance": pytest.approx(0, abs=0.02)}
+        assert len(document["neighbours"]) == 2
+        assert len(document["set"]) > 1
+        assert set(document["in_distribution"]) == {"within", "distance", "threshold"}
+        plain = (await engine.predict([pictures[7]], ["a", "b"]))[1].document([None])["results"][0]
+        assert set(plain) == {"filename", "predictions", "in_distribution"}
+
+
+@pytest.mark.parametrize("wanted", [Wanted(alpha=0.1), Wanted(neighbours=5)])
+async def test_a_model_that_keeps_nothing_says_how_to_get_it(store: ModelStore, wanted: Wanted) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(NotProvided, match="imago models calibrate a@1 DATASET"):
+            await engine.predict([picture(1)], ["a"], wanted=wanted)
+
+
+async def test_a_damaged_reference_takes_nothing_else_down(store: ModelStore) -> None:
+    remembering(store, "a")
+    [path] = (store.root / "models" / "a" / "1").glob("reference-*")
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    async with serving(store) as engine:
+        result = (await engine.predict([picture(1)], ["a"]))[0].results[0]
+        assert isinstance(result, Prediction)
+        assert result.in_distribution is None

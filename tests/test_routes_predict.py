@@ -123,11 +123,11 @@ async def test_top_k_is_a_plain_whole_number(http: httpx.AsyncClient, text: str)
 
 async def test_an_unknown_field_is_named(http: httpx.AsyncClient) -> None:
     in_query = await http.post("/predict?topk=5", content=GOOD, headers=JPEG)
-    in_form = await http.post("/predict", files=parts(GOOD), data={"explain": "true"})
+    in_form = await http.post("/predict", files=parts(GOOD), data={"explained": "true"})
     assert [in_query.status_code, in_form.status_code] == [422, 422]
     assert in_query.json()["error"] | {"request_id": ""} == {
         "code": "unknown_field",
-        "message": "there is no field of that name; there are model, timeout_ms, top_k",
+        "message": "there is no field of that name; there are alpha, explain, model, neighbours, timeout_ms, top_k",
         "param": "topk",
         "request_id": "",
     }
@@ -283,3 +283,41 @@ async def test_embed_asks_one_model(http: httpx.AsyncClient) -> None:
 async def test_embed_has_no_top_k(http: httpx.AsyncClient) -> None:
     answer = await http.post("/embed?top_k=3", content=GOOD, headers=JPEG)
     assert answer.json()["error"]["code"] == "unknown_field"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", "grid"), ("overlay", "overlay"), ("false", None)],
+)
+async def test_what_explain_asks_for(
+    http: httpx.AsyncClient, service: Service, text: str, expected: str | None
+) -> None:
+    answer = await http.post(f"/predict?explain={text}", content=GOOD, headers=JPEG)
+    assert answer.status_code == 200
+    assert service.engine.wanted.explain == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [pytest.param("explain=yes", "explain", id="unknown"), pytest.param("explain=true&top_k=21", "top_k", id="many")],
+)
+async def test_an_explanation_that_is_refused(http: httpx.AsyncClient, query: str, param: str) -> None:
+    error = (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).json()["error"]
+    assert (error["code"], error["param"]) == ("validation_error", param)
+
+
+async def test_alpha_and_neighbours_are_passed_on(http: httpx.AsyncClient, service: Service) -> None:
+    await http.post("/predict?alpha=.05&neighbours=5", content=GOOD, headers=JPEG)
+    assert (service.engine.wanted.alpha, service.engine.wanted.neighbours) == (0.05, 5)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        *[(f"alpha={text}", "alpha") for text in ("0", "1", "0.0", "-0.1", "1e-2", "nan", "")],
+        ("neighbours=17", "neighbours"),
+    ],
+)
+async def test_alpha_and_neighbours_that_are_refused(http: httpx.AsyncClient, query: str, param: str) -> None:
+    error = (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).json()["error"]
+    assert (error["code"], error["param"]) == ("validation_error", param)

@@ -10,6 +10,7 @@ from service_fakes import Service
 from service.schemas import (
     EMBED_EXAMPLE,
     PREDICT_EXAMPLE,
+    PREDICT_EXPLAINED_EXAMPLE,
     PREDICT_SEVERAL_EXAMPLE,
     EmbedAnswer,
     PredictAnswer,
@@ -44,11 +45,19 @@ def test_servers_are_relative(document: dict[str, Any]) -> None:
 def test_predict_says_what_it_reads(document: dict[str, Any]) -> None:
     predict = operations(document)["predict"]
     assert set(predict["requestBody"]["content"]) == {"image/*", "application/octet-stream", "multipart/form-data"}
-    assert [field["name"] for field in predict["parameters"]] == ["model", "top_k", "timeout_ms"]
+    assert [field["name"] for field in predict["parameters"]] == [
+        "model",
+        "top_k",
+        "timeout_ms",
+        "explain",
+        "alpha",
+        "neighbours",
+    ]
 
 
 def test_the_examples_fit_the_schemas() -> None:
     PredictAnswer.model_validate(PREDICT_EXAMPLE)
+    PredictAnswer.model_validate(PREDICT_EXPLAINED_EXAMPLE)
     PredictAnswers.model_validate(PREDICT_SEVERAL_EXAMPLE)
     EmbedAnswer.model_validate(EMBED_EXAMPLE)
 

@@ -18,6 +18,8 @@ from live_server import CLASSES
 from live_server import weights as weights
 from PIL import Image
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
 
 def start(weights: Path, data: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--engine", "torch", "--device", "cpu"]
@@ -90,6 +92,17 @@ def test_the_command_line_gives_the_same_numbers(server: str, weights: Path, tmp
 def test_embed(server: str) -> None:
     body = httpx.post(f"{server}/embed", content=jpeg(), headers={"Content-Type": "image/jpeg"}).json()
     assert len(body["results"][0]["embedding"]) == body["dim"] > 1
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, id="sync"), pytest.param(1, id="async")])
+def test_the_readmes_python_works(server: str, tmp_path: Path, number: int) -> None:
+    section = README.split("### From Python")[1].split("\n### ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+    code = code.replace("http://localhost:8000", server).replace('"cifar10"', '"insects"')
+    (tmp_path / "photo.jpg").write_bytes(jpeg())
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "'probability'" in shown.stdout
 
 
 def test_ready_and_listed(server: str) -> None:

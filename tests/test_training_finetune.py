@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
@@ -24,7 +25,9 @@ from models.training.handover import ParitySamples, Result
 from models.training.job import Run, forget
 from models.training.network import Trainer
 from models.training.rehearsal import dry_run
+from models.training.remember import calibrate
 from models.training.report import Report
+from service.cli import main
 
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"
@@ -86,6 +89,43 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Workshop:
 @pytest.fixture
 def workshop(tmp_path: Path, photos: Path) -> Workshop:
     return Workshop(tmp_path, photos)
+
+
+# What a version keeps of its data
+
+
+def test_a_run_stores_held_out_scores_and_training_images(trained: Workshop) -> None:
+    config = trained.store.config("colours", 1)
+    reference = trained.store.load_reference(config)
+    assert reference is not None
+    assert reference.conformal.images == trained.report().val.images
+    assert reference.neighbourhood is not None
+    assert all(name.startswith("train/") for name in reference.neighbourhood.names)
+    assert len(reference.neighbourhood.names) == config.lineage["dataset"]["images"]["train"]
+    assert trained.store.is_sound(config)
+
+
+def test_a_version_that_keeps_nothing_gets_it_from_a_dataset(trained: Workshop, photos: Path) -> None:
+    """By the command; a second time it replaces the first."""
+    store, old = trained.store, trained.store.load("colours", 1)
+    config = store.publish("bare", [b.ref for b in old.backbones], old.head, old.config.classes)
+    assert store.load_reference(config) is None
+    for share, images in (("0.5", 8), ("1", 15)):
+        flags = ["models", "calibrate", "bare", str(photos), "--share", share, "--images", "9"]
+        result = CliRunner().invoke(main, [*flags, "--weights", str(store.root)])
+        assert result.exit_code == 0, result.output
+        reference = store.load_reference(config)
+        assert reference is not None
+        assert reference.conformal.images == images
+        assert reference.neighbourhood is not None
+        assert len(reference.neighbourhood.names) == 9
+    assert len([*(store.root / "models" / "bare" / "1").glob("reference-*")]) == 1
+
+
+def test_calibrating_on_images_of_the_training_is_refused(trained: Workshop, tmp_path: Path) -> None:
+    unsplit = folder(tmp_path / "unsplit", coloured(5, side=32))
+    with pytest.raises(DatasetError, match="has no test/ of its own"):
+        calibrate(trained.store, trained.store.config("colours", 1), unsplit)
 
 
 # Modes

@@ -193,9 +193,9 @@ async def test_priority_becomes_a_head_start_and_a_long_timeout_none(
     asked: list[tuple[bool, float]] = []
     submit = service.engine.batcher.submit
 
-    async def noted(queue: Any, pixels: Any, parts: Any, deadline: float, head_start_s: float) -> Any:
+    async def noted(queue: Any, pixels: Any, parts: Any, deadline: float, head_start_s: float, *more: Any) -> Any:
         asked.append((deadline - time.monotonic() <= 10, head_start_s))
-        return await submit(queue, pixels, parts, deadline, head_start_s)
+        return await submit(queue, pixels, parts, deadline, head_start_s, *more)
 
     monkeypatch.setattr(service.engine.batcher, "submit", noted)
     for parameters in ({"timeout": 10**12, "priority": 1}, {"priority": 3}, {"priority": 9}):
@@ -222,6 +222,9 @@ class Slow:
         time.sleep(0.2)
         features: torch.Tensor = self.runtime(pixels)
         return features
+
+    def with_maps(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("nobody asks for maps here")
 
 
 async def test_one_request_has_so_many_images(http: httpx.AsyncClient) -> None:

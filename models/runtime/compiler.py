@@ -65,6 +65,10 @@ class Runtime:
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.engine(pixels)
 
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
+        return self.engine.with_maps(pixels)
+
 
 def compile_backbone(
     backbone: Backbone, device: torch.device, options: Options | None = None, layer: nn.Module | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import Backbone, Preprocessing
+from models.explain import upright
 from models.runtime.options import EngineName, MemoryFormat, Precision
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class OpenVinoEngine:
             "NUM_STREAMS": "1",
             "ENABLE_CPU_PINNING": "NO",  # a pinned thread waits while decoding has its processor
         }
+        self.map = backbone.map
         network = _network(self.openvino, backbone, cache_dir)
         self.compiled = self.openvino.Core().compile_model(network, "CPU", settings)
         self.request = self.compiled.create_infer_request()
@@ -63,7 +65,12 @@ class OpenVinoEngine:
         rows = pixels.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C): no copy where memory is channels_last
         self.request.set_input_tensor(self.openvino.Tensor(rows.numpy(), shared_memory=True))
         self.request.infer()
-        return torch.from_numpy(self.request.get_output_tensor().data.copy())
+        return torch.from_numpy(self.request.get_output_tensor(0).data.copy())
+
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
+        features = self(pixels)
+        return features, torch.from_numpy(self.request.get_output_tensor(1).data.copy())
 
     def release_memory(self) -> None:
         """Gives back the activations of the largest batch so far."""
@@ -83,19 +90,32 @@ def import_openvino() -> Any:
 
 
 class PixelNetwork(nn.Module):
-    """uint8 (N, H, W, C) -> float32 (N, D): what is converted, so that normalisation is compiled with the network."""
+    """uint8 (N, H, W, C) -> float32 (N, D): what is converted, so that normalisation is compiled with the network.
+
+    Where the network has a `map`, that is a second output, (N, D', h, w).
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, map_name: str | None) -> None:
         super().__init__()
         self.network = network
+        self.map = None if map_name is None else network.get_submodule(map_name)
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         pixels = rows.permute(0, 3, 1, 2).float()
+        kept: list[Tensor] = []
+        if self.map is None:
+            return self.features(pixels)
+        hook = self.map.register_forward_hook(lambda _m, _i, output: kept.append(output))
+        features = self.features(pixels)
+        hook.remove()
+        return features, upright(kept[-1], len(rows))
+
+    def features(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.network((pixels - self.mean) / self.std)
         return features
 
@@ -104,7 +124,7 @@ def convert(openvino: Any, backbone: Backbone) -> Any:
     """An `openvino.Model` of the whole way from pixels to features, for any batch size."""
     shape = backbone.ref.preprocessing
     rows = torch.zeros(2, shape.crop, shape.crop, shape.channels, dtype=torch.uint8)
-    network = PixelNetwork(backbone.module, shape).eval()
+    network = PixelNetwork(backbone.module, shape, backbone.map).eval()
     with _conversion, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # TorchScript's own deprecation, and what tracing says of constants
         # Its own check would take four more forward passes; the probe compares anyway.
@@ -125,7 +145,7 @@ def _network(openvino: Any, backbone: Backbone, cache_dir: Path | None) -> Any:
 
 def converted_folder(cache_dir: Path, backbone: Backbone) -> Path:
     """Where the converted network belongs: the name holds all that it was made of. The precision is chosen when it is loaded."""
-    made_of = f"{backbone.ref.model_dump_json()} {openvino_version()} {torch.__version__}"
+    made_of = f"{backbone.ref.model_dump_json()} {backbone.map} {openvino_version()} {torch.__version__}"
     return cache_dir / "openvino" / f"{backbone.ref.key}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import Backbone
+from models.explain import upright
 from models.runtime.folding import fold_batch_norm
 from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
 
@@ -31,6 +32,7 @@ class TorchEngine:
         self.threads = threads
         self.dtype = DTYPES[precision]
         self.format = FORMATS[memory_format]
+        self.map = backbone.map
         self.module = module.to(device, self.dtype).to(memory_format=self.format)
         self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
         self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
@@ -42,6 +44,18 @@ class TorchEngine:
         x = x.float().sub_(self.mean).div_(self.std)  # as models.classifier.normalise
         features: Tensor = self.module(x.to(self.dtype))
         return features.float()
+
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
+        assert self.map is not None, "the caller asks for maps only where there are some"  # noqa: S101
+        kept: list[Tensor] = []
+        hook = self.module.get_submodule(self.map).register_forward_hook(lambda _m, _i, output: kept.append(output))
+        try:
+            features = self(pixels)
+        finally:
+            hook.remove()
+        with torch.inference_mode():
+            return features, upright(kept[-1], len(pixels)).float()
 
     def release_memory(self) -> None:
         """Gives back the activations of the largest batch so far."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from models.classifier import ModelConfig
+from models.reference import Reference
 from models.runtime import devices, tune_allocator
 from models.runtime.device import gains_from_bfloat16
 from models.store import ModelStore
@@ -27,6 +28,7 @@ from models.training.job import Clock, Job, Run
 from models.training.lineage import seen_before
 from models.training.pictures import thumbnails, training_batch
 from models.training.progress import Stop, never
+from models.training.remember import reference_of
 from models.training.report import Report
 from models.training.reporting import make_report, metrics_of, write_report
 from models.training.request import Event, FinetuneRequest, Mode, Precision, effective
@@ -64,7 +66,7 @@ def run(
             compared = comparison.compare_with_served(job, trained)
             report = make_report(job, trained, calibration, choice, compared)
         with job.clock.phase("publish"):
-            config = _publish(job, trained, report)
+            config = _publish(job, trained, report, reference_of(job, trained))
             parity = comparison.parity(job, trained, config)
     deployment, reason = comparison.decide(request, compared, parity)
     progress(Event("publish", 1.0, message=reason))
@@ -135,12 +137,12 @@ def _precision(mode: Mode, device: torch.device) -> Precision:
     return "bfloat16" if gains else "float32"
 
 
-def _publish(job: Job, trained: Trained, report: Report) -> ModelConfig:
+def _publish(job: Job, trained: Trained, report: Report, reference: Reference) -> ModelConfig:
     """The next version; or the one that this very run has published already, before it was killed."""
     job.progress(Event("publish", 0.0))
     name, refs = job.request.name, [backbone.ref for backbone in trained.backbones]
     return published(job.store, name, job.run.run) or job.store.publish(
-        name, refs, trained.head, job.data.classes, metrics_of(report), report.lineage
+        name, refs, trained.head, job.data.classes, metrics_of(report), report.lineage, reference
     )
 
 

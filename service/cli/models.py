@@ -134,6 +134,30 @@ def rollback(name: str, **flags: Any) -> None:
     changed(f"{name}@{serving.models[name]} is the version to serve")
 
 
+@command.command("calibrate", epilog="Example: imago models calibrate cifar10 cifar10.zip --share 0.5")
+@click.argument("name", metavar="NAME[@VERSION]")
+@click.argument("dataset", type=click.Path(exists=True, path_type=Path))
+@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Held-out images")
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="How much of them to use")
+@click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 1 MB of features")
+@settings_options("weights")
+def calibrate(name: str, dataset: Path, part: str, share: float, images: int | None, **flags: Any) -> None:
+    """Give a stored version what `alpha`, `neighbours` and `in_distribution` need, which training stores by itself.
+
+    DATASET has a train/ and a test/ (or val/) of its own; the latter must be new to the model.
+    """
+    from models.training.remember import calibrate as make_reference
+
+    store = open_store(flags)
+    config = store.config(*split_version(name))
+    with progress("calibrate", "%") as update:
+        told = lambda done: update(round(100 * done), 100)  # noqa: E731
+        reference = make_reference(store, config, dataset, part, share, images, told)  # type: ignore[arg-type]
+    store.put_reference(config, reference)
+    click.echo(f"{config.name}@{config.version}: {reference.conformal.images} held-out images")
+    click.echo("A running server picks it up when this version is activated again, or at its next start.", err=True)
+
+
 @command.command("default", epilog="Example: imago models default mine")
 @click.argument("name")
 @settings_options("weights")

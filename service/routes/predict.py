@@ -1,22 +1,28 @@
 """`POST /predict` and `POST /embed`: images in, classes or feature vectors out."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from models.errors import ModelError
-from service.answers import Embedding, Timings, failed
+from models.reference import NEAREST
+from service.answers import Embedding, Explain, Timings, Wanted, failed
 from service.auth import UserRoute
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
 from service.middleware import encode
-from service.routes.upload import read_upload, while_connected
+from service.routes.upload import Upload, read_upload, while_connected
 from service.schemas import (
+    ALPHA_FIELD,
     EMBED_EXAMPLE,
     ERROR_ANSWERS,
+    EXPLAIN_FIELD,
     MODEL_FIELD,
     MODELS_FIELD,
+    NEIGHBOURS_FIELD,
     PREDICT_EXAMPLE,
+    PREDICT_EXPLAINED_EXAMPLE,
     PREDICT_SEVERAL_EXAMPLE,
     TIMEOUT_FIELD,
     TOP_K_FIELD,
@@ -31,7 +37,9 @@ from service.state import state_of
 router = APIRouter(tags=["images"], route_class=UserRoute)
 
 MAX_MODELS = 16  # in one request
-PREDICT_FIELDS = frozenset({"model", "top_k", "timeout_ms"})
+MAX_EXPLAINED = 20  # classes of an image: of a Grad-CAM each costs a backward pass
+EXPLAIN: dict[str | None, Explain | None] = {None: None, "false": None, "true": "grid", "overlay": "overlay"}
+PREDICT_FIELDS = frozenset({"model", "top_k", "timeout_ms", "explain", "alpha", "neighbours"})
 EMBED_FIELDS = frozenset({"model", "timeout_ms"})
 
 
@@ -42,11 +50,16 @@ EMBED_FIELDS = frozenset({"model", "timeout_ms"})
     responses={
         200: {
             "model": PredictAnswer | PredictAnswers,
-            **json_answer("Predictions, in the order of the images", PREDICT_EXAMPLE, PREDICT_SEVERAL_EXAMPLE),
+            **json_answer(
+                "Predictions, in the order of the images",
+                PREDICT_EXAMPLE,
+                PREDICT_SEVERAL_EXAMPLE,
+                PREDICT_EXPLAINED_EXAMPLE,
+            ),
         },
         **ERROR_ANSWERS,
     },
-    openapi_extra=image_request(MODELS_FIELD, TOP_K_FIELD, TIMEOUT_FIELD),
+    openapi_extra=image_request(MODELS_FIELD, TOP_K_FIELD, TIMEOUT_FIELD, EXPLAIN_FIELD, ALPHA_FIELD, NEIGHBOURS_FIELD),
 )
 async def predict(request: Request) -> Response:
     """Send a raw image, or multipart with one `file` part per image. One bad image is an error in its place; only if all fail does the
@@ -58,11 +71,38 @@ async def predict(request: Request) -> Response:
         raise ValidationFailed(f"at most {MAX_MODELS} models can be asked at once", param="model")
     k = upload.whole_number("top_k") or state["settings"].top_k
     timeout_ms = upload.whole_number("timeout_ms")
-    answers = await while_connected(request, state["engine"].predict(upload.images, models, k, timeout_ms))
+    wanted = Wanted(_explain(upload, k), _alpha(upload), _neighbours(upload))
+    work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted)
+    answers = await while_connected(request, work)
     bodies = [answer.document(upload.filenames) for answer in answers]
     content = bodies[0] if len(bodies) == 1 else {"models": bodies}
     _raise_if_all_failed([result for answer in answers for result in answer.results], len(upload.images), content)
     return _respond(content, answers[0].timings)
+
+
+def _explain(upload: Upload, k: int) -> Explain | None:
+    text = upload.one("explain")
+    if text not in EXPLAIN:
+        raise ValidationFailed("`explain` must be true, false or overlay", param="explain")
+    if EXPLAIN[text] and k > MAX_EXPLAINED:
+        raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
+    return EXPLAIN[text]
+
+
+def _alpha(upload: Upload) -> float | None:
+    text = upload.one("alpha")
+    if text is None:
+        return None
+    if not re.fullmatch(r"0?\.[0-9]{1,6}", text) or float(text) == 0:
+        raise ValidationFailed("`alpha` must lie between 0 and 1, as 0.1 does", param="alpha")
+    return float(text)
+
+
+def _neighbours(upload: Upload) -> int:
+    count = upload.whole_number("neighbours") or 0
+    if count > NEAREST:
+        raise ValidationFailed(f"`neighbours` must be at most {NEAREST}", param="neighbours")
+    return count
 
 
 @router.post(

@@ -1,0 +1,86 @@
+"""The reference that a version keeps of its data: made at the end of a run, or later for a version that has none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.classifier import Classifier, ModelConfig
+from models.errors import DatasetError
+from models.reference import Conformal, Neighbourhood, Reference, sample
+from models.store import ModelStore
+from models.training import dataset
+from models.training.dataset import Dataset
+from models.training.evaluate import outputs
+from models.training.fitting import Trained
+from models.training.job import Job
+from models.training.progress import Progress, silent
+
+Features = Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
+
+
+def reference_of(job: Job, trained: Trained) -> Reference:
+    """From the training images, and the validation images, to which also the temperature was fitted."""
+    return _reference(job.data, job.data.rows["val"], trained.features, trained.probabilities)
+
+
+def calibrate(
+    store: ModelStore,
+    config: ModelConfig,
+    path: Path,
+    part: Literal["val", "test"] = "test",
+    share: float = 1.0,
+    most: int | None = None,
+    progress: Progress = silent,
+) -> Reference:
+    """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
+
+    `share` of the held-out images is used, at most `most` of the training images are kept. Raises DatasetError.
+    """
+    classifier = store.load(config.name, config.version)
+    kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
+    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, progress=lambda done: progress(done / 2))
+    if data.classes != config.classes:
+        raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
+    if data.split.get(part) != "given":
+        raise DatasetError(
+            f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
+        )
+    pixels = [data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind)[0] for kind in kinds]
+    features = _features(classifier, pixels)
+    reference = _reference(
+        data,
+        held_out(data, part, share),
+        features,
+        lambda rows: classifier.head.probabilities(*features(rows)),
+        most,
+    )
+    progress(1.0)
+    return reference
+
+
+def held_out(data: Dataset, part: Literal["val", "test"], share: float = 1.0) -> Tensor:
+    """Rows of a part: `share` of them, in the order of their files' hashes, which has nothing to do with what they show."""
+    rows = sorted(data.rows[part].tolist(), key=lambda row: data.files[row])
+    return torch.tensor(rows[: round(share * len(rows))], dtype=torch.int64)
+
+
+def _features(classifier: Classifier, pixels: list[Tensor]) -> Features:
+    members = list(zip(classifier.backbones, pixels, strict=True))
+    return lambda rows: [outputs(b.module, every, rows, b.ref.preprocessing) for b, every in members]
+
+
+@torch.inference_mode()
+def _reference(
+    data: Dataset, held: Tensor, features: Features, probabilities: Callable[[Tensor], Tensor], most: int | None = None
+) -> Reference:
+    conformal = Conformal.of(probabilities(held).float(), data.labels[held])
+    seen = features(held)
+    if len(seen) > 1:
+        return Reference(conformal, None)
+    train = data.rows["train"]
+    kept = train[sample(data.labels[train], seen[0].shape[1], most)]
+    names = [data.paths[row] for row in kept.tolist()]
+    return Reference(conformal, Neighbourhood.of(features(kept)[0], names, seen[0]))

@@ -1,0 +1,62 @@
+"""How far an answer may be trusted: its conformal set, whether the image is like the training images, and which of them are nearest."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from models.errors import ModelError
+from models.reference import kth
+from service.answers import Answer, Nearest, Prediction, Scores, Wanted, WithinTraining
+from service.errors import NotProvided
+from service.loaded import Served
+
+
+def check(served: Served, wanted: Wanted) -> None:
+    """Raises NotProvided where this version keeps nothing to answer by."""
+    if wanted.alpha is None and not wanted.neighbours:
+        return
+    label, reference = f"{served.config.name}@{served.config.version}", served.reference
+    param = "neighbours" if wanted.alpha is None else "alpha"
+    if reference is None:
+        raise NotProvided(
+            f"{label} keeps nothing of held-out and training images; models trained here do, and "
+            f"`imago models calibrate {label} DATASET` gives it to others",
+            param=param,
+        )
+    if wanted.neighbours and reference.neighbourhood is None:
+        raise NotProvided(f"{label} stands on several backbones, and has no one distance", param="neighbours")
+
+
+def judged(answer: Answer, served: Served, scores: Scores, wanted: Wanted) -> Answer:
+    """The answer with what the version's reference says of each image; as it was where it has none."""
+    if served.reference is None:
+        return answer
+    results = [
+        _judged(result, served, row, near, wanted)
+        if isinstance(result, Prediction) and not isinstance(row, ModelError)
+        else result
+        for result, row, near in zip(answer.results, scores.results, scores.near, strict=True)
+    ]
+    return replace(answer, results=results)
+
+
+def _judged(
+    prediction: Prediction, served: Served, probabilities: Tensor, near: Tensor | None, wanted: Wanted
+) -> Prediction:
+    """`near`: distances to the nearest training images, then their places, (2 * M,)."""
+    reference = served.reference
+    assert reference is not None, "the caller asks only where there is one"  # noqa: S101
+    if wanted.alpha is not None:
+        [found] = reference.conformal.sets(probabilities, wanted.alpha)
+        prediction = replace(prediction, conformal=[served.config.classes[i] for i in found])
+    if near is None or reference.neighbourhood is None:
+        return prediction
+    distances, places = near.chunk(2)
+    names: Sequence[str] = reference.neighbourhood.names
+    shown = list(zip(places.int().tolist(), distances.tolist(), strict=True))[: wanted.neighbours]
+    return replace(
+        prediction,
+        in_distribution=WithinTraining(float(kth(distances[None])), reference.neighbourhood.threshold),
+        nearest=[Nearest(names[place], distance) for place, distance in shown] if wanted.neighbours else None,
+    )
