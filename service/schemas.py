@@ -35,6 +35,9 @@ class Heat(BaseModel):
     """Where the image shows the class."""
 
     grid: list[list[float]] = Field(description="Rows of the network's last map, over the square it saw; 1 is hottest")
+    share: float = Field(
+        description="The side of that square, in the middle of the image, over the image's shorter side"
+    )
     overlay: str | None = Field(None, description="That square under its heat, a PNG in base64; with `explain=overlay`")
 
 
@@ -215,7 +218,7 @@ PREDICT_EXPLAINED_EXAMPLE = {
                     "label": "cat",
                     "index": 3,
                     "probability": 0.931,
-                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "overlay": "iVBORw0KGgo="},
+                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "share": 0.875, "overlay": "iVBORw0KGgo="},
                 }
             ],
         }

@@ -142,7 +142,7 @@ function Card({ image }) {
         ? html`<p class="faint">no preview</p>`
         : html`<div class="picture">
             <img src=${image.url} alt="" decoding="async" onError=${() => setUnseen(true)} />
-            ${explained && html`<${HeatMap} grid=${explained.explanation.grid} label=${explained.label} />`}
+            ${explained && html`<${HeatMap} ...${explained.explanation} label=${explained.label} />`}
           </div>`}
     </div>
     <div class="title">
@@ -162,6 +162,8 @@ function Answer({ answer, shown, show }) {
   return html`<section>
     <h3>${model} <span class="faint">version ${version}</span></h3>
     ${result.error && html`<p class="trouble">${result.error.message}</p>`}
+    ${result.in_distribution?.within === false &&
+    html`<p class="badge" title="distance ${result.in_distribution.distance}, threshold ${result.in_distribution.threshold}">Unlike its training images</p>`}
     <ol class="bars">
       ${result.predictions?.map(
         (prediction) => html`<li>
@@ -185,13 +187,13 @@ function Times({ image: { ms, stages } }) {
 }
 
 /** The grid over the square in the middle of the picture, which is what the network sees. */
-function HeatMap({ grid, label }) {
+function HeatMap({ grid, share, label }) {
   const canvas = useRef(null);
-  useEffect(() => paint(canvas.current, grid), [grid]);
+  useEffect(() => paint(canvas.current, grid, share), [grid]);
   return html`<canvas ref=${canvas} class="heat" role="img" aria-label="What speaks for ${label}"></canvas>`;
 }
 
-function paint(canvas, grid) {
+function paint(canvas, grid, seen) {
   const [height, width] = [grid.length, grid[0].length];
   Object.assign(canvas, { width, height });
   const pixels = new ImageData(width, height);
@@ -200,7 +202,7 @@ function paint(canvas, grid) {
   const image = canvas.previousElementSibling;
   const place = () => {
     const { naturalWidth: w, naturalHeight: h } = image;
-    const side = Math.min(w, h);
+    const side = seen * Math.min(w, h);
     const share = (length) => `${(100 * length) / 2}%`;
     canvas.style.inset = `${share(1 - side / h)} ${share(1 - side / w)}`;
   };
