@@ -215,7 +215,7 @@ def test_over_many_draws_the_sets_cover_what_they_promise(cifar10: Shown, alpha:
     probabilities, generator = cifar10.head.probabilities(cifar10.known), torch.Generator().manual_seed(0)
     covered = []
     for _ in range(1000):
-        held, tested = torch.randperm(len(probabilities), generator=generator).split(len(probabilities) // 2)
+        held, tested = torch.randperm(len(probabilities), generator=generator).chunk(2)
         limit = Conformal.of(probabilities[held], cifar10.labels[held]).limit(alpha)
         true = probabilities[tested].gather(1, cifar10.labels[tested, None])[:, 0]
         covered.append(float((1 - true <= limit).float().mean()))

@@ -44,7 +44,7 @@ Examples:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Add the classes among which the true one is with probability 1 - alpha",
 )
-@click.option("--neighbours", type=click.IntRange(1), default=0, help="Add so many of the nearest training images")
+@click.option("--neighbours", type=click.IntRange(0, 16), default=0, help="Add so many of the nearest training images")
 @click.option("--json", "as_json", is_flag=True, help="Print what POST /predict would answer")
 @settings_options(*RUNTIME, *IMAGES)
 def command(
