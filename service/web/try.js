@@ -1,6 +1,6 @@
 // Try: images in, classes out.
 
-import { get, request } from "./api.js";
+import { get, storedKey } from "./api.js";
 import { add, ask, remove, shelf } from "./classify.js";
 import { codeFor } from "./code.js";
 import { html, Trouble, useEffect, useLoad, useRef, useState } from "./page.js";
@@ -12,7 +12,6 @@ const TOP_KS = [1, 3, 5, 10];
 export function Try({ query }) {
   const [, renew] = useState(0);
   const [listed, trouble, reload] = useLoad((quiet) => get("models", { quiet }), 10000);
-  const [abilities] = useLoad(whatPredictCan);
   useEffect(() => heard(shelf, "change", () => renew((n) => n + 1)), []);
   useEffect(() => heard(document, "paste", (event) => take(event.clipboardData.files)), []);
   const ready = listed?.models.filter((model) => model.state === "ready") ?? [];
@@ -30,19 +29,13 @@ export function Try({ query }) {
     <p class="lead">Drop images anywhere on this page, paste them, or choose them here.</p>
     <${Sources} />
     <${Trouble} error=${trouble} again=${reload} />
-    <${Options} models=${ready} explains=${abilities?.explain} change=${change} />
+    <${Options} models=${ready} change=${change} />
     <${Tally} />
     <ul class="cards">
       ${shelf.images.map((image) => html`<${Card} key=${image.url} image=${image} />`)}
     </ul>
-    ${shelf.images.length > 0 && html`<${Code} needsKey=${abilities?.needsKey} />`}
+    ${shelf.images.length > 0 && html`<${Code} />`}
   `;
-}
-
-async function whatPredictCan() {
-  const { paths } = await (await request("openapi.json")).json();
-  const predict = paths["/predict"].post;
-  return { explain: predict.parameters.some(({ name }) => name === "explain"), needsKey: Boolean(predict.security) };
 }
 
 function heard(target, event, listener) {
@@ -93,7 +86,7 @@ function Picker({ label, primary, ...attributes }) {
   /></label>`;
 }
 
-function Options({ models, explains, change }) {
+function Options({ models, change }) {
   if (!chosen.models) return null;
   const toggle = (name) => {
     const others = chosen.models.filter((one) => one !== name);
@@ -113,8 +106,7 @@ function Options({ models, explains, change }) {
     <label>Classes <select onChange=${(event) => change({ topK: Number(event.target.value) })}>
         ${TOP_KS.map((k) => html`<option selected=${k === chosen.topK}>${k}</option>`)}
       </select></label>
-    ${explains &&
-    html`<label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>`}
+    <label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>
   </form>`;
 }
 
@@ -209,7 +201,11 @@ function paint(canvas, grid, seen) {
   image.complete ? place() : image.addEventListener("load", place, { once: true });
 }
 
-function Code({ needsKey }) {
+/** Whether those without a key are refused. */
+const wantsKey = async () => Boolean(storedKey()) && (await fetch("models")).status === 401;
+
+function Code() {
+  const [needsKey] = useLoad(wantsKey);
   const { curl, python } = codeFor(shelf.images.map(({ file }) => file.name), shelf.question, needsKey);
   return html`<details>
     <summary>The same from your own code</summary>
