@@ -146,7 +146,7 @@ def _ask_postgresql(section: Section, address: str) -> None:
 
     url = sa.make_url(address).set(drivername="postgresql+psycopg")
     section.facts["database"] = url.render_as_string(hide_password=True)
-    engine = sa.create_engine(url, connect_args={"connect_timeout": DATABASE_S})
+    engine = sa.create_engine(url, connect_args={"connect_timeout": DATABASE_S}, poolclass=sa.NullPool)
     with engine.connect() as connection:
         if sa.inspect(connection).has_table("imago_jobs"):
             rows = connection.execute(sa.text("SELECT status, count(*) FROM imago_jobs GROUP BY status"))

@@ -59,6 +59,7 @@ LINGER_BYTES, LINGER_S = (
     2.0,
 )  # of a refused body we still read so much, so that the sender gets to read our answer
 MAX_LINE, MAX_LOGGED_PATH, MAX_LOGGED_MODELS = 512, 240, 96  # characters of a line of the access log, and in it
+OF_OTHER_FIELDS = 290  # characters that names, address, method, route, numbers and trace_id take at most
 CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
 
 _REQUEST_ID = re.compile(rb"[\x21\x23-\x5b\x5d-\x7e]{1,128}")  # nothing that JSON would have to escape
@@ -361,20 +362,23 @@ async def _discard(receive: Receive, most: int) -> None:
 
 def _access_line(scope: Scope, route: str, exchange: Exchange, seconds: float) -> Fields:
     """At most MAX_LINE characters, whatever came: the path is percent-encoded, as it came, and has what the rest leaves."""
-    client = scope.get("client")
+    client, id, models = (
+        scope.get("client"),
+        exchange.request_id.decode(),
+        ",".join(exchange.models)[:MAX_LOGGED_MODELS],
+    )
+    room = max(0, min(MAX_LOGGED_PATH, MAX_LINE - OF_OTHER_FIELDS - len(id) - len(models)))
     line = Fields(
         client=client[0][:45] if client else None,  # the longest an IPv6 address can be
         method=scope["method"][:16],
         route=route,
-        path="",
+        path=quote(scope["path"][:room])[:room],
         status=exchange.status or CLIENT_LEFT,
         ms=round(seconds * 1000, 1),
-        request_id=exchange.request_id.decode(),
+        request_id=id,
     )
     if exchange.images:
-        line |= {"models": ",".join(exchange.models)[:MAX_LOGGED_MODELS], "images": exchange.images}
+        line |= {"models": models, "images": exchange.images}
     if exchange.span is not None:
         line["trace_id"] = f"{exchange.span.get_span_context().trace_id:032x}"
-    room = max(0, min(MAX_LOGGED_PATH, MAX_LINE - len(str(line))))
-    line["path"] = quote(scope["path"][:room])[:room]
     return line

@@ -123,9 +123,9 @@ class Traces:
             return
         for output in outputs:
             forward = output.forward
-            about = {"imago.backbone": forward.backbone, "imago.device": forward.device}
+            about: dict[str, Any] = {"imago.backbone": forward.backbone, "imago.device": forward.device}
             self._child(span, "queue", forward.started - output.queue_ms / 1000, forward.started, about)
-            about |= {"imago.batch.size": forward.images}
+            about["imago.batch.size"] = forward.images
             self._child(span, "compute", forward.started, forward.ended, about, [self._batch(forward, about)])
 
     def _batch(self, forward: Forward, about: Mapping[str, Any]) -> "Span":
@@ -133,7 +133,8 @@ class Traces:
         if forward.span is None:
             requests = list(dict.fromkeys(forward.origins))
             forward.span = self._child(None, "batch", forward.started, forward.ended, about, requests)
-        return forward.span
+        batch: Span = forward.span
+        return batch
 
     def _child(
         self,
