@@ -135,6 +135,15 @@ def _jobs(section: Section, settings: Settings) -> None:
     section.facts["database"] = str(path) if path.exists() else "none yet"
     if not path.exists():
         return
+    try:
+        _ask_sqlite(section, path)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
+            raise
+        section.facts["state"] = "a server was killed in the middle of a change; its next start takes that back"
+
+
+def _ask_sqlite(section: Section, path: Path) -> None:
     with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=DATABASE_S)) as database:
         faults = [fault for (fault,) in database.execute("PRAGMA integrity_check(5)")]
         section.problems += [f"{path} is damaged: {fault}" for fault in faults if fault != "ok"]

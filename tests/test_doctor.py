@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -158,6 +159,23 @@ def test_a_damaged_database_is_a_problem() -> None:
     jobs_database(b"no database " * 1000)
     code, sections = examined()
     assert (code, problems(sections)) == (1, {"jobs": ["DatabaseError: file is not a database"]})
+
+
+KILLED = """
+import os, sqlite3
+database = sqlite3.connect("data/jobs.sqlite")
+database.execute("PRAGMA cache_size = 1")
+database.executemany("INSERT INTO imago_jobs VALUES (?)", [("x" * 500,)] * 2000)
+os._exit(0)
+"""
+
+
+def test_what_a_killed_server_left_half_done_is_no_problem() -> None:
+    jobs_database()
+    subprocess.run([sys.executable, "-c", KILLED], check=True)
+    assert Path("data/jobs.sqlite-journal").exists()
+    code, sections = examined()
+    assert (code, "takes that back" in sections["jobs"]["facts"]["state"]) == (0, True)
 
 
 def test_a_key_that_others_can_read_is_a_problem() -> None:

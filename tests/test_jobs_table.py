@@ -336,6 +336,6 @@ def test_the_doctor_counts_the_same(table: JobTable, tmp_path: Path) -> None:
     add(table)
     url, section = table._engine.url, doctor.Section("jobs")
     shared = url.get_backend_name() == "postgresql"
-    settings = Settings(data=tmp_path, jobs_database=url.render_as_string(hide_password=False) if shared else None)  # type: ignore[arg-type]
+    settings = Settings(data=tmp_path, jobs_database=url.render_as_string(hide_password=False) if shared else None)
     doctor._jobs(section, settings)
     assert (section.facts["queued"], section.problems) == (1, [])
