@@ -43,8 +43,8 @@ check: lint types contracts test
 # older greenlet.
 LOCK := echo 'greenlet<3.4' | $(UV) pip compile -c - --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock:
-	$(LOCK) --extra openvino -o requirements.lock
-	$(LOCK) --extra openvino --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --extra openvino --extra otel -o requirements.lock
+	$(LOCK) --extra openvino --extra otel --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

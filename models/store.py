@@ -108,8 +108,11 @@ class ModelStore:
 
     def is_sound(self, config: ModelConfig) -> bool:
         """Whether every file of this version is there and has the hash it should have; reads them all."""
-        head = self._folder(config.name, config.version) / HEAD
-        return tensors.has_hash(head, config.head_sha256) and all(map(self.backbones.is_sound, config.backbones))
+        return self.head_is_sound(config) and all(map(self.backbones.is_sound, config.backbones))
+
+    def head_is_sound(self, config: ModelConfig) -> bool:
+        """The same of the version's own weights alone."""
+        return tensors.has_hash(self._folder(config.name, config.version) / HEAD, config.head_sha256)
 
     # Publishing
 

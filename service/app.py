@@ -32,6 +32,7 @@ from service.routes import datasets, finetune, models, ops, page, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
 from service.state import State
+from service.traces import Traces
 from service.v2_documents import HEADER_LENGTH
 
 DESCRIPTION = (
@@ -48,6 +49,7 @@ def create_app(
     keys: Keys | None = None,
     traffic: Traffic | None = None,
     jobs: Jobs | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine and closes it, and makes of the settings whatever is not given."""
     metrics = metrics or Metrics()
@@ -89,7 +91,7 @@ def create_app(
     app.include_router(ops.router)
     app.include_router(page.router)
     app.mount("/web", page.Files(directory=page.WEB))
-    app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic())
+    app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic(), traces=traces)
     if settings.cors_origins:
         app.add_middleware(
             UserCORS,

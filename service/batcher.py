@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,22 @@ class Runtime(Protocol):
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+@dataclass(eq=False)
+class Forward:
+    """A forward pass: how many images travelled together, through what, and from when until when (time.monotonic()).
+
+    `origins` and `span` belong to who traces requests: what came with the images, and what was made of it.
+    """
+
+    backbone: str
+    device: str
+    images: int
+    started: float
+    ended: float
+    origins: Sequence[Any] = ()
+    span: Any = None
+
+
 @dataclass(frozen=True)
 class Output:
     """One image's answer: a float32 (K,) CPU tensor for each part that was asked for, and where the time went.
@@ -55,6 +71,7 @@ class Output:
     """
 
     values: list[Tensor]
+    forward: Forward
     queue_ms: float
     compute_ms: float
     map: Tensor | None = None
@@ -70,6 +87,7 @@ class Item:
     future: asyncio.Future[Output]
     head_start_s: float = 0.0  # it waits as if it had come so much earlier; negative: later
     mapped: bool = False  # its map is wanted too
+    origin: object = None  # its request's span, where that is traced
     submitted_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -162,9 +180,10 @@ class Batcher:
         deadline: float,
         head_start_s: float = 0.0,
         mapped: bool = False,
+        origin: object = None,
     ) -> Output:
         """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
-        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s, mapped)
+        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s, mapped, origin)
         with self._changed:
             if self._closed or all(worker.lost for worker in self.workers):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
@@ -281,9 +300,10 @@ class DeviceThread(threading.Thread):
         if len(features) != len(items):
             raise RuntimeError(f"the backbone answered {len(features)} rows for {len(items)} images")
         values = apply_parts(features, [item.parts for item in items])
-        compute_ms = (time.monotonic() - started) * 1000
+        ended, origins = time.monotonic(), [item.origin for item in items if item.origin is not None]
+        forward = Forward(queue.name, str(self.device), len(items), started, ended, origins)
         return [
-            Output(row, (started - item.submitted_at) * 1000, compute_ms, one_map)
+            Output(row, forward, (started - item.submitted_at) * 1000, (ended - started) * 1000, one_map)
             if all(bool(value.isfinite().all()) for value in row)
             else NonFiniteOutput("the model's answer for this image is not a finite number")
             for item, row, one_map in zip(items, values, maps, strict=True)

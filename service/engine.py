@@ -31,6 +31,7 @@ from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
 from service.pixels import PixelBudget
 from service.settings import Settings
+from service.traces import Traces
 from service.trust import check, judged
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class _Row:
 class Engine:
     """Serves what the store says is served. Made and used on one event loop."""
 
-    def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics) -> None:
-        self.settings, self.store, self.metrics = settings, store, metrics
+    def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics, traces: Traces | None = None) -> None:
+        self.settings, self.store, self.metrics, self.traces = settings, store, metrics, traces
         self.devices = devices(settings.device)
         self.batcher = Batcher(self.devices, metrics)
         self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
@@ -265,13 +266,17 @@ class Engine:
         self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, terms: Terms
     ) -> _Row | ModelError | ServiceError:
         """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
-        started = time.monotonic()
+        started, request = time.monotonic(), self.traces.request() if self.traces else None
         kinds = dict.fromkeys(backbone.ref.preprocessing for backbone in wanted)
         try:
             pixels = dict(zip(kinds, await asyncio.gather(*(self._decode(data, kind) for kind in kinds)), strict=True))
         except ImageError as error:
+            if self.traces:
+                self.traces.decoded(request, started, error)
             return error
         decoded = time.monotonic()
+        if self.traces:
+            self.traces.decoded(request, started)
         outcomes = await asyncio.gather(
             *(
                 self.batcher.submit(
@@ -281,6 +286,7 @@ class Engine:
                     deadline,
                     terms.head_start_s,
                     terms.explained and backbone.mapped,
+                    request,
                 )
                 for backbone, parts in wanted.items()
             ),
@@ -293,6 +299,8 @@ class Engine:
             if isinstance(outcome, BaseException):
                 raise outcome
             outputs.append(outcome)
+        if self.traces:
+            self.traces.computed(request, outputs)
         timings = Timings(
             decode=(decoded - started) * 1000,
             queue=max(output.queue_ms for output in outputs),

@@ -1,6 +1,6 @@
 """What the server counts, in a registry of its own. No label holds what a caller chose: routes are templates, the rest is "other"."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -18,22 +18,31 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("imago_requests", "Requests answered", ("route", "method", "status"), registry=registry)
+        self.requests = Counter(
+            "imago_requests",
+            "Requests answered; status 499 stands for callers who left",
+            ("route", "method", "status"),
+            registry=registry,
+        )
         self.request_seconds = Histogram(
             "imago_request_seconds",
-            "From a request's head to its answer",
+            "Seconds from a request's head to the end of its answer",
             ("route",),
             buckets=_SECONDS,
             registry=registry,
         )
         self.stage_seconds = Histogram(
-            "imago_stage_seconds", "Time per stage of a prediction", ("stage",), buckets=_SECONDS, registry=registry
+            "imago_stage_seconds",
+            "Seconds of each image in a stage: decode, queue, compute",
+            ("stage",),
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.batch_size = Histogram(
             "imago_batch_size", "Images per forward pass", ("backbone",), buckets=_BATCH, registry=registry
         )
         self.waiting_images = Gauge(
-            "imago_waiting_images", "Images in the queue of a backbone", ("backbone",), registry=registry
+            "imago_waiting_images", "Images admitted and not yet answered", ("backbone",), registry=registry
         )
         self.rejected = Counter(
             "imago_rejected", "Requests that got no answer, by reason", ("reason",), registry=registry
@@ -46,9 +55,22 @@ class Metrics:
         )
         self.swap_seconds = Histogram(
             "imago_swap_seconds",
-            "From a sync to the new models serving",
+            "Seconds from a sync to the new models serving",
             buckets=(*_SECONDS, 60.0, 120.0),
             registry=registry,
+        )
+        self.ready = Gauge(
+            "imago_ready", "1 while the default model is warm and the server takes work", registry=registry
+        )
+        self.jobs = Gauge("imago_jobs", "Fine-tuning jobs in the database", ("status",), registry=registry)
+        self.background_errors = Counter(
+            "imago_background_errors", "Errors logged that are no request's: models, jobs, devices", registry=registry
+        )
+        self.device_memory_used = Gauge(
+            "imago_device_memory_used_bytes", "Memory in use on a GPU, by all processes", ("device",), registry=registry
+        )
+        self.device_memory_total = Gauge(
+            "imago_device_memory_total_bytes", "Memory of a GPU", ("device",), registry=registry
         )
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(namespace="imago", registry=registry)
@@ -88,6 +110,17 @@ class Metrics:
         self.model_info.clear()
         for model, version, backbone in served:
             self.model_info.labels(model, str(version), backbone).set(1)
+
+    def count_jobs(self, by_status: Mapping[str, int]) -> None:
+        """How many jobs there are in each status; nothing where it is not known."""
+        self.jobs.clear()
+        for status, count in by_status.items():
+            self.jobs.labels(status).set(count)
+
+    def device_memory(self, device: str, used: int, total: int) -> None:
+        """Bytes."""
+        self.device_memory_used.labels(device).set(used)
+        self.device_memory_total.labels(device).set(total)
 
     def forget(self, backbone: str) -> None:
         """A backbone left memory: its series go with it."""

@@ -1,6 +1,6 @@
 """The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
 
-head -> request id -> draining? declared size? -> routes, which receive the body inflated and counted -> headers, metrics, access log
+head -> request id -> draining? declared size? -> routes, which receive the body inflated and counted -> headers, metrics, access log, trace
 """
 
 import asyncio
@@ -10,9 +10,10 @@ import json
 import logging
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import anyio
@@ -33,11 +34,16 @@ from service.errors import (
     envelope,
     status_of,
 )
+from service.logs import ACCESS, Fields, request_id
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
+from service.traces import Traces
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("service.access")
+access_log = logging.getLogger(ACCESS)
 
 SMALL_BODY = 2**20  # bytes: all that a route without images may be sent
 IMAGE_PATHS = frozenset({"/predict", "/embed"})
@@ -52,7 +58,8 @@ LINGER_BYTES, LINGER_S = (
     2**20,
     2.0,
 )  # of a refused body we still read so much, so that the sender gets to read our answer
-MAX_LOGGED_PATH = 240  # characters
+MAX_LINE, MAX_LOGGED_PATH, MAX_LOGGED_MODELS = 512, 240, 96  # characters of a line of the access log, and in it
+OF_OTHER_FIELDS = 290  # characters that names, address, method, route, numbers and trace_id take at most
 CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
 
 _REQUEST_ID = re.compile(rb"[\x21\x23-\x5b\x5d-\x7e]{1,128}")  # nothing that JSON would have to escape
@@ -81,6 +88,9 @@ class Exchange:
     complete: bool = False  # the whole body has been received
     closing: bool = False  # the connection is to be closed after the answer
     refusal: ServiceError | None = None  # raised to whoever read the body, who may have taken it for something else
+    models: Sequence[str] = ()  # that answered, as name@version
+    images: int = 0  # that were sent
+    span: "Span | None" = None
 
 
 class Traffic:
@@ -111,8 +121,10 @@ class Traffic:
 class Edge:
     """Pure ASGI. Its state is what this process holds of bodies, which slow senders must not fill the memory with."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic) -> None:
-        self.app, self.settings, self.metrics, self.traffic = app, settings, metrics, traffic
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, traces: Traces | None
+    ) -> None:
+        self.app, self.settings, self.metrics, self.traffic, self.traces = app, settings, metrics, traffic, traces
         self.held = 0  # bytes of the bodies of all requests under way
         self._max_held = settings.max_queue_mb * 2**20
         self._raw_limit = settings.max_body_mb * 2**20
@@ -126,6 +138,10 @@ class Edge:
         exchange = Exchange(_request_id(headers.get(b"x-request-id")), self._limit(scope, headers))
         exchange.complete = b"content-length" not in headers and b"transfer-encoding" not in headers
         scope["state"]["request_id"] = exchange.request_id.decode()
+        scope["state"]["exchange"] = exchange
+        request_id.set(exchange.request_id.decode())
+        if self.traces is not None and not scope["path"].startswith(OPEN_WHILE_DRAINING):
+            exchange.span = self.traces.begin(scope, headers)
         try:
             await self._answer(scope, headers, exchange, receive, send)
         finally:
@@ -255,9 +271,15 @@ class Edge:
         matched = scope.get("route")
         route: str = reached if matched is None else matched.path
         seconds = time.perf_counter() - exchange.started
-        self.metrics.request(route, scope["method"], exchange.status or CLIENT_LEFT, seconds)
+        status = exchange.status or CLIENT_LEFT
+        self.metrics.request(route, scope["method"], status, seconds)
         if self.settings.access_log:
-            access_log.info("%s", _access_line(scope, exchange, seconds))
+            access_log.info(_access_line(scope, route, exchange, seconds))
+        if self.traces is not None and exchange.span is not None:
+            about: dict[str, Any] = {"imago.request_id": exchange.request_id.decode()}
+            if exchange.images:
+                about |= {"imago.models": exchange.models, "imago.images": exchange.images}
+            self.traces.end(exchange.span, scope["method"], route, status, about)
 
 
 class UserCORS(CORSMiddleware):
@@ -338,15 +360,25 @@ async def _discard(receive: Receive, most: int) -> None:
             return
 
 
-def _access_line(scope: Scope, exchange: Exchange, seconds: float) -> str:
-    """One line of at most 512 characters, whatever the path: it is percent-encoded, as it came."""
-    client = scope.get("client")
-    line = {
-        "client": client[0] if client else None,
-        "method": scope["method"],
-        "path": quote(scope["path"][:MAX_LOGGED_PATH])[:MAX_LOGGED_PATH],
-        "status": exchange.status,
-        "ms": round(seconds * 1000, 1),
-        "request_id": exchange.request_id.decode(),
-    }
-    return json.dumps(line)
+def _access_line(scope: Scope, route: str, exchange: Exchange, seconds: float) -> Fields:
+    """At most MAX_LINE characters, whatever came: the path is percent-encoded, as it came, and has what the rest leaves."""
+    client, id, models = (
+        scope.get("client"),
+        exchange.request_id.decode(),
+        ",".join(exchange.models)[:MAX_LOGGED_MODELS],
+    )
+    room = max(0, min(MAX_LOGGED_PATH, MAX_LINE - OF_OTHER_FIELDS - len(id) - len(models)))
+    line = Fields(
+        client=client[0][:45] if client else None,  # the longest an IPv6 address can be
+        method=scope["method"][:16],
+        route=route,
+        path=quote(scope["path"][:room])[:room],
+        status=exchange.status or CLIENT_LEFT,
+        ms=round(seconds * 1000, 1),
+        request_id=id,
+    )
+    if exchange.images:
+        line |= {"models": models, "images": exchange.images}
+    if exchange.span is not None:
+        line["trace_id"] = f"{exchange.span.get_span_context().trace_id:032x}"
+    return line

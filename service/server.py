@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from models.runtime import tune_allocator
 from models.store import ModelStore
+from service import logs
 from service.app import create_app
 from service.auth import Keys
 from service.engine import Engine
@@ -31,6 +32,7 @@ from service.metrics import Metrics
 from service.middleware import LINGER_S, Traffic
 from service.protocol import GuardedProtocol, Guards
 from service.settings import Settings
+from service.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +43,20 @@ _IMPORTED_AT = time.monotonic()
 
 
 def run(settings: Settings) -> NoReturn:
-    """Serves until a signal comes, and ends the process. First raises DeviceUnavailable, or OSError for the data folder."""
-    _configure_logging(settings)
+    """Serves until a signal comes, and ends the process. First raises DeviceUnavailable, SettingsError where an extra is
+    missing, or OSError for the data folder."""
+    metrics = Metrics()
+    logs.configure(settings, metrics)
+    traces = Traces.of(settings)
     tune_allocator()
-    keys, metrics, traffic, store = Keys.of(settings), Metrics(), Traffic(), ModelStore(settings.weights)
-    engine = Engine(settings, store, metrics)
+    keys, traffic, store = Keys.of(settings), Traffic(), ModelStore(settings.weights)
+    engine = Engine(settings, store, metrics, traces)
     log.info("computing on %s", ", ".join(map(str, engine.devices)))
-    app = create_app(settings, engine, store, metrics, keys, traffic)
+    app = create_app(settings, engine, store, metrics, keys, traffic, traces=traces)
     server = make_server(settings, app, engine, traffic)
     server.run()
+    if traces is not None:
+        traces.close()
     # Without the interpreter's own farewell: it would wait for threads that still load a model, and for what torch's companions tear down.
     logging.shutdown()
     os._exit(server.exit_code)
@@ -162,13 +169,3 @@ def process_age_s() -> float:
         return time.monotonic() - _IMPORTED_AT
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): in ticks, since the machine booted
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-def _configure_logging(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    if settings.log_level != "debug":  # what uvicorn and httpx say of every step is ours to say
-        for name in ("uvicorn", "httpx"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger("python_multipart").setLevel(
-            logging.ERROR
-        )  # it warns of every malformed form, as often as anyone likes

@@ -49,7 +49,13 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log")
-    access_log: bool = Field(False, description="Log one line per request")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object per line")
+    access_log: bool = Field(False, description="Log one line per request, whatever `log_level` is")
+    trace_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request, as http://localhost:4318; by default none",
+    )
     cors_origins: Names = Field(
         (), description="Origins whose pages may call the user routes, comma separated; none by default"
     )

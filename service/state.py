@@ -1,6 +1,6 @@
 """What the lifespan builds and every request may ask for."""
 
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, NotRequired, TypedDict, cast
 
 from fastapi import Depends, Request
 
@@ -10,11 +10,12 @@ from service.datasets import Datasets
 from service.engine import Engine
 from service.jobs import Jobs
 from service.metrics import Metrics
+from service.middleware import Exchange
 from service.settings import Settings
 
 
 class State(TypedDict):
-    """The lifespan's state, of which uvicorn puts a copy into each request's scope."""
+    """The lifespan's state, of which uvicorn puts a copy into each request's scope; `exchange` is the request's own."""
 
     settings: Settings
     engine: Engine
@@ -23,6 +24,7 @@ class State(TypedDict):
     keys: Keys
     jobs: Jobs
     datasets: Datasets
+    exchange: NotRequired[Exchange]
 
 
 def state_of(request: Request) -> State:

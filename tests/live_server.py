@@ -76,7 +76,7 @@ def live_server(weights: Path, root: Path, *flags: str, env: dict[str, str] | No
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})})
     try:
-        address = _read_until(process, log, r"listening on (\S+)")
+        address = _read_until(process, log, r"listening on ([^\s\"]+)")
         _read_until(process, log, r"ready in [\d.]+ s: (\w+)")
         httpx.get(address + "/health/ready").raise_for_status()
         yield LiveServer(address, process, log)

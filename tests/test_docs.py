@@ -18,12 +18,23 @@ from service.settings import Settings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+MONITORING = (ROOT / "docs" / "monitoring.md").read_text()
 
 
 def shown(default: Any) -> str:
     if default is None or default == () or default is PydanticUndefined:
         return ""
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def section(text: str, name: str) -> str:
+    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
+def renew(path: Path, name: str, table: str) -> None:
+    head, rest = path.read_text().split(f"<!-- {name} -->")
+    tail = rest.split(f"<!-- /{name} -->")[1]
+    path.write_text(f"{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}")
 
 
 def settings_table() -> str:
@@ -38,8 +49,7 @@ def settings_table() -> str:
 
 def test_the_readme_has_every_setting() -> None:
     """To renew the table: `python -m tests.test_docs`."""
-    stands = README.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
-    assert stands == settings_table()
+    assert section(README, "settings") == settings_table()
 
 
 def test_every_route_is_documented() -> None:
@@ -49,10 +59,30 @@ def test_every_route_is_documented() -> None:
     assert not [route for route in routes if f"`{route}`" not in OPERATIONS]
 
 
-def test_every_metric_is_documented() -> None:
-    families = {family.name for family in Metrics().registry.collect()}
-    missing = [name for name in families if not name.startswith("imago_process_") and f"`{name}" not in OPERATIONS]
-    assert not missing
+def metrics_table() -> str:
+    """The table of docs/monitoring.md, as `Metrics` says it."""
+    metrics = Metrics()
+    labels = {
+        metric._name: ", ".join(metric._labelnames) for metric in vars(metrics).values() if hasattr(metric, "_name")
+    }
+    rows = ["| metric | type | labels | what |", "|---|---|---|---|"]
+    for family in metrics.registry.collect():
+        if not family.name.startswith("imago_process_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            rows.append(f"| `{name}` | {family.type} | {labels[family.name]} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+def test_every_metric_is_documented_in_its_own_words() -> None:
+    """To renew the table: `python -m tests.test_docs`."""
+    assert section(MONITORING, "metrics") == metrics_table()
+
+
+def test_every_metric_of_the_process_is_documented() -> None:
+    lines = Metrics().exposition().decode().splitlines()
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE imago_process_")}
+    assert names
+    assert not [name for name in names if f"`{name}`" not in MONITORING]
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:
@@ -71,5 +101,5 @@ def test_every_command_is_in_the_readme_and_has_an_example(command: str) -> None
 
 
 if __name__ == "__main__":
-    head, tail = README.split("<!-- settings -->")[0], README.split("<!-- /settings -->")[1]
-    (ROOT / "README.md").write_text(f"{head}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{tail}")
+    renew(ROOT / "README.md", "settings", settings_table())
+    renew(ROOT / "docs" / "monitoring.md", "metrics", metrics_table())

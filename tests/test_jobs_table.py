@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from postgres_server import postgres as postgres
 
 from models.errors import NameConflict
+from service import doctor
 from service.errors import (
     BadRequest,
     IdempotencyMismatch,
@@ -23,6 +24,7 @@ from service.errors import (
 )
 from service.jobs.job import Job
 from service.jobs.table import JobTable, Submission, _jobs
+from service.settings import Settings
 
 MANY = 1000
 
@@ -321,3 +323,19 @@ def test_two_servers_of_one_name_on_postgresql(postgres: str) -> None:
     for connection in (held, other):
         connection.close()
     table.close()
+
+
+def test_jobs_are_counted_by_status(table: JobTable) -> None:
+    for id in "abc":
+        add(table, id)
+    table.cancel("b")
+    assert table.counts() == {"queued": 2, "cancelled": 1}
+
+
+def test_the_doctor_counts_the_same(table: JobTable, tmp_path: Path) -> None:
+    add(table)
+    url, section = table._engine.url, doctor.Section("jobs")
+    shared = url.get_backend_name() == "postgresql"
+    settings = Settings(data=tmp_path, jobs_database=url.render_as_string(hide_password=False) if shared else None)
+    doctor._jobs(section, settings)
+    assert (section.facts["queued"], section.problems) == (1, [])

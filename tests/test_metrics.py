@@ -39,3 +39,11 @@ def test_a_forgotten_backbone_leaves_no_series() -> None:
     metrics.batch("resnet18-aa", 8)
     metrics.forget("resnet18-aa")
     assert "resnet18-aa" not in metrics.exposition().decode()
+
+
+def test_jobs_that_cannot_be_counted_have_no_series() -> None:
+    metrics = Metrics()
+    metrics.count_jobs({"queued": 2, "failed": 0})
+    assert metrics.registry.get_sample_value("imago_jobs", {"status": "queued"}) == 2
+    metrics.count_jobs({})
+    assert 'status="queued"' not in metrics.exposition().decode()

@@ -226,4 +226,29 @@ async def test_the_access_log_is_one_line_of_json(tmp_path: Path, caplog: pytest
     assert line.isascii()
     assert len(line) <= 512
     assert json.loads(line)["path"].startswith("/nowhere%0A%1B")
+    assert json.loads(line)["route"] == "other"
     assert json.loads(line)["status"] == 404
+
+
+async def test_the_access_log_says_what_answered_and_not_what_was_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(tmp_path, access_log=True)
+    caplog.set_level(logging.INFO, "service.access")
+    async with client_of(service) as http:
+        await http.post("/predict?top_k=1&model=evil&model=pets", content=GOOD)
+    (line,) = [json.loads(record.getMessage()) for record in caplog.records if record.name == "service.access"]
+    assert (line["route"], line["path"], line["images"], line["models"]) == ("/predict", "/predict", 1, "evil@1,pets@1")
+    assert "top_k" not in str(line)
+
+
+@pytest.mark.abuse("H20")
+async def test_a_line_is_bounded_whatever_it_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service = Service(tmp_path, access_log=True)
+    caplog.set_level(logging.INFO, "service.access")
+    models = "&".join(f"model={'m' * 60}{number}" for number in range(16))
+    async with client_of(service) as http:
+        await http.post(f"/predict?{models}", content=GOOD, headers={"x-request-id": "i" * 128})
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.access"]
+    assert len(line) <= 512
+    assert json.loads(line)["models"].startswith("mmm")

@@ -1,5 +1,7 @@
 """Health and metrics."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -49,6 +51,37 @@ async def test_not_ready_while_draining_but_live(http: httpx.AsyncClient, servic
 async def test_not_live_when_a_device_hangs(http: httpx.AsyncClient, service: Service) -> None:
     service.engine.is_live = False
     assert (await http.get("/health/live")).status_code == 503
+
+
+async def test_metrics_say_whether_it_is_ready_and_how_many_jobs_there_are(
+    http: httpx.AsyncClient, service: Service
+) -> None:
+    before = (await http.get("/metrics")).text
+    service.engine.is_ready = False
+    after = (await http.get("/metrics")).text
+    assert "imago_ready 1.0" in before.splitlines()
+    assert "imago_ready 0.0" in after.splitlines()
+    assert 'imago_jobs{status="failed"} 0.0' in after.splitlines()
+
+
+async def test_metrics_say_how_full_a_device_is(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "device=" not in (await http.get("/metrics")).text
+    monkeypatch.setattr("service.routes.ops.memory", lambda device: (3, 8))
+    lines = (await http.get("/metrics")).text.splitlines()
+    assert 'imago_device_memory_used_bytes{device="cpu"} 3.0' in lines
+    assert 'imago_device_memory_total_bytes{device="cpu"} 8.0' in lines
+
+
+async def test_a_device_that_hangs_takes_no_metrics_with_it(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr("service.routes.ops.MEASURE_S", 0.02)
+    monkeypatch.setattr("service.routes.ops.memory", lambda device: (0, int(answers.wait(20))))
+    try:
+        assert "imago_ready 1.0" in (await asyncio.wait_for(http.get("/metrics"), 10)).text
+    finally:
+        answers.set()
 
 
 @pytest.mark.abuse("H18")

@@ -2,7 +2,7 @@
 
 from models.runtime.allocator import trim_allocator, tune_allocator
 from models.runtime.compiler import Runtime, compile_backbone
-from models.runtime.device import cpu_count, devices, is_device_lost, is_out_of_memory, pick_device
+from models.runtime.device import cpu_count, devices, is_device_lost, is_out_of_memory, memory, pick_device
 from models.runtime.options import Agreement, Candidate, Options, RuntimeInfo
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "devices",
     "is_device_lost",
     "is_out_of_memory",
+    "memory",
     "pick_device",
     "trim_allocator",
     "tune_allocator",

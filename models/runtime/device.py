@@ -71,6 +71,17 @@ def gains_from_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes in use there, by all processes, and bytes in all; None for the CPU, and where the device does not say."""
+    if device.type != "cuda":
+        return None
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return None
+    return total - free, total
+
+
 def cpu_count() -> int:
     """Processors that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The command line: `imago serve | predict | finetune | jobs | datasets | models | bench`.
+"""The command line: `imago serve | predict | finetune | jobs | datasets | models | bench | doctor`.
 
 Each command lives in a module of its own, imported when it is called, so that `imago --help` need not wait for torch.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     "datasets": "See and upload the datasets of a running server.",
     "models": "List, pull, import, remove and switch models.",
     "bench": "Put a running server under load, and measure it.",
+    "doctor": "Print what a bug report needs, and what is wrong.",
 }
 
 

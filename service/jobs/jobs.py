@@ -35,7 +35,7 @@ from service.errors import (
     error_of,
 )
 from service.jobs.events import EVENTS, Tail, append
-from service.jobs.job import ID_PATTERN, Job
+from service.jobs.job import ACTIVE, ID_PATTERN, TERMINAL, Job
 from service.jobs.trainer import TRAINER, Trainers, order_of
 from service.settings import Settings
 
@@ -51,6 +51,7 @@ READY_S = 60.0  # after so long jobs are taken up again, even if the models are 
 REOPEN_S = 30.0  # between two attempts to open the database
 CLOSE_S = 15.0  # for a trainer to be ended at the server's end
 DRY_RUN_S = 300.0
+COUNT_S = 1.0  # that whoever collects metrics waits at most for the database
 STAGING_LOCK = ".staging"  # of the folders of dry runs
 
 
@@ -258,6 +259,18 @@ class Jobs:
     async def page(self, after: str | None, limit: int) -> tuple[list[Job], bool]:
         """Jobs from the latest on, and whether there are more."""
         return await self._in_pool((await self._opened()).table.page, after, limit)
+
+    async def counts(self) -> dict[str, int]:
+        """How many jobs there are in each status; empty where the database is not open yet, or does not answer within COUNT_S."""
+        none: dict[str, int] = dict.fromkeys((*ACTIVE, *TERMINAL), 0)
+        opening = self._opening
+        if opening is None or not opening.done() or opening.exception() is not None:
+            return {} if self._any_before else none
+        try:
+            async with asyncio.timeout(COUNT_S):
+                return none | await self._in_pool(opening.result().table.counts)
+        except (TimeoutError, TrainerUnavailable):
+            return {}
 
     async def using(self, dataset: Path) -> str | None:
         """The id of a job that is not at its end and has this dataset, by its path under the datasets folder."""

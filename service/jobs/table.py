@@ -218,6 +218,12 @@ class JobTable:
         with self.transaction() as connection:
             return set(connection.execute(sa.select(_jobs.c.id)).scalars())
 
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are, by status; one that no job has is left out."""
+        by_status = sa.select(_jobs.c.status, sa.func.count()).group_by(_jobs.c.status)
+        with self.transaction() as connection:
+            return {row[0]: row[1] for row in connection.execute(by_status)}
+
     def wish(self, id: str) -> Wish:
         """Raises JobNotFound."""
         job = sa.select(_jobs.c.status, _jobs.c.stop_requested).where(_jobs.c.id == id)

@@ -1,15 +1,23 @@
 """Health and metrics, always open."""
 
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from models.runtime import memory
 from service.errors import Draining, NotReady
+from service.metrics import Metrics
 from service.schemas import ERROR_ANSWERS, Health, json_answer
-from service.state import EngineDep, MetricsDep
+from service.state import EngineDep, JobsDep, MetricsDep
 
 router = APIRouter(tags=["operations"])
+
+MEASURE_S = 1.0  # that whoever collects metrics waits at most for the devices
 
 
 @router.head("/health/live", include_in_schema=False)  # as some load balancers ask
@@ -55,5 +63,16 @@ METRICS: dict[str, Any] = {
     response_class=Response,
     responses={200: METRICS},
 )
-async def metrics(metrics: MetricsDep) -> Response:
+async def metrics(metrics: MetricsDep, engine: EngineDep, jobs: JobsDep) -> Response:
+    metrics.ready.set(engine.ready)
+    metrics.count_jobs(await jobs.counts())
+    with suppress(TimeoutError):  # a device that hangs is told of by the rest
+        async with asyncio.timeout(MEASURE_S):
+            await asyncio.to_thread(_measure, metrics, engine.devices)
     return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _measure(metrics: Metrics, devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if (found := memory(device)) is not None:
+            metrics.device_memory(str(device), *found)

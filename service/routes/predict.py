@@ -72,8 +72,10 @@ async def predict(request: Request) -> Response:
     k = upload.whole_number("top_k") or state["settings"].top_k
     timeout_ms = upload.whole_number("timeout_ms")
     wanted = Wanted(_explain(upload, k), _alpha(upload), _neighbours(upload))
+    state["exchange"].images = len(upload.images)
     work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted)
     answers = await while_connected(request, work)
+    state["exchange"].models = [f"{answer.model}@{answer.version}" for answer in answers]
     bodies = [answer.document(upload.filenames) for answer in answers]
     content = bodies[0] if len(bodies) == 1 else {"models": bodies}
     _raise_if_all_failed([result for answer in answers for result in answer.results], len(upload.images), content)
@@ -117,7 +119,9 @@ async def embed(request: Request) -> Response:
     state = state_of(request)
     upload = await read_upload(request, state["settings"], EMBED_FIELDS)
     model, timeout_ms = upload.one("model"), upload.whole_number("timeout_ms")
+    state["exchange"].images = len(upload.images)
     embedding = await while_connected(request, state["engine"].embed(upload.images, model, timeout_ms))
+    state["exchange"].models = [f"{embedding.model}@{embedding.version}"]
     content = _embeddings(embedding, upload.filenames)
     _raise_if_all_failed(embedding.results, len(upload.images), content)
     return _respond(content, embedding.timings)

@@ -91,6 +91,7 @@ async def infer(request: Request) -> Response:
     served = await _served(request, request.path_params["name"], state["engine"])
     inference = await _read(request, state["settings"].max_files)
     images = _images(inference, served)
+    state["exchange"].images, state["exchange"].models = len(images), [f"{served.config.name}@{served.config.version}"]
     head_start_s = documents.HEAD_START_S.get(inference.priority, 0.0)
     work = state["engine"].infer(images, served, inference.timeout_ms, head_start_s)
     return await _respond(request, inference, await while_connected(request, work))
