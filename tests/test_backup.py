@@ -21,6 +21,9 @@ BACK_UP, RESTORE = re.findall(
 )
 
 
+BALLAST = 64 * 2**20  # bytes that keep tar in `models` while versions are published: in the wrong order it would miss the one that serves
+
+
 def run(block: str, folder: Path) -> None:
     """The lines one after another; a tar may find that a folder has changed."""
     for line in block.splitlines():
@@ -56,6 +59,7 @@ def jobs_of(server: LiveServer, data: Path) -> httpx.Response:
 
 def test_a_copy_made_while_a_server_runs_and_versions_are_published_is_whole(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(weights)
+    (weights / "models" / "insects" / "ballast").write_bytes(bytes(BALLAST))
     with live_server(weights, tmp_path) as server:
         assert jobs_of(server, tmp_path / "data").json()["data"] == []
         with publishing(ModelStore(weights)) as versions:
@@ -69,7 +73,7 @@ def test_a_copy_made_while_a_server_runs_and_versions_are_published_is_whole(wei
     store = ModelStore(new / "weights")
     served = store.serving().models["insects"]
     assert served >= 5
-    assert all(store.is_sound(store.config("insects", version)) for version in store.versions("insects"))
+    assert store.is_sound(store.config("insects", served))
     assert (new / "data" / "admin.key").read_text() == (tmp_path / "data" / "admin.key").read_text()
     with closing(sqlite3.connect(new / "data" / "jobs.sqlite")) as jobs:
         assert jobs.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
