@@ -21,7 +21,8 @@ BACK_UP, RESTORE = re.findall(
 )
 
 
-BALLAST = 64 * 2**20  # bytes that keep tar in `models` while versions are published: in the wrong order it would miss the one that serves
+# Bytes that keep tar in `models` while versions are published: in the wrong order it would miss the one that serves.
+BALLAST = 64 * 2**20
 
 
 def run(block: str, folder: Path) -> None:
