@@ -73,14 +73,15 @@ def server_of(root: Path) -> Iterator[rig.Server]:
 HALF_A_HEAD = b"POST /predict HTTP/1.1\r\nHost: bench\r\nX-Slow: "
 HALF_A_BODY = b"POST /predict HTTP/1.1\r\nHost: bench\r\nContent-Length: 100000\r\n\r\n"
 MANNERS = (b"", HALF_A_HEAD, HALF_A_BODY)
+ADDRESSES = 4  # the server closes what comes beyond 256 connections from one
 
 
-async def dawdle(url: str, opening: bytes) -> None:
+async def dawdle(url: str, opening: bytes, source: str) -> None:
     """One slow client for ever: it comes again when the server has sent it away."""
     address = urlsplit(url)
     while True:
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            reader, writer = await asyncio.open_connection(address.hostname, address.port, local_addr=(source, 0))
             writer.write(opening)
             while not reader.at_eof():
                 if opening:
@@ -94,7 +95,8 @@ def dawdlers(url: str, count: int) -> None:
     """A process of slow clients, until it is ended."""
 
     async def main() -> None:
-        await asyncio.gather(*(dawdle(url, MANNERS[i % len(MANNERS)]) for i in range(count)))
+        sources = (f"127.0.0.{2 + i % ADDRESSES}" for i in range(count))
+        await asyncio.gather(*(dawdle(url, MANNERS[i % len(MANNERS)], source) for i, source in enumerate(sources)))
 
     asyncio.run(main())
 

@@ -40,7 +40,7 @@ def store_of(group: str) -> Iterator[Path]:
     architectures = () if group in ("default", "imagenet") else (group,)
     with rig.store_of(*architectures) as root:
         if group == "default":
-            if not (rig.ROOT / "weights" / "serving.json").exists():
+            if not (rig.ROOT / "weights" / "shipped.json").exists():
                 raise SystemExit("weights/ of this checkout serves no model; name other --groups, or publish one")
             shutil.copytree(rig.ROOT / "weights", root / "weights", dirs_exist_ok=True)
         if group == "imagenet":

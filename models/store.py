@@ -2,7 +2,7 @@
 
     weights/backbones/<architecture>-<sha8>/   model.safetensors, config.json (BackboneRef)
     weights/models/<name>/<version>/           head.safetensors, config.json (ModelConfig), reference-<hash>.safetensors
-    weights/serving.json                       Serving
+    weights/serving.json                       Serving; before the first change of it, weights/shipped.json
 
 Nothing that is published is ever modified: files are written in a temporary folder, and one rename publishes it. Writers, in
 however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served.
@@ -36,6 +36,7 @@ from models.records import CONFIG, read_record, to_json
 from models.reference import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
+SERVING, SHIPPED = "serving.json", "shipped.json"
 
 
 class Serving(Record):
@@ -186,9 +187,12 @@ class ModelStore:
     # Serving
 
     def serving(self) -> Serving:
-        """What is served: nothing at all in a new store. Raises WeightsError when the record is damaged."""
-        path = self.root / "serving.json"
-        return read_record(path, Serving) if path.exists() else Serving()
+        """What is served: until anything is recorded, what the folder was shipped with; nothing in a new store. Raises WeightsError when
+        the record is damaged."""
+        for path in (self.root / SERVING, self.root / SHIPPED):
+            if path.exists():
+                return read_record(path, Serving)
+        return Serving()
 
     def activate(self, name: str, version: int) -> Serving:
         """Serves this version from the next sync on, and remembers the one it replaces. The first model is the default."""
@@ -237,7 +241,7 @@ class ModelStore:
     def _record(self, default: str | None, models: dict[str, int], previous: dict[str, int]) -> Serving:
         serving = Serving(default=default, models=models, previous=previous)
         files.sweep(self.root)
-        files.replace(self.root / "serving.json", to_json(serving))
+        files.replace(self.root / SERVING, to_json(serving))
         return serving
 
     def _require_served(self, name: str) -> Serving:

@@ -26,13 +26,18 @@ Explain = Literal["grid", "overlay"]  # a heat map as numbers, or as a picture t
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where an image shows a class: rows of numbers in 0..1, and the image under that heat as a PNG in base64 where it was asked for."""
+    """Where an image shows a class: rows of numbers in 0..1, and the image under that heat as a PNG in base64 where it was asked for.
+
+    `share`: the side of the centre square that the network sees, over the image's shorter side.
+    """
 
     grid: list[list[float]]
+    share: float
     overlay: str | None = None
 
     def document(self) -> dict[str, Any]:
-        return {"grid": self.grid} | ({"overlay": self.overlay} if self.overlay is not None else {})
+        document = {"grid": self.grid, "share": round(self.share, 4)}
+        return document | ({"overlay": self.overlay} if self.overlay is not None else {})
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from service.routes import datasets, finetune, models, ops, page, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
 from service.state import State
+from service.v2_documents import HEADER_LENGTH
 
 DESCRIPTION = (
     "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`; "
@@ -94,8 +95,8 @@ def create_app(
             UserCORS,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-Request-ID", v2.HEADER_LENGTH),
-            expose_headers=("X-Request-ID", "Server-Timing", "Retry-After", v2.HEADER_LENGTH),
+            allow_headers=("Authorization", "Content-Type", "X-Request-ID", HEADER_LENGTH),
+            expose_headers=("X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH),
         )
     return app
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from models.classifier import Head
+from models.classifier import Preprocessing
 from models.explain import GradCam, class_maps, heat_maps, overlay
 from models.store import ModelStore
 from service.answers import Answer, Explain, Explanation, Prediction, Scores, Seen
@@ -43,7 +43,7 @@ class Explainer:
                 if one.map is None and isinstance(result, Prediction):
                     work = partial(self._grad_cam, served, member, one.pixels, result.indices)
                     gradients[image, member] = await loop.run_in_executor(self._gradients, work)
-        return await loop.run_in_executor(self._pool, _explained, answer, served.head, scores.seen, gradients, how)
+        return await loop.run_in_executor(self._pool, _explained, answer, served, scores.seen, gradients, how)
 
     def _grad_cam(self, served: Served, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
         backbone = served.backbones[member]
@@ -59,25 +59,35 @@ class Explainer:
 
 
 def _explained(
-    answer: Answer, head: Head, seen_by_image: Sequence[Sequence[Seen]], gradients: GradCams, how: Explain
+    answer: Answer, served: Served, seen_by_image: Sequence[Sequence[Seen]], gradients: GradCams, how: Explain
 ) -> Answer:
+    share = seen_share(served.backbones[0].ref.preprocessing)
+
     def with_heat(image: int, prediction: Prediction) -> Prediction:
         seen = seen_by_image[image]
         members = [
-            gradients[image, member] if one.map is None else class_maps(head, member, one.map, prediction.indices)
+            gradients[image, member]
+            if one.map is None
+            else class_maps(served.head, member, one.map, prediction.indices)
             for member, one in enumerate(seen)
         ]
-        return replace(prediction, explanations=_explanations(members, seen[0].pixels, how))
+        return replace(prediction, explanations=_explanations(members, seen[0].pixels, share, how))
 
     results = [with_heat(n, r) if isinstance(r, Prediction) else r for n, r in enumerate(answer.results)]
     return replace(answer, results=results)
 
 
-def _explanations(members: Sequence[Tensor], pixels: Tensor, how: Explain) -> list[Explanation]:
+def seen_share(shape: Preprocessing) -> float:
+    """The side of the centre square that a network sees, over the image's shorter side."""
+    return shape.crop / shape.resize
+
+
+def _explanations(members: Sequence[Tensor], pixels: Tensor, share: float, how: Explain) -> list[Explanation]:
     """`pixels`: the image as the first backbone saw it; the others see the same square, or nearly."""
     return [
         Explanation(
             [[round(value, 4) for value in row] for row in heat.tolist()],
+            share,
             overlay(pixels, heat) if how == "overlay" else None,
         )
         for heat in heat_maps(members)

@@ -1,13 +1,19 @@
-"""uvicorn's HTTP protocol with the guards that it lacks: a cap on the head, and deadlines for head and body.
+"""uvicorn's HTTP protocol with the guards that it lacks: caps on connections and on the head, deadlines for head and body.
 
 first byte ----head_timeout_s----> head complete ----body_timeout_s----> body complete       late: 408, close
-           at most max_head bytes                                                        larger: 431, close
+           at most max_head bytes                each 10 s at BODY_RATE                  larger: 431, close
 
-The body of an upload may take longer, as long as each span of body_timeout_s brings it on by UPLOAD_RATE.
+The body of an upload may take longer, as long as it comes at that rate.
 """
 
 import asyncio
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address, ip_network
 from secrets import token_hex
 from typing import Any
 
@@ -20,20 +26,53 @@ from service.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceE
 from service.middleware import LINGER_BYTES, LINGER_S, UPLOADS, render
 from service.settings import Settings
 
-UPLOAD_RATE = 8 * 1024  # bytes a second
+BODY_RATE = 8 * 1024  # bytes a second
+BODY_SPAN_S = 10.0  # within which a body must come on at that rate
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What a client may take its time for, and how large a head it may send."""
+    """What a client may take its time for, how large a head it may send, and how many connections there may be."""
 
     max_head: int  # bytes
     head_timeout_s: float
     body_timeout_s: float
+    max_connections: int
+    max_client_connections: int  # from one address
+    is_proxy: Callable[[str], bool]  # its connections are those of many clients
+    connected: Counter[str] = field(default_factory=Counter)  # by address, now
 
     @classmethod
     def of(cls, settings: Settings) -> "Guards":
-        return cls(settings.max_head_kb * 1024, settings.head_timeout_s, settings.body_timeout_s)
+        return cls(
+            settings.max_head_kb * 1024,
+            settings.head_timeout_s,
+            settings.body_timeout_s,
+            settings.max_connections,
+            settings.max_client_connections,
+            proxies(settings.trusted_proxies),
+        )
+
+    def left(self, address: str) -> None:
+        self.connected[address] -= 1
+        if not self.connected[address]:
+            del self.connected[address]
+
+    def lets_in(self, address: str) -> bool:
+        """Of a connection that is counted already."""
+        mine = 1 if self.is_proxy(address) else self.connected[address]
+        return mine <= self.max_client_connections and self.connected.total() <= self.max_connections
+
+
+def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
+    """Whether an address is among addresses and networks, of which `*` is all."""
+    if "*" in trusted:
+        return lambda address: True
+    networks = []
+    for name in trusted:
+        with suppress(ValueError):  # it may be no address at all, as uvicorn allows
+            networks.append(ip_network(name, strict=False))
+    return lambda address: bool(networks) and any(ip_address(address) in network for network in networks)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -50,19 +89,28 @@ class GuardedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._guards = guards
+        self._address = ""
         self._deadline: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0
-        self._body_bytes = 0  # since the deadline was set
+        self._body_bytes = 0  # in this span
+        self._body_ends = 0.0  # on the loop's clock
         self._refused = False
         self._linger_bytes = LINGER_BYTES
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._expect("request head", self._guards.head_timeout_s)
+        self._address = (transport.get_extra_info("peername") or ("",))[0]
+        self._guards.connected[self._address] += 1
+        if not self._guards.lets_in(self._address):
+            self._refused = True
+            self.transport.abort()  # what a flood gets costs us as little as possible
+            return
+        self._expect(self._guards.head_timeout_s, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        self._guards.left(self._address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -73,7 +121,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             if self._deadline is None:  # the first bytes of a further request on this connection
-                self._expect("request head", self._guards.head_timeout_s)
+                self._expect(self._guards.head_timeout_s, self._head_late)
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > self._guards.max_head:
@@ -100,7 +148,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse_head()
             raise ValueError("head too large")  # ends the parsing
         super().on_headers_complete()
-        self._expect("request body", self._guards.body_timeout_s)
+        uploading = (self.scope["method"], self.scope["path"]) in UPLOADS
+        self._body_ends = math.inf if uploading else self.loop.time() + self._guards.body_timeout_s
+        self._expect_body()
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -116,22 +166,30 @@ class GuardedProtocol(HttpToolsProtocol):
         """uvicorn's answer to what its parser refuses, in our shape."""
         self._refuse(BadRequest("the request is not valid HTTP"))
 
-    def _expect(self, what: str, seconds: float) -> None:
+    def _expect(self, seconds: float, late: Callable[[], None]) -> None:
         self._expect_nothing()
+        self._deadline = self.loop.call_later(seconds, late)
+
+    def _expect_body(self) -> None:
         self._body_bytes = 0
-        self._deadline = self.loop.call_later(seconds, self._late, what, seconds)
+        span = min(BODY_SPAN_S, self._guards.body_timeout_s)
+        self._expect(min(span, self._body_ends - self.loop.time()), partial(self._body_late, span))
 
     def _expect_nothing(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _late(self, what: str, seconds: float) -> None:
-        uploading = not self._in_head and (self.scope["method"], self.scope["path"]) in UPLOADS
-        if uploading and self._body_bytes >= seconds * UPLOAD_RATE:
-            self._expect(what, seconds)
-            return
-        self._refuse(RequestTimeout(f"the {what} did not arrive within {seconds:g} s"))
+    def _head_late(self) -> None:
+        self._refuse(RequestTimeout(f"the request head did not arrive within {self._guards.head_timeout_s:g} s"))
+
+    def _body_late(self, span: float) -> None:
+        if self.loop.time() >= self._body_ends:
+            self._refuse(RequestTimeout(f"the request body did not arrive within {self._guards.body_timeout_s:g} s"))
+        elif self._body_bytes >= span * BODY_RATE or self.flow.read_paused:  # we ourselves may be the slow one
+            self._expect_body()
+        else:
+            self._refuse(RequestTimeout(f"the request body comes slower than {BODY_RATE >> 10} KB/s"))
 
     def _refuse_head(self) -> None:
         self._refuse(HeadersTooLarge(f"the request head is larger than {self._guards.max_head >> 10} KB"))

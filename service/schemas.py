@@ -16,7 +16,7 @@ from service.loaded import ModelStatus
 class ErrorBody(BaseModel):
     code: str = Field(description="Stable, for programs")
     message: str = Field(description="One sentence for people: the limit or cause, and what to do")
-    param: str | None = Field(description="The field at fault")
+    param: str | None = Field(None, description="The field at fault")
     request_id: str | None
 
 
@@ -35,6 +35,9 @@ class Heat(BaseModel):
     """Where the image shows the class."""
 
     grid: list[list[float]] = Field(description="Rows of the network's last map, over the square it saw; 1 is hottest")
+    share: float = Field(
+        description="The side of that square, in the middle of the image, over the image's shorter side"
+    )
     overlay: str | None = Field(None, description="That square under its heat, a PNG in base64; with `explain=overlay`")
 
 
@@ -122,6 +125,17 @@ class Validate(FinetuneRequest):
     name: str = Field(default="dataset", pattern=NAME_PATTERN, description="Name of the model to be")
 
 
+class DryRun(BaseModel):
+    """What the trainer found in a dataset, and what it would make of it."""
+
+    audit: dict[str, Any] = Field(description="Of the images: how many there are, and which are bad or duplicates")
+    split: dict[str, int] = Field(description="Images by part: train, val, test")
+    mode: str = Field(description="What would be trained")
+    bases: list[str] = Field(description="The models to start from")
+    effective: dict[str, Any] = Field(description="The hyperparameters as they would be used")
+    estimate: dict[str, float] = Field(description="Seconds by phase, and in all as `total`")
+
+
 class JobEvent(BaseModel):
     """A sign of life of a job; what it has no value for is left out."""
 
@@ -196,7 +210,7 @@ PREDICT_SEVERAL_EXAMPLE = {
         {
             "model": name,
             "version": 1,
-            "results": [{"filename": None, "predictions": [{"label": "cat", "index": 3, "probability": 0.93}]}],
+            "results": [{"filename": "cat.jpg", "predictions": [{"label": "cat", "index": 3, "probability": 0.93}]}],
         }
         for name in ("cifar10", "pets")
     ]
@@ -215,7 +229,7 @@ PREDICT_EXPLAINED_EXAMPLE = {
                     "label": "cat",
                     "index": 3,
                     "probability": 0.931,
-                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "overlay": "iVBORw0KGgo="},
+                    "explanation": {"grid": [[0.0, 0.12], [0.64, 1.0]], "share": 0.875, "overlay": "iVBORw0KGgo="},
                 }
             ],
         }
@@ -267,6 +281,21 @@ JOB_EXAMPLE = {
     "version": None,
     "deployment": None,
 }
+JOB_REQUEST_EXAMPLE = {
+    "dataset": "hymenoptera.zip",
+    "name": "bees",
+    "base": "resnet18",
+    "mode": "finetune",
+    "hyperparameters": {"epochs": 8, "augmentation": "standard"},
+}
+DRY_RUN_EXAMPLE = {
+    "audit": {"files": 245, "images": 244, "bad": [{"path": "ants/17.jpg", "reason": "zero bytes"}], "duplicates": []},
+    "split": {"train": 196, "val": 48, "test": 0},
+    "mode": "head",
+    "bases": ["resnet18"],
+    "effective": {"epochs": 200, "seed": 0},
+    "estimate": {"audit": 0.8, "features": 9.1, "train": 3.0, "total": 12.9},
+}
 DATASET_EXAMPLE = {
     "object": "dataset",
     "name": "hymenoptera.zip",
@@ -290,7 +319,7 @@ def error_example(code: str, message: str, param: str | None = None) -> dict[str
     return {"error": {"code": code, "message": message, "param": param, "request_id": "9f86d081884c7d65"}}
 
 
-def json_answer(description: str, *examples: dict[str, Any]) -> dict[str, Any]:
+def json_answer(description: str, *examples: Any) -> dict[str, Any]:
     """How a route's `responses` documents one status, with examples."""
     named = {f"example{number}": {"value": example} for number, example in enumerate(examples, 1)}
     return {"description": description, "content": {"application/json": {"examples": named}}}
@@ -307,22 +336,26 @@ ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
     },
 }
 
-_IMAGE = {"type": "string", "format": "binary"}
+BINARY = {"type": "string", "format": "binary"}
+PICTURED_EXAMPLE = {"file": ["<the bytes of a.jpg>", "<the bytes of b.png>"]}
 
 
 def image_request(*fields: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI of a route that reads a raw image or multipart files, and `fields` as query parameters or form fields."""
+    """The OpenAPI of a route that reads a raw image or multipart files, and `fields` as query parameters or form fields.
+
+    The fields have no defaults: a generated client would send those in the query and in the form, and a field is given once.
+    """
     properties = {field["name"]: field["schema"] for field in fields}
-    files = {"type": "array", "items": _IMAGE, "minItems": 1, "description": "One or more images"}
+    files = {"type": "array", "items": BINARY, "minItems": 1, "description": "One or more images"}
     form = {"type": "object", "properties": {"file": files, **properties}, "required": ["file"]}
     return {
         "parameters": list(fields),
         "requestBody": {
             "required": True,
-            "content": {
-                "image/*": {"schema": _IMAGE},
-                "application/octet-stream": {"schema": _IMAGE},
-                "multipart/form-data": {"schema": form},
+            "description": "One image as it is, sent as application/octet-stream or image/*; or several images as files",
+            "content": {  # without image/*: generators of clients know no such type
+                "application/octet-stream": {"schema": BINARY},
+                "multipart/form-data": {"schema": form, "example": PICTURED_EXAMPLE},
             },
         },
     }
@@ -346,8 +379,8 @@ MODEL_FIELD = {
 TOP_K_FIELD = {
     "name": "top_k",
     "in": "query",
-    "description": "Predictions per image; more than there are classes gives all of them",
-    "schema": {"type": "integer", "minimum": 1, "default": 5},
+    "description": "Predictions per image; more than there are classes gives all of them; by default the setting `top_k`",
+    "schema": {"type": "integer", "minimum": 1},
     "example": 5,
 }
 ALPHA_FIELD = {
@@ -368,7 +401,7 @@ EXPLAIN_FIELD = {
     "name": "explain",
     "in": "query",
     "description": "Add to each prediction where the image shows it: a grid of numbers, and with `overlay` a picture too",
-    "schema": {"type": "string", "enum": ["false", "true", "overlay"], "default": "false"},
+    "schema": {"type": "string", "enum": ["false", "true", "overlay"]},
     "example": "true",
 }
 TIMEOUT_FIELD = {

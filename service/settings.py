@@ -159,6 +159,10 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         60, gt=0, description="Seconds within which a request's body must arrive, or it gets 408"
     )
+    max_connections: int = Field(1024, ge=1, description="Most connections open at a time; those beyond are closed")
+    max_client_connections: int = Field(
+        256, ge=1, description="Most connections from one address but `trusted_proxies`; those beyond are closed"
+    )
     max_head_kb: int = Field(
         32, ge=1, le=1024, description="Largest request head, in kilobytes; beyond it requests get 431"
     )

@@ -7,11 +7,12 @@ from typing import Any
 from models.classifier import NAME_PATTERN, Preprocessing
 from service.answers import Statistics, Total
 from service.loaded import ModelStatus, Served
-from service.schemas import json_answer
+from service.schemas import BINARY
 from service.v2_tensors import INPUT, OUTPUT
 
 Document = dict[str, Any]
 
+HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = (
     "classification",
     "model_repository",
@@ -184,13 +185,12 @@ V2_ERRORS: dict[int | str, Document] = {
         ("5XX", "Not now", "the default model is still loading"),
     )
 }
-_BINARY = {"type": "string", "format": "binary"}
 INFER_RESPONSES: dict[int | str, Document] = {
     200: {
         "description": "The probabilities, or the best classes as texts",
         "content": {
-            **json_answer("", REPLY_EXAMPLE)["content"],
-            "application/octet-stream": {"schema": _BINARY},
+            "application/json": {"schema": {"type": "object"}, "example": REPLY_EXAMPLE},
+            "application/octet-stream": {"schema": BINARY},
         },
     },
     **V2_ERRORS,
@@ -211,19 +211,26 @@ VERSION_PARAMETER = {
     "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"},
     "example": "1",
 }
+HEADER_LENGTH_PARAMETER = {
+    "name": HEADER_LENGTH,
+    "in": "header",
+    "description": "Bytes of JSON before the raw tensor; 0 before one encoded image alone. Without it all is JSON",
+    "schema": {"type": "integer", "minimum": 0},
+    "example": 0,
+}
 
 
 def infer_request(*parameters: Document) -> Document:
     """The OpenAPI of a route that reads an inference."""
     return {
-        "parameters": list(parameters),
+        "parameters": [*parameters, HEADER_LENGTH_PARAMETER],
         "requestBody": {
             "required": True,
             "description": "JSON; or JSON and the raw tensor, where Inference-Header-Content-Length says how long the JSON is, "
             "and one encoded image alone where it is 0. Content-Encoding may be gzip or deflate.",
             "content": {
                 "application/json": {"schema": {"type": "object"}, "example": REQUEST_EXAMPLE},
-                "application/octet-stream": {"schema": _BINARY},
+                "application/octet-stream": {"schema": BINARY},
             },
         },
     }

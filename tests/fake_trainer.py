@@ -87,7 +87,9 @@ def greedy() -> None:
 threading.Thread(target=listen, daemon=True).start()
 print("a warning of some library", file=sys.stderr)
 if json.loads(line)["dry_run"]:
-    (folder / "dry_run.json").write_text(json.dumps({"audit": {"images": 12}, "dataset": request["dataset"]}))
+    found = {"audit": {"images": 12}, "split": {"train": 12}, "mode": request["mode"], "bases": ["pets"]}
+    found |= {"effective": {}, "estimate": {"total": 1.0}, "dataset": request["dataset"]}
+    (folder / "dry_run.json").write_text(json.dumps(found))
 tell("audit", 0.5, message="skipped notes.txt: not an image")
 do, _, count = request["metadata"].get("do", "succeed").partition(":")
 match do:

@@ -69,7 +69,7 @@ def embedded(root: Path) -> ModelStore:
     """A copy of the weights that lie in the repository."""
     shutil.copytree(WEIGHTS / "backbones", root / "weights" / "backbones")
     shutil.copytree(WEIGHTS / "models", root / "weights" / "models")
-    shutil.copy(WEIGHTS / "serving.json", root / "weights")
+    shutil.copy(WEIGHTS / "shipped.json", root / "weights")
     return ModelStore(root / "weights")
 
 

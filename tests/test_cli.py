@@ -314,6 +314,21 @@ def test_predict_shows_a_table(store: ModelStore) -> None:
     assert "%" in result.stdout
 
 
+def test_predict_draws_where_it_sees_the_best_class(store: ModelStore, tmp_path: Path) -> None:
+    files = [photo(Path("red.png")), photo(Path("red.png"))]
+    result = imago("predict", *files, "--explain", tmp_path / "heat", *OFFLINE)
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "heat").iterdir())
+    assert [name.split("-")[:3] for name in names] == [["001", "red", "digits"], ["002", "red", "digits"]]
+    with Image.open(tmp_path / "heat" / names[0]) as picture:
+        assert picture.format == "PNG"
+
+
+def test_predict_says_why_it_has_no_set_of_classes(store: ModelStore) -> None:
+    result = imago("predict", photo(Path("red.png")), "--alpha", "0.1", *OFFLINE)
+    assert (result.exit_code, "imago models calibrate" in result.output) == (1, True)
+
+
 def test_predict_fails_if_every_image_does(store: ModelStore) -> None:
     Path("broken.png").write_bytes(b"no image")
     assert imago("predict", "broken.png", *OFFLINE).exit_code == 1

@@ -188,6 +188,15 @@ def test_a_command_in_a_page_parses(page: str, line: str, tmp_path: Path, monkey
     parse(line)
 
 
+# Figures
+
+
+def test_the_comparison_has_the_figures_of_the_benchmarks() -> None:
+    figures = re.findall(r"[\d.]+ \([\d.]+ to [\d.]+\)", PAGES["docs/comparison.md"])
+    assert len(figures) == 16
+    assert [figure for figure in figures if figure not in PAGES["docs/benchmarks.md"]] == []
+
+
 # Links
 
 

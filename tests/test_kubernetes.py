@@ -101,13 +101,14 @@ def fill(claim: Path) -> None:
 
 def test_an_empty_claim_gets_the_embedded_default(tmp_path: Path) -> None:
     fill(tmp_path)
-    assert (tmp_path / "serving.json").read_bytes() == (ROOT / "weights" / "serving.json").read_bytes()
+    assert (tmp_path / "shipped.json").read_bytes() == (ROOT / "weights" / "shipped.json").read_bytes()
     assert (tmp_path / "models" / "cifar10" / "1" / "config.json").exists()
     assert list((tmp_path / "backbones").glob("preact_resnet-*/model.safetensors"))
 
 
-def test_a_store_that_has_something_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "serving.json").write_text("mine")
+@pytest.mark.parametrize("record", ["serving.json", "shipped.json"])
+def test_a_store_that_has_something_is_left_alone(record: str, tmp_path: Path) -> None:
+    (tmp_path / record).write_text("mine")
     fill(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["serving.json"]
-    assert (tmp_path / "serving.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [record]
+    assert (tmp_path / record).read_text() == "mine"

@@ -118,26 +118,19 @@ def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> No
     assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == 2, ran.stderr
 
 
-def test_a_heat_map_where_the_server_can_explain(page: Page) -> None:
-    explained = {"label": "sea", "index": 0, "probability": 1.0, "explanation": {"grid": [[0, 1], [0, 0]]}}
-    answer = {"model": "cifar10", "version": 1, "results": [{"filename": None, "predictions": [explained]}]}
-    abilities = {"paths": {"/predict": {"post": {"parameters": [{"name": "explain"}]}}}}
-    page.route("**/openapi.json", lambda route: route.fulfill(json=abilities))
-    page.route("**/predict?*explain=true*", lambda route: route.fulfill(json=answer))
+def test_a_heat_map(page: Page) -> None:
     page.goto("/")
     page.get_by_label("Heat map").check()
     give(page, drawn("sea.png"))
-    heat = page.get_by_role("img", name="What speaks for sea")
-    expect(heat).to_be_visible()
-    assert heat.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 2, 1).data].map((v) => v > 0)[7]")
-
-
-def test_no_heat_map_where_it_cannot(page: Page) -> None:
-    abilities: Any = {"paths": {"/predict": {"post": {"parameters": []}}}}
-    page.route("**/openapi.json", lambda route: route.fulfill(json=abilities))
-    page.goto("/")
-    expect(page.get_by_label("cifar10")).to_be_checked()
-    expect(page.get_by_label("Heat map")).to_have_count(0)
+    tally(page, "1 image: 1 answered")
+    heat = page.locator("canvas.heat")
+    expect(heat).to_have_attribute("style", "inset: 0%;")
+    hottest = heat.evaluate(
+        "c => Math.max(...c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 == 3))"
+    )
+    assert hottest > 180
+    page.locator(".bars button").nth(1).click()
+    expect(page.locator(".bars button").nth(1)).to_have_attribute("aria-pressed", "true")
 
 
 def test_a_full_server_is_asked_again(page: Page) -> None:

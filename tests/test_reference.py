@@ -209,6 +209,22 @@ def test_the_defaults_sets_cover_test_images(cifar10: Shown, alpha: float) -> No
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("alpha", [0.02, 0.05, 0.1, 0.2])
+def test_over_many_draws_the_sets_cover_what_they_promise(cifar10: Shown, alpha: float) -> None:
+    """Of one draw the coverage is a matter of chance; its mean over draws is not: at least 1 - alpha, and hardly more."""
+    probabilities, generator = cifar10.head.probabilities(cifar10.known), torch.Generator().manual_seed(0)
+    covered = []
+    for _ in range(1000):
+        held, tested = torch.randperm(len(probabilities), generator=generator).chunk(2)
+        limit = Conformal.of(probabilities[held], cifar10.labels[held]).limit(alpha)
+        true = probabilities[tested].gather(1, cifar10.labels[tested, None])[:, 0]
+        covered.append(float((1 - true <= limit).float().mean()))
+    mean = sum(covered) / len(covered)
+    print(f"alpha {alpha}: mean coverage {mean:.4f}, {min(covered):.4f} to {max(covered):.4f}")
+    assert abs(mean - (1 - alpha)) < 0.0015  # four times the mean's own error at 0.2, twelve times at 0.02
+
+
+@pytest.mark.data
 @pytest.mark.parametrize(("strange", "least"), [("hymenoptera", 0.84), ("imagenet-samples", 0.76), ("noise", 0.85)])
 def test_the_default_tells_strange_images_from_its_own(cifar10: Shown, strange: str, least: float) -> None:
     kept = cifar10.near

@@ -232,7 +232,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(tmp_path: Path)
 async def test_a_slow_upload_is_borne_and_one_that_stands_still_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "UPLOAD_RATE", 20)
+    monkeypatch.setattr(protocol, "BODY_RATE", 20)
     service = Training(tmp_path, port=0, body_timeout_s=0.5)
     async with serving(service) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))

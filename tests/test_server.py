@@ -1,6 +1,7 @@
 """The server on a real socket: guards against slow and oversized clients, draining, exit codes."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ import pytest
 from service_fakes import GOOD, Service
 
 import service.server as server_module
+from service import protocol
 from service.server import Server, make_server, process_age_s
+from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 20  # for what takes milliseconds on a machine that has nothing else to do
@@ -165,6 +168,56 @@ async def test_a_chunked_body(tmp_path: Path) -> None:
         answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
     assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.abuse("H9")
+@pytest.mark.parametrize(("pieces", "status"), [(8, 200), (3, 408)])
+async def test_a_body_must_come_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, status: int) -> None:
+    """Two bytes of sixteen each fifth of a second, for as many times; ten bytes a second are asked."""
+    monkeypatch.setattr(protocol, "BODY_SPAN_S", 0.8)
+    monkeypatch.setattr(protocol, "BODY_RATE", 5)
+    async with serving(small(tmp_path, body_timeout_s=PATIENCE_S)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(HEAD + b"Connection: close\r\nContent-Length: 16\r\n\r\n")
+        for _ in range(pieces):
+            await asyncio.sleep(0.2)
+            writer.write(b"xx")
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+    assert int(answer.split()[1]) == status
+
+
+@pytest.mark.abuse("H9")
+async def test_beyond_so_many_connections_further_ones_are_closed(tmp_path: Path) -> None:
+    async with serving(small(tmp_path, max_client_connections=2)) as server:
+        open_ones = [await asyncio.open_connection("127.0.0.1", port_of(server)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        writer.close()
+        for _, one in open_ones:
+            one.close()
+            await one.wait_closed()
+        async with httpx.AsyncClient(base_url=url_of(server)) as http:
+            assert (await http.get("/health/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "let_in"),
+    [
+        pytest.param("10.0.0.1", False, id="its third connection"),
+        pytest.param("10.0.0.2", True, id="its first"),
+        pytest.param("10.0.1.9", True, id="a proxy's third"),
+    ],
+)
+def test_who_is_let_in(tmp_path: Path, address: str, let_in: bool) -> None:
+    limits = {"max_connections": 9, "max_client_connections": 2, "trusted_proxies": "10.0.1.0/24"}
+    guards = protocol.Guards.of(Settings.load(weights=tmp_path, data=tmp_path, **limits))
+    guards.connected.update({"10.0.0.1": 3, "10.0.0.2": 1, "10.0.1.9": 3})
+    assert guards.lets_in(address) is let_in
+    guards.connected.update({"10.0.0.3": 4})
+    assert not guards.lets_in("10.0.0.3")
 
 
 async def test_slow_clients_do_not_hold_up_others(tmp_path: Path) -> None:

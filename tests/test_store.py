@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import time
@@ -318,6 +319,16 @@ def test_the_default_is_the_first_until_another_is_set(store: ModelStore) -> Non
     assert store.deactivate("two").model_dump() == {"default": None, "models": {"one": 1}, "previous": {}}
     with pytest.raises(ModelNotFound, match="not served"):
         store.set_default("two")
+
+
+def test_what_a_folder_was_shipped_with_stands_until_the_first_change(store: ModelStore) -> None:
+    publish(store)
+    shipped = '{"default": "digits", "models": {"digits": 1}, "previous": {}}'
+    (store.root / "shipped.json").write_text(shipped)
+    assert store.serving().model_dump() == json.loads(shipped)
+    store.deactivate("digits")
+    assert store.serving().models == {}
+    assert (store.root / "shipped.json").read_text() == shipped
 
 
 def test_a_damaged_serving_record_is_an_error_that_names_it(store: ModelStore) -> None:

@@ -28,6 +28,7 @@ from models.training.rehearsal import dry_run
 from models.training.remember import calibrate
 from models.training.report import Report
 from service.cli import main
+from service.schemas import DryRun
 
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"
@@ -561,6 +562,7 @@ def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None
     assert "new" not in trained.store.names()
     assert not list(tmp_path.iterdir())
     json.dumps(plan, allow_nan=False)
+    assert DryRun.model_validate(plan).model_dump().keys() == plan.keys()  # as the API documents it
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`imago predict`: the server's own engine in this process, without the server."""
 
 import asyncio
+import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,18 @@ from service.cli.progress import Update, progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.answers import Answer, Prediction
+    from service.answers import Answer, Prediction, Wanted
 
 AT_ONCE = 32  # images that are in the engine together
 PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that the settings allow
 
 
 @click.command(
-    epilog=examples("imago predict cat.jpg dog.png", "imago predict --model resnet50 --top-k 3 --json photos/*.jpg")
+    epilog=examples(
+        "imago predict cat.jpg dog.png",
+        "imago predict --model resnet50 --top-k 3 --json photos/*.jpg",
+        "imago predict --alpha 0.1 --neighbours 3 --explain heat/ cat.jpg",
+    )
 )
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -34,16 +40,42 @@ PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that t
     help="Model to ask; may be repeated. Default: the store's default",
 )
 @click.option("--top-k", type=click.IntRange(1), help="Predictions per image  [IMAGO_TOP_K; default 5]")
+@click.option(
+    "--explain",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a picture of where each image shows its best class",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Add the classes among which the true one is with probability 1 - alpha",
+)
+@click.option("--neighbours", type=click.IntRange(0, 16), default=0, help="Add so many of the nearest training images")
 @click.option("--json", "as_json", is_flag=True, help="Print what POST /predict would answer")
 @settings_options(*RUNTIME, *IMAGES)
-def command(files: tuple[Path, ...], models: tuple[str, ...], top_k: int | None, as_json: bool, **flags: Any) -> None:
+def command(
+    files: tuple[Path, ...],
+    models: tuple[str, ...],
+    top_k: int | None,
+    explain: Path | None,
+    alpha: float | None,
+    neighbours: int,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Classify image files without a server: the same code and the same numbers as POST /predict.
 
     Exit code 1 if no image could be classified.
     """
     settings = Settings.load(**flags, top_k=top_k, timeout_ms=PATIENCE_MS)
+    from service.answers import Wanted
+
+    wanted = Wanted("overlay" if explain else None, alpha, neighbours)
     with progress("predict", "images") as update:
-        answers = asyncio.run(classify(settings, files, models, update))
+        answers = asyncio.run(classify(settings, files, models, wanted, update))
+    if explain:
+        write_heat(explain, files, answers)
     if as_json:
         click.echo(json.dumps(document(files, answers), indent=2))
     else:
@@ -52,7 +84,9 @@ def command(files: tuple[Path, ...], models: tuple[str, ...], top_k: int | None,
         raise SystemExit(1)
 
 
-async def classify(settings: Settings, files: Sequence[Path], models: Sequence[str], update: Update) -> "list[Answer]":
+async def classify(
+    settings: Settings, files: Sequence[Path], models: Sequence[str], wanted: "Wanted", update: Update
+) -> "list[Answer]":
     """One answer per model, over all files in their order. Only the models that are asked are loaded."""
     from models.store import ModelStore
     from service.engine import Engine
@@ -69,7 +103,7 @@ async def classify(settings: Settings, files: Sequence[Path], models: Sequence[s
         answers: list[Answer] = []
         for start in range(0, len(files), AT_ONCE):
             chunk = [file.read_bytes() for file in files[start : start + AT_ONCE]]
-            answers = joined(answers, await engine.predict(chunk, names, settings.top_k))
+            answers = joined(answers, await engine.predict(chunk, names, settings.top_k, wanted=wanted))
             update(min(start + AT_ONCE, len(files)), len(files))
         return answers
     finally:
@@ -89,6 +123,17 @@ def document(files: Sequence[Path], answers: "Sequence[Answer]") -> dict[str, An
     return bodies[0] if len(bodies) == 1 else {"models": bodies}
 
 
+def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[Answer]") -> None:
+    """`<number>-<file>-<model>-<class>.png`: numbered as files may have the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for answer in answers:
+        for number, (file, result) in enumerate(zip(files, answer.results, strict=True), 1):
+            if isinstance(result, ModelError) or not result.explanations:
+                continue
+            name = re.sub(r"[^\w.-]+", "_", f"{number:03}-{file.stem}-{answer.model}-{result.labels[0]}")
+            (folder / f"{name}.png").write_bytes(base64.b64decode(result.explanations[0].overlay or ""))
+
+
 def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -104,4 +149,9 @@ def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:
 
 
 def shown(prediction: "Prediction") -> list[tuple[str, str]]:
-    return [(label, f"{p:.2%}") for label, p in zip(prediction.labels, prediction.probabilities, strict=True)]
+    rows = [(label, f"{p:.2%}") for label, p in zip(prediction.labels, prediction.probabilities, strict=True)]
+    if prediction.conformal is not None:
+        rows.append((f"one of: {', '.join(prediction.conformal)}", ""))
+    if (place := prediction.in_distribution) is not None and place.distance > place.threshold:
+        rows.append(("unlike its training images", f"{place.distance:.3f} > {place.threshold:.3f}"))
+    return rows + [(f"near {image.name}", f"{image.distance:.3f}") for image in prediction.nearest or ()]

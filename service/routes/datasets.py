@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from python_multipart import MultipartParser
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
@@ -17,28 +17,39 @@ from service.datasets import Arrival, Dataset
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.middleware import encode
 from service.routes.upload import while_connected
-from service.schemas import DATASET_EXAMPLE, ERROR_ANSWERS, DatasetList, Validate, json_answer
+from service.schemas import (
+    BINARY,
+    DATASET_EXAMPLE,
+    DRY_RUN_EXAMPLE,
+    ERROR_ANSWERS,
+    DatasetList,
+    DryRun,
+    Validate,
+    json_answer,
+)
 from service.state import DatasetsDep, JobsDep
 
 router = APIRouter(tags=["datasets"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
 
 BLOCK_BYTES = 2**20  # written to the disk at once
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
-ZIP = {"type": "string", "format": "binary"}
 UPLOADED = {
     "requestBody": {
         "required": True,
+        "description": "The zip as it is, sent as application/octet-stream or application/zip; or as a file",
         "content": {
-            "application/zip": {"schema": ZIP},
+            "application/octet-stream": {"schema": BINARY},
             "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": ZIP}, "required": ["file"]},
+                "schema": {"type": "object", "properties": {"file": BINARY}, "required": ["file"]},
+                "example": {"file": "<the bytes of bees.zip>"},
             },
         },
     }
 }
 KEPT = json_answer("The dataset", DATASET_EXAMPLE)
 LISTED = json_answer("A page of datasets", {"object": "list", "data": [DATASET_EXAMPLE], "has_more": False})
-FOUND = json_answer("What the trainer found", {"audit": {}, "split": {}, "estimate": {}})
+FOUND = json_answer("What the trainer found", DRY_RUN_EXAMPLE)
+Asked = Annotated[Validate, Body(examples=[{"dataset": "hymenoptera.zip"}])]
 
 
 @router.get("/datasets", summary="The datasets", responses={200: LISTED})
@@ -78,8 +89,8 @@ async def upload_dataset(
         await datasets.in_pool(arrival.close)
 
 
-@router.post("/datasets/validate", summary="Audit a dataset", responses={200: FOUND}, response_model=dict[str, Any])
-async def validate_dataset(request: Request, jobs: JobsDep, body: Validate) -> Any:
+@router.post("/datasets/validate", summary="Audit a dataset", responses={200: FOUND}, response_model=DryRun)
+async def validate_dataset(request: Request, jobs: JobsDep, body: Asked) -> Any:
     """The audit of a dataset, the split and an estimate, as `POST /finetune?dry_run=true` gives them; it needs no name of a model."""
     found = await while_connected(request, jobs.dry_run(body))
     return Response(encode(found), media_type="application/json")

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 
@@ -20,9 +20,12 @@ from service.jobs.job import ID_PATTERN
 from service.middleware import encode
 from service.routes.upload import while_connected
 from service.schemas import (
+    DRY_RUN_EXAMPLE,
     ERROR_ANSWERS,
     EVENT_EXAMPLE,
     JOB_EXAMPLE,
+    JOB_REQUEST_EXAMPLE,
+    DryRun,
     EventList,
     JobEvent,
     JobList,
@@ -54,14 +57,15 @@ Key = Annotated[
 
 SHOWN = json_answer("The job", JOB_EXAMPLE)
 LISTED = json_answer("A page of jobs", {"object": "list", "data": [JOB_EXAMPLE], "has_more": False})
-REHEARSED = json_answer("Of a dry run: what the trainer found", {"audit": {}, "split": {}, "estimate": {}})
+REHEARSED = {"model": DryRun, **json_answer("Of a dry run: what the trainer found", DRY_RUN_EXAMPLE)}
+Asked = Annotated[FinetuneRequest, Body(examples=[JOB_REQUEST_EXAMPLE])]
 
 
 @router.post(
     "/finetune", summary="Start a job", status_code=202, responses={202: SHOWN, 200: REHEARSED}, response_model=Job
 )
 async def create_job(
-    request: Request, response: Response, jobs: JobsDep, body: FinetuneRequest, key: Key = None, dry_run: bool = False
+    request: Request, response: Response, jobs: JobsDep, body: Asked, key: Key = None, dry_run: bool = False
 ) -> Any:
     """Trains in the background, one job at a time: follow `Location`. With `dry_run=true` nothing is started: 200 with the audit of
     the dataset, the split and an estimate."""
@@ -92,7 +96,10 @@ async def list_jobs(
     return JobList(data=data, has_more=has_more)
 
 
-@router.get("/finetune/schema", summary="What a job can be asked for")
+SCHEMA = json_answer("The schema", {"title": "FinetuneRequest", "type": "object", "required": ["dataset", "name"]})
+
+
+@router.get("/finetune/schema", summary="What a job can be asked for", responses={200: SCHEMA})
 async def show_schema() -> dict[str, Any]:
     """The JSON schema of the body of `POST /finetune`, to build forms of."""
     return FinetuneRequest.model_json_schema()
@@ -154,11 +161,20 @@ async def stream(jobs: Jobs, engine: Engine, id: str, after: int) -> AsyncIterat
             await asyncio.sleep(POLL_S)
 
 
+REPORTED: dict[str, Any] = {
+    "description": "The report",
+    "content": {
+        "application/json": {"schema": {"type": "object"}, "example": {"schema": 1}},
+        "text/html": {"schema": {"type": "string"}},
+    },
+}
+
+
 @router.get(
     "/finetune/{id}/report",
     summary="A job's report",
     response_class=Response,
-    responses={200: {"content": {"application/json": {"example": {"schema": 1}}, "text/html": {}}}},
+    responses={200: REPORTED},
 )
 async def show_report(
     request: Request, id: Id, jobs: JobsDep, format: Literal["json", "html"] | None = None

@@ -72,10 +72,23 @@ async def sync_models(engine: EngineDep) -> ModelList:
     return ModelList(models=engine.models())
 
 
-PULLED = {"content": {"text/event-stream": {"example": 'data: {"bytes": 1048576, "total": 102530333}\n\n'}}}
+PULLED: dict[str, Any] = {
+    "description": "How far it is, and how it ended",
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": 'data: {"bytes": 1048576, "total": 102530333}\n\n',
+        }
+    },
+}
 
 
-@admin_router.post("/models/pull", summary="Download published weights", responses={200: PULLED})
+@admin_router.post(
+    "/models/pull",
+    summary="Download published weights",
+    response_class=StreamingResponse,
+    responses={200: PULLED},
+)
 async def pull_model(body: Pull, engine: EngineDep) -> StreamingResponse:
     """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
     another version of its name did, or `event: error` with `{code, message}`. The download goes on where the client leaves."""

@@ -1,10 +1,12 @@
 """Health and metrics, always open."""
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.errors import Draining, NotReady
-from service.schemas import ERROR_ANSWERS, Health, error_example, json_answer
+from service.schemas import ERROR_ANSWERS, Health, json_answer
 from service.state import EngineDep, MetricsDep
 
 router = APIRouter(tags=["operations"])
@@ -29,7 +31,7 @@ async def live(engine: EngineDep) -> Health:
     summary="Can it answer?",
     responses={
         200: json_answer("It can", {"status": "ready"}),
-        503: json_answer("Not now", error_example("not_ready", "the default model is still loading")),
+        **ERROR_ANSWERS,
     },
 )
 async def ready(engine: EngineDep) -> Health:
@@ -41,11 +43,17 @@ async def ready(engine: EngineDep) -> Health:
     return Health(status="ready")
 
 
+METRICS: dict[str, Any] = {
+    "description": "In Prometheus' text format",
+    "content": {"text/plain": {"schema": {"type": "string"}, "example": 'imago_images_total{outcome="ok"} 41.0'}},
+}
+
+
 @router.get(
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"example": 'imago_images_total{outcome="ok"} 41.0'}}}},
+    responses={200: METRICS},
 )
 async def metrics(metrics: MetricsDep) -> Response:
     return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

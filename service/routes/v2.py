@@ -26,7 +26,6 @@ from service.schemas import json_answer
 from service.state import EngineDep, StoreDep, state_of
 from service.v2_tensors import Inference, fitted, parse, reply
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
 INLINE_BYTES, INLINE_SCORES = (
     2**16,
     10_000,
@@ -45,7 +44,10 @@ admin_router = APIRouter(
 
 Document = dict[str, Any]
 EMPTY: dict[int | str, Document] = {
-    200: {"description": "Done; the body is empty", "content": {"text/plain": {"example": ""}}}
+    200: {
+        "description": "Done; the body is empty",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": ""}},
+    }
 }
 
 
@@ -94,9 +96,9 @@ async def infer(request: Request) -> Response:
 
 
 async def _read(request: Request, max_images: int) -> Inference:
-    text = request.headers.get(HEADER_LENGTH)
+    text = request.headers.get(documents.HEADER_LENGTH)
     if text is not None and not re.fullmatch(r"[0-9]{1,10}", text):
-        raise BadRequest(f"{HEADER_LENGTH} must be a whole number")
+        raise BadRequest(f"{documents.HEADER_LENGTH} must be a whole number")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -123,7 +125,7 @@ def _response(inference: Inference, scores: Scores, probabilities: Tensor, encod
     answer = reply(inference, scores.config, probabilities)
     body, headers, kind = answer.body, {"Server-Timing": scores.timings.header}, "application/json"
     if answer.header_length is not None:
-        headers[HEADER_LENGTH], kind = str(answer.header_length), "application/octet-stream"
+        headers[documents.HEADER_LENGTH], kind = str(answer.header_length), "application/octet-stream"
     if encoding is not None and len(body) >= encodings.WORTH_IT:
         body, headers["Content-Encoding"] = encodings.compressed(body, encoding), encoding
     return Response(body, media_type=kind, headers=headers)
@@ -259,9 +261,11 @@ class Unload(_Strict):
 @admin_router.post(
     "/index",
     summary="Every version in the store",
-    responses={200: {"content": {"application/json": {"example": documents.INDEX_EXAMPLE}}}},
+    responses={200: json_answer("The versions", documents.INDEX_EXAMPLE)},
 )
-async def v2_index(engine: EngineDep, store: StoreDep, body: Annotated[Index | None, Body()] = None) -> list[Document]:
+async def v2_index(
+    engine: EngineDep, store: StoreDep, body: Annotated[Index | None, Body(examples=[{"ready": True}])] = None
+) -> list[Document]:
     stored = await run_in_threadpool(_stored, store)
     return documents.index(stored, engine.models(), only_ready=body is not None and body.ready)
 
@@ -274,7 +278,10 @@ def _stored(store: ModelStore) -> list[tuple[str, int]]:
     "/models/{name}/load", summary="Serve a model of the store", response_class=Response, responses=EMPTY
 )
 async def v2_load(
-    name: Name, engine: EngineDep, store: StoreDep, body: Annotated[Load | None, Body()] = None
+    name: Name,
+    engine: EngineDep,
+    store: StoreDep,
+    body: Annotated[Load | None, Body(examples=[{"parameters": {}}])] = None,
 ) -> Response:
     """Loads the version that the store says is served, else the latest, beside the one that serves, tries it, and swaps."""
     await engine.activate(name, await run_in_threadpool(_to_serve, store, name))
@@ -288,7 +295,11 @@ def _to_serve(store: ModelStore, name: str) -> int:
 @admin_router.post(
     "/models/{name}/unload", summary="Take a model out of service", response_class=Response, responses=EMPTY
 )
-async def v2_unload(name: Name, engine: EngineDep, body: Annotated[Unload | None, Body()] = None) -> Response:
+async def v2_unload(
+    name: Name,
+    engine: EngineDep,
+    body: Annotated[Unload | None, Body(examples=[{"parameters": {"unload_dependents": False}}])] = None,
+) -> Response:
     """Its versions stay in the store; requests under way are still answered. 409 where the setting `models` names it."""
     await engine.retire(name)
     return Response()

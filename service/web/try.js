@@ -1,6 +1,6 @@
 // Try: images in, classes out.
 
-import { get, request } from "./api.js";
+import { get, storedKey } from "./api.js";
 import { add, ask, remove, shelf } from "./classify.js";
 import { codeFor } from "./code.js";
 import { html, Trouble, useEffect, useLoad, useRef, useState } from "./page.js";
@@ -12,7 +12,6 @@ const TOP_KS = [1, 3, 5, 10];
 export function Try({ query }) {
   const [, renew] = useState(0);
   const [listed, trouble, reload] = useLoad((quiet) => get("models", { quiet }), 10000);
-  const [abilities] = useLoad(whatPredictCan);
   useEffect(() => heard(shelf, "change", () => renew((n) => n + 1)), []);
   useEffect(() => heard(document, "paste", (event) => take(event.clipboardData.files)), []);
   const ready = listed?.models.filter((model) => model.state === "ready") ?? [];
@@ -30,19 +29,13 @@ export function Try({ query }) {
     <p class="lead">Drop images anywhere on this page, paste them, or choose them here.</p>
     <${Sources} />
     <${Trouble} error=${trouble} again=${reload} />
-    <${Options} models=${ready} explains=${abilities?.explain} change=${change} />
+    <${Options} models=${ready} change=${change} />
     <${Tally} />
     <ul class="cards">
       ${shelf.images.map((image) => html`<${Card} key=${image.url} image=${image} />`)}
     </ul>
-    ${shelf.images.length > 0 && html`<${Code} needsKey=${abilities?.needsKey} />`}
+    ${shelf.images.length > 0 && html`<${Code} />`}
   `;
-}
-
-async function whatPredictCan() {
-  const { paths } = await (await request("openapi.json")).json();
-  const predict = paths["/predict"].post;
-  return { explain: predict.parameters.some(({ name }) => name === "explain"), needsKey: Boolean(predict.security) };
 }
 
 function heard(target, event, listener) {
@@ -93,7 +86,7 @@ function Picker({ label, primary, ...attributes }) {
   /></label>`;
 }
 
-function Options({ models, explains, change }) {
+function Options({ models, change }) {
   if (!chosen.models) return null;
   const toggle = (name) => {
     const others = chosen.models.filter((one) => one !== name);
@@ -113,8 +106,7 @@ function Options({ models, explains, change }) {
     <label>Classes <select onChange=${(event) => change({ topK: Number(event.target.value) })}>
         ${TOP_KS.map((k) => html`<option selected=${k === chosen.topK}>${k}</option>`)}
       </select></label>
-    ${explains &&
-    html`<label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>`}
+    <label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>
   </form>`;
 }
 
@@ -142,7 +134,7 @@ function Card({ image }) {
         ? html`<p class="faint">no preview</p>`
         : html`<div class="picture">
             <img src=${image.url} alt="" decoding="async" onError=${() => setUnseen(true)} />
-            ${explained && html`<${HeatMap} grid=${explained.explanation.grid} label=${explained.label} />`}
+            ${explained && html`<${HeatMap} ...${explained.explanation} label=${explained.label} />`}
           </div>`}
     </div>
     <div class="title">
@@ -162,6 +154,8 @@ function Answer({ answer, shown, show }) {
   return html`<section>
     <h3>${model} <span class="faint">version ${version}</span></h3>
     ${result.error && html`<p class="trouble">${result.error.message}</p>`}
+    ${result.in_distribution?.within === false &&
+    html`<p class="badge" title="distance ${result.in_distribution.distance}, threshold ${result.in_distribution.threshold}">Unlike its training images</p>`}
     <ol class="bars">
       ${result.predictions?.map(
         (prediction) => html`<li>
@@ -185,13 +179,13 @@ function Times({ image: { ms, stages } }) {
 }
 
 /** The grid over the square in the middle of the picture, which is what the network sees. */
-function HeatMap({ grid, label }) {
+function HeatMap({ grid, share, label }) {
   const canvas = useRef(null);
-  useEffect(() => paint(canvas.current, grid), [grid]);
+  useEffect(() => paint(canvas.current, grid, share), [grid]);
   return html`<canvas ref=${canvas} class="heat" role="img" aria-label="What speaks for ${label}"></canvas>`;
 }
 
-function paint(canvas, grid) {
+function paint(canvas, grid, seen) {
   const [height, width] = [grid.length, grid[0].length];
   Object.assign(canvas, { width, height });
   const pixels = new ImageData(width, height);
@@ -200,14 +194,18 @@ function paint(canvas, grid) {
   const image = canvas.previousElementSibling;
   const place = () => {
     const { naturalWidth: w, naturalHeight: h } = image;
-    const side = Math.min(w, h);
+    const side = seen * Math.min(w, h);
     const share = (length) => `${(100 * length) / 2}%`;
     canvas.style.inset = `${share(1 - side / h)} ${share(1 - side / w)}`;
   };
   image.complete ? place() : image.addEventListener("load", place, { once: true });
 }
 
-function Code({ needsKey }) {
+/** Whether those without a key are refused. */
+const wantsKey = async () => Boolean(storedKey()) && (await fetch("models")).status === 401;
+
+function Code() {
+  const [needsKey] = useLoad(wantsKey);
   const { curl, python } = codeFor(shelf.images.map(({ file }) => file.name), shelf.question, needsKey);
   return html`<details>
     <summary>The same from your own code</summary>
