@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
@@ -275,7 +276,7 @@ def _stored(store: ModelStore) -> list[tuple[str, int]]:
 
 
 @admin_router.post(
-    "/models/{name}/load", summary="Serve a model of the store", response_class=Response, responses=EMPTY
+    "/models/{name}/load", summary="Serve a model of the store", response_class=PlainTextResponse, responses=EMPTY
 )
 async def v2_load(
     name: Name,
@@ -285,7 +286,7 @@ async def v2_load(
 ) -> Response:
     """Loads the version that the store says is served, else the latest, beside the one that serves, tries it, and swaps."""
     await engine.activate(name, await run_in_threadpool(_to_serve, store, name))
-    return Response()
+    return PlainTextResponse("")
 
 
 def _to_serve(store: ModelStore, name: str) -> int:
@@ -293,7 +294,7 @@ def _to_serve(store: ModelStore, name: str) -> int:
 
 
 @admin_router.post(
-    "/models/{name}/unload", summary="Take a model out of service", response_class=Response, responses=EMPTY
+    "/models/{name}/unload", summary="Take a model out of service", response_class=PlainTextResponse, responses=EMPTY
 )
 async def v2_unload(
     name: Name,
@@ -302,4 +303,4 @@ async def v2_unload(
 ) -> Response:
     """Its versions stay in the store; requests under way are still answered. 409 where the setting `models` names it."""
     await engine.retire(name)
-    return Response()
+    return PlainTextResponse("")
