@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PAGE = 100
 POLL_S = 1.0
 TIMEOUT_S = 60.0
+WIDTH = 100  # of the list, at least: ids are copied into the next command, and in 80 columns they would be cut
 JOB = "ftjob-0f8fad5bd9cb469fa16570867728950e"  # of the examples
 
 
@@ -191,4 +192,6 @@ def print_jobs(jobs: list[dict[str, Any]]) -> None:
         done = f"{job['progress']:.0%}"
         outcome = job["error"]["message"] if job["error"] else job["deployment"] or "-"
         table.add_row(job["id"], job["request"]["name"] + version, job["status"], job["phase"] or "-", done, outcome)
-    Console(markup=False).print(table)
+    console = Console(markup=False)
+    console.width = max(console.width, WIDTH)
+    console.print(table)
