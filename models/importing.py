@@ -17,11 +17,13 @@ from torch import Tensor
 from models import architectures, tensors
 from models.architectures import Network
 from models.classifier import Head, ModelConfig
+from models.download import Progress
 from models.errors import WeightsError
 from models.store import ModelStore
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the state dict
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+STEPS = 3  # read, fit, store: of each the bytes are not known, and VGG takes seconds for each
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -32,20 +34,27 @@ def import_weights(
     architecture: str,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
+    progress: Progress | None = None,
 ) -> ModelConfig:
     """Publishes a state dict as the next version of model `name`, with the architecture's own preprocessing.
 
     The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
-    network = fit(architecture, read_state(path), channels, str(path))
+    told = progress or (lambda done, total: None)
+    told(0, STEPS)
+    state = read_state(path)
+    told(1, STEPS)
+    network = fit(architecture, state, channels, str(path))
     head = Head.of(network.layer)
     names = list(classes) if classes is not None else [f"class_{index}" for index in range(head.num_classes)]
     if len(names) != head.num_classes:
         raise WeightsError(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
+    told(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
+    told(3, STEPS)
     return store.publish(name, [ref], head, names, lineage={"source": Path(path).name, "architecture": architecture})
 
 

@@ -34,7 +34,7 @@ Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidat
 
 
 class Settings(BaseSettings):
-    """What `imago serve` can be told. Every field is a flag, an environment variable and a line in the README."""
+    """What `imago serve` can be told. Every field is a flag, an environment variable and a line in docs/settings.md."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

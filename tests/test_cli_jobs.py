@@ -61,7 +61,7 @@ def jobs(*words: str) -> Result:
 def test_list(server: Server) -> None:
     shown = jobs("list")
     assert shown.exit_code == 0
-    assert all(word in shown.output for word in ("bees@2", "succeeded", "100%", "activated"))
+    assert all(word in shown.output for word in (ID, "bees@2", "succeeded", "100%", "activated"))
     assert json.loads(jobs("list", "--json").output) == [JOB]
     assert server.keys == {f"Bearer {KEY}"}
 

@@ -36,7 +36,7 @@ def url(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 @pytest.fixture(scope="module")
 def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Made by the README's command, which fails where a route was skipped or a type was not understood."""
-    words = re.findall(r"^\$ openapi-python-client (.*)$", README, re.MULTILINE)[0].split()
+    words = re.findall(r"`openapi-python-client (generate [^`]*)`", README)[0].split()
     words = [word.replace("http://localhost:8000", url) for word in words]
     command = [sys.executable, "-m", "openapi_python_client", *words, "--fail-on-warning"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # it calls ruff

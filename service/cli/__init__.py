@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from models.errors import ModelError
 
@@ -33,6 +34,11 @@ class Commands(click.Group):
             return None
         command: click.Command = import_module(f"service.cli.{cmd_name}").command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """By the table: click would import every command, and torch with one of them, for its line of help."""
+        found = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return found + (click.Command.shell_complete(self, ctx, incomplete) if incomplete.startswith("-") else [])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -62,7 +68,18 @@ def explained(error: Exception) -> Exception:
     return error
 
 
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = """\b
+Examples:
+  imago serve
+  imago predict photo.jpg
+  imago finetune flowers/ --name flowers
+  imago models list
+
+\b
+Completion: eval "$(_IMAGO_COMPLETE=bash_source imago)" in ~/.bashrc; zsh_source and fish_source likewise."""
+
+
+@click.command(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="imago", message="%(package)s %(version)s")
 def main() -> None:
     """A folder of images becomes a served, trustworthy classifier, on your own machine."""

@@ -6,14 +6,12 @@ from pathlib import Path
 import click
 
 from service.bench import Load, Report, read_images, run
+from service.cli.options import examples
 from service.cli.progress import progress
 
 
 @click.command(
-    epilog="""\b
-Examples:
-  imago bench photos/
-  imago bench --model resnet50 --concurrency 1 --requests 200 photos/cat.jpg"""
+    epilog=examples("imago bench photos/", "imago bench --model resnet50 --concurrency 1 --requests 200 photos/cat.jpg")
 )
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server")

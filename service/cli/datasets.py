@@ -1,24 +1,21 @@
 """`imago datasets`: what lies in the datasets folder of a running server, over HTTP, with the admin key."""
 
 import json
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.cli.jobs import PAGE, ask, connect
-from service.cli.options import settings_options
+from service.cli.options import examples, settings_options
+from service.cli.progress import Update, progress
 
 if TYPE_CHECKING:
     import httpx
 
 
-@click.group(
-    epilog="""\b
-Examples:
-  imago datasets upload bees.zip
-  imago datasets list"""
-)
+@click.group(epilog=examples("imago datasets upload bees.zip", "imago datasets list"))
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server")
 @settings_options("data", "admin_key")
 @click.pass_context
@@ -30,7 +27,7 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
     context.obj = context.with_resource(connect(url, flags))
 
 
-@command.command("list", epilog="Example: imago datasets list --json")
+@command.command("list", epilog=examples("imago datasets list --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 @click.pass_obj
 def list_datasets(client: "httpx.Client", as_json: bool) -> None:
@@ -48,7 +45,10 @@ def list_datasets(client: "httpx.Client", as_json: bool) -> None:
         print_datasets(datasets)
 
 
-@command.command("upload", epilog="Example: imago datasets upload bees.zip --name bees")
+@command.command(
+    "upload",
+    epilog=examples("imago datasets upload bees.zip", "imago datasets upload photos.zip --name bees --replace"),
+)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="Name of the dataset; by default that of the file")
 @click.option("--replace", is_flag=True, help="Put it in the place of the one of this name")
@@ -56,9 +56,22 @@ def list_datasets(client: "httpx.Client", as_json: bool) -> None:
 def upload(client: "httpx.Client", file: Path, name: str | None, replace: bool) -> None:
     """Send a zip of class folders to the server."""
     query = {"replace": replace} | ({"name": name} if name else {})
-    with file.open("rb") as data:
+    with progress("upload", "bytes") as update, Watched(file, update) as data:
         kept = ask(client, "POST", "/datasets", params=query, files={"file": (file.name, data)})
     click.echo(f"{kept['name']} is there: {kept['bytes']:,} bytes")
+
+
+class Watched(FileIO):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, path: Path, update: Update) -> None:
+        super().__init__(path)
+        self._update, self._size = update, path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self._update(self.tell(), self._size)
+        return data
 
 
 def print_datasets(datasets: list[dict[str, Any]]) -> None:

@@ -16,8 +16,9 @@ from models.training.audit import Audit
 from models.training.evaluate import Evaluation
 from models.training.report import Report
 from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from service.cli.complete import stored_models
 from service.cli.models import changed
-from service.cli.options import fields_options, settings_options
+from service.cli.options import examples, fields_options, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
@@ -28,16 +29,21 @@ HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
 
 @click.command(
-    epilog="""\b
-Examples:
-  imago finetune photos/ --name bees --dry-run
-  imago finetune photos/ --name bees --base resnet18
-  imago finetune photos.zip --name bees --base resnet18 --base densenet121
-  imago finetune cifar10.zip --name cifar10 --mode scratch --base preact_resnet --epochs 12 --half"""
+    epilog=examples(
+        "imago finetune photos/ --name bees --dry-run",
+        "imago finetune photos/ --name bees --base resnet18",
+        "imago finetune photos.zip --name bees --base resnet18 --base densenet121",
+        "imago finetune cifar10.zip --name cifar10 --mode scratch --base preact_resnet --epochs 12 --half",
+    )
 )
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", required=True, help="Name of the model that comes of it")
-@click.option("--base", multiple=True, help=f"{FinetuneRequest.model_fields['base'].description}")
+@click.option(
+    "--base",
+    multiple=True,
+    shell_complete=stored_models,
+    help=f"{FinetuneRequest.model_fields['base'].description}",
+)
 @fields_options(FinetuneRequest, *REQUEST)
 @click.option("--early-stopping", type=click.Choice(["patience", "gl", "pq", "up", "none"]), help="What ends it early")
 @fields_options(EarlyStopping, "patience", "alpha", "strip", "keep")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import settings_options
+from service.cli.options import examples, settings_options
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 PAGE = 100
 POLL_S = 1.0
 TIMEOUT_S = 60.0
+WIDTH = 100  # of the list, at least: ids are copied into the next command, and in 80 columns they would be cut
+JOB = "ftjob-0f8fad5bd9cb469fa16570867728950e"  # of the examples
 
 
 @click.group(
-    epilog="""\b
-Examples:
-  imago jobs list
-  imago jobs watch ftjob-0f8fad5bd9cb469fa16570867728950e
-  imago jobs report ftjob-0f8fad5bd9cb469fa16570867728950e --html report.html"""
+    epilog=examples("imago jobs list", f"imago jobs watch {JOB}", f"imago jobs report {JOB} --html report.html")
 )
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server")
 @settings_options("data", "admin_key")
@@ -59,7 +57,7 @@ def admin_key(settings: Settings) -> str:
         ) from None
 
 
-@command.command("list", epilog="Example: imago jobs list --json")
+@command.command("list", epilog=examples("imago jobs list --limit 5", "imago jobs list --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 @click.option("--limit", type=click.IntRange(1, PAGE), default=20, show_default=True, help="Jobs to show")
 @click.pass_obj
@@ -72,7 +70,7 @@ def list_jobs(client: "httpx.Client", as_json: bool, limit: int) -> None:
         print_jobs(jobs)
 
 
-@command.command("show", epilog="Example: imago jobs show ftjob-...")
+@command.command("show", epilog=examples(f"imago jobs show {JOB}"))
 @click.argument("job_id", metavar="ID")
 @click.pass_obj
 def show(client: "httpx.Client", job_id: str) -> None:
@@ -80,7 +78,7 @@ def show(client: "httpx.Client", job_id: str) -> None:
     click.echo(json.dumps(ask(client, "GET", f"/finetune/{job_id}"), indent=2))
 
 
-@command.command("events", epilog="Example: imago jobs events ftjob-... --after 12")
+@command.command("events", epilog=examples(f"imago jobs events {JOB}", f"imago jobs events {JOB} --after 12 --json"))
 @click.argument("job_id", metavar="ID")
 @click.option("--after", type=click.IntRange(0), default=0, help="Number of the last event that is known")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line")
@@ -90,7 +88,7 @@ def events(client: "httpx.Client", job_id: str, after: int, as_json: bool) -> No
     tell_events(client, job_id, after, as_json)
 
 
-@command.command("watch", epilog="Example: imago jobs watch ftjob-...")
+@command.command("watch", epilog=examples(f"imago jobs watch {JOB}"))
 @click.argument("job_id", metavar="ID")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line")
 @click.pass_obj
@@ -109,7 +107,7 @@ def watch(client: "httpx.Client", job_id: str, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@command.command("cancel", epilog="Example: imago jobs cancel ftjob-...")
+@command.command("cancel", epilog=examples(f"imago jobs cancel {JOB}"))
 @click.argument("job_id", metavar="ID")
 @click.pass_obj
 def cancel(client: "httpx.Client", job_id: str) -> None:
@@ -117,7 +115,7 @@ def cancel(client: "httpx.Client", job_id: str) -> None:
     click.echo(f"{job_id} is {ask(client, 'POST', f'/finetune/{job_id}/cancel')['status']}")
 
 
-@command.command("stop", epilog="Example: imago jobs stop ftjob-...")
+@command.command("stop", epilog=examples(f"imago jobs stop {JOB}"))
 @click.argument("job_id", metavar="ID")
 @click.pass_obj
 def stop(client: "httpx.Client", job_id: str) -> None:
@@ -126,7 +124,7 @@ def stop(client: "httpx.Client", job_id: str) -> None:
     click.echo(f"{job_id} ends after its current step")
 
 
-@command.command("report", epilog="Example: imago jobs report ftjob-... --html report.html")
+@command.command("report", epilog=examples(f"imago jobs report {JOB}", f"imago jobs report {JOB} --html report.html"))
 @click.argument("job_id", metavar="ID")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as a page to this file")
 @click.pass_obj
@@ -194,4 +192,6 @@ def print_jobs(jobs: list[dict[str, Any]]) -> None:
         done = f"{job['progress']:.0%}"
         outcome = job["error"]["message"] if job["error"] else job["deployment"] or "-"
         table.add_row(job["id"], job["request"]["name"] + version, job["status"], job["phase"] or "-", done, outcome)
-    Console(markup=False).print(table)
+    console = Console(markup=False)
+    console.width = max(console.width, WIDTH)
+    console.print(table)

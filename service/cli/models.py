@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import settings_options
+from service.cli.complete import stored_models
+from service.cli.options import examples, settings_options
 from service.cli.progress import progress
 from service.settings import Settings
 
@@ -18,18 +19,18 @@ GROUP = "imagenet"  # what `pull` knows several models by
 
 
 @click.group(
-    epilog="""\b
-Examples:
-  imago models list
-  imago models pull resnet50
-  imago models import mine.safetensors --name mine --architecture resnet18 --classes labels.txt
-  imago models activate mine@2"""
+    epilog=examples(
+        "imago models list",
+        "imago models pull resnet50",
+        "imago models import mine.safetensors --name mine --architecture resnet18 --classes labels.txt",
+        "imago models activate mine@2",
+    )
 )
 def command() -> None:
     """List, pull, import, remove and switch models."""
 
 
-@command.command("list", epilog="Example: imago models list --json")
+@command.command("list", epilog=examples("imago models list", "imago models list --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 @settings_options("weights")
 def list_models(as_json: bool, **flags: Any) -> None:
@@ -43,8 +44,8 @@ def list_models(as_json: bool, **flags: Any) -> None:
         click.echo("the store is empty; `imago models pull resnet18` fetches a model", err=True)
 
 
-@command.command("show", epilog="Examples: imago models show resnet50; imago models show cifar10@2")
-@click.argument("name")
+@command.command("show", epilog=examples("imago models show cifar10@1", "imago models show resnet50 --classes 10"))
+@click.argument("name", shell_complete=stored_models)
 @click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Classes of an architecture")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Input channels")
 @settings_options("weights")
@@ -63,7 +64,7 @@ def show(name: str, classes: int, channels: str, **flags: Any) -> None:
         click.echo(layer_table(ref.architecture, len(config.classes), ref.preprocessing.channels))
 
 
-@command.command("pull", epilog="Examples: imago models pull resnet50 densenet121; imago models pull imagenet")
+@command.command("pull", epilog=examples("imago models pull resnet50 densenet121", "imago models pull imagenet"))
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which of the published weights")
 @settings_options("weights", "data", "weights_url")
@@ -83,7 +84,13 @@ def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
         stored(store, config)
 
 
-@command.command("import", epilog="Example: imago models import net.pth --name mine --architecture resnet18")
+@command.command(
+    "import",
+    epilog=examples(
+        "imago models import net.pth --name mine --architecture resnet18",
+        "imago models import net.safetensors --name mine --architecture vgg11 --classes labels.txt",
+    ),
+)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", required=True, help="Name to serve it under")
 @click.option("--architecture", required=True, help="Architecture that the weights belong to")
@@ -100,11 +107,13 @@ def import_model(
 
     store = open_store(flags)
     labels = read_classes(classes) if classes else None
-    stored(store, import_weights(file, store, name, architecture, labels, int(channels) if channels else None))
+    with progress(f"import {file.name}", "steps") as update:
+        config = import_weights(file, store, name, architecture, labels, int(channels) if channels else None, update)
+    stored(store, config)
 
 
-@command.command("remove", epilog="Examples: imago models remove mine; imago models remove mine@1")
-@click.argument("name", metavar="NAME[@VERSION]")
+@command.command("remove", epilog=examples("imago models remove mine", "imago models remove mine@1"))
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
 @settings_options("weights")
 def remove(name: str, **flags: Any) -> None:
     """Remove a model, or one version of it, and the backbones that nothing else stands on."""
@@ -113,8 +122,8 @@ def remove(name: str, **flags: Any) -> None:
     changed(f"removed {name}")
 
 
-@command.command("activate", epilog="Example: imago models activate mine@2")
-@click.argument("name", metavar="NAME[@VERSION]")
+@command.command("activate", epilog=examples("imago models activate mine", "imago models activate mine@2"))
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
 @settings_options("weights")
 def activate(name: str, **flags: Any) -> None:
     """Serve this version of a model from now on; without a version, the latest."""
@@ -125,8 +134,8 @@ def activate(name: str, **flags: Any) -> None:
     changed(f"{model}@{version} is the version to serve")
 
 
-@command.command("rollback", epilog="Example: imago models rollback mine")
-@click.argument("name")
+@command.command("rollback", epilog=examples("imago models rollback mine"))
+@click.argument("name", shell_complete=stored_models)
 @settings_options("weights")
 def rollback(name: str, **flags: Any) -> None:
     """Serve the version that was served before."""
@@ -134,8 +143,8 @@ def rollback(name: str, **flags: Any) -> None:
     changed(f"{name}@{serving.models[name]} is the version to serve")
 
 
-@command.command("calibrate", epilog="Example: imago models calibrate cifar10 cifar10.zip --share 0.5")
-@click.argument("name", metavar="NAME[@VERSION]")
+@command.command("calibrate", epilog=examples("imago models calibrate cifar10 cifar10.zip --share 0.5"))
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
 @click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Held-out images")
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="How much of them to use")
@@ -158,8 +167,8 @@ def calibrate(name: str, dataset: Path, part: str, share: float, images: int | N
     click.echo("A running server picks it up when this version is activated again, or at its next start.", err=True)
 
 
-@command.command("default", epilog="Example: imago models default mine")
-@click.argument("name")
+@command.command("default", epilog=examples("imago models default mine"))
+@click.argument("name", shell_complete=stored_models)
 @settings_options("weights")
 def default(name: str, **flags: Any) -> None:
     """Answer with this model where a request names none. It must be served."""

@@ -19,6 +19,11 @@ RUNTIME = ("weights", "data", "device", "engine", "precision", "memory_format", 
 IMAGES = ("max_image_mb", "max_image_megapixels", "max_image_side", "extra_formats", "decode_threads")
 
 
+def examples(*commands: str) -> str:
+    """The last paragraph of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
 def settings_options(*names: str) -> Callable[[F], F]:
     """Adds an option for each of these settings, or for all. One that is not given is None: `Settings.load` then looks further."""
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from models.errors import ModelError
-from service.cli.options import IMAGES, RUNTIME, settings_options
+from service.cli.complete import stored_models
+from service.cli.options import IMAGES, RUNTIME, examples, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
@@ -24,14 +25,20 @@ PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that t
 
 
 @click.command(
-    epilog="""\b
-Examples:
-  imago predict cat.jpg dog.png
-  imago predict --model resnet50 --top-k 3 --json photos/*.jpg
-  imago predict --alpha 0.1 --neighbours 3 --explain heat/ cat.jpg"""
+    epilog=examples(
+        "imago predict cat.jpg dog.png",
+        "imago predict --model resnet50 --top-k 3 --json photos/*.jpg",
+        "imago predict --alpha 0.1 --neighbours 3 --explain heat/ cat.jpg",
+    )
 )
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--model", "models", multiple=True, help="Model to ask; may be repeated. Default: the store's default")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    shell_complete=stored_models,
+    help="Model to ask; may be repeated. Default: the store's default",
+)
 @click.option("--top-k", type=click.IntRange(1), help="Predictions per image  [IMAGO_TOP_K; default 5]")
 @click.option(
     "--explain",
