@@ -201,12 +201,20 @@ def unloadable(weights: Path) -> list[str]:
 
 def check_serving(server: rig.Server, found: Found) -> None:
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
-        broken = [model for model in http.get("/models").json()["models"] if model["state"] != "ready"]
+        within(
+            30, lambda: all(model["state"] != "loading" for model in models(http))
+        )  # only the default is awaited so far
+        broken = [model for model in models(http) if model["state"] != "ready"]
         found.problems += [f"{model['name']}: {model['state']} {model['error']}" for model in broken]
         lost = found.accepted - found.forgotten - {job["id"] for job in listed(http)}
         found.problems += [f"{job} was accepted, and is lost" for job in lost]
         if not within(30, lambda: not running(http) or bool(trainers(server.pid))):
             found.problems.append(f"{running(http)} run without a process")
+
+
+def models(http: httpx.Client) -> list[Json]:
+    found: list[Json] = http.get("/models").json()["models"]
+    return found
 
 
 def listed(http: httpx.Client) -> list[Json]:
