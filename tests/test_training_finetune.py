@@ -146,6 +146,14 @@ def test_the_published_model_predicts_what_the_metrics_say(trained: Workshop) ->
     assert sum(right) / len(right) == pytest.approx(config.metrics["test"]["accuracy"])
 
 
+def test_from_scratch_on_gray_images(trained: Workshop) -> None:
+    """Coloured ones are turned gray, in training and in serving."""
+    config = trained.scratch(name="gray", channels=1, hyperparameters={**QUICK, "epochs": 20, "lr": 0.05})
+    assert config.backbones[0].preprocessing.channels == 1
+    assert config.metrics["test"]["accuracy"] > 0.8
+    assert trained.run(name="gray-head", base="gray").backbones == config.backbones
+
+
 def test_a_head_shares_its_bases_backbone_to_the_byte(trained: Workshop) -> None:
     config = trained.run(name="head", base="colours")
     assert config.backbones == trained.store.config("colours", 1).backbones
