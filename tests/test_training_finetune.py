@@ -573,6 +573,14 @@ def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None
     assert DryRun.model_validate(plan).model_dump().keys() == plan.keys()  # as the API documents it
 
 
+def test_whoever_serves_on_the_same_device_is_left_memory(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded: list[torch.device] = []
+    monkeypatch.setattr(finetune, "leave_memory", bounded.append)
+    asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
+    dry_run(asked, trained.store, lambda event: None, cache=trained.root)
+    assert bounded == finetune.devices("auto")[:1]
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
