@@ -573,6 +573,25 @@ def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None
     assert DryRun.model_validate(plan).model_dump().keys() == plan.keys()  # as the API documents it
 
 
+@pytest.mark.parametrize(
+    ("asked", "features", "train"),
+    [
+        pytest.param({}, 75, 3, id="head"),
+        pytest.param({"hyperparameters": {"copies": 2}}, 75 + 2 * 48, 3, id="head with copies"),
+        pytest.param({"mode": "finetune", "hyperparameters": {"epochs": 4}}, 0, 4 * (3 * 48 + 27), id="finetune"),
+        pytest.param({"mode": "head_then_finetune", "budget": {"max_epochs": 1}}, 75, 3 * 48 + 27, id="both"),
+    ],
+)
+def test_the_estimate_follows_from_what_one_image_takes(
+    trained: Workshop, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], features: float, train: float
+) -> None:
+    monkeypatch.setattr("models.training.rehearsal.seconds_per_image", lambda job, base: 1.0)
+    request = FinetuneRequest.model_validate({"dataset": trained.photos, "name": "new", "base": "colours", **asked})
+    found = dry_run(request, trained.store, lambda event: None, cache=trained.root)["estimate"]
+    assert (found["features"], found["train"]) == (features, train)
+    assert found["total"] == pytest.approx(found["audit"] + features + train, abs=0.1)
+
+
 def test_whoever_serves_on_the_same_device_is_left_memory(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     bounded: list[torch.device] = []
     monkeypatch.setattr(finetune, "leave_memory", bounded.append)
