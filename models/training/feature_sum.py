@@ -38,7 +38,7 @@ def fit_sum(
         raise TrainingError("a base's features are not finite numbers: check the bases with `imago predict`")
     folds = fold_of(labels, groups, settings.seed)
     recipe = SumRecipe(tuple(Standardised.of(f) for f in features), labels, num_classes, settings)
-    log_probabilities, counts = torch.zeros(len(labels), num_classes), []
+    log_probabilities, counts = torch.zeros(len(labels), num_classes), list[int]()
     step = BATCH * HIDDEN * sum(member.shape[1] for member in features)
     with torch.random.fork_rng(devices=[]), threads_for(step):
         for fold in range(int(folds.max()) + 1):
