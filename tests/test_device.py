@@ -56,7 +56,8 @@ def test_a_trainer_leaves_a_fifth_of_a_gpus_free_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: shares.append(given))
     for name in ("cpu", "cuda:1"):
         device.leave_memory(torch.device(name))
-    assert shares == [(pytest.approx(0.6), torch.device("cuda:1"))]
+    [(share, bounded)] = shares
+    assert (share, bounded) == (0.8 * 60 / 80, torch.device("cuda:1"))
 
 
 def test_a_fall_back_to_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

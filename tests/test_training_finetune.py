@@ -15,6 +15,7 @@ from training_data import archive, coloured, folder
 from models.classifier import ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
 from models.images import decode, stack
+from models.runtime import devices
 from models.store import ModelStore
 from models.training import distributed, finetune, fitting
 from models.training import network as whole
@@ -597,7 +598,7 @@ def test_whoever_serves_on_the_same_device_is_left_memory(trained: Workshop, mon
     monkeypatch.setattr(finetune, "leave_memory", bounded.append)
     asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
     dry_run(asked, trained.store, lambda event: None, cache=trained.root)
-    assert bounded == finetune.devices("auto")[:1]
+    assert bounded == devices("auto")[:1]
 
 
 @pytest.mark.parametrize(
