@@ -63,7 +63,8 @@ def show_views(page: Page, server: PageServer, job: str) -> None:
     drawn = [(f"{kind}-{seed}.png", landscape(kind, 900 + seed)) for seed in (1, 2) for kind in KINDS]
     files = [{"name": name, "mimeType": "image/png", "buffer": png(image)} for name, image in drawn]
     page.set_input_files("input[multiple]", files)  # type: ignore[arg-type]
-    page.get_by_text("8 answered").wait_for()
+    page.get_by_label("Heat map").check()
+    page.locator("canvas.heat").nth(7).wait_for()
     shoot(page, "try")
     page.goto("/#models")
     page.get_by_text("Versions").last.click()

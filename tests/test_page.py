@@ -74,6 +74,7 @@ def tally(page: Page, said: str) -> None:
 # Try
 
 
+@pytest.mark.abuse("J16")
 def test_images_are_answered_in_their_places(page: Page) -> None:
     page.goto("/")
     page.get_by_label("twin").check()
@@ -84,6 +85,27 @@ def test_images_are_answered_in_their_places(page: Page) -> None:
     expect(card.locator(".bars li")).to_have_count(6)
     expect(card.locator(".times")).to_contain_text("compute")
     expect(page.locator(".card", has_text="notes.txt")).to_contain_text("JPEG, PNG")
+    assert page.title() == "Try - Imago"
+
+
+@pytest.mark.abuse("J16")
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        pytest.param(200, {"predictions": [{"label": MARKUP, "index": 0, "probability": 1.0}]}, id="class"),
+        pytest.param(200, {"error": {"code": "invalid_image", "message": MARKUP}}, id="error of an image"),
+        pytest.param(422, {"code": "invalid_image", "message": MARKUP, "param": None}, id="error"),
+    ],
+)
+def test_markup_in_what_the_server_says_is_text(page: Page, status: int, said: dict[str, Any]) -> None:
+    result = {"model": "cifar10", "version": 1, "results": [{"filename": None, **said}]}
+    page.route(
+        "**/predict*", lambda route: route.fulfill(status=status, json={"error": said} if status > 200 else result)
+    )
+    page.goto("/")
+    give(page, drawn("sea.png"))
+    expect(page.locator(".card")).to_contain_text(MARKUP)
+    expect(page.locator(".card img[onerror]")).to_have_count(0)
     assert page.title() == "Try - Imago"
 
 
@@ -124,7 +146,8 @@ def test_a_heat_map(page: Page) -> None:
     give(page, drawn("sea.png"))
     tally(page, "1 image: 1 answered")
     heat = page.locator("canvas.heat")
-    expect(heat).to_have_attribute("style", "inset: 0%;")
+    expect(page.locator(".picture img")).to_be_visible()
+    assert heat.bounding_box() == page.locator(".picture img").bounding_box()
     hottest = heat.evaluate(
         "c => Math.max(...c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 == 3))"
     )

@@ -195,8 +195,8 @@ function paint(canvas, grid, seen) {
   const place = () => {
     const { naturalWidth: w, naturalHeight: h } = image;
     const side = seen * Math.min(w, h);
-    const share = (length) => `${(100 * length) / 2}%`;
-    canvas.style.inset = `${share(1 - side / h)} ${share(1 - side / w)}`;
+    const percents = { left: 50 - (50 * side) / w, top: 50 - (50 * side) / h, width: (100 * side) / w, height: (100 * side) / h };
+    for (const [what, value] of Object.entries(percents)) canvas.style[what] = `${value}%`;
   };
   image.complete ? place() : image.addEventListener("load", place, { once: true });
 }
