@@ -229,15 +229,16 @@ class Tap(nn.Module):
 
 
 def pooled(output: Tensor) -> Tensor:
-    """The mean over the positions of a map (N, D, h, w), or (N, h, w, D) as Swin has it, or over a transformer's words (N, T, D) -> (N, D).
-
-    Images are square, so equal sides tell which axes are the positions.
-    """
+    """The mean over the positions of a map (N, D, h, w), or (N, h, w, D), or over a transformer's words (N, T, D) -> (N, D)."""
     if output.ndim == 3:
         return output.mean(dim=1)
-    if output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]:
-        return output.mean(dim=(1, 2))
-    return output.flatten(2).mean(dim=2) if output.ndim > 2 else output
+    return channels_first(output).flatten(2).mean(dim=2) if output.ndim > 2 else output
+
+
+def channels_first(maps: Tensor) -> Tensor:
+    """(N, h, w, D), as Swin has its maps, -> (N, D, h, w). Images are square, so equal sides tell which axes are the positions."""
+    _, first, second, last = maps.shape
+    return maps.permute(0, 3, 1, 2) if first == second != last else maps
 
 
 @dataclass(frozen=True, eq=False)
