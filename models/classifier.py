@@ -222,10 +222,9 @@ class Tap(nn.Module):
         if not isinstance(tapped, Tensor):
             raise WeightsError(f"the module {self.name!r} has no output that could be features: name one that holds it")
         features = pooled(tapped)
-        views = features.reshape(
-            -1, len(images), features.shape[1]
-        )  # of each image, where the network looks at several
-        return views.mean(dim=0)
+        views = len(features) // len(images)  # of each image, where the network looks at several
+        # Not by the number of images: a traced network keeps that of its example.
+        return features if views == 1 else torch.stack(features.chunk(views)).mean(dim=0)
 
 
 def pooled(output: Tensor) -> Tensor:
