@@ -17,6 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from models.errors import WeightsError
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -199,27 +201,43 @@ class Head(nn.Module):
 
 
 class Tap(nn.Module):
-    """The output of a network's module `name`, (N, D, ...) -> (N, D) by the mean over whatever follows. To be called from one thread."""
+    """The output of a network's module `name` -> (N, D), see `pooled`. To be called from one thread.
+
+    Raises WeightsError for a module that answers no tensor, or never runs by itself.
+    """
 
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
         self.network = network
         self.name = name
-        self._tapped: Tensor | None = None
+        self._tapped: Any = None
         network.get_submodule(name).register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._tapped = output
 
     def forward(self, images: Tensor) -> Tensor:
         self.network(images)
-        assert self._tapped is not None  # noqa: S101  (its hook has just run)
         tapped, self._tapped = self._tapped, None
-        features = tapped.flatten(2).mean(dim=2) if tapped.ndim > 2 else tapped
-        views = features.reshape(
-            -1, len(images), features.shape[1]
-        )  # of each image, where the network looks at several
-        return views.mean(dim=0)
+        if not isinstance(tapped, Tensor):
+            raise WeightsError(f"the module {self.name!r} has no output that could be features: name one that holds it")
+        features = pooled(tapped)
+        views = len(features) // len(images)  # of each image, where the network looks at several
+        # Not by the number of images: a traced network keeps that of its example.
+        return features if views == 1 else torch.stack(features.chunk(views)).mean(dim=0)
+
+
+def pooled(output: Tensor) -> Tensor:
+    """The mean over the positions of a map (N, D, h, w), or (N, h, w, D), or over a transformer's words (N, T, D) -> (N, D)."""
+    if output.ndim == 3:
+        return output.mean(dim=1)
+    return channels_first(output).flatten(2).mean(dim=2) if output.ndim > 2 else output
+
+
+def channels_first(maps: Tensor) -> Tensor:
+    """(N, h, w, D), as Swin has its maps, -> (N, D, h, w). Images are square, so equal sides tell which axes are the positions."""
+    _, first, second, last = maps.shape
+    return maps.permute(0, 3, 1, 2) if first == second != last else maps
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,13 @@ from models.store import ModelStore
 
 
 def ensemble(store: ModelStore, name: str, members: list[str]) -> ModelConfig:
-    """Publishes the mean of the members' probabilities, latest versions, as the next version of `name`.
+    """Publishes the mean of the members' probabilities as the next version of `name`: of the versions that are served, or the latest.
 
     Where the latest version of `name` is that already, it is returned. Members have one backbone each and the same classes, in
     the same order (WeightsError).
     """
-    configs = [store.config(member) for member in members]
+    served = store.serving().models
+    configs = [store.config(member, served.get(member)) for member in members]
     _check_members(configs)
     lineage = {"ensemble": [{"name": config.name, "version": config.version} for config in configs]}
     if (existing := _latest(store, name)) is not None and existing.lineage == lineage:

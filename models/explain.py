@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.classifier import Backbone, ConvLayer, Head, Preprocessing, Tap, normalise
+from models.classifier import Backbone, ConvLayer, Head, Preprocessing, Tap, channels_first, normalise
 
 WATCHED = (
     32  # of a network's last outputs, among which its map is looked for; all of a large network's would fill the memory
@@ -94,8 +94,8 @@ def _is_map_of(maps: Tensor, features: Tensor) -> bool:
 
 def _spatial(output: Tensor) -> Tensor | None:
     """(N, D, h, w) with more than one position, of a map or of a transformer's words (N, 1 + h * w, D); None where it is neither."""
-    if output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-        return output
+    if output.ndim == 4 and (maps := channels_first(output))[0, 0].numel() > 1:
+        return maps
     if output.ndim == 3 and (side := math.isqrt(output.shape[1] - 1)) > 1 and side**2 == output.shape[1] - 1:
         return output[:, 1:].transpose(1, 2).reshape(len(output), -1, side, side)
     return None
@@ -141,7 +141,7 @@ class GradCam:
             kept.append(output.detach().requires_grad_())
             return kept[-1].clone()  # what follows may work in place
 
-        hook = self.module.get_submodule(self.name).register_forward_hook(cut)
+        hook = self.module.get_submodule(self.name).register_forward_hook(cut, prepend=True)  # before a Tap's own
         try:
             with torch.enable_grad():
                 features = self.module(normalise(pixels[None], self.preprocessing))

@@ -1,5 +1,6 @@
 """Every architecture: the cut, the names of its weights, one channel, class counts."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,7 +137,13 @@ def test_inception_is_cut_the_same_with_and_without_its_auxiliary_classifier(aux
     torch.testing.assert_close(network.layer(network.backbone(x)), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "preact_resnet", "vit_b_32", "inception_v3", "densenet_small"])
+def one_of_each_family() -> list[str]:
+    """The first convolution is the same in all networks of a family: `resnet`, `vgg`, `swin`; and all small networks but the deepest."""
+    families = {re.match(r"[a-z]+", name)[0]: name for name in reversed(NAMES)}  # type: ignore[index]
+    return sorted({*families.values(), *classics.NETWORKS} - {"resnet110_v1", "resnet110_v2"})
+
+
+@pytest.mark.parametrize("name", one_of_each_family())
 def test_one_channel(name: str) -> None:
     network = architectures.cut(name, architectures.outline(name, 2, channels=1), channels=1)
     conv = next(m for m in network.backbone.modules() if isinstance(m, nn.Conv2d))

@@ -252,6 +252,14 @@ def test_import_serves_a_first_version_and_leaves_a_later_one_to_be_activated(st
     assert "imago models activate digits@2" in result.stderr
 
 
+def test_ensemble(store: ModelStore) -> None:
+    publish(store, "other")
+    result = imago("models", "ensemble", "both", "digits", "other")
+    assert result.exit_code == 0, result.output
+    assert (store.config("both").head.kind, store.serving().models["both"]) == ("mean", 1)
+    assert "at least two members" in imago("models", "ensemble", "both", "digits").stderr
+
+
 def test_pull_passes_on_what_is_asked_for(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
 

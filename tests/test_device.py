@@ -50,6 +50,16 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, 
         runtime.devices(name)
 
 
+def test_a_trainer_leaves_a_fifth_of_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: shares.append(given))
+    for name in ("cpu", "cuda:1"):
+        device.leave_memory(torch.device(name))
+    [(share, bounded)] = shares
+    assert (share, bounded) == (0.8 * 60 / 80, torch.device("cuda:1"))
+
+
 def test_a_fall_back_to_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with_gpus(monkeypatch, 0)
     runtime.devices("auto")

@@ -47,6 +47,14 @@ def test_the_same_members_make_no_new_version(store: ModelStore) -> None:
     assert ensemble(store, "both", ["one", "two"]).version == 2
 
 
+def test_a_member_is_the_version_that_is_served(store: ModelStore) -> None:
+    """The latest may be one that the gate has rejected."""
+    for name, seed in (("one", 1), ("two", 2), ("two", 3)):
+        publish(store, name, seed)
+    store.activate("two", 1)
+    assert ensemble(store, "both", ["one", "two"]).lineage["ensemble"][1] == {"name": "two", "version": 1}
+
+
 def test_members_must_agree(store: ModelStore) -> None:
     publish(store, "one")
     publish(store, "two", seed=2)

@@ -138,6 +138,29 @@ def test_a_transformer_is_explained_by_the_words_that_its_class_token_looks_at()
     assert grad_cam(head, 0, photo(made("lenet5")[0])[0], [0, 1]).shape == (2, 4, 4)
 
 
+@pytest.mark.parametrize("words", [pytest.param(True, id="words"), pytest.param(False, id="channels last, as in Swin")])
+def test_a_named_module_is_explained_by_its_own_output(words: bool) -> None:
+    class Bright(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.last, self.after = nn.Conv2d(3, 8, 8, stride=8), nn.Identity(), nn.Linear(8, 8)
+            self.patches.weight.data.fill_(1 / 192)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.patches(x).permute(0, 2, 3, 1)  # (N, 4, 4, 8)
+            flat = maps.flatten(1, 2)
+            found = self.last(torch.cat([flat.mean(1, keepdim=True), flat], dim=1) if words else maps)
+            return self.after(found).flatten(1)  # type: ignore[no-any-return]
+
+    ref, head = made("lenet5")[0].ref, Head(HeadConfig(layers=(LayerConfig(in_features=8),)), 2)
+    head.layers[0].weight.data = torch.tensor([[-1.0] * 8, [1.0] * 8])
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    pixels[:, 8:16, 16:24] = 255
+    grad_cam = explain.GradCam(Backbone(ref, Tap(Bright().eval().requires_grad_(False), "last"), 8))
+    heat = grad_cam(head, 0, pixels, [1])
+    assert (heat.shape, int(heat.argmax())) == ((1, 4, 4), 1 * 4 + 2)
+
+
 def test_a_network_without_any_map_says_so() -> None:
     with pytest.raises(ValueError, match="none of its last layers has a map"):
         explain.GradCam(Backbone(made("lenet5")[0].ref, nn.Flatten(), 3072))

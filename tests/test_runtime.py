@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
+from models.classifier import Backbone, BackboneRef, Preprocessing, Tap, normalise
 from models.errors import DeviceUnavailable
 from models.runtime import Options, choice, compile_backbone, compiler
 from models.runtime.openvino_engine import converted_folder, openvino_version
@@ -60,7 +60,13 @@ def residual(channels: int) -> nn.Module:
     return nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), Residual(16), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
 
+def tapped(channels: int) -> nn.Module:
+    """Features of a named module."""
+    return Tap(residual(channels), "3")
+
+
 NETWORKS = [
+    pytest.param(tapped, 3, id="tapped"),
     pytest.param(residual, 3, id="residual"),
     pytest.param(residual, 1, id="residual-gray"),
     pytest.param(Attention, 3, id="attention"),

@@ -1,11 +1,13 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.classifier import Head
 from models.errors import TrainingError
-from models.training.feature_sum import fit_sum
+from models.training.feature_sum import SumRecipe, fit_sum
 from models.training.head import Fit
 from models.training.request import FinetuneRequest, effective
 
@@ -42,6 +44,26 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_generator_alone(
     first, second = (fitted(*members).head.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("whole", "epochs"), [(0, 1), (1, 15), (5, 15)])
+def test_stopped_it_ends_with_what_the_whole_folds_have_said(
+    members: tuple[list[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, whole: int, epochs: int
+) -> None:
+    """Of folds that get better in each of their 15 epochs."""
+    asked, trained = itertools.count(1), list[int]()
+    train = SumRecipe.train
+
+    def recorded(self: SumRecipe, rows: Tensor, count: int) -> Head:
+        trained.append(count)
+        return train(self, rows, count)
+
+    monkeypatch.setattr(SumRecipe, "train", recorded)
+    features, labels = members
+    stop = lambda: next(asked) > 16 * whole  # noqa: E731  (once an epoch, and once a fold but the first)
+    found = fit_sum(features, labels, 3, torch.arange(90), SETTINGS, lambda done: None, stop)
+    assert trained == [epochs]
+    torch.testing.assert_close(found.out_of_fold.sum(dim=1), torch.ones(90))
 
 
 def test_features_that_are_not_finite_are_refused(members: tuple[list[Tensor], Tensor]) -> None:

@@ -15,6 +15,7 @@ from training_data import archive, coloured, folder
 from models.classifier import ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
 from models.images import decode, stack
+from models.runtime import devices
 from models.store import ModelStore
 from models.training import distributed, finetune, fitting
 from models.training import network as whole
@@ -144,6 +145,14 @@ def test_the_published_model_predicts_what_the_metrics_say(trained: Workshop) ->
     found = classifier.probabilities([stack(images)]).argmax(dim=1)
     right = [config.classes[i] == name.split("/")[1] for i, name in zip(found.tolist(), names, strict=True)]
     assert sum(right) / len(right) == pytest.approx(config.metrics["test"]["accuracy"])
+
+
+def test_from_scratch_on_gray_images(trained: Workshop) -> None:
+    """Coloured ones are turned gray, in training and in serving."""
+    config = trained.scratch(name="gray", channels=1, hyperparameters={**QUICK, "epochs": 20, "lr": 0.05})
+    assert config.backbones[0].preprocessing.channels == 1
+    assert config.metrics["test"]["accuracy"] > 0.8
+    assert trained.run(name="gray-head", base="gray").backbones == config.backbones
 
 
 def test_a_head_shares_its_bases_backbone_to_the_byte(trained: Workshop) -> None:
@@ -563,6 +572,33 @@ def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
     json.dumps(plan, allow_nan=False)
     assert DryRun.model_validate(plan).model_dump().keys() == plan.keys()  # as the API documents it
+
+
+@pytest.mark.parametrize(
+    ("asked", "features", "train"),
+    [
+        pytest.param({}, 75, 3, id="head"),
+        pytest.param({"hyperparameters": {"copies": 2}}, 75 + 2 * 48, 3, id="head with copies"),
+        pytest.param({"mode": "finetune", "hyperparameters": {"epochs": 4}}, 0, 4 * (3 * 48 + 27), id="finetune"),
+        pytest.param({"mode": "head_then_finetune", "budget": {"max_epochs": 1}}, 75, 3 * 48 + 27, id="both"),
+    ],
+)
+def test_the_estimate_follows_from_what_one_image_takes(
+    trained: Workshop, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], features: float, train: float
+) -> None:
+    monkeypatch.setattr("models.training.rehearsal.seconds_per_image", lambda job, base: 1.0)
+    request = FinetuneRequest.model_validate({"dataset": trained.photos, "name": "new", "base": "colours", **asked})
+    found = dry_run(request, trained.store, lambda event: None, cache=trained.root)["estimate"]
+    assert (found["features"], found["train"]) == (features, train)
+    assert found["total"] == pytest.approx(found["audit"] + features + train, abs=0.1)
+
+
+def test_whoever_serves_on_the_same_device_is_left_memory(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded: list[torch.device] = []
+    monkeypatch.setattr(finetune, "leave_memory", bounded.append)
+    asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
+    dry_run(asked, trained.store, lambda event: None, cache=trained.root)
+    assert bounded == devices("auto")[:1]
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,22 @@ def test_fewer_images_than_a_batch_train(tmp_path: Path) -> None:
     assert len(history.losses) == 2
 
 
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    def trained(**recipe: int) -> tuple[nn.Sequential, list[int]]:
+        torch.manual_seed(0)
+        module, sizes = (
+            nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(3, 3)),
+            list[int](),
+        )
+        module.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])) if m.training else None)
+        train(module, tmp_path / f"{recipe}.pt", settings(2, **recipe))
+        return module, sizes
+
+    (whole, eights), (parts, fours) = trained(batch_size=8), trained(batch_size=4, accumulate=2)
+    assert (set(eights), set(fours), len(fours)) == ({8}, {4}, 2 * len(eights))
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+
+
 @pytest.mark.parametrize(
     ("recipe", "low", "high"),
     [

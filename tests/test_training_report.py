@@ -49,6 +49,12 @@ def test_the_page_is_whole(page: str) -> None:
         "What is taken for what",
         "Choice of the base",
         "Would more images help?",
+        "stopped after 8 of 20 epochs",
+        'aria-label="loss by epoch"',
+        'aria-label="accuracy by epoch"',
+        'aria-label="accuracy by confidence"',
+        'aria-label="confusion matrix',
+        "Labels to check",
     ):
         assert said in page
 

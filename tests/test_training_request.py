@@ -34,6 +34,7 @@ SCRATCH: dict[str, Any] = {"mode": "scratch", "base": "lenet5"}
         pytest.param({"mode": "finetune", "hyperparameters": {"copies": 2}}, id="copies of what is not cached"),
         pytest.param({"mode": "finetune", "hyperparameters": {"thaw_every": 2}}, id="thawing what is not frozen"),
         pytest.param({**SCRATCH, "hyperparameters": {"freeze_until": "layer1"}}, id="freezing what is not learnt"),
+        pytest.param({"mode": "finetune", "channels": 1}, id="other channels than the base's"),
         pytest.param({"metadata": {str(i): "x" for i in range(17)}}, id="too many texts"),
         pytest.param({"budget": {"max_epochs": 3}}, id="a head has no epochs"),
         pytest.param({"early_stopping": {"criterion": "gl"}}, id="nor an early stop"),
@@ -127,11 +128,28 @@ def test_the_command_says_everything_but_where_the_dataset_lies() -> None:
     )
 
 
-def test_the_command_line_understands_its_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = request(
-        base=["a", "b"],
-        hyperparameters={"class_weight": "balanced", "copies": 2, "vflip": True, "augmentation": "light"},
-    )
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(
+            {
+                "base": ["a", "b"],
+                "hyperparameters": {
+                    "class_weight": "balanced",
+                    "copies": 2,
+                    "vflip": True,
+                    "augmentation": "light",
+                },
+            },
+            id="ensemble",
+        ),
+        pytest.param({**SCRATCH, "channels": 1}, id="gray"),
+    ],
+)
+def test_the_command_line_understands_its_own_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    asked = request(**fields)
     understood: list[FinetuneRequest] = []
     monkeypatch.setattr("service.cli.finetune.train", lambda request, *others: understood.append(request))
     (tmp_path / "cifar10.zip").touch()

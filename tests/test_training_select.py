@@ -1,8 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from models.errors import TrainingError
+from models.training import select
+from models.training.head import Validation, cross_validate
 from models.training.request import FinetuneRequest, effective
 from models.training.select import Candidate, Choice, choose
 
@@ -47,6 +51,19 @@ def test_the_table_names_all_and_progress_moves() -> None:
     assert found.candidates[0].accuracy == 1.0
     assert found.candidates[-1].spread > 0
     assert seen == sorted(seen)
+
+
+def test_stopped_it_tries_one_strength_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def counted(*given: Any) -> Validation:
+        found = cross_validate(*given)
+        tried.append(len(found.path))
+        return found
+
+    monkeypatch.setattr(select, "cross_validate", counted)
+    choose(CANDIDATES, LABELS, torch.arange(90), 3, SETTINGS, None, lambda done: None, lambda: True)
+    assert tried == [1] * len(CANDIDATES)
 
 
 def test_none_under_the_limit_names_the_fastest() -> None:

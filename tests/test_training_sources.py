@@ -45,6 +45,11 @@ def test_parts_by_their_usual_names(tmp_path: Path, name: str, part: str) -> Non
     assert [item.part for item in source.items if item.path.endswith("9.png")] == [part]
 
 
+def test_endings_in_capitals_or_written_out_are_alike(tmp_path: Path) -> None:
+    files = {"ant/0.JPG": b"x", "ant/1.jpeg": b"x", "bee/0.Png": b"x", "bee/without": b"x"}
+    assert [item.path for item in listed(folder(tmp_path, files)).items] == sorted(files)
+
+
 def test_hidden_files_are_no_part_of_it_and_strays_are_told(tmp_path: Path) -> None:
     hidden = {"__MACOSX/ant/0.png": b"x", "ant/.DS_Store": b"x", ".git/config": b"x"}
     source = listed(folder(tmp_path, TINY | hidden | {"README.txt": b"x"}))

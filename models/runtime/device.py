@@ -11,6 +11,8 @@ from models.errors import DeviceUnavailable
 
 log = logging.getLogger(__name__)
 
+SHARE = 0.8  # of a GPU's free memory, for training beside a server
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two processors; "max 100000" is no limit
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc", "cublas_status_alloc_failed")
@@ -80,6 +82,13 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     except RuntimeError:
         return None
     return total - free, total
+
+
+def leave_memory(device: torch.device) -> None:
+    """Bounds what this process may take on a GPU to SHARE of what is free there now: who serves on it has room to grow."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(SHARE * free / total, device)
 
 
 def cpu_count() -> int:

@@ -26,7 +26,7 @@ def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
     """What the request names; for "auto", all there is to choose from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
     if request.mode == "scratch":
         assert isinstance(request.base, str)  # noqa: S101  (the request has checked it)
-        preprocessing = architectures.preprocessing_of(request.base)
+        preprocessing = architectures.preprocessing_of(request.base, request.channels)
         return (
             Base(name=request.base, version=None, ref=None, architecture=request.base, preprocessing=preprocessing),
         )

@@ -46,6 +46,7 @@ def _choose(job: Job) -> Choice:
             job.settings,
             job.request.budget.max_latency_ms,
             job.tell("features"),
+            job.is_to_end,
         )
     job.progress(Event("features", 1.0, message=f"of {len(candidates)} bases, {choice.best} is taken"))
     return choice

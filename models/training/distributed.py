@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from models.classifier import Preprocessing
 from models.errors import TrainingError
 from models.runtime import tune_allocator
+from models.runtime.device import leave_memory
 from models.training.auxiliary import Auxiliary
 from models.training.dataset import Dataset
 from models.training.freezing import Freezing
@@ -255,6 +256,7 @@ def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", as
     device = plan.devices[rank]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    leave_memory(device)
     _join(rank, plan.devices, folder / f"store-{micro}")
     trainer = Trainer(
         plan.network.to(device),

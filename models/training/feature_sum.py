@@ -12,7 +12,7 @@ from torch import Tensor
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.errors import TrainingError
 from models.training.head import FOLDS, Fit, class_weights, fold_of, score, threads_for
-from models.training.progress import Progress
+from models.training.progress import Progress, Stop, never
 from models.training.request import Effective
 
 LR, DECAY, BATCH, HIDDEN = 1e-3, 1e-2, 64, 512
@@ -26,24 +26,27 @@ def fit_sum(
     groups: Tensor,
     settings: Effective,
     progress: Progress,
+    stop: Stop = never,
 ) -> Fit:
     """One (n, D_i) per backbone -> a head of kind `feature_sum`: a linear map of each to 512, summed, dropout, a linear classifier.
 
     AdamW on batches. Each fold is held out once and says after how many epochs it was answered best; the head itself is trained on all
-    images for the mean of these. The strength is AdamW's decay. Deterministic by `settings.seed`. Raises TrainingError.
+    images for the mean of these. The strength is AdamW's decay. When `stop` says yes, each fold that is left gets one epoch, and the mean
+    is that of the whole ones. Deterministic by `settings.seed`. Raises TrainingError.
     """
     if not all(member.isfinite().all() for member in features):
         raise TrainingError("a base's features are not finite numbers: check the bases with `imago predict`")
     folds = fold_of(labels, groups, settings.seed)
     recipe = SumRecipe(tuple(Standardised.of(f) for f in features), labels, num_classes, settings)
-    log_probabilities, counts = torch.zeros(len(labels), num_classes), []
+    log_probabilities, counts = torch.zeros(len(labels), num_classes), list[int]()
     step = BATCH * HIDDEN * sum(member.shape[1] for member in features)
     with torch.random.fork_rng(devices=[]), threads_for(step):
         for fold in range(int(folds.max()) + 1):
             progress(fold / (FOLDS + 1))
             held = folds == fold
-            log_probabilities[held], count = recipe.validate((~held).nonzero()[:, 0], held.nonzero()[:, 0])
-            counts.append(count)
+            log_probabilities[held], count = recipe.validate((~held).nonzero()[:, 0], held.nonzero()[:, 0], stop)
+            if not counts or not stop():
+                counts.append(count)
         network = recipe.train(torch.arange(len(labels)), round(sum(counts) / len(counts)))
     progress(1.0)
     importance = recipe.class_weight.double()[labels]
@@ -88,8 +91,8 @@ class SumRecipe:
     def train(self, rows: Tensor, epochs: int) -> Head:
         return next(itertools.islice(self.epochs(rows), epochs - 1, None))
 
-    def validate(self, rows: Tensor, held: Tensor) -> tuple[Tensor, int]:
-        """Train on `rows` while `held` gets better -> its log-probabilities (h, C) at the best epoch, and the number of that epoch."""
+    def validate(self, rows: Tensor, held: Tensor, stop: Stop) -> tuple[Tensor, int]:
+        """Train on `rows` while `held` gets better, or until `stop` -> its log-probabilities (h, C) at the best epoch, and that epoch."""
         best, found, at = float("inf"), torch.empty(0), 0
         for epoch, network in enumerate(itertools.islice(self.epochs(rows), self.settings.epochs), start=1):
             with torch.no_grad():
@@ -99,7 +102,7 @@ class SumRecipe:
                 best, found, at = loss, scores.log_softmax(dim=1), epoch
             elif not loss < float("inf"):
                 raise TrainingError("the ensemble's loss is not finite: leave a base out, or lower weight_decay")
-            elif epoch - at >= PATIENCE:
+            if epoch - at >= PATIENCE or stop():
                 break
         return found, at
 

@@ -16,7 +16,7 @@ import torch
 from models.classifier import ModelConfig
 from models.reference import Reference
 from models.runtime import devices, tune_allocator
-from models.runtime.device import gains_from_bfloat16
+from models.runtime.device import gains_from_bfloat16, leave_memory
 from models.store import ModelStore
 from models.training import comparison, dataset, fitting
 from models.training.bases import bases_of
@@ -113,6 +113,7 @@ def prepare(
     for warning in data.audit.warnings:
         progress(Event("audit", 1.0, message=warning))
     there = devices("auto")
+    leave_memory(there[0])
     mode = _mode(request, data, there[0])
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)

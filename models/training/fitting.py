@@ -102,7 +102,7 @@ class Shown(NamedTuple):
 def _fit(job: Job, shown: Shown) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
     if len(shown.features) > 1:
-        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell)
+        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
     return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
 
 

@@ -173,6 +173,9 @@ class FinetuneRequest(Record):
     )
     metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts of your own")
     half: bool = Field(default=False, description="Store the backbone in float16")
+    channels: Literal[1, 3] = Field(
+        default=3, description="Mode scratch: input channels; 1 for gray images, to which coloured ones are turned"
+    )
 
     @field_validator("hyperparameters", mode="before")
     @classmethod
@@ -202,6 +205,8 @@ class FinetuneRequest(Record):
             self._refuse(
                 sorted(given.keys() & {"freeze_until", "thaw_every", "layer_decay"}), "has no borrowed weights"
             )
+        elif self.channels != 3:
+            raise ValueError(f"mode {self.mode} has its base's channels; channels is for mode scratch")
         if "thaw_every" in given and "freeze_until" not in given:
             raise ValueError("thaw_every needs freeze_until: nothing is frozen")
         return self
@@ -361,7 +366,7 @@ def command(request: FinetuneRequest) -> str:
     given |= request.hyperparameters.model_dump(exclude_none=True)
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)
-    given |= {"half": request.half or None}
+    given |= {"half": request.half or None, "channels": request.channels if request.channels != 3 else None}
     words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
     words += [word for base in bases for word in ("--base", base)]
     return shlex.join(words + [word for name, value in given.items() for word in _option(name, value)])

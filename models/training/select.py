@@ -8,7 +8,7 @@ from torch import Tensor
 from models.classifier import Record
 from models.errors import TrainingError
 from models.training.head import Problem, cross_validate, threads_for
-from models.training.progress import Progress
+from models.training.progress import Progress, Stop, never
 from models.training.request import Effective
 
 
@@ -46,10 +46,11 @@ def choose(
     settings: Effective,
     max_latency_ms: float | None,
     progress: Progress,
+    stop: Stop = never,
 ) -> Choice:
     """The most accurate of those that are fast enough; of equal ones the faster. Labels and groups (n,) are those of the features.
 
-    Raises TrainingError where none is fast enough.
+    When `stop` says yes, what is left is compared by the strongest penalty alone. Raises TrainingError where none is fast enough.
     """
     fast = [c for c in candidates if max_latency_ms is None or c.latency_ms <= max_latency_ms]
     if not fast:
@@ -62,7 +63,7 @@ def choose(
     for number, candidate in enumerate(candidates):
         with threads_for(candidate.features.numel() * num_classes):
             problem = Problem.of(candidate.features, labels, num_classes, settings)
-            found = cross_validate(problem, groups, _share(progress, number, len(candidates))).best
+            found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
         scored.append(_scored(candidate, found.cv_accuracy, found.spread))
     scored.sort(key=lambda s: (-s.accuracy, s.latency_ms))
     names = {c.name for c in fast}

@@ -112,6 +112,18 @@ def import_model(
     stored(store, config)
 
 
+@command.command("ensemble", epilog=examples("imago models ensemble both resnet50 densenet121"))
+@click.argument("name")
+@click.argument("members", metavar="MEMBER...", nargs=-1, required=True, shell_complete=stored_models)
+@settings_options("weights")
+def ensemble(name: str, members: tuple[str, ...], **flags: Any) -> None:
+    """Store a model that answers the mean of its members' probabilities. It shares their backbones."""
+    from models.ensembles import ensemble as join
+
+    store = open_store(flags)
+    stored(store, join(store, name, list(members)))
+
+
 @command.command("remove", epilog=examples("imago models remove mine", "imago models remove mine@1"))
 @click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
 @settings_options("weights")
