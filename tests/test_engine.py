@@ -620,6 +620,12 @@ async def test_a_model_that_keeps_nothing_says_how_to_get_it(store: ModelStore, 
             await engine.predict([picture(1)], ["a"], wanted=wanted)
 
 
+async def test_an_ensemble_has_no_nearest_images_whatever_it_keeps(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(NotProvided, match="several backbones"):
+            await engine.predict([picture(1)], ["both"], wanted=Wanted(neighbours=5))
+
+
 async def test_a_damaged_reference_takes_nothing_else_down(store: ModelStore) -> None:
     remembering(store, "a")
     [path] = (store.root / "models" / "a" / "1").glob("reference-*")
