@@ -102,12 +102,15 @@ def test_a_dropped_image_and_a_pasted_one(page: Page) -> None:
     tally(page, "2 images: 2 answered")
 
 
+@pytest.mark.parametrize("models", [[], ["twin"]], ids=["one model", "two"])
 @pytest.mark.parametrize("language", ["curl", "Python"])
-def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> None:
+def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str, models: list[str]) -> None:
     command = {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}[language]
     if language == "curl" and not shutil.which("curl"):
         pytest.skip("no curl")
     page.goto("/")
+    for model in models:
+        page.get_by_label(model, exact=True).check()
     files = [drawn(MARKUP.replace('"', "")), drawn("a;b, c.png")]  # a quotation mark in a file's name is sent as %22
     give(page, *files)
     page.get_by_text("The same from your own code").click()
@@ -115,7 +118,8 @@ def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> No
     for file in files:
         (tmp_path / file["name"]).write_bytes(file["buffer"])
     ran = subprocess.run([*command, text], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == 2, ran.stderr
+    answers = 2 * (1 + len(models))
+    assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == answers, ran.stderr
 
 
 def test_a_heat_map(page: Page) -> None:
