@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
 
+GPU = {"used": 3221, "total": 8590}  # megabytes
 VIEWS = ("try", "models", "train", "server")
 MARKUP = "<img src=x onerror=\"document.title='owned'\"> it's.png"
 GIVE_KEY = f"sessionStorage.setItem('imago.key', '{ADMIN_KEY}')"
@@ -257,6 +258,24 @@ def test_the_server_as_it_is_now(page: Page) -> None:
     page.goto("/#server")
     expect(page.locator(".plot canvas")).to_have_count(7)
     expect(page.locator(".plot", has_text="memory")).to_contain_text("MB")
+
+
+def test_the_memory_of_its_gpus(page: Page) -> None:
+    def with_gpu(route: Route) -> None:
+        gpu = "".join(f'imago_device_memory_{what}_bytes{{device="cuda:0"}} {mb}e6\n' for what, mb in GPU.items())
+        route.fulfill(body=route.fetch().text() + gpu)
+
+    page.route("**/metrics", with_gpu)
+    page.goto("/#server")
+    expect(page.locator(".plot", has_text="GPU memory")).to_contain_text("3.0 GB")
+
+
+def test_no_line_is_drawn_of_one_measure(page: Page) -> None:
+    asked: list[str] = []
+    page.route("**/metrics", lambda route: asked.append("") or route.continue_() if len(asked) < 2 else route.abort())
+    page.goto("/#server")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.locator(".plot")).to_have_count(0)
 
 
 # All of it

@@ -12,14 +12,15 @@ const past = []; // outlives a change of view
 
 export function Server() {
   const [, trouble] = useLoad(look, EVERY_MS);
-  const now = past.at(-1);
   const x = past.map(({ at }) => at);
   const line = (label, of, say) => {
     const values = past.map(of);
     return { label, values, said: values.at(-1) == null ? "-" : say(values.at(-1)) };
   };
   const number = (value) => value.toFixed(value < 10 ? 1 : 0);
-  const plots = now && [
+  const megabytes = (mb) => bytes(mb * 2 ** 20);
+  const gpus = past.at(-1)?.device == null ? [] : [["Megabytes of memory in use on the GPUs", [line("GPU memory", (s) => s.device && s.device / 2 ** 20, megabytes)]]];
+  const plots = past.length > 1 && [
     ["Images answered a second", [line("images/s", (s) => s.images, number)]],
     ["Images waiting", [line("waiting images", (s) => s.waiting, number)]],
     ["Images in a batch, on average", [line("images a batch", (s) => s.batch, number)]],
@@ -28,7 +29,8 @@ export function Server() {
       ["decode", "queue", "compute"].map((stage) => line(`${stage} ms`, (s) => s.stages[stage], milliseconds)),
     ],
     ["Requests a second, and of these refused or failed", [line("requests/s", (s) => s.requests, number), line("refused or failed/s", (s) => s.failed, number)]],
-    ["Megabytes of memory of the server's process", [line("memory", (s) => s.memory / 2 ** 20, (mb) => bytes(mb * 2 ** 20))]],
+    ["Megabytes of memory of the server's process", [line("memory", (s) => s.memory / 2 ** 20, megabytes)]],
+    ...gpus,
     ["Processor cores in use by the server's process", [line("cores busy", (s) => s.cores, (cores) => cores.toFixed(2))]],
   ];
   return html`
@@ -36,7 +38,7 @@ export function Server() {
     <${Trouble} error=${trouble} />
     ${past.length < 2 && html`<p class="faint pending" role="status">Measuring</p>`}
     <div class="plots">
-      ${plots?.map(([label, series]) => html`<${Plot} key=${label} label=${`${label}: ${series.map((s) => `${s.label} ${s.said}`).join(", ")}`} x=${x} series=${series} height=${130} time spark />`)}
+      ${plots && plots.map(([label, series]) => html`<${Plot} key=${label} label=${`${label}: ${series.map((s) => `${s.label} ${s.said}`).join(", ")}`} x=${x} series=${series} height=${130} time spark />`)}
     </div>
   `;
 }
