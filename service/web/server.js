@@ -12,6 +12,7 @@ const past = []; // outlives a change of view
 
 export function Server() {
   const [, trouble] = useLoad(look, EVERY_MS);
+  const now = past.at(-1);
   const x = past.map(({ at }) => at);
   const line = (label, of, say) => {
     const values = past.map(of);
@@ -19,8 +20,8 @@ export function Server() {
   };
   const number = (value) => value.toFixed(value < 10 ? 1 : 0);
   const megabytes = (mb) => bytes(mb * 2 ** 20);
-  const gpus = past.at(-1)?.device == null ? [] : [["Megabytes of memory in use on the GPUs", [line("GPU memory", (s) => s.device && s.device / 2 ** 20, megabytes)]]];
-  const plots = past.length > 1 && [
+  const gpus = now?.device == null ? [] : [["Megabytes of memory in use on the GPUs", [line("GPU memory", (s) => s.device && s.device / 2 ** 20, megabytes)]]];
+  const plots = now && [
     ["Images answered a second", [line("images/s", (s) => s.images, number)]],
     ["Images waiting", [line("waiting images", (s) => s.waiting, number)]],
     ["Images in a batch, on average", [line("images a batch", (s) => s.batch, number)]],
@@ -38,7 +39,7 @@ export function Server() {
     <${Trouble} error=${trouble} />
     ${past.length < 2 && html`<p class="faint pending" role="status">Measuring</p>`}
     <div class="plots">
-      ${plots && plots.map(([label, series]) => html`<${Plot} key=${label} label=${`${label}: ${series.map((s) => `${s.label} ${s.said}`).join(", ")}`} x=${x} series=${series} height=${130} time spark />`)}
+      ${plots?.map(([label, series]) => html`<${Plot} key=${label} label=${`${label}: ${series.map((s) => `${s.label} ${s.said}`).join(", ")}`} x=${x} series=${series} height=${130} time spark />`)}
     </div>
   `;
 }
