@@ -168,5 +168,7 @@ async def _invalid_request(request: Request, error: Exception) -> NoReturn:
             raise BadRequest("the body is not valid JSON") from None
         case "extra_forbidden":
             raise UnknownField("there is no field of that name", param=param) from None
+        case "model_attributes_type" if param is None:  # or one that is not said to be JSON, and comes as bytes
+            raise ValidationFailed("the body must be a JSON object, with Content-Type: application/json") from None
         case _:
             raise ValidationFailed(first["msg"], param=param) from None

@@ -166,6 +166,8 @@ class Loader:
         try:
             return self._store.config(name, version)
         except ModelNotFound:
+            if self._store.versions(name):
+                raise
             raise ModelNotFound(
                 f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
             ) from None

@@ -10,6 +10,7 @@ Spans of images are made when their times are known, so that neither decoding no
 environment variables hold, as OTEL_TRACES_SAMPLER for a share of the requests and OTEL_EXPORTER_OTLP_HEADERS for a collector's key.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,24 @@ if TYPE_CHECKING:
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_PATH = 240  # characters
 CLOSE_S = 3.0  # at the end of the server, for the last spans to be sent
+EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # its logger
+SILENT_S = 60.0  # between two of its lines of one level
 
 _request: "ContextVar[Span | None]" = ContextVar("request", default=None)
+
+
+class Sparse(logging.Filter):
+    """A line of each level a minute: of a collector that does not answer the exporter tells at every attempt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due: dict[int, float] = {}  # by level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if time.monotonic() < self._due.get(record.levelno, 0.0):
+            return False
+        self._due[record.levelno] = time.monotonic() + SILENT_S
+        return True
 
 
 class Traces:
@@ -64,6 +81,7 @@ class Traces:
         provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
         url = settings.trace_endpoint.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+        logging.getLogger(EXPORTER).addFilter(Sparse())
         return cls(provider)
 
     def close(self) -> None:

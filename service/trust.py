@@ -17,15 +17,14 @@ def check(served: Served, wanted: Wanted) -> None:
     if wanted.alpha is None and not wanted.neighbours:
         return
     label, reference = f"{served.config.name}@{served.config.version}", served.reference
-    param = "neighbours" if wanted.alpha is None else "alpha"
+    if wanted.neighbours and len(served.backbones) > 1:
+        raise NotProvided(f"{label} stands on several backbones, and has no one distance", param="neighbours")
     if reference is None:
         raise NotProvided(
             f"{label} keeps nothing of held-out and training images; models trained here do, and "
             f"`imago models calibrate {label} DATASET` gives it to others",
-            param=param,
+            param="neighbours" if wanted.alpha is None else "alpha",
         )
-    if wanted.neighbours and reference.neighbourhood is None:
-        raise NotProvided(f"{label} stands on several backbones, and has no one distance", param="neighbours")
 
 
 def judged(answer: Answer, served: Served, scores: Scores, wanted: Wanted) -> Answer:

@@ -60,6 +60,7 @@ def show_views(page: Page, server: PageServer, job: str) -> None:
     page.goto("/#try")
     page.get_by_label("landscapes").check()
     page.get_by_label("cifar10").uncheck()
+    page.get_by_label("Heat map").check()
     drawn = [(f"{kind}-{seed}.png", landscape(kind, 900 + seed)) for seed in (1, 2) for kind in KINDS]
     files = [{"name": name, "mimeType": "image/png", "buffer": png(image)} for name, image in drawn]
     page.set_input_files("input[multiple]", files)  # type: ignore[arg-type]

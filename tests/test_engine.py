@@ -473,6 +473,15 @@ async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, n
         assert (await engine.predict([picture(1)], ["a"]))[0].version == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("a", "'a' has no version 7; it has 1"), ("nobody", "imago models pull nobody")]
+)
+async def test_what_is_not_in_the_store_is_not_activated(store: ModelStore, name: str, said: str) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(ModelNotFound, match=said):
+            await engine.activate(name, 7)
+
+
 @pytest.mark.parametrize("off", [pytest.param(0.0, id="equal"), pytest.param(0.2, id="different")])
 async def test_a_version_answers_as_in_training_or_is_not_activated(store: ModelStore, off: float) -> None:
     version = add_head(store, "a", store.config("a").backbones[0], 84, classes=2, seed=5, activate=False)
@@ -618,6 +627,12 @@ async def test_a_model_that_keeps_nothing_says_how_to_get_it(store: ModelStore, 
     async with serving(store) as engine:
         with pytest.raises(NotProvided, match="imago models calibrate a@1 DATASET"):
             await engine.predict([picture(1)], ["a"], wanted=wanted)
+
+
+async def test_an_ensemble_has_no_nearest_images_whatever_it_keeps(store: ModelStore) -> None:
+    async with serving(store) as engine:
+        with pytest.raises(NotProvided, match="several backbones"):
+            await engine.predict([picture(1)], ["both"], wanted=Wanted(neighbours=5))
 
 
 async def test_a_damaged_reference_takes_nothing_else_down(store: ModelStore) -> None:

@@ -15,6 +15,10 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
 
+GPU = {"used": 3221, "total": 8590}  # megabytes
+KEEP_PLOTS = """let made; window.plots = [];
+    const keep = {construct: (uPlot, given) => (plots.push(new uPlot(...given)), plots.at(-1))};
+    Object.defineProperty(window, "uPlot", {configurable: true, set: (uPlot) => (made = new Proxy(uPlot, keep)), get: () => made})"""
 VIEWS = ("try", "models", "train", "server")
 MARKUP = "<img src=x onerror=\"document.title='owned'\"> it's.png"
 GIVE_KEY = f"sessionStorage.setItem('imago.key', '{ADMIN_KEY}')"
@@ -59,8 +63,8 @@ def admin(page: Page) -> Page:
     return page
 
 
-def drawn(name: str, kind: str = "sea") -> File:
-    return {"name": name, "mimeType": "image/png", "buffer": png(landscape(kind, 1, 64))}
+def drawn(name: str, kind: str = "sea", size: tuple[int, int] = (64, 64)) -> File:
+    return {"name": name, "mimeType": "image/png", "buffer": png(landscape(kind, 1, 64).resize(size))}
 
 
 def give(page: Page, *files: File) -> None:
@@ -124,12 +128,15 @@ def test_a_dropped_image_and_a_pasted_one(page: Page) -> None:
     tally(page, "2 images: 2 answered")
 
 
+@pytest.mark.parametrize("models", [[], ["twin"]], ids=["one model", "two"])
 @pytest.mark.parametrize("language", ["curl", "Python"])
-def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> None:
+def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str, models: list[str]) -> None:
     command = {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}[language]
     if language == "curl" and not shutil.which("curl"):
         pytest.skip("no curl")
     page.goto("/")
+    for model in models:
+        page.get_by_label(model, exact=True).check()
     files = [drawn(MARKUP.replace('"', "")), drawn("a;b, c.png")]  # a quotation mark in a file's name is sent as %22
     give(page, *files)
     page.get_by_text("The same from your own code").click()
@@ -137,7 +144,8 @@ def test_the_code_does_the_same(page: Page, tmp_path: Path, language: str) -> No
     for file in files:
         (tmp_path / file["name"]).write_bytes(file["buffer"])
     ran = subprocess.run([*command, text], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == 2, ran.stderr
+    answers = 2 * (1 + len(models))
+    assert ran.stdout.count("'predictions'" if language == "Python" else '"predictions"') == answers, ran.stderr
 
 
 def test_a_heat_map(page: Page) -> None:
@@ -145,15 +153,33 @@ def test_a_heat_map(page: Page) -> None:
     page.get_by_label("Heat map").check()
     give(page, drawn("sea.png"))
     tally(page, "1 image: 1 answered")
-    heat = page.locator("canvas.heat")
-    expect(page.locator(".picture img")).to_be_visible()
-    assert heat.bounding_box() == page.locator(".picture img").bounding_box()
-    hottest = heat.evaluate(
-        "c => Math.max(...c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 == 3))"
-    )
-    assert hottest > 180
+    assert max(heat_of_columns(page)) > 180
     page.locator(".bars button").nth(1).click()
     expect(page.locator(".bars button").nth(1)).to_have_attribute("aria-pressed", "true")
+
+
+def heat_of_columns(page: Page) -> list[int]:
+    """The opacity of each column's hottest pixel, where the heat covers the picture as it is seen."""
+    heat = page.get_by_role("img", name="What speaks for")
+    assert heat.bounding_box() == page.locator(".picture img").bounding_box()
+    found: list[int] = heat.evaluate(
+        """c => Array.from({length: c.width}, (_, x) =>
+            Math.max(...c.getContext("2d").getImageData(x, 0, 1, c.height).data.filter((_, i) => i % 4 == 3)))"""
+    )
+    return found
+
+
+@pytest.mark.parametrize(("size", "first", "last"), [((900, 90), 0.45, 0.55), ((90, 900), 0, 1)], ids=["wide", "tall"])
+def test_heat_lies_on_the_square_that_the_network_sees(
+    page: Page, size: tuple[int, int], first: float, last: float
+) -> None:
+    page.goto("/")
+    page.get_by_label("Heat map").check()
+    give(page, drawn("sea.png", size=size))
+    tally(page, "1 image: 1 answered")
+    heat = heat_of_columns(page)
+    warm = [place for place, opacity in enumerate(heat) if opacity]
+    assert first * len(heat) - 1 <= warm[0] < warm[-1] <= last * len(heat) + 1
 
 
 def test_a_full_server_is_asked_again(page: Page) -> None:
@@ -257,6 +283,25 @@ def test_the_server_as_it_is_now(page: Page) -> None:
     page.goto("/#server")
     expect(page.locator(".plot canvas")).to_have_count(7)
     expect(page.locator(".plot", has_text="memory")).to_contain_text("MB")
+
+
+def test_the_memory_of_its_gpus(page: Page) -> None:
+    def with_gpu(route: Route) -> None:
+        gpu = "".join(f'imago_device_memory_{what}_bytes{{device="cuda:0"}} {mb}e6\n' for what, mb in GPU.items())
+        route.fulfill(body=route.fetch().text() + gpu)
+
+    page.route("**/metrics", with_gpu)
+    page.goto("/#server")
+    expect(page.locator(".plot", has_text="GPU memory")).to_contain_text("3.0 GB")
+
+
+def test_the_first_measure_is_seen_on_an_axis_of_a_minute(page: Page) -> None:
+    page.add_init_script(KEEP_PLOTS)
+    looks = iter(range(2))
+    page.route("**/metrics", lambda route: route.continue_() if next(looks, None) is not None else route.abort())
+    page.goto("/#server")
+    expect(page.locator(".plot canvas")).to_have_count(7)
+    assert page.evaluate("plots.map(({scales: {x}}) => x.max - x.min)") == [60] * 7
 
 
 # All of it

@@ -87,6 +87,13 @@ async def test_a_browser_gets_the_page_and_no_script_runs_in_it(http: httpx.Asyn
     assert all("default-src 'none'" in page.headers["content-security-policy"] for page in pages)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}"], ids=["no object", "not said to be JSON"])
+async def test_a_body_that_is_no_object_is_told_what_to_be(http: httpx.AsyncClient, content: str) -> None:
+    kind = "application/json" if content == "[]" else "application/x-www-form-urlencoded"
+    error = (await http.post("/finetune", content=content, headers={"Content-Type": kind})).json()["error"]
+    assert error["message"] == "the body must be a JSON object, with Content-Type: application/json"
+
+
 async def test_events_by_polling(http: httpx.AsyncClient) -> None:
     path = await start(http)
     await ended(http, path)

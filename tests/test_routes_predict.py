@@ -311,6 +311,12 @@ async def test_alpha_and_neighbours_are_passed_on(http: httpx.AsyncClient, servi
     assert (service.engine.wanted.alpha, service.engine.wanted.neighbours) == (0.05, 5)
 
 
+@pytest.mark.parametrize("count", ["0", "17", "x"])
+async def test_refused_neighbours_are_told_the_most(http: httpx.AsyncClient, count: str) -> None:
+    error = (await http.post(f"/predict?neighbours={count}", content=GOOD, headers=JPEG)).json()["error"]
+    assert error["message"] == "`neighbours` must be a whole number from 1 to 16"
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from image_files import save, solid
 from live_server import live_server
 from live_server import weights as weights
+from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -253,3 +255,18 @@ def test_without_the_extra_the_setting_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, EXPORTER, None)
     with pytest.raises(SettingsError, match=r"IMAGO_TRACE_ENDPOINT .* pip install 'imago\[otel\]'"):
         Traces.of(Settings(trace_endpoint="http://127.0.0.1:4318"))
+
+
+def test_a_collector_that_does_not_answer_is_told_of_once_a_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger(trace_exporter.__name__)
+    monkeypatch.setattr(logger, "filters", [])
+    traces = Traces.of(Settings.load(trace_endpoint="http://127.0.0.1:9"))
+    assert traces is not None
+    for attempt in range(3):
+        logger.warning("Transient error, attempt %d", attempt)
+        logger.error("Failed to export")
+    traces.close()
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert said == ["Transient error, attempt 0", "Failed to export"]

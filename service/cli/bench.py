@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from service.bench import Load, Report, read_images, run
-from service.cli.options import examples
+from service.cli.options import a_number, examples
 from service.cli.progress import progress
 
 
@@ -17,10 +17,19 @@ from service.cli.progress import progress
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server")
 @click.option("--model", "models", multiple=True, help="Model to ask; several are taken in turn. Default: the server's")
 @click.option("--concurrency", type=click.IntRange(1, 4096), default=32, show_default=True, help="Connections")
-@click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds to run  [default: 10]")
+@click.option(
+    "--duration", type=click.FloatRange(0, min_open=True), callback=a_number, help="Seconds to run  [default: 10]"
+)
 @click.option("--requests", type=click.IntRange(1), help="Requests to send; alone, it runs as long as they take")
 @click.option("--api-key", envvar="IMAGO_API_KEY", help="Key of the user routes  [IMAGO_API_KEY]")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    callback=a_number,
+    default=30.0,
+    show_default=True,
+    help="Seconds",
+)
 def command(
     folder: Path,
     url: str,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.cli.complete import stored_models
-from service.cli.options import examples, settings_options
+from service.cli.options import a_number, examples, settings_options
 from service.cli.progress import progress
 from service.settings import Settings
 
@@ -159,7 +159,13 @@ def rollback(name: str, **flags: Any) -> None:
 @click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
 @click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Held-out images")
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="How much of them to use")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    callback=a_number,
+    default=1.0,
+    help="How much of them to use",
+)
 @click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 1 MB of features")
 @settings_options("weights")
 def calibrate(name: str, dataset: Path, part: str, share: float, images: int | None, **flags: Any) -> None:

@@ -1,5 +1,6 @@
 """Command-line options made of the fields of `Settings`: one definition for flag, environment variable and help."""
 
+import math
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,6 +23,13 @@ IMAGES = ("max_image_mb", "max_image_megapixels", "max_image_side", "extra_forma
 def examples(*commands: str) -> str:
     """The last paragraph of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def a_number(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    """What click's ranges do not look at: nan is outside of none of them."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
 
 
 def settings_options(*names: str) -> Callable[[F], F]:

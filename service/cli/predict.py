@@ -13,7 +13,7 @@ import click
 
 from models.errors import ModelError
 from service.cli.complete import stored_models
-from service.cli.options import IMAGES, RUNTIME, examples, settings_options
+from service.cli.options import IMAGES, RUNTIME, a_number, examples, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
@@ -49,6 +49,7 @@ PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that t
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    callback=a_number,
     help="Add the classes among which the true one is with probability 1 - alpha",
 )
 @click.option("--neighbours", type=click.IntRange(0, 16), default=0, help="Add so many of the nearest training images")

@@ -96,15 +96,14 @@ def _alpha(upload: Upload) -> float | None:
     if text is None:
         return None
     if not re.fullmatch(r"0?\.[0-9]{1,6}", text) or float(text) == 0:
-        raise ValidationFailed("`alpha` must lie between 0 and 1, as 0.1 does", param="alpha")
+        raise ValidationFailed(
+            "`alpha` must lie between 0 and 1, written as 0.1 is, with at most six decimals", param="alpha"
+        )
     return float(text)
 
 
 def _neighbours(upload: Upload) -> int:
-    count = upload.whole_number("neighbours") or 0
-    if count > NEAREST:
-        raise ValidationFailed(f"`neighbours` must be at most {NEAREST}", param="neighbours")
-    return count
+    return upload.whole_number("neighbours", most=NEAREST) or 0
 
 
 @router.post(

@@ -39,13 +39,13 @@ class Upload:
             raise BadRequest(f"`{name}` was given {len(values)} times; give it once", param=name)
         return values[0] if values else None
 
-    def whole_number(self, name: str) -> int | None:
-        """A scalar field of 1 to 7 ASCII digits, at least 1; raises ValidationFailed."""
+    def whole_number(self, name: str, most: int = 9_999_999) -> int | None:
+        """A scalar field of 1 to 7 ASCII digits, from 1 to `most`; raises ValidationFailed."""
         text = self.one(name)
         if text is None:
             return None
-        if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) < 1:
-            raise ValidationFailed(f"`{name}` must be a whole number from 1 to 9999999", param=name)
+        if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= most:
+            raise ValidationFailed(f"`{name}` must be a whole number from 1 to {most}", param=name)
         return int(text)
 
 

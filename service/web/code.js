@@ -19,7 +19,8 @@ const shell = (word) => `'${word.replaceAll("'", "'\\''")}'`;
 
 function python(names, url, question, needsKey) {
   const text = JSON.stringify; // a JSON string is a Python string
-  const params = [...new URLSearchParams(question)].map(([name, value]) => `(${text(name)}, ${text(value)})`).join(", ");
+  const fields = [...new URLSearchParams(question)];
+  const params = fields.map(([name, value]) => `(${text(name)}, ${text(value)})`).join(", ");
   const key = needsKey ? '\n    headers={"Authorization": f"Bearer {os.environ[\'IMAGO_API_KEY\']}"},' : "";
   return `${needsKey ? "import os\n\n" : ""}import httpx
 
@@ -29,7 +30,13 @@ answer = httpx.post(
     params=[${params}],
     files=[("file", open(path, "rb")) for path in paths],${key}
 )
-for result in answer.json()["results"]:
+${fields.filter(([name]) => name === "model").length > 1 ? EACH_MODEL : EACH_IMAGE}`;
+}
+
+const EACH_IMAGE = `for result in answer.json()["results"]:
     print(result)
 `;
-}
+const EACH_MODEL = `for model in answer.json()["models"]:
+    for result in model["results"]:
+        print(model["model"], result)
+`;

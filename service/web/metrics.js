@@ -36,6 +36,7 @@ function between(before, now) {
     requests: rate("imago_requests_total"),
     failed: rate("imago_requests_total", /status="[45]/),
     memory: now.sum("imago_process_resident_memory_bytes"),
+    device: now.sum("imago_device_memory_total_bytes") ? now.sum("imago_device_memory_used_bytes") : null,
     cores: rate("imago_process_cpu_seconds_total"),
   };
 }

@@ -38,6 +38,9 @@ function useDark() {
   return dark;
 }
 
+/** From the first to the last; of a single point, of which uPlot would show years, the minute before it. */
+const span = ({ data: [x] }, low, high) => (x?.length === 1 ? [low - 60, low] : [low, high]);
+
 function options(box, series, height, time, spark) {
   const colour = (name) => getComputedStyle(box).getPropertyValue(name).trim();
   const axis = { stroke: colour("--faint"), grid: { stroke: colour("--rule"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
@@ -46,7 +49,7 @@ function options(box, series, height, time, spark) {
     height,
     legend: { show: false },
     cursor: { show: !spark, drag: { x: false, y: false } },
-    scales: { x: { time }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), (high || 1) * 1.08] } },
+    scales: { x: { time, range: time ? span : undefined }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), (high || 1) * 1.08] } },
     axes: [
       { ...axis, grid: { show: false }, size: spark ? 22 : 30, space: 70 },
       { ...axis, size: 46, space: spark ? 26 : 40 },

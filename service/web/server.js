@@ -19,6 +19,8 @@ export function Server() {
     return { label, values, said: values.at(-1) == null ? "-" : say(values.at(-1)) };
   };
   const number = (value) => value.toFixed(value < 10 ? 1 : 0);
+  const megabytes = (mb) => bytes(mb * 2 ** 20);
+  const gpus = now?.device == null ? [] : [["Megabytes of memory in use on the GPUs", [line("GPU memory", (s) => s.device && s.device / 2 ** 20, megabytes)]]];
   const plots = now && [
     ["Images answered a second", [line("images/s", (s) => s.images, number)]],
     ["Images waiting", [line("waiting images", (s) => s.waiting, number)]],
@@ -28,7 +30,8 @@ export function Server() {
       ["decode", "queue", "compute"].map((stage) => line(`${stage} ms`, (s) => s.stages[stage], milliseconds)),
     ],
     ["Requests a second, and of these refused or failed", [line("requests/s", (s) => s.requests, number), line("refused or failed/s", (s) => s.failed, number)]],
-    ["Megabytes of memory of the server's process", [line("memory", (s) => s.memory / 2 ** 20, (mb) => bytes(mb * 2 ** 20))]],
+    ["Megabytes of memory of the server's process", [line("memory", (s) => s.memory / 2 ** 20, megabytes)]],
+    ...gpus,
     ["Processor cores in use by the server's process", [line("cores busy", (s) => s.cores, (cores) => cores.toFixed(2))]],
   ];
   return html`

@@ -185,20 +185,27 @@ function HeatMap({ grid, share, label }) {
   return html`<canvas ref=${canvas} class="heat" role="img" aria-label="What speaks for ${label}"></canvas>`;
 }
 
-function paint(canvas, grid, seen) {
-  const [height, width] = [grid.length, grid[0].length];
-  Object.assign(canvas, { width, height });
-  const pixels = new ImageData(width, height);
-  grid.flat().forEach((heat, i) => pixels.data.set([255, 220 * (1 - heat), 0, 190 * heat], 4 * i));
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+const LONGER_SIDE = 400; // of the canvas, which has the picture's shape, so that CSS fits both into their frame alike
+
+function paint(canvas, grid, share) {
   const image = canvas.previousElementSibling;
-  const place = () => {
+  const draw = () => {
     const { naturalWidth: w, naturalHeight: h } = image;
-    const side = seen * Math.min(w, h);
-    const percents = { left: 50 - (50 * side) / w, top: 50 - (50 * side) / h, width: (100 * side) / w, height: (100 * side) / h };
-    for (const [what, value] of Object.entries(percents)) canvas.style[what] = `${value}%`;
+    const scale = LONGER_SIDE / Math.max(w, h);
+    Object.assign(canvas, { width: Math.ceil(w * scale), height: Math.ceil(h * scale) });
+    const side = share * scale * Math.min(w, h);
+    canvas.getContext("2d").drawImage(heatOf(grid), (canvas.width - side) / 2, (canvas.height - side) / 2, side, side);
   };
-  image.complete ? place() : image.addEventListener("load", place, { once: true });
+  image.complete ? draw() : image.addEventListener("load", draw, { once: true });
+}
+
+/** The grid as a picture of one pixel each. */
+function heatOf(grid) {
+  const picture = new OffscreenCanvas(grid[0].length, grid.length);
+  const pixels = new ImageData(picture.width, picture.height);
+  grid.flat().forEach((heat, i) => pixels.data.set([255, 220 * (1 - heat), 0, 190 * heat], 4 * i));
+  picture.getContext("2d").putImageData(pixels, 0, 0);
+  return picture;
 }
 
 /** Whether those without a key are refused. */
