@@ -306,6 +306,13 @@ async def test_an_explanation_that_is_refused(http: httpx.AsyncClient, query: st
     assert (error["code"], error["param"]) == ("validation_error", param)
 
 
+async def test_a_larger_top_k_of_the_server_does_not_refuse_an_explanation(tmp_path: Path) -> None:
+    service = Service(tmp_path, top_k=100)
+    async with client_of(service) as http:
+        answer = await http.post("/predict?explain=true", content=GOOD, headers=JPEG)
+    assert (answer.status_code, service.engine.asked["k"]) == (200, 20)
+
+
 async def test_alpha_and_neighbours_are_passed_on(http: httpx.AsyncClient, service: Service) -> None:
     await http.post("/predict?alpha=.05&neighbours=5", content=GOOD, headers=JPEG)
     assert (service.engine.wanted.alpha, service.engine.wanted.neighbours) == (0.05, 5)

@@ -1,6 +1,7 @@
 """`POST /predict` and `POST /embed`: images in, classes or feature vectors out."""
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,9 +70,11 @@ async def predict(request: Request) -> Response:
     models = list(dict.fromkeys(upload.fields.get("model", ())))
     if len(models) > MAX_MODELS:
         raise ValidationFailed(f"at most {MAX_MODELS} models can be asked at once", param="model")
-    k = upload.whole_number("top_k") or state["settings"].top_k
+    wanted = Wanted(_explain(upload), _alpha(upload), _neighbours(upload))
+    k = upload.whole_number("top_k") or min(state["settings"].top_k, MAX_EXPLAINED if wanted.explain else sys.maxsize)
+    if wanted.explain and k > MAX_EXPLAINED:
+        raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
     timeout_ms = upload.whole_number("timeout_ms")
-    wanted = Wanted(_explain(upload, k), _alpha(upload), _neighbours(upload))
     state["exchange"].images = len(upload.images)
     work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted)
     answers = await while_connected(request, work)
@@ -82,12 +85,10 @@ async def predict(request: Request) -> Response:
     return _respond(content, answers[0].timings)
 
 
-def _explain(upload: Upload, k: int) -> Explain | None:
+def _explain(upload: Upload) -> Explain | None:
     text = upload.one("explain")
     if text not in EXPLAIN:
         raise ValidationFailed("`explain` must be true, false or overlay", param="explain")
-    if EXPLAIN[text] and k > MAX_EXPLAINED:
-        raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
     return EXPLAIN[text]
 
 
