@@ -87,6 +87,9 @@ def test_images_are_answered_in_their_places(page: Page) -> None:
     card = page.locator(".card", has_text=MARKUP)
     expect(card.locator("h3")).to_have_text(["cifar10 version 1", "twin version 1"])
     expect(card.locator(".bars li")).to_have_count(6)
+    left, right = (card.locator("section").nth(n).bounding_box() for n in (0, 1))
+    assert left is not None and right is not None  # noqa: PT018
+    assert (left["y"], left["x"] + left["width"] <= right["x"]) == (right["y"], True)  # side by side
     expect(card.locator(".times")).to_contain_text("compute")
     expect(page.locator(".card", has_text="notes.txt")).to_contain_text("JPEG, PNG")
     assert page.title() == "Try - Imago"

@@ -142,7 +142,9 @@ function Card({ image }) {
       <button type="button" class="quiet" aria-label="Remove ${image.file.name}" onClick=${() => remove([image])}>×</button>
     </div>
     ${image.error && html`<p class="trouble">${image.error}</p>`}
-    ${image.answers.map((answer) => html`<${Answer} answer=${answer} shown=${explained} show=${show} />`)}
+    <div class="answers">
+      ${image.answers.map((answer) => html`<${Answer} answer=${answer} shown=${explained} show=${show} />`)}
+    </div>
     ${PENDING[image.state] ? html`<p class="faint pending">${PENDING[image.state]}</p>` : html`<${Times} image=${image} />`}
   </li>`;
 }
