@@ -129,6 +129,9 @@ class DryRun(BaseModel):
     """What the trainer found in a dataset, and what it would make of it."""
 
     audit: dict[str, Any] = Field(description="Of the images: how many there are, and which are bad or duplicates")
+    pictures: dict[str, str] = Field(
+        {}, description="Of the first bad files and duplicates, by path: small JPEGs as `data:` URLs"
+    )
     split: dict[str, int] = Field(description="Images by part: train, val, test")
     mode: str = Field(description="What would be trained")
     bases: list[str] = Field(description="The models to start from")

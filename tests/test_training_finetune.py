@@ -3,13 +3,17 @@
 import json
 import re
 import zipfile
+from base64 import b64decode
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import landscapes
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
@@ -572,6 +576,25 @@ def test_a_dry_run_says_what_would_be(trained: Workshop, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
     json.dumps(plan, allow_nan=False)
     assert DryRun.model_validate(plan).model_dump().keys() == plan.keys()  # as the API documents it
+
+
+def test_a_dry_run_shows_duplicates_and_the_bad_files_that_are_pictures(trained: Workshop, tmp_path: Path) -> None:
+    dataset = landscapes.archive(tmp_path / "views.zip", per_class=4)
+    with zipfile.ZipFile(dataset, "a") as target:
+        target.writestr("sea/moving.gif", moving())
+    asked = FinetuneRequest(dataset=dataset, name="new", base="colours")
+    plan = dry_run(asked, trained.store, lambda event: None, cache=tmp_path)
+    (same,) = plan["audit"]["duplicates"]
+    assert {file["path"] for file in plan["audit"]["bad"]} == {"sea/moving.gif", "sea/notes.txt", "sea/cut.png"}
+    assert set(plan["pictures"]) - {"sea/moving.gif"} == set(same)  # the others are no pictures
+    for picture in plan["pictures"].values():
+        assert Image.open(BytesIO(b64decode(picture.removeprefix("data:image/jpeg;base64,")))).size == (96, 96)
+
+
+def moving() -> bytes:
+    buffer, frames = BytesIO(), [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

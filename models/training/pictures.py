@@ -1,15 +1,35 @@
-"""Small JPEGs for the report: of the images that it speaks of, and of some as they were trained on."""
+"""Small JPEGs for the audit and the report: of the images that they speak of, and of some as they were trained on."""
 
+from contextlib import suppress
 from io import BytesIO
 
 from PIL import Image
 from torch import Tensor
 
+from models.errors import ImageError
+from models.images import decode
 from models.training.batches import Sample
 from models.training.job import Job
 from models.training.report import Batch, Report
+from models.training.sources import LIMITS, UNREADABLE, open_source
 
 THUMBNAIL = 96  # pixels
+MOST_SHOWN = 50  # of the bad files, and of the duplicates
+
+
+def odd_ones(job: Job) -> dict[str, bytes]:
+    """Of the first duplicates, and of the first bad files that show a picture all the same, by path."""
+    audit, shape = job.data.audit, job.bases[0].preprocessing
+    groups = (*audit.conflicts, *audit.duplicates, *audit.near_duplicates)
+    twice = dict.fromkeys([path for group in groups for path in group][:MOST_SHOWN])
+    shown = {path: jpeg(job.data.pixels[row]) for row, path in enumerate(job.data.paths) if path in twice}
+    bad = {file.path for file in audit.bad[:MOST_SHOWN]}
+    with open_source(job.request.dataset) as source:
+        for item in source.items:
+            if item.path in bad:
+                with suppress(ImageError, *UNREADABLE):
+                    shown[item.path] = jpeg(decode(source.read(item.file), shape, LIMITS))
+    return shown
 
 
 def thumbnails(job: Job, report: Report) -> dict[str, bytes]:

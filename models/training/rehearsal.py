@@ -1,6 +1,7 @@
 """A dry run: what a run would be made of, and about how long it would take."""
 
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from models.store import ModelStore
 from models.training.bases import Base
 from models.training.finetune import prepare
 from models.training.job import Job
+from models.training.pictures import odd_ones
 from models.training.request import Event, FinetuneRequest
 
 IMAGES = 8  # of the batch that is timed
@@ -25,7 +27,8 @@ OVERHEAD_S = 3.0  # fitting, evaluating and publishing a head
 def dry_run(
     request: FinetuneRequest, store: ModelStore, progress: Callable[[Event], None], *, cache: Path
 ) -> dict[str, Any]:
-    """The audit, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and nothing is written.
+    """The audit with pictures, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and
+    nothing is written.
 
     Raises what `run` would raise up to the training.
     """
@@ -33,6 +36,9 @@ def dry_run(
     job = prepare(request, store, progress, None, cache)
     return {
         "audit": job.data.audit.model_dump(mode="json"),
+        "pictures": {
+            path: f"data:image/jpeg;base64,{b64encode(data).decode()}" for path, data in odd_ones(job).items()
+        },
         "split": {part: len(rows) for part, rows in job.data.rows.items()},
         "mode": job.mode,
         "bases": [base.name for base in job.bases],

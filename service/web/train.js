@@ -98,10 +98,10 @@ function Check({ dataset }) {
   return html`<h2>2. What is in them</h2>
     <${Trouble} error=${trouble} again=${again} />
     ${!found && !trouble && html`<p class="faint pending" role="status">Every file is read</p>`}
-    ${found && html`<${Audit} audit=${found.audit} estimate=${found.estimate} />`}`;
+    ${found && html`<${Audit} ...${found} />`}`;
 }
 
-function Audit({ audit, estimate }) {
+function Audit({ audit, pictures = {}, estimate }) {
   const { parts, totals } = audit;
   return html`
     <p role="status">
@@ -109,10 +109,10 @@ function Audit({ audit, estimate }) {
       trained in about ${duration(estimate.total)}.
     </p>
     ${audit.warnings.length > 0 && html`<ul class="warnings">${audit.warnings.map((said) => html`<li>${said}</li>`)}</ul>`}
-    <${Listed} title="Bad files, left out" total=${totals.bad} items=${audit.bad.map(({ path, reason }) => [path, reason])} />
-    <${Listed} title="The same picture under several labels" total=${totals.conflicts} items=${audit.conflicts.map(together)} />
-    <${Listed} title="Duplicates" total=${totals.duplicates} items=${audit.duplicates.map(together)} />
-    <${Listed} title="Near duplicates" total=${totals.near_duplicates} items=${audit.near_duplicates.map(together)} />
+    <${Listed} title="Bad files, left out" total=${totals.bad} pictures=${pictures} items=${audit.bad.map(({ path, reason }) => [[path], reason])} />
+    <${Listed} title="The same picture under several labels" total=${totals.conflicts} pictures=${pictures} items=${audit.conflicts.map((paths) => [paths])} />
+    <${Listed} title="Duplicates" total=${totals.duplicates} pictures=${pictures} items=${audit.duplicates.map((paths) => [paths])} />
+    <${Listed} title="Near duplicates" total=${totals.near_duplicates} pictures=${pictures} items=${audit.near_duplicates.map((paths) => [paths])} />
     <details>
       <summary>Images by class</summary>
       <ol class="bars narrow"><${Classes} counts=${audit.class_counts.train} /></ol>
@@ -120,13 +120,11 @@ function Audit({ audit, estimate }) {
   `;
 }
 
-const together = (paths) => [paths.join(" = ")];
-
-function Listed({ title, total, items }) {
+function Listed({ title, total, items, pictures }) {
   if (!total) return null;
   return html`<details>
     <summary>${title}: ${count(total)}</summary>
-    <ul class="paths">${items.map(([path, reason]) => html`<li><code>${path}</code>${reason && html` <span class="faint">${reason}</span>`}</li>`)}</ul>
+    <ul class="paths">${items.map(([paths, reason]) => html`<li>${paths.map((path) => pictures[path] && html`<img src=${pictures[path]} alt="" /> `)}<code>${paths.join(" = ")}</code>${reason && html` <span class="faint">${reason}</span>`}</li>`)}</ul>
     ${total > items.length && html`<p class="faint">and ${count(total - items.length)} more</p>`}
   </details>`;
 }
