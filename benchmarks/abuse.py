@@ -14,7 +14,6 @@ this process can send ten times what it can take.
 
 import asyncio
 import bisect
-import io
 import multiprocessing
 import statistics
 import threading
@@ -29,7 +28,6 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
-from PIL import Image
 
 from benchmarks import rig
 from service.bench import Connection, Load, connect, percentiles, request_head, run
@@ -52,19 +50,14 @@ FLAGS = (
     ),
     *("--max-queue-images", str(QUEUE), "--timeout-ms", str(DEADLINE_MS)),
 )
+SIDE = 224  # pixels of the image that is sent
 DRIP_S = 2.0  # between two bytes of a slow client, which is sent away after 10 s, or 60 s in a body, and comes again
-
-
-def image() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((224, 224), 60).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @contextmanager
 def server_of(root: Path) -> Iterator[rig.Server]:
     with rig.serving(rig.imago(root, *FLAGS), "/health/ready", root / "serve.log") as server:
-        server.load([image()], 2, 1.0, (HEAVY, LIGHT))  # warm
+        server.load([rig.noise(SIDE)], 2, 1.0, (HEAVY, LIGHT))  # warm
         yield server
 
 
@@ -152,7 +145,7 @@ def p99_ms(server: rig.Server, body: list[bytes], seconds: float, health: Counte
 
 
 def measure_slow(server: rig.Server, rounds: int, seconds: float, clients: int = SLOW) -> dict[str, Any]:
-    body, without, beside, health = [image()], list[float](), list[float](), Counter[str]()
+    body, without, beside, health = [rig.noise(SIDE)], list[float](), list[float](), Counter[str]()
     for _ in range(rounds):
         without.append(p99_ms(server, body, seconds, Counter()))
         with slow_clients(server, clients):
@@ -264,7 +257,7 @@ def recovery_s(server: rig.Server, body: bytes, usual_ms: float) -> float:
 
 
 def measure_flood(server: rig.Server, seconds: float, calibrate_s: float) -> dict[str, Any]:
-    body = image()
+    body = rig.noise(SIDE)
     usual_ms = server.load([body], 1, calibrate_s).latency_ms["p99"]
     capacity = server.load([body], 16, calibrate_s).images_per_second
     asyncio.run(

@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import io
 import signal
 import threading
 import time
@@ -21,7 +20,6 @@ from typing import Any
 
 import httpx
 import psutil
-from PIL import Image
 
 from benchmarks import rig
 from service.bench import Connection, Load, connect, request_head
@@ -30,16 +28,11 @@ NETWORK = "resnet20_v1"
 KEY = "benchmark-" * 4
 FLAGS = ("--engine", "torch", "--threads", "1", "--max-batch", "8")
 CALLERS = 64  # so that a request takes longer than a server that drops everything needs to leave
+SIDE = 64  # pixels of the image that is sent
 LOAD_S = 1.0  # before the signal
 LEAVE_S = 60.0
 CUT_SHORT, DRAINED = 1, 0  # exit codes
 Json = dict[str, Any]
-
-
-def image() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((64, 64), 60).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @contextmanager
@@ -62,7 +55,7 @@ class Traffic(threading.Thread):
 
     def __init__(self, url: str, callers: int = CALLERS) -> None:
         super().__init__(daemon=True)
-        self.load, self.body, self.callers = Load(url), image(), callers
+        self.load, self.body, self.callers = Load(url), rig.noise(SIDE), callers
         self.sent: list[Sent] = []
         self._over = threading.Event()
 

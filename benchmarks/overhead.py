@@ -9,7 +9,6 @@ process take turns. `decode`, `queue` and `compute` are what Server-Timing says 
 `bare` is a route of the same server that does nothing, `/health/live`.
 """
 
-import io
 import re
 import socket
 import statistics
@@ -19,20 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
-
 from benchmarks import rig
 from benchmarks.serve import latencies_ms, limit_of
 from service.bench import complete
 
 NETWORK = "lenet5"
 BARE = b"GET /health/live HTTP/1.1\r\nHost: bench\r\n\r\n"
-
-
-def small_image() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((32, 32), 60).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def answers(url: str, request: bytes, seconds: float) -> Iterator[tuple[float, bytes]]:
@@ -71,7 +62,7 @@ def ask(server: rig.Server, image: bytes, seconds: float) -> dict[str, float]:
 
 
 def measure(root: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    image, rows = small_image(), []
+    image, rows = rig.noise(32), []
     with rig.serving(rig.imago(root), "/health/ready", root / "serve.log") as server, limit_of(root, NETWORK) as limit:
         ask(server, image, seconds / 2)  # warm
         for _ in range(rounds):

@@ -4,6 +4,7 @@ Run a benchmark from the root of the checkout, as a module: `python -m benchmark
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 from service.bench import Load, Report, run
 
@@ -54,6 +56,13 @@ def photographs() -> list[bytes]:
         files = [archive.read(name) for name in sorted(archive.namelist()) if name.upper().endswith(".JPEG")]
     random.Random(0).shuffle(files)
     return files
+
+
+def noise(side: int) -> bytes:
+    """A square JPEG of noise, for where it does not matter what an image shows."""
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 60).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
     for name in trusted:
         with suppress(ValueError):  # it may be no address at all, as uvicorn allows
             networks.append(ip_network(name, strict=False))
-    return lambda address: bool(networks) and any(ip_address(address) in network for network in networks)
+    return lambda address: any(ip_address(address) in network for network in networks)
 
 
 class GuardedProtocol(HttpToolsProtocol):

@@ -23,7 +23,8 @@ def odd_ones(job: Job) -> dict[str, bytes]:
     groups = (*audit.conflicts, *audit.duplicates, *audit.near_duplicates)
     twice = dict.fromkeys([path for group in groups for path in group][:MOST_SHOWN])
     shown = {path: jpeg(job.data.pixels[row]) for row, path in enumerate(job.data.paths) if path in twice}
-    bad = {file.path for file in audit.bad[:MOST_SHOWN]}
+    if not (bad := {file.path for file in audit.bad[:MOST_SHOWN]}):
+        return shown  # the folder need not be looked through again
     with open_source(job.request.dataset) as source:
         for item in source.items:
             if item.path in bad:
