@@ -40,11 +40,11 @@ contracts: $(STAMP)
 check: lint types contracts test
 
 # Exact versions with hashes, for every platform, and no index or download address in the file. tritonclient, which the tests use, wants an
-# older greenlet.
-LOCK := echo 'greenlet<3.4' | $(UV) pip compile -c - --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+# older greenlet and ml-dtypes.
+LOCK := printf 'greenlet<3.4\nml-dtypes<0.6\n' | $(UV) pip compile -c - --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock:
-	$(LOCK) --extra openvino --extra otel -o requirements.lock
-	$(LOCK) --extra openvino --extra otel --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --extra openvino --extra onnx --extra otel -o requirements.lock
+	$(LOCK) --extra openvino --extra onnx --extra parquet --extra otel --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
