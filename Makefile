@@ -5,10 +5,10 @@ UV := $(BIN)/uv
 STAMP := .venv/.ready
 ARGS ?=
 
-.PHONY: help setup serve test check lint types contracts lock clean
+.PHONY: help setup serve test soak check lint types contracts lock clean
 
 help:
-	@echo "make setup | serve | test | check | lock | clean"
+	@echo "make setup | serve | test | soak | check | lock | clean"
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/pytest -m soak --timeout 3600 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

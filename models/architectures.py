@@ -1,6 +1,6 @@
 """Every network by name, cut into a backbone and its last layer.
 
-    build(name)   the network as its authors wrote it: torchvision's classifiers, and `models.classics`
+    build(name)   the network as its authors wrote it: torchvision's classifiers, `models.classics` and `models.efficientnet_lite`
     create(name)  the same, cut: `layer(backbone(x))` is what the uncut network answers
 
 The backbone keeps the network's own parameter names, so anyone's state dict fits; the last layer's place holds an `nn.Identity`.
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.classics import NETWORKS
+from models.classics import NETWORKS, Classic
 from models.classifier import ConvLayer, Preprocessing, layer_config, make_layer
+from models.efficientnet_lite import SIZES, Size
 from models.errors import ArchitectureNotFound, WeightsError
 
 WITH_AUXILIARY = ("googlenet", "inception_v3")  # their auxiliary classifiers are of use in training only
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
+
+OWN: dict[str, Classic | Size] = {**NETWORKS, **SIZES}  # written here, so that they need neither torchvision nor timm
 
 # Mean and standard deviation per channel, of pixels in 0..1.
 CIFAR_SCALE = ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
@@ -46,9 +49,9 @@ class Network:
 
 
 def names() -> tuple[str, ...]:
-    """Every architecture: torchvision's classifiers, and the small networks of `models.classics`."""
+    """Every architecture: torchvision's classifiers, EfficientNet-Lite, and the small networks of `models.classics`."""
     models = _torchvision()
-    return tuple(sorted([*models.list_models(module=models), *NETWORKS]))
+    return tuple(sorted([*models.list_models(module=models), *OWN]))
 
 
 def create(name: str, num_classes: int = 1000, channels: int = 3, weights: bool = False, aux: bool = False) -> Network:
@@ -82,8 +85,8 @@ def outline(name: str, num_classes: int = 1000, channels: int = 3) -> nn.Module:
 
 def build(name: str, num_classes: int = 1000, channels: int = 3, aux: bool = False) -> nn.Module:
     """The uncut network, randomly initialised, in training mode."""
-    if name in NETWORKS:
-        return NETWORKS[name].build(num_classes, channels)
+    if name in OWN:
+        return OWN[name].build(num_classes, channels)
     _check_name(name)
     options: dict[str, Any] = {"aux_logits": aux, "init_weights": False} if name in WITH_AUXILIARY else {}
     network: nn.Module = _torchvision().get_model(name, weights=None, num_classes=num_classes, **options)
@@ -113,7 +116,9 @@ def split_state(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
-    """torchvision's own resize, crop and scale for its first published weights; a classic's size, and the scale of CIFAR or MNIST."""
+    """The resize, crop and scale of an architecture's published weights; a classic's size, and the scale of CIFAR or MNIST."""
+    if name in SIZES:
+        return SIZES[name].preprocessing(channels)
     weights = published_weights(name)
     if weights is None:
         size = NETWORKS[name].size
@@ -140,12 +145,12 @@ def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
 
 
 def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
-    """torchvision's enum member (`.url`, `.meta`, `.transforms()`) for these weights; None for a classic, which has none.
+    """torchvision's enum member (`.url`, `.meta`, `.transforms()`) for these weights; None where torchvision publishes none.
 
     V1 transfers better than V2 as frozen features. `vit_h_14` and `regnet_y_128gf` have no plain V1: theirs is the one of 224 px
     whose features were left as they were pre-trained (`IMAGENET1K_SWAG_LINEAR_V1`).
     """
-    if name in NETWORKS:
+    if name in OWN:
         return None
     _check_name(name)
     published = _torchvision().get_model_weights(name).__members__
