@@ -202,7 +202,7 @@ async def test_an_unknown_model_is_not_found(store: ModelStore) -> None:
 
 
 async def test_before_the_default_model_is_warm_the_engine_is_not_ready(store: ModelStore) -> None:
-    engine = Engine(Settings(weights=store.root, device="cpu", engine="torch"), store, Metrics())
+    engine = Engine(Settings(weights=store.root, device="cpu", engine="torch", precision="float32"), store, Metrics())
     with pytest.raises(NotReady, match="loading"):
         await engine.predict([picture(1)])
     engine.close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import Backbone, BackboneRef, Preprocessing, Tap, normalise
+from models.efficientnet_lite import conv
 from models.errors import DeviceUnavailable
 from models.runtime import Options, choice, compile_backbone, compiler
 from models.runtime.openvino_engine import converted_folder, openvino_version
@@ -65,11 +66,19 @@ def tapped(channels: int) -> nn.Module:
     return Tap(residual(channels), "3")
 
 
+def strided(channels: int) -> nn.Module:
+    """TensorFlow's padding, which is a convolution's own, under a batch norm that is folded into it."""
+    return nn.Sequential(
+        conv(channels, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
 NETWORKS = [
     pytest.param(tapped, 3, id="tapped"),
     pytest.param(residual, 3, id="residual"),
     pytest.param(residual, 1, id="residual-gray"),
     pytest.param(Attention, 3, id="attention"),
+    pytest.param(strided, 3, id="same-padding"),
 ]
 
 
@@ -90,7 +99,8 @@ def make_pixels(count: int, channels: int = 3, seed: int = 0) -> Tensor:
 
 
 def forced(engine: str, **more: object) -> Options:
-    return replace(Options(engine=engine, threads=1, max_batch=8), **more)  # type: ignore[arg-type]
+    """Float32 unless it says otherwise: what `auto` chooses depends on the machine."""
+    return replace(Options(engine=engine, precision="float32", threads=1, max_batch=8), **more)  # type: ignore[arg-type]
 
 
 # The same as the original
