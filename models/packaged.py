@@ -60,6 +60,7 @@ PACKAGES = {
         77.5,
     ),
 }
+DEFAULT = "efficientnet_lite0"
 NAMES = (*PACKAGES, LITE_ENSEMBLE)
 
 

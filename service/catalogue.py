@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from models import packaged
 from models.classifier import ModelConfig
 from models.download import Progress
 from models.errors import ModelError, ModelNotFound, NameConflict, WeightsError
@@ -118,7 +119,7 @@ class Catalogue:
         """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
 
         What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
-        background, one after the other, if the setting `pull_missing` says so.
+        background, one after the other: packaged weights always, others if the setting `pull_missing` says so.
         """
         for name in await self._load_stored():
             if name not in self._pulls:
@@ -203,7 +204,11 @@ class Catalogue:
             self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
             self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
             stale = [name for name in plan.names if not self._is_current(name, plan)]
-            to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
+            to_pull = [
+                name
+                for name in stale
+                if name in plan.missing and (self.settings.pull_missing or name in packaged.NAMES)
+            ]
             self._loading = {
                 name for name in stale if name not in self._failures
             }  # a pull that failed is not under way

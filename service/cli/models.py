@@ -1,6 +1,7 @@
 """`imago models`: the store. Nothing here talks to a server; each change says how a running one picks it up."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,9 +196,14 @@ def default(name: str, **flags: Any) -> None:
 
 
 def open_store(flags: dict[str, Any]) -> "ModelStore":
+    """The store, with the packaged models that it serves converted; a read-only one is left as it is."""
+    from models import packaged
     from models.store import ModelStore
 
-    return ModelStore(Settings.load(**flags).weights)
+    store = ModelStore(Settings.load(**flags).weights)
+    with suppress(OSError):
+        packaged.provide(store)
+    return store
 
 
 def split_version(name: str) -> tuple[str, int | None]:
