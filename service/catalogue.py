@@ -119,7 +119,7 @@ class Catalogue:
         """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
 
         What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
-        background, one after the other: packaged weights always, others if the setting `pull_missing` says so.
+        background, one after the other, if the setting `pull_missing` says so; packaged weights are converted first.
         """
         for name in await self._load_stored():
             if name not in self._pulls:
@@ -197,22 +197,18 @@ class Catalogue:
         """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
         async with self._sync_lock:
             started = time.monotonic()
-            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+            plan = await self._unpacked(await asyncio.to_thread(plan_serving, self.settings, self.store))
             self._store_error = None
             if self.default not in self.served or plan.default in self.served:
                 self.default = plan.default  # otherwise the old default answers until the new one is loaded
             self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
             self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
-            stale = [name for name in plan.names if not self._is_current(name, plan)]
-            to_pull = [
-                name
-                for name in stale
-                if name in plan.missing and (self.settings.pull_missing or name in packaged.NAMES)
-            ]
+            stale = [name for name in plan.names if not self._is_current(name, plan) and not self._is_refused(name)]
+            to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
             self._loading = {
                 name for name in stale if name not in self._failures
             }  # a pull that failed is not under way
-            await asyncio.gather(*(self._swap_in(name, plan) for name in stale if name not in to_pull))
+            await self._swap_in_all([name for name in stale if name not in to_pull], plan)
             self.served = {n: served for n, served in self.served.items() if n in plan.names}
             if self.default not in plan.names:  # it was removed
                 self.default = plan.default
@@ -220,6 +216,24 @@ class Catalogue:
             if stale:
                 self.metrics.swap_seconds.observe(time.monotonic() - started)
             return to_pull
+
+    async def _unpacked(self, plan: ServingPlan) -> ServingPlan:
+        """The plan after the packaged models that the store lacks are converted into it."""
+        missing = [name for name in plan.names if name in plan.missing and name in packaged.NAMES]
+        self._loading |= set(missing)
+        for name in missing:
+            await self._attempt(name, self._loader.pull(name))
+        return await asyncio.to_thread(plan_serving, self.settings, self.store) if missing else plan
+
+    def _is_refused(self, name: str) -> bool:
+        """Its packaged weights could not be converted; the failure says why."""
+        return name in packaged.NAMES and name in self._failures
+
+    async def _swap_in_all(self, names: Sequence[str], plan: ServingPlan) -> None:
+        """The default first: the server is ready as soon as it is."""
+        if plan.default is not None and plan.default in names:
+            await self._swap_in(plan.default, plan)
+        await asyncio.gather(*(self._swap_in(name, plan) for name in names if name != plan.default))
 
     def _announce(self) -> None:
         self.metrics.serve(

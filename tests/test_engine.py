@@ -92,6 +92,7 @@ async def serving(store: ModelStore, ready: bool = True, **flags: Any) -> AsyncI
         "data": store.root.parent / "data",
         "device": "cpu",
         "engine": "torch",
+        "precision": "float32",
         "max_batch": 8,
     }
     settings = Settings.load(**plain | flags)
