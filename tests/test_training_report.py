@@ -92,6 +92,7 @@ def test_a_batch_is_shown_with_its_labels() -> None:
 
 def test_the_layer_table_marks_what_was_frozen(page: str) -> None:
     assert "60,255 parameters, of which 255 were trained." in page
+    assert "<p>Initialised anew: layer3, layer4.</p>" in page
     assert "<td>\u2003\u2003conv1</td><td>Conv2d</td>" in page
     assert page.count("<td>frozen</td>") == 2
 

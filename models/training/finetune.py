@@ -116,6 +116,8 @@ def prepare(
     leave_memory(there[0])
     mode = _mode(request, data, there[0])
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
+    if len(bases) == 1 and mode != "head":
+        fitting.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
     run.check(data)
     if folder:

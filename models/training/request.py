@@ -68,6 +68,11 @@ class Hyperparameters(Record):
     freeze_until: str | None = Field(
         default=None, max_length=200, description="This stage of the network and all before it stay as they are"
     )
+    fresh_from: str | None = Field(
+        default=None,
+        max_length=200,
+        description="This stage of the network and all after it are initialised anew instead of borrowed from the base",
+    )
     thaw_every: int | None = Field(
         default=None, ge=1, description="Epochs after which one more frozen stage trains, from the last"
     )
@@ -203,7 +208,8 @@ class FinetuneRequest(Record):
             self._refuse(sorted(given.keys() & {"copies", "features_from"}), "trains the network itself")
         if self.mode == "scratch":
             self._refuse(
-                sorted(given.keys() & {"freeze_until", "thaw_every", "layer_decay"}), "has no borrowed weights"
+                sorted(given.keys() & {"freeze_until", "fresh_from", "thaw_every", "layer_decay"}),
+                "has no borrowed weights",
             )
         elif self.channels != 3:
             raise ValueError(f"mode {self.mode} has its base's channels; channels is for mode scratch")
@@ -265,6 +271,7 @@ class Effective:
     mixup: float
     cutmix: float
     freeze_until: str | None
+    fresh_from: str | None
     thaw_every: int | None
     precision: Precision
     accumulate: int
@@ -287,6 +294,7 @@ _DEFAULTS: dict[str, Any] = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "freeze_until": None,
+    "fresh_from": None,
     "thaw_every": None,
     "precision": "float32",
     "accumulate": 1,

@@ -45,7 +45,7 @@ def _sections(report: Report, thumbnails: Thumbnails, batch: Batch | None) -> It
     yield _classes(report.test or report.val)
     yield _training(report)
     yield _batch(batch)
-    yield _layers(report.layers)
+    yield _layers(report.layers, report.fresh_stages)
     yield _calibration(report)
     yield _labels(report, thumbnails)
     yield _curve(report)
@@ -209,7 +209,7 @@ def _batch(batch: Batch | None) -> Markup:
     return _section("What it was trained on", said, element("div", *pictures, class_="pictures small"))
 
 
-def _layers(layers: Sequence[TrainedLayer]) -> Markup:
+def _layers(layers: Sequence[TrainedLayer], fresh: Sequence[str]) -> Markup:
     if not layers:
         return Markup("")
     whole = [layer for layer in layers if layer.depth == 0]
@@ -226,7 +226,8 @@ def _layers(layers: Sequence[TrainedLayer]) -> Markup:
     ]
     head = ["layer", "kind", "output for one image", "parameters", ""]
     said = element("p", f"{total:,} parameters, of which {trained:,} were trained.")
-    return _section("Layers", said, _folded(f"All layers ({len(layers)})", table(head, rows), _more(len(layers))))
+    new = element("p", f"Initialised anew: {', '.join(fresh)}.") if fresh else None
+    return _section("Layers", said, new, _folded(f"All layers ({len(layers)})", table(head, rows), _more(len(layers))))
 
 
 def _frozen(layer: TrainedLayer) -> str:
