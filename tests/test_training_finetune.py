@@ -243,7 +243,7 @@ def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     assert table is not None
     assert config.lineage["base"] == table.best
     assert {row.name for row in table.candidates} == {"good", "poor"}
-    assert all(row.latency_ms > 0 for row in table.candidates)
+    assert all((row.latency_ms or 0) > 0 for row in table.candidates)
 
 
 def test_no_base_within_the_latency_names_the_fastest(trained: Workshop) -> None:

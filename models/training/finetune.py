@@ -57,8 +57,8 @@ def run(
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
         job = prepare(request, store, progress, job_dir, cache, stop)
-        torch.manual_seed(job.settings.seed)
         job, choice = choose_base(job)
+        torch.manual_seed(job.settings.seed)  # the same weights, whether folds were trained before or by a killed run
         trained = fitting.train(job)
         with job.clock.phase("calibrate"):
             calibration = fitting.calibrate(job, trained)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -160,21 +161,8 @@ def train_network(job: Job) -> Trained:
     base = job.bases[0]
     fresh = fresh_of(job.bases[0], job.settings)
     backbone, layer = _parts(job, fresh)
-    network = nn.Sequential(backbone, layer).to(job.device)
-    fit_network = distributed.train if job.settings.devices > 1 else whole.train
     with job.clock.phase("train"):
-        history = fit_network(
-            network,
-            job.data,
-            base.preprocessing,
-            job.settings,
-            job.request.early_stopping.for_epochs(job.settings.epochs),
-            job.request.budget,
-            job.folder / CHECKPOINT,
-            job.progress,
-            job.stop,
-            auxiliary(base.architecture, len(job.data.classes)),
-        )
+        history = fit_network(job, nn.Sequential(backbone, layer).to(job.device), job.folder / CHECKPOINT)
     layers = layers_of(base.architecture, backbone.cpu(), base.preprocessing)
     ref = job.store.put_backbone(base.architecture, backbone, base.preprocessing, half=job.request.half)
     stored, head = job.store.load_backbone(ref), Head.of(layer.cpu())
@@ -187,6 +175,24 @@ def train_network(job: Job) -> Trained:
         fresh=fresh,
         history=history,
         stop_reason=history.stop_reason,
+    )
+
+
+def fit_network(job: Job, network: nn.Sequential, path: Path) -> History:
+    """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
+    base, settings = job.bases[0], job.settings
+    train_network = distributed.train if settings.devices > 1 else whole.train
+    return train_network(
+        network,
+        job.data,
+        base.preprocessing,
+        settings,
+        job.request.early_stopping.for_epochs(settings.epochs),
+        job.budget,
+        path,
+        job.progress,
+        job.stop,
+        auxiliary(base.architecture, len(job.data.classes)),
     )
 
 

@@ -15,9 +15,10 @@ Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Phase = Literal["audit", "features", "train", "calibrate", "evaluate", "publish"]
+Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
+FOLDS, FOLD_EPOCHS = 3, 3  # of the choice among architectures, where the request says nothing
 IMAGES_PER_DEVICE = 16  # of a batch, fewer of which keep no GPU busy
 
 
@@ -150,16 +151,29 @@ class Budget(Record):
 
 class FinetuneRequest(Record):
     """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
-    several are an ensemble, and "auto" chooses among the store's."""
+    several models are an ensemble, of several architectures one is chosen, and "auto" chooses among the store's models."""
 
     dataset: Path = Field(description="Folder, zip or CSV of labelled images")
     name: str = Field(pattern=NAME_PATTERN, description="Name of the model that comes of it")
     base: str | tuple[str, ...] | None = Field(
         default=None,
-        description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture. "
+        description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture, "
+        "or several to choose one by cross-validation. "
         "By default the model that requests get which name none",
     )
     mode: Mode = Field(default="head", description="What is trained")
+    folds: int | None = Field(
+        default=None,
+        ge=2,
+        le=10,
+        description="Mode scratch with several bases: parts of the training images for cross-validation; by default 3",
+    )
+    selection_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Mode scratch with several bases: epochs of each fold's training; by default 3",
+    )
     val_fraction: float = Field(
         default=0.2, ge=0.01, le=0.5, description="Share of the images held out, where there is no val/"
     )
@@ -221,10 +235,28 @@ class FinetuneRequest(Record):
         if isinstance(self.base, tuple):
             if not 2 <= len(self.base) <= MAX_BASES:
                 raise ValueError(f"an ensemble has 2 to {MAX_BASES} bases")
-            if self.mode not in ("head", "auto"):
+            if self.mode == "scratch" and len(set(self.base)) < len(self.base):
+                raise ValueError("the bases to choose from must differ: name each architecture once")
+            if self.mode not in ("head", "auto", "scratch"):
                 raise ValueError(f"mode {self.mode} trains one base; an ensemble of several is trained by mode head")
         if self.mode == "scratch" and self.base in (None, "auto"):
             raise ValueError("mode scratch needs the name of an architecture as its base")
+        for name in ("folds", "selection_epochs"):
+            if getattr(self, name) is not None and not self.selects_architecture:
+                raise ValueError(f"{name} needs mode scratch and several bases, of which cross-validation chooses one")
+
+    @property
+    def selects_architecture(self) -> bool:
+        """Whether cross-validation chooses among several architectures."""
+        return self.mode == "scratch" and isinstance(self.base, tuple)
+
+    @property
+    def selection_folds(self) -> int:
+        return self.folds or FOLDS
+
+    @property
+    def fold_epochs(self) -> int:
+        return self.selection_epochs or FOLD_EPOCHS
 
     def _refuse(self, fields: list[str], why: str) -> None:
         if fields:
@@ -369,7 +401,8 @@ def command(request: FinetuneRequest) -> str:
     """The command line that asks for this run, with the dataset by its name alone: it goes into the lineage."""
     bases = (request.base,) if isinstance(request.base, str) else request.base or ()
     stopping = request.early_stopping.model_dump(exclude_defaults=True)
-    given: dict[str, Any] = {"mode": request.mode, "val_fraction": request.val_fraction}
+    given: dict[str, Any] = {"mode": request.mode, "folds": request.folds, "selection_epochs": request.selection_epochs}
+    given |= {"val_fraction": request.val_fraction}
     given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
     given |= request.hyperparameters.model_dump(exclude_none=True)
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}

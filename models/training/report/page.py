@@ -13,6 +13,7 @@ from models.training.layers import TrainedLayer
 from models.training.report.markup import Child, Markup, element, table
 from models.training.report.plots import Series, confusion, lines, reliability_diagram
 from models.training.report.record import Batch, Report
+from models.training.select import Scored
 
 STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what the page may do, wherever it is opened
@@ -258,15 +259,24 @@ def _candidates(report: Report) -> Markup:
         return Markup("")
     best = report.candidates.best
     rows = [
-        (
-            element("b", c.name) if c.name == best else c.name,
-            f"{c.accuracy:.1%} ± {c.spread:.1%}",
-            f"{c.latency_ms:.1f} ms",
-        )
+        (element("b", c.name) if c.name == best else c.name, f"{c.accuracy:.1%} ± {c.spread:.1%}", _cost(c))
         for c in report.candidates.candidates
     ]
-    head = ["base", "accuracy, cross-validated", "one image takes"]
-    return _section("Choice of the base", table(head, rows))
+    if report.candidates.folds is None:
+        return _section("Choice of the base", table(["base", "accuracy, cross-validated", "one image takes"], rows))
+    said = (
+        f"Each was trained for {report.candidates.epochs} epochs on each of {report.candidates.folds} folds of the training images: "
+        "mean and standard deviation over the folds."
+    )
+    head = ["architecture", "accuracy, cross-validated", "training takes"]
+    return _section("Choice of the base", element("p", said, class_="faint"), table(head, rows))
+
+
+def _cost(scored: Scored) -> str:
+    """Of one image, or of training on one fold."""
+    if scored.latency_ms is not None:
+        return f"{scored.latency_ms:.1f} ms"
+    return f"{scored.seconds or 0:.1f} s ± {scored.seconds_spread or 0:.1f} s"
 
 
 # The images
