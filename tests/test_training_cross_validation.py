@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_data import coloured, folder
 
+from models import architectures
 from models.errors import ArchitectureNotFound, TrainingError
 from models.store import ModelStore
 from models.training import choosing, cross_validation, finetune, fitting
@@ -96,6 +97,21 @@ def test_folds_are_stratified_parts_of_the_training_images(
     same = [trained_folds[i][1].data.rows["val"] for i in (0, 2)]
     assert same[0].equal(same[1])  # each architecture has the same folds
     assert [job.data.pixels.shape[-1] for _, job, _ in trained_folds[:4]] == [28, 28, 32, 32]
+
+
+def test_a_fold_starts_from_its_own_seed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was trained before it: a resumed choice starts each fold from the same weights."""
+    started, fit_network = [], fitting.fit_network
+
+    def noted(job: Job, network: Any, path: Path) -> History:
+        started.append(network[1].weight.detach().clone())
+        return fit_network(job, network, path)
+
+    monkeypatch.setattr(fitting, "fit_network", noted)
+    bench.run(hyperparameters={**CHOSEN, "seed": 7, "epochs": 1})
+    for place, seed in ((2, 7), (3, 8)):  # after the two folds of mnist_cnn
+        torch.manual_seed(seed)
+        assert started[place].equal(architectures.create("lenet5", 3).layer.state_dict()["weight"])
 
 
 def test_events_tell_each_fold_and_no_epochs_of_them(bench: Bench) -> None:
