@@ -7,7 +7,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from models.errors import TrainingError
-from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, command, effective
+from models.training.command import command
+from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
 from service.cli import main
 
 

@@ -11,9 +11,9 @@ import torch
 
 from models.store import ModelStore
 from models.training.bases import Base
+from models.training.command import command
 from models.training.dataset import Dataset
 from models.training.job import Job
-from models.training.request import command
 
 MAX_NAMED_BAD_FILES = 100
 
