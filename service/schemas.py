@@ -136,6 +136,9 @@ class DryRun(BaseModel):
     mode: str = Field(description="What would be trained")
     bases: list[str] = Field(description="The models to start from")
     effective: dict[str, Any] = Field(description="The hyperparameters as they would be used")
+    selection: dict[str, int] | None = Field(
+        None, description="Where an architecture is to be chosen: `folds`, and the `epochs` on each"
+    )
     estimate: dict[str, float] = Field(description="Seconds by phase, and in all as `total`")
 
 

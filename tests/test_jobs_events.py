@@ -48,4 +48,13 @@ def test_auto_is_a_head_until_an_epoch_says_otherwise() -> None:
     assert pace.progress == pytest.approx(0.25 + 0.25)
     pace.update("train", 0.9, epoch=9)
     assert pace.progress == pytest.approx(0.07 + 0.9 * 0.85)
-    assert pace.reached == (2, 9)
+    assert pace.reached == (3, 9)
+
+
+def test_half_of_a_job_that_chooses_an_architecture_is_the_choice() -> None:
+    pace = Pace("scratch")
+    pace.update("select", 0.5)
+    assert pace.progress == pytest.approx(0.05 + 0.5 * 0.5)
+    pace.update("train", 1.0, epoch=3)
+    assert pace.progress == pytest.approx(0.05 + 0.5 + 0.37)
+    assert pace.reached == (3, 3)

@@ -252,7 +252,17 @@ async def test_a_page_after_nobody(http: httpx.AsyncClient) -> None:
 async def test_the_schema_builds_a_form(http: httpx.AsyncClient) -> None:
     schema = (await http.get("/finetune/schema")).json()
     assert schema["required"] == ["dataset", "name"]
-    assert "hyperparameters" in schema["properties"]
+    assert {"hyperparameters", "folds", "selection_epochs"} <= schema["properties"].keys()
+
+
+async def test_folds_are_checked_before_a_job_is_made(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/finetune", json={**BODY, "folds": 3})
+    assert code_of(answer) == (422, "validation_error")
+    assert "mode scratch and several bases" in answer.json()["error"]["message"]
+    chosen = {"mode": "scratch", "base": ["lenet5", "nin"], "folds": 3}
+    made = await http.post("/finetune", json={**BODY, **chosen})
+    assert made.status_code == 202
+    assert {key: made.json()["request"][key] for key in chosen} == chosen
 
 
 async def test_without_the_admin_key(http: httpx.AsyncClient) -> None:

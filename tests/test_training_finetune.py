@@ -244,7 +244,7 @@ def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     assert table is not None
     assert config.lineage["base"] == table.best
     assert {row.name for row in table.candidates} == {"good", "poor", *PACKAGES}
-    assert all(row.latency_ms > 0 for row in table.candidates)
+    assert all((row.latency_ms or 0) > 0 for row in table.candidates)
 
 
 def test_no_base_within_the_latency_names_the_fastest(trained: Workshop) -> None:
@@ -438,6 +438,27 @@ def test_frozen_layers_are_told_from_trained_ones(trained: Workshop) -> None:
     assert layers["features.conv1"].trained == 0 < layers["features.conv2"].trained
     assert layers["lenet5"].parameters - layers["lenet5"].trained == layers["features.conv1"].parameters
     assert (layers["head"].output, layers["head"].trained) == ((3,), layers["head"].parameters)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "head_then_finetune"])
+def test_fresh_stages_are_initialised_anew_and_named(trained: Workshop, mode: str) -> None:
+    chosen = {"epochs": 1, "lr": 1e-9, "freeze_until": "features.conv1", "fresh_from": "features.conv2"}
+    config = trained.run(name="half-fresh", base="colours", mode=mode, hyperparameters=chosen)
+    base, new = (trained.store.load_backbone(c.backbones[0]) for c in (trained.store.config("colours", 1), config))
+    same = {name: value.equal(base.module.state_dict()[name]) for name, value in new.module.state_dict().items()}
+    assert [name for name in same if "weight" in name and same[name]] == ["features.conv1.0.weight"]
+    assert config.lineage["fresh_stages"] == ["features.conv2", "hidden"]
+    assert config.lineage["hyperparameters"]["fresh_from"] == "features.conv2"
+    assert "--fresh-from features.conv2" in config.lineage["command"]
+    assert trained.report("half-fresh").fresh_stages == ("features.conv2", "hidden")
+
+
+@pytest.mark.parametrize("name", ["fresh_from", "freeze_until"])
+def test_an_unknown_stage_is_refused_before_any_training(trained: Workshop, tmp_path: Path, name: str) -> None:
+    asked = {"dataset": trained.photos, "name": "a", "base": "colours", "mode": "finetune"}
+    request = FinetuneRequest.model_validate({**asked, "hyperparameters": {name: "layer9"}})
+    with pytest.raises(TrainingError, match=f"{name} names no stage .* features.conv1, features.conv2, hidden"):
+        dry_run(request, trained.store, lambda event: None, cache=tmp_path)
 
 
 def test_below_a_head_all_is_frozen(trained: Workshop) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from models import architectures
 from models.errors import TrainingError
-from models.training.freezing import Freezing, stages
+from models.training.freezing import Freezing, fresh_stages, initialise_anew, stages
 
 
 def backbone() -> nn.Sequential:
@@ -89,3 +89,48 @@ def test_earlier_stages_learn_more_slowly() -> None:
 def test_no_such_stage() -> None:
     with pytest.raises(TrainingError, match="'layer9'; its stages are conv1, layer1, layer2"):
         Freezing(backbone(), "layer9", None)
+
+
+# Stages that are initialised anew
+
+
+def test_resnet18_half_borrowed_and_half_new() -> None:
+    """The stem, `layer1` and `layer2` are borrowed and frozen; `layer3`, `layer4` and the last layer are new and train."""
+    network = architectures.create("resnet18", 10)
+    borrowed = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    names = fresh_stages(list(stages(network.backbone)), "layer3", "layer2")
+    initialise_anew(network.backbone, architectures.create("resnet18", 10).backbone, names)
+    Freezing(network.backbone, "layer2", None).begin(epoch=1)
+    parameters = [*network.backbone.parameters(), *network.layer.parameters()]
+    assert sum(p.numel() for p in parameters) == 11_181_642
+    assert sum(p.numel() for p in parameters if p.requires_grad) == 10_498_570
+    changed = {name for name, value in network.backbone.state_dict().items() if not value.equal(borrowed[name])}
+    assert {name.split(".")[0] for name in changed} == {"layer3", "layer4"}
+    assert "layer4.1.conv2.weight" in changed
+
+
+def test_running_statistics_are_new_too() -> None:
+    module = backbone()
+    module.train()
+    module(torch.rand(8, 2) + 5)
+    initialise_anew(module, backbone(), ("layer2",))
+    state = module.state_dict()
+    assert state["layer2.running_mean"].tolist() == [0.0, 0.0]
+    assert int(state["layer1.num_batches_tracked"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fresh_from", "freeze_until", "message"),
+    [
+        pytest.param(
+            "layer9", None, "fresh_from names no stage of this network, 'layer9'; its stages are", id="unknown"
+        ),
+        pytest.param("layer2", "layer9", "freeze_until names no stage", id="freezing an unknown one"),
+        pytest.param("conv1", None, "'conv1' is the first stage.* use mode scratch", id="nothing borrowed"),
+        pytest.param("layer1", "layer2", "freeze at most until 'conv1'", id="a fresh stage frozen"),
+        pytest.param("layer2", "layer2", "freeze at most until 'layer1'", id="the same stage frozen"),
+    ],
+)
+def test_stages_that_cannot_be_fresh(fresh_from: str, freeze_until: str | None, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        fresh_stages(["conv1", "layer1", "layer2"], fresh_from, freeze_until)

@@ -103,6 +103,7 @@ def test_out_of_fold_answers_do_not_know_the_copies_of_an_image() -> None:
 def test_folds_keep_groups_whole_and_share_out_every_class() -> None:
     labels = torch.tensor([0] * 50 + [1] * 10)
     groups = torch.arange(60) // 2
+    assert set(fold_of(labels, groups, seed=1, folds=3).tolist()) == {0, 1, 2}
     folds = fold_of(labels, groups, seed=1)
     assert torch.equal(folds[::2], folds[1::2])
     assert [int((folds[labels == 1] == fold).sum()) for fold in range(FOLDS)] == [2] * FOLDS

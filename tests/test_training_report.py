@@ -9,6 +9,7 @@ from models.training.report import Batch, Report, html, write_tensorboard
 from models.training.report.markup import Markup, element
 from models.training.report.plots import Scale, Series, confusion, lines
 from models.training.report.tensorboard import scalars
+from models.training.select import Choice, Scored
 
 JPEG = b"\xff\xd8\xff\xe0thumbnail"
 
@@ -92,8 +93,21 @@ def test_a_batch_is_shown_with_its_labels() -> None:
 
 def test_the_layer_table_marks_what_was_frozen(page: str) -> None:
     assert "60,255 parameters, of which 255 were trained." in page
+    assert "<p>Initialised anew: layer3, layer4.</p>" in page
     assert "<td>\u2003\u2003conv1</td><td>Conv2d</td>" in page
     assert page.count("<td>frozen</td>") == 2
+
+
+def test_the_choice_of_an_architecture_shows_time_and_spread() -> None:
+    rows = (
+        Scored(name="nin", accuracy=0.91, spread=0.02, seconds=12.0, seconds_spread=0.5),
+        Scored(name="lenet5", accuracy=0.84, spread=0.01, seconds=3.0, seconds_spread=0.1),
+    )
+    choice = Choice(best="nin", candidates=rows, folds=3, epochs=2)
+    page = html(report().model_copy(update={"candidates": choice}), {})
+    assert '<td><b>nin</b></td><td class="number">91.0% ± 2.0%</td><td class="number">12.0 s ± 0.5 s</td>' in page
+    assert "Each was trained for 2 epochs on each of 3 folds" in page
+    assert choice.seconds == 45.0
 
 
 def test_it_says_which_images_were_looked_at_for_wrong_labels() -> None:

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from models.errors import TrainingError
-from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, command, effective
+from models.training.command import command
+from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
 from service.cli import main
 
 
@@ -34,7 +35,14 @@ SCRATCH: dict[str, Any] = {"mode": "scratch", "base": "lenet5"}
         pytest.param({"mode": "finetune", "hyperparameters": {"copies": 2}}, id="copies of what is not cached"),
         pytest.param({"mode": "finetune", "hyperparameters": {"thaw_every": 2}}, id="thawing what is not frozen"),
         pytest.param({**SCRATCH, "hyperparameters": {"freeze_until": "layer1"}}, id="freezing what is not learnt"),
+        pytest.param({**SCRATCH, "hyperparameters": {"fresh_from": "layer1"}}, id="renewing what is not borrowed"),
+        pytest.param({"hyperparameters": {"fresh_from": "layer3"}}, id="renewing below a head"),
         pytest.param({"mode": "finetune", "channels": 1}, id="other channels than the base's"),
+        pytest.param({"mode": "scratch", "base": ["lenet5", "lenet5"]}, id="a choice among one"),
+        pytest.param({**SCRATCH, "folds": 3}, id="folds without a choice"),
+        pytest.param({"base": ["a", "b"], "folds": 3}, id="folds of an ensemble"),
+        pytest.param({**SCRATCH, "selection_epochs": 2}, id="epochs of no fold"),
+        pytest.param({"mode": "scratch", "base": ["a", "b"], "folds": 11}, id="too many folds"),
         pytest.param({"metadata": {str(i): "x" for i in range(17)}}, id="too many texts"),
         pytest.param({"budget": {"max_epochs": 3}}, id="a head has no epochs"),
         pytest.param({"early_stopping": {"criterion": "gl"}}, id="nor an early stop"),
@@ -144,6 +152,10 @@ def test_the_command_says_everything_but_where_the_dataset_lies() -> None:
             id="ensemble",
         ),
         pytest.param({**SCRATCH, "channels": 1}, id="gray"),
+        pytest.param(
+            {"mode": "scratch", "base": ["lenet5", "nin"], "folds": 4, "selection_epochs": 2},
+            id="cross-validated choice",
+        ),
     ],
 )
 def test_the_command_line_understands_its_own_command(

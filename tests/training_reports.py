@@ -57,6 +57,7 @@ def report() -> Report:
             TrainedLayer(name="features.conv1", kind="Conv2d", depth=2, output=(6, 28, 28), parameters=156, trained=0),
             TrainedLayer(name="head", kind="Linear", depth=0, output=(3,), parameters=255, trained=255),
         ),
+        fresh_stages=("layer3", "layer4"),
         path=tuple(
             PathPoint(strength=s, cv_loss=1 + abs(i - 4) / 8, cv_accuracy=0.9 - abs(i - 4) / 20, spread=0.02)
             for i, s in enumerate(STRENGTHS)

@@ -23,13 +23,10 @@ class Base(Record):
 
 
 def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
-    """What the request names; for "auto", all there is to choose from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
+    """What the request names, or all that it chooses from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
     if request.mode == "scratch":
-        assert isinstance(request.base, str)  # noqa: S101  (the request has checked it)
-        preprocessing = architectures.preprocessing_of(request.base, request.channels)
-        return (
-            Base(name=request.base, version=None, ref=None, architecture=request.base, preprocessing=preprocessing),
-        )
+        architectures_named = (request.base,) if isinstance(request.base, str) else request.base or ()
+        return tuple(_untrained(name, request.channels) for name in architectures_named)
     if request.base == "auto":
         return candidates(store, request.hyperparameters.features_from)
     names = (request.base or _default(store),) if not isinstance(request.base, tuple) else request.base
@@ -41,6 +38,11 @@ def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
     if len(found) > MAX_BASES or len({base.ref for base in found}) < len(found):
         raise TrainingError(f"the bases have {len(found)} backbones; at most {MAX_BASES} different ones can be joined")
     return found
+
+
+def _untrained(architecture: str, channels: int) -> Base:
+    preprocessing = architectures.preprocessing_of(architecture, channels)
+    return Base(name=architecture, version=None, ref=None, architecture=architecture, preprocessing=preprocessing)
 
 
 def candidates(store: ModelStore, output: str | None = None) -> tuple[Base, ...]:

@@ -1,4 +1,8 @@
-"""Base "auto": every backbone of the store, its accuracy by cross-validation against its latency here."""
+"""The choice among several bases, by cross-validation.
+
+base auto       heads on every backbone of the store, accuracy against latency here
+mode scratch    several architectures, each trained on every fold, see `cross_validation`
+"""
 
 import statistics
 import time
@@ -9,6 +13,7 @@ import torch
 
 from models.classifier import Backbone
 from models.runtime import Options, compile_backbone
+from models.training.cross_validation import choose_architecture, discard
 from models.training.fitting import cached_features
 from models.training.job import Job
 from models.training.request import Event
@@ -19,15 +24,17 @@ SHOTS = 9  # single images, of which the median counts
 
 def choose_base(job: Job) -> tuple[Job, Choice | None]:
     """The job with the one base that it goes on with, and the table; as it was where the base was named."""
-    if job.request.base != "auto":
+    if job.request.base != "auto" and not job.request.selects_architecture:
         return job, None
-    choice = job.run.choice or _choose(job)
-    if job.run.choice is None and job.folder != Path():
-        job.run.model_copy(update={"choice": choice}).write(job.folder)
+    choice = job.run.choice or (_choose(job) if job.request.base == "auto" else choose_architecture(job))
+    run = job.run.model_copy(update={"choice": choice})
+    if job.folder != Path():
+        run.write(job.folder)
+        discard(job.folder)
     best = next(base for base in job.bases if base.name == choice.best)
     pixels, digests = job.pixels(best.preprocessing)
     data = replace(job.data, pixels=pixels, digests=digests)
-    return replace(job, bases=(best,), data=data, _pixels={}), choice
+    return replace(job, bases=(best,), data=data, run=run, _pixels={}), choice
 
 
 def _choose(job: Job) -> Choice:

@@ -57,8 +57,8 @@ def run(
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
         job = prepare(request, store, progress, job_dir, cache, stop)
-        torch.manual_seed(job.settings.seed)
         job, choice = choose_base(job)
+        torch.manual_seed(job.settings.seed)  # the same weights, whether folds were trained before or by a killed run
         trained = fitting.train(job)
         with job.clock.phase("calibrate"):
             calibration = fitting.calibrate(job, trained)
@@ -116,6 +116,8 @@ def prepare(
     leave_memory(there[0])
     mode = _mode(request, data, there[0])
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
+    if len(bases) == 1 and mode != "head":
+        fitting.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
     run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
     run.check(data)
     if folder:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,17 +16,19 @@ from models.training import checkpoint, distributed
 from models.training import network as whole
 from models.training.augment import augmented_copy
 from models.training.auxiliary import auxiliary
+from models.training.bases import Base
 from models.training.batches import Sample, first_images, spread
 from models.training.calibrate import Calibration
 from models.training.evaluate import outputs
 from models.training.feature_sum import fit_sum
 from models.training.features import Stopped
+from models.training.freezing import fresh_stages, initialise_anew, stages
 from models.training.handover import StopReason
 from models.training.head import Fit, fit
 from models.training.job import Job
 from models.training.layers import TrainedLayer, head_layer, layers_of
 from models.training.network import History
-from models.training.request import Event
+from models.training.request import Effective, Event
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -39,6 +42,7 @@ class Trained:
     features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
     layers: tuple[TrainedLayer, ...]
     sample: Sample  # of what it was trained on
+    fresh: tuple[str, ...] = ()  # stages that were initialised anew
     fit: Fit | None = None
     history: History | None = None
     stop_reason: StopReason | None = None
@@ -155,22 +159,10 @@ def training_features(job: Job, backbones: Sequence[Backbone], every: Sequence[T
 def train_network(job: Job) -> Trained:
     """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
     base = job.bases[0]
-    backbone, layer = _parts(job)
-    network = nn.Sequential(backbone, layer).to(job.device)
-    fit_network = distributed.train if job.settings.devices > 1 else whole.train
+    fresh = fresh_of(job.bases[0], job.settings)
+    backbone, layer = _parts(job, fresh)
     with job.clock.phase("train"):
-        history = fit_network(
-            network,
-            job.data,
-            base.preprocessing,
-            job.settings,
-            job.request.early_stopping.for_epochs(job.settings.epochs),
-            job.request.budget,
-            job.folder / CHECKPOINT,
-            job.progress,
-            job.stop,
-            auxiliary(base.architecture, len(job.data.classes)),
-        )
+        history = fit_network(job, nn.Sequential(backbone, layer).to(job.device), job.folder / CHECKPOINT)
     layers = layers_of(base.architecture, backbone.cpu(), base.preprocessing)
     ref = job.store.put_backbone(base.architecture, backbone, base.preprocessing, half=job.request.half)
     stored, head = job.store.load_backbone(ref), Head.of(layer.cpu())
@@ -180,26 +172,67 @@ def train_network(job: Job) -> Trained:
         _features_of(job, stored),
         layers=(*layers, head_layer(head)),
         sample=first_images(job.data, base.preprocessing, job.settings),
+        fresh=fresh,
         history=history,
         stop_reason=history.stop_reason,
     )
 
 
-def _parts(job: Job) -> tuple[nn.Module, nn.Linear | ConvLayer]:
-    """Backbone and last layer: both new, or the base's backbone and a new linear layer, fitted to it first if that is the mode."""
+def fit_network(job: Job, network: nn.Sequential, path: Path) -> History:
+    """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
+    base, settings = job.bases[0], job.settings
+    train_network = distributed.train if settings.devices > 1 else whole.train
+    return train_network(
+        network,
+        job.data,
+        base.preprocessing,
+        settings,
+        job.request.early_stopping.for_epochs(settings.epochs),
+        job.budget,
+        path,
+        job.progress,
+        job.stop,
+        auxiliary(base.architecture, len(job.data.classes)),
+    )
+
+
+def fresh_of(base: Base, settings: Effective) -> tuple[str, ...]:
+    """The base's stages to initialise anew. Raises TrainingError where `fresh_from` or `freeze_until` do not fit its network."""
+    if base.ref is None or (settings.fresh_from is None and settings.freeze_until is None):
+        return ()
+    outline = architectures.create_backbone(base.architecture, base.preprocessing.channels)
+    return fresh_stages(list(stages(outline)), settings.fresh_from, settings.freeze_until)
+
+
+def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, nn.Linear | ConvLayer]:
+    """Backbone and last layer: both new, or the base's backbone, its stages `fresh` new, and a new linear layer, fitted to it first if
+    that is the mode."""
     classes, base = len(job.data.classes), job.bases[0]
     if job.mode == "scratch":
         network = architectures.create(base.architecture, classes, base.preprocessing.channels)
         return network.backbone, network.layer
     backbone = job.store.load_backbone(base.stored)
-    layer = _head_first(job) if job.mode == "head_then_finetune" else nn.Linear(backbone.feature_dim, classes)
+    if fresh:
+        new = architectures.create(base.architecture, classes, base.preprocessing.channels).backbone
+        initialise_anew(backbone.module, new, fresh)
+    head_first, changed = job.mode == "head_then_finetune", backbone if fresh else None
+    layer = _head_first(job, changed) if head_first else nn.Linear(backbone.feature_dim, classes)
     return backbone.module.requires_grad_(True), layer
 
 
-def _head_first(job: Job) -> nn.Linear:
-    """The layer that mode head would have found."""
-    plain = replace(job.settings, epochs=200, weight_decay=None, copies=0)
-    layer = train_head(replace(job, settings=plain)).head.layers[0]
+def _head_first(job: Job, changed: Backbone | None) -> nn.Linear:
+    """The layer that mode head finds: on the base's features, or on those of a backbone that is no longer the base's."""
+    job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
+    if changed is None:
+        head = train_head(job).head
+    else:
+        rows, shape = job.data.rows["train"], changed.ref.preprocessing
+        with job.clock.phase("features"):
+            module = changed.module.to(job.device)
+            features = outputs(module, job.data.pixels, rows, shape, progress=job.tell("features"))
+        labels, groups, classes = job.data.labels[rows], job.data.groups[rows], len(job.data.classes)
+        head = fit(features, labels, classes, groups, job.settings, job.tell("train"), job.is_to_end).head
+    layer = head.layers[0]
     assert isinstance(layer, nn.Linear)  # noqa: S101  (fit makes no other)
     return layer
 

@@ -1,13 +1,14 @@
-"""Which stages of a borrowed backbone train, from which epoch on, and how fast.
+"""Which stages of a borrowed backbone train, from which epoch on, how fast, and which are initialised anew.
 
     conv1  bn1  layer1  layer2 | layer3           layer4 | last layer
     frozen until "layer2"      | lr * decay       lr     | head_lr
+    borrowed                   | fresh from "layer3"
 
 A frozen stage has no gradients and stays in eval mode: otherwise the running statistics of its batch norms would drift although no
 weight moves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,40 @@ def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             yield from _parts(child, f"{path}.")
         elif next(child.parameters(), None) is not None:
             yield path, child
+
+
+def fresh_stages(names: Sequence[str], fresh_from: str | None, freeze_until: str | None = None) -> tuple[str, ...]:
+    """Of the stages `names`, in order, those to initialise anew: `fresh_from` and all after it.
+
+    Raises TrainingError for a name that is no stage, for the first stage, and where a fresh stage would be frozen.
+    """
+    frozen = 0 if freeze_until is None else _position(names, "freeze_until", freeze_until) + 1
+    if fresh_from is None:
+        return ()
+    first = _position(names, "fresh_from", fresh_from)
+    if first == 0:
+        raise TrainingError(
+            f"fresh_from {fresh_from!r} is the first stage, so nothing would be borrowed: use mode scratch, or name a later stage"
+        )
+    if first < frozen:
+        raise TrainingError(
+            f"freeze_until {freeze_until!r} would freeze {names[first]!r}, which fresh_from initialises anew: "
+            f"freeze at most until {names[first - 1]!r}"
+        )
+    return tuple(names[first:])
+
+
+def initialise_anew(backbone: nn.Module, new: nn.Module, names: Sequence[str]) -> None:
+    """Gives the stages `names` the weights and running statistics of `new`, an untrained network of the same architecture."""
+    fresh, borrowed = stages(new), stages(backbone)
+    for name in names:
+        borrowed[name].load_state_dict(fresh[name].state_dict())
+
+
+def _position(names: Sequence[str], field: str, name: str) -> int:
+    if name not in names:
+        raise TrainingError(f"{field} names no stage of this network, {name!r}; its stages are {', '.join(names)}")
+    return names.index(name)
 
 
 class Freezing:
@@ -69,14 +104,7 @@ class Freezing:
         ]
 
     def _count(self, until: str | None) -> int:
-        names = list(self.stages)
-        if until is None:
-            return 0
-        if until not in names:
-            raise TrainingError(
-                f"freeze_until names no stage of this network, {until!r}; its stages are {', '.join(names)}"
-            )
-        return names.index(until) + 1
+        return 0 if until is None else _position(list(self.stages), "freeze_until", until) + 1
 
     def _trainable(self, backbone: nn.Module) -> list[list[nn.Parameter]]:
         """What the caller has frozen for good, by `requires_grad`, is left out."""

@@ -249,15 +249,15 @@ def cross_validate(problem: Problem, groups: Tensor, progress: Progress, stop: S
     return Validation(tuple(path), min(path, key=lambda point: point.cv_loss), kept.exp_())
 
 
-def fold_of(labels: Tensor, groups: Tensor, seed: int) -> Tensor:
-    """int64 (n,): each image's fold, 0..FOLDS - 1. Groups stay whole; those of a class are dealt out evenly, the large ones first."""
+def fold_of(labels: Tensor, groups: Tensor, seed: int, folds: int = FOLDS) -> Tensor:
+    """int64 (n,): each image's fold, 0..folds - 1. Groups stay whole; those of a class are dealt out evenly, the large ones first."""
     _, group, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     label = torch.zeros(len(sizes), dtype=torch.int64).scatter_reduce(0, group, labels, "amax")
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
     for key in (-sizes, label):
         order = order[key[order].argsort(stable=True)]
     fold = torch.empty_like(order)
-    fold[order] = torch.arange(len(order)) % FOLDS
+    fold[order] = torch.arange(len(order)) % folds
     return fold[group]
 
 

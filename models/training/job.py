@@ -20,7 +20,7 @@ from models.training.dataset import Dataset
 from models.training.features import FeatureCache
 from models.training.handover import RUN
 from models.training.progress import Progress, Stop
-from models.training.request import Effective, Event, FinetuneRequest, Mode, Phase
+from models.training.request import Budget, Effective, Event, FinetuneRequest, Mode, Phase
 from models.training.select import Choice
 
 
@@ -87,6 +87,14 @@ class Job:
     def held_out(self) -> Tensor:
         """Rows (n,) that neither weights nor temperature were fitted to, where there are such; otherwise those of validation."""
         return self.data.rows["test"] if len(self.data.rows["test"]) else self.data.rows["val"]
+
+    @property
+    def budget(self) -> Budget:
+        """The request's, less the seconds of the folds on which an architecture was chosen."""
+        limit, choice = self.request.budget.max_seconds, self.run.choice
+        if limit is None or choice is None:
+            return self.request.budget
+        return self.request.budget.model_copy(update={"max_seconds": max(limit - choice.seconds, 0.0)})
 
     def out_of_time(self) -> bool:
         limit = self.request.budget.max_seconds

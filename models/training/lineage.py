@@ -11,15 +11,15 @@ import torch
 
 from models.store import ModelStore
 from models.training.bases import Base
+from models.training.command import command
 from models.training.dataset import Dataset
 from models.training.job import Job
-from models.training.request import command
 
 MAX_NAMED_BAD_FILES = 100
 
 
-def lineage_of(job: Job) -> dict[str, Any]:
-    """`seconds` are of this process alone, when it resumed another's work."""
+def lineage_of(job: Job, fresh: Sequence[str]) -> dict[str, Any]:
+    """`fresh`: the stages that were initialised anew. `seconds` are of this process alone, when it resumed another's work."""
     data, audit = job.data, job.data.audit
     names = [base.name for base in job.bases]
     return {
@@ -36,6 +36,7 @@ def lineage_of(job: Job) -> dict[str, Any]:
         "base": names[0] if len(names) == 1 else names,
         "base_model": [_ancestry(job, base) for base in job.bases] if job.mode != "scratch" else None,
         "mode": job.mode,
+        "fresh_stages": list(fresh),
         "hyperparameters": asdict(job.settings),
         "metadata": job.request.metadata,
         "code": {"version": _package_version(), "commit": _commit(), "torch": torch.__version__},

@@ -14,6 +14,7 @@ from models.classifier import Preprocessing, normalise
 from models.runtime import tune_allocator
 from models.store import ModelStore
 from models.training.bases import Base
+from models.training.cross_validation import epochs_of
 from models.training.finetune import prepare
 from models.training.job import Job
 from models.training.pictures import odd_ones
@@ -33,7 +34,7 @@ def dry_run(
     Raises what `run` would raise up to the training.
     """
     tune_allocator()
-    job = prepare(request, store, progress, None, cache)
+    job, selects = prepare(request, store, progress, None, cache), request.selects_architecture
     return {
         "audit": job.data.audit.model_dump(mode="json"),
         "pictures": {
@@ -43,14 +44,17 @@ def dry_run(
         "mode": job.mode,
         "bases": [base.name for base in job.bases],
         "effective": asdict(job.settings),
+        "selection": {"folds": job.request.selection_folds, "epochs": epochs_of(job)} if selects else None,
         "estimate": estimate(job),
     }
 
 
 def estimate(job: Job) -> dict[str, float]:
-    """Seconds by phase and in all, from one batch through each base; features that are cached already will take less."""
+    """Seconds by phase and in all, from one batch through each base; features that are cached already will take less. Of several
+    architectures to choose from, the slowest is taken to be the one that is trained in full."""
     audit = job.clock.seconds["audit"]
-    forward = sum(seconds_per_image(job, base) for base in job.bases)
+    each = [seconds_per_image(job, base) for base in job.bases]
+    forward = max(each) if job.request.selects_architecture else sum(each)
     shown, held_out = len(job.data.rows["train"]), len(job.data.paths) - len(job.data.rows["train"])
     if job.mode == "head":
         features, train = forward * (len(job.data.paths) + shown * job.settings.copies), OVERHEAD_S
@@ -58,6 +62,8 @@ def estimate(job: Job) -> dict[str, float]:
         features = forward * len(job.data.paths) if job.mode == "head_then_finetune" else 0.0
         train = job.settings.epochs * forward * (BACKWARD * shown / job.settings.devices + held_out)
     phases = {"audit": audit, "features": features, "train": train}
+    if job.request.selects_architecture:  # each image trains in all folds but one, in which it is validated
+        phases["select"] = epochs_of(job) * sum(each) * shown * (BACKWARD * (job.request.selection_folds - 1) + 1)
     return {name: round(seconds, 1) for name, seconds in {**phases, "total": sum(phases.values())}.items()}
 
 

@@ -37,6 +37,7 @@ def make_report(
         effective=asdict(job.settings),
         audit=job.data.audit,
         layers=trained.layers,
+        fresh_stages=trained.fresh,
         history=_epochs(history) if history else (),
         best_epoch=history.kept_epoch if history else None,
         stop_reason=trained.stop_reason,
@@ -51,7 +52,7 @@ def make_report(
         labels_checked=_checked(job, trained),
         learning_curve=_learning_curve(job, trained),
         verdict=compared.verdict,
-        lineage=lineage_of(job),
+        lineage=lineage_of(job, trained.fresh),
     )
 
 

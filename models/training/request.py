@@ -1,6 +1,5 @@
 """What a training run is asked for, what it decides by itself, and what it tells while it runs."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,10 @@ Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Phase = Literal["audit", "features", "train", "calibrate", "evaluate", "publish"]
+Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
+FOLDS, FOLD_EPOCHS = 3, 3  # of the choice among architectures, where the request says nothing
 IMAGES_PER_DEVICE = 16  # of a batch, fewer of which keep no GPU busy
 
 
@@ -67,6 +67,11 @@ class Hyperparameters(Record):
     )
     freeze_until: str | None = Field(
         default=None, max_length=200, description="This stage of the network and all before it stay as they are"
+    )
+    fresh_from: str | None = Field(
+        default=None,
+        max_length=200,
+        description="This stage of the network and all after it are initialised anew instead of borrowed from the base",
     )
     thaw_every: int | None = Field(
         default=None, ge=1, description="Epochs after which one more frozen stage trains, from the last"
@@ -145,16 +150,29 @@ class Budget(Record):
 
 class FinetuneRequest(Record):
     """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
-    several are an ensemble, and "auto" chooses among the store's."""
+    several models are an ensemble, of several architectures one is chosen, and "auto" chooses among the store's models."""
 
     dataset: Path = Field(description="Folder, zip or CSV of labelled images")
     name: str = Field(pattern=NAME_PATTERN, description="Name of the model that comes of it")
     base: str | tuple[str, ...] | None = Field(
         default=None,
-        description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture. "
+        description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture, "
+        "or several to choose one by cross-validation. "
         "By default the model that requests get which name none",
     )
     mode: Mode = Field(default="head", description="What is trained")
+    folds: int | None = Field(
+        default=None,
+        ge=2,
+        le=10,
+        description="Mode scratch with several bases: parts of the training images for cross-validation; by default 3",
+    )
+    selection_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Mode scratch with several bases: epochs of each fold's training; by default 3",
+    )
     val_fraction: float = Field(
         default=0.2, ge=0.01, le=0.5, description="Share of the images held out, where there is no val/"
     )
@@ -203,7 +221,8 @@ class FinetuneRequest(Record):
             self._refuse(sorted(given.keys() & {"copies", "features_from"}), "trains the network itself")
         if self.mode == "scratch":
             self._refuse(
-                sorted(given.keys() & {"freeze_until", "thaw_every", "layer_decay"}), "has no borrowed weights"
+                sorted(given.keys() & {"freeze_until", "fresh_from", "thaw_every", "layer_decay"}),
+                "has no borrowed weights",
             )
         elif self.channels != 3:
             raise ValueError(f"mode {self.mode} has its base's channels; channels is for mode scratch")
@@ -215,10 +234,28 @@ class FinetuneRequest(Record):
         if isinstance(self.base, tuple):
             if not 2 <= len(self.base) <= MAX_BASES:
                 raise ValueError(f"an ensemble has 2 to {MAX_BASES} bases")
-            if self.mode not in ("head", "auto"):
+            if self.mode == "scratch" and len(set(self.base)) < len(self.base):
+                raise ValueError("the bases to choose from must differ: name each architecture once")
+            if self.mode not in ("head", "auto", "scratch"):
                 raise ValueError(f"mode {self.mode} trains one base; an ensemble of several is trained by mode head")
         if self.mode == "scratch" and self.base in (None, "auto"):
             raise ValueError("mode scratch needs the name of an architecture as its base")
+        for name in ("folds", "selection_epochs"):
+            if getattr(self, name) is not None and not self.selects_architecture:
+                raise ValueError(f"{name} needs mode scratch and several bases, of which cross-validation chooses one")
+
+    @property
+    def selects_architecture(self) -> bool:
+        """Whether cross-validation chooses among several architectures."""
+        return self.mode == "scratch" and isinstance(self.base, tuple)
+
+    @property
+    def selection_folds(self) -> int:
+        return self.folds or FOLDS
+
+    @property
+    def fold_epochs(self) -> int:
+        return self.selection_epochs or FOLD_EPOCHS
 
     def _refuse(self, fields: list[str], why: str) -> None:
         if fields:
@@ -265,6 +302,7 @@ class Effective:
     mixup: float
     cutmix: float
     freeze_until: str | None
+    fresh_from: str | None
     thaw_every: int | None
     precision: Precision
     accumulate: int
@@ -287,6 +325,7 @@ _DEFAULTS: dict[str, Any] = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "freeze_until": None,
+    "fresh_from": None,
     "thaw_every": None,
     "precision": "float32",
     "accumulate": 1,
@@ -355,25 +394,3 @@ def _devices(asked: int | None, there: int, batch_size: int) -> int:
     if batch_size < 2 * asked:
         raise TrainingError(f"a batch of {batch_size} is too small for {asked} devices, of 2 images at least each")
     return asked
-
-
-def command(request: FinetuneRequest) -> str:
-    """The command line that asks for this run, with the dataset by its name alone: it goes into the lineage."""
-    bases = (request.base,) if isinstance(request.base, str) else request.base or ()
-    stopping = request.early_stopping.model_dump(exclude_defaults=True)
-    given: dict[str, Any] = {"mode": request.mode, "val_fraction": request.val_fraction}
-    given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
-    given |= request.hyperparameters.model_dump(exclude_none=True)
-    given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
-    given |= request.budget.model_dump(exclude_none=True)
-    given |= {"half": request.half or None, "channels": request.channels if request.channels != 3 else None}
-    words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
-    words += [word for base in bases for word in ("--base", base)]
-    return shlex.join(words + [word for name, value in given.items() for word in _option(name, value)])
-
-
-def _option(name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [] if value is None else [f"--{flag}", str(value)]

@@ -27,15 +27,24 @@ class Scored(Record):
     name: str
     accuracy: float  # of images while they were held out, at the best strength
     spread: float  # standard deviation over the folds
-    latency_ms: float
+    latency_ms: float | None = None  # base auto: of one image
+    seconds: float | None = None  # mode scratch: of training on one fold, the mean
+    seconds_spread: float | None = None  # standard deviation over the folds
 
 
 class Choice(Record):
     """All candidates, the most accurate first, and the one that was taken."""
 
     best: str
-    max_latency_ms: float | None
+    max_latency_ms: float | None = None
     candidates: tuple[Scored, ...]
+    folds: int | None = None  # mode scratch, as are the epochs: of each fold's training
+    epochs: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training on all folds."""
+        return (self.folds or 0) * sum(scored.seconds or 0.0 for scored in self.candidates)
 
 
 def choose(
@@ -65,10 +74,14 @@ def choose(
             problem = Problem.of(candidate.features, labels, num_classes, settings)
             found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
         scored.append(_scored(candidate, found.cv_accuracy, found.spread))
-    scored.sort(key=lambda s: (-s.accuracy, s.latency_ms))
-    names = {c.name for c in fast}
-    best = next(s for s in scored if s.name in names)
-    return Choice(best=best.name, max_latency_ms=max_latency_ms, candidates=tuple(scored))
+    table, names = ranked(scored), {c.name for c in fast}
+    best = next(s for s in table if s.name in names)
+    return Choice(best=best.name, max_latency_ms=max_latency_ms, candidates=table)
+
+
+def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
+    """The most accurate first; of equal ones the cheaper."""
+    return tuple(sorted(scored, key=lambda s: (-s.accuracy, s.latency_ms or 0.0, s.seconds or 0.0)))
 
 
 def _scored(candidate: Candidate, accuracy: float, spread: float) -> Scored:

@@ -16,13 +16,24 @@ from models.training.audit import Audit
 from models.training.evaluate import Evaluation
 from models.training.report import Report
 from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from models.training.select import Scored
 from service.cli.complete import stored_models
 from service.cli.models import changed
 from service.cli.options import examples, fields_options, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
-REQUEST = ("mode", "val_fraction", "test_fraction", "on_bad_file", "deploy", "half", "channels")
+REQUEST = (
+    "mode",
+    "folds",
+    "selection_epochs",
+    "val_fraction",
+    "test_fraction",
+    "on_bad_file",
+    "deploy",
+    "half",
+    "channels",
+)
 SETTINGS = ("weights", "data", "trainer_threads")
 BUDGET = tuple(Budget.model_fields)
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
@@ -34,6 +45,7 @@ HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
         "imago finetune photos/ --name bees --base resnet18",
         "imago finetune photos.zip --name bees --base resnet18 --base densenet121",
         "imago finetune cifar10.zip --name cifar10 --mode scratch --base preact_resnet --epochs 12 --half",
+        "imago finetune cifar10.zip --name best --mode scratch --base lenet5 --base nin --folds 3",
     )
 )
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
@@ -119,11 +131,15 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' ')}: {audit.totals[name]}")
     click.echo("split: " + ", ".join(f"{images} {part}" for part, images in plan["split"].items() if images))
     click.echo(f"base: {', '.join(plan['bases'])}; mode {plan['mode']}")
+    if selection := plan["selection"]:
+        said = f"{selection['folds']} folds of {selection['epochs']} epochs each"
+        click.echo(f"the base is chosen by cross-validation: {said}, for each architecture")
     click.echo(f"about {plan['estimate']['total']:.0f} s")
 
 
 def summary(report: Report) -> str:
     lines = [accuracy(part, found) for part, found in (("val", report.val), ("test", report.test)) if found]
+    lines += [candidate(one) for one in report.candidates.candidates] if report.candidates else []
     lines += [
         f"confused most: {pair.true} taken for {pair.predicted}, {pair.count} times" for pair in report.val.confused[:1]
     ]
@@ -131,6 +147,11 @@ def summary(report: Report) -> str:
     lines += [report.learning_curve.advice] if report.learning_curve else []
     lines += [report.stopping] if report.stopping else []
     return "\n".join(lines)
+
+
+def candidate(scored: Scored) -> str:
+    cost = f"{scored.latency_ms:.1f} ms an image" if scored.latency_ms is not None else f"{scored.seconds:.1f} s a fold"
+    return f"candidate {scored.name}: accuracy {scored.accuracy:.2%} ± {scored.spread:.2%}, cross-validated; {cost}"
 
 
 def accuracy(part: str, found: Evaluation) -> str:

@@ -28,7 +28,7 @@ class Job(BaseModel):
     status: Status
     terminal: bool = Field(description="Whether the status will not change any more")
     phase: str | None = Field(
-        None, description="audit, features, train, calibrate, evaluate, publish, deploy; where it is, or was"
+        None, description="audit, features, select, train, calibrate, evaluate, publish, deploy; where it is, or was"
     )
     progress: float = Field(0.0, description="Of the whole job, from 0 to 1")
     eta_seconds: float | None = Field(None, description="Estimated seconds to the end, while it runs")

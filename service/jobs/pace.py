@@ -2,9 +2,11 @@
 
 import time
 
+_PHASES = ("audit", "features", "select", "train", "calibrate", "evaluate", "publish")
 # The share of each phase in a job's time, as a first guess; what was measured so far corrects it.
-_HEAD = {"audit": 0.25, "features": 0.5, "train": 0.1, "calibrate": 0.03, "evaluate": 0.07, "publish": 0.05}
-_NETWORK = {"audit": 0.05, "features": 0.02, "train": 0.85, "calibrate": 0.02, "evaluate": 0.04, "publish": 0.02}
+_HEAD = dict(zip(_PHASES, (0.25, 0.5, 0.0, 0.1, 0.03, 0.07, 0.05), strict=True))
+_NETWORK = dict(zip(_PHASES, (0.05, 0.02, 0.0, 0.85, 0.02, 0.04, 0.02), strict=True))
+_SELECTION = dict(zip(_PHASES, (0.05, 0.0, 0.5, 0.37, 0.02, 0.04, 0.02), strict=True))
 
 Reached = tuple[int, int]  # how far a trainer came: the number of the phase, and the last epoch that ended in it
 
@@ -24,7 +26,9 @@ class Pace:
     def update(self, phase: str, fraction: float, epoch: int | None = None) -> None:
         """`fraction` of this phase is done, and `epoch` has just ended."""
         now = time.monotonic()
-        if epoch is not None:  # heads have none
+        if phase == "select":
+            self._shares = _SELECTION
+        elif epoch is not None and self._shares is _HEAD:  # heads have none
             self._shares = _NETWORK
         self.reached = max(self.reached, (self._number(phase), epoch or 0))
         if phase != self._phase:

@@ -350,6 +350,6 @@ class Watch:
 
     def _prepare(self) -> None:
         """Once this trainer is past its imports and its audit, the next one may begin its own: the next job finds it ready."""
-        if self._phase in ("features", "train") and not self._prepared:
+        if self._phase in ("features", "select", "train") and not self._prepared:
             self._prepared = True
             self._worker.trainers.prepare()

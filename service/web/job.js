@@ -5,7 +5,7 @@ import { confirmed, dialog, html, Trouble, useEffect, useLoad, useRef, useState,
 import { Plot } from "./plot.js";
 import { accuracy, duration, percent } from "./words.js";
 
-const PHASES = ["audit", "features", "train", "calibrate", "evaluate", "publish", "deploy"];
+const PHASES = ["audit", "features", "select", "train", "calibrate", "evaluate", "publish", "deploy"];
 const MOST_LINES = 500; // of the log
 
 export function Job({ id }) {
@@ -55,7 +55,7 @@ function Progress({ job, reload }) {
   const wait = job.queue_position ? `number ${job.queue_position} in the queue` : job.eta_seconds ? `about ${duration(job.eta_seconds)} to go` : "";
   return html`
     <ol class="phases">
-      ${PHASES.map((phase) => html`<li aria-current=${phase === job.phase ? "step" : undefined}>${phase}</li>`)}
+      ${PHASES.filter((phase) => phase !== "select" || job.phase === phase).map((phase) => html`<li aria-current=${phase === job.phase ? "step" : undefined}>${phase}</li>`)}
     </ol>
     <p><progress aria-label="Progress of the job" max="1" value=${job.progress}></progress> ${percent(job.progress, 0)}${wait && `, ${wait}`}</p>
     <div class="row">

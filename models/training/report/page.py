@@ -13,6 +13,7 @@ from models.training.layers import TrainedLayer
 from models.training.report.markup import Child, Markup, element, table
 from models.training.report.plots import Series, confusion, lines, reliability_diagram
 from models.training.report.record import Batch, Report
+from models.training.select import Scored
 
 STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what the page may do, wherever it is opened
@@ -45,7 +46,7 @@ def _sections(report: Report, thumbnails: Thumbnails, batch: Batch | None) -> It
     yield _classes(report.test or report.val)
     yield _training(report)
     yield _batch(batch)
-    yield _layers(report.layers)
+    yield _layers(report.layers, report.fresh_stages)
     yield _calibration(report)
     yield _labels(report, thumbnails)
     yield _curve(report)
@@ -209,7 +210,7 @@ def _batch(batch: Batch | None) -> Markup:
     return _section("What it was trained on", said, element("div", *pictures, class_="pictures small"))
 
 
-def _layers(layers: Sequence[TrainedLayer]) -> Markup:
+def _layers(layers: Sequence[TrainedLayer], fresh: Sequence[str]) -> Markup:
     if not layers:
         return Markup("")
     whole = [layer for layer in layers if layer.depth == 0]
@@ -226,7 +227,8 @@ def _layers(layers: Sequence[TrainedLayer]) -> Markup:
     ]
     head = ["layer", "kind", "output for one image", "parameters", ""]
     said = element("p", f"{total:,} parameters, of which {trained:,} were trained.")
-    return _section("Layers", said, _folded(f"All layers ({len(layers)})", table(head, rows), _more(len(layers))))
+    new = element("p", f"Initialised anew: {', '.join(fresh)}.") if fresh else None
+    return _section("Layers", said, new, _folded(f"All layers ({len(layers)})", table(head, rows), _more(len(layers))))
 
 
 def _frozen(layer: TrainedLayer) -> str:
@@ -257,15 +259,24 @@ def _candidates(report: Report) -> Markup:
         return Markup("")
     best = report.candidates.best
     rows = [
-        (
-            element("b", c.name) if c.name == best else c.name,
-            f"{c.accuracy:.1%} ± {c.spread:.1%}",
-            f"{c.latency_ms:.1f} ms",
-        )
+        (element("b", c.name) if c.name == best else c.name, f"{c.accuracy:.1%} ± {c.spread:.1%}", _cost(c))
         for c in report.candidates.candidates
     ]
-    head = ["base", "accuracy, cross-validated", "one image takes"]
-    return _section("Choice of the base", table(head, rows))
+    if report.candidates.folds is None:
+        return _section("Choice of the base", table(["base", "accuracy, cross-validated", "one image takes"], rows))
+    said = (
+        f"Each was trained for {report.candidates.epochs} epochs on each of {report.candidates.folds} folds of the training images: "
+        "mean and standard deviation over the folds."
+    )
+    head = ["architecture", "accuracy, cross-validated", "training takes"]
+    return _section("Choice of the base", element("p", said, class_="faint"), table(head, rows))
+
+
+def _cost(scored: Scored) -> str:
+    """Of one image, or of training on one fold."""
+    if scored.latency_ms is not None:
+        return f"{scored.latency_ms:.1f} ms"
+    return f"{scored.seconds or 0:.1f} s ± {scored.seconds_spread or 0:.1f} s"
 
 
 # The images

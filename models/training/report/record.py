@@ -58,6 +58,7 @@ class Report(Record):
     history: tuple[Epoch, ...] = ()
     best_epoch: int | None = None  # whose weights were kept: the best on validation, or with keep "last" the last
     layers: tuple[TrainedLayer, ...] = ()
+    fresh_stages: tuple[str, ...] = ()  # of the base's network, that were initialised anew
     path: tuple[PathPoint, ...] = ()  # of the head's strengths
     strength: float | None = None  # the one that was taken
     stop_reason: str | None = None
