@@ -38,6 +38,12 @@ def members_of(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return members
 
 
+def check_growth(name: str, packed: int, size: int) -> None:
+    """Raises DatasetError where so many packed bytes should not become `size`."""
+    if (size > 16 * 2**20 and size > MAX_MEMBER_RATIO * max(1, packed)) or (size > 2**30 and size > MAX_RATIO * packed):
+        raise DatasetError(f"{printable(name)[:200]} is refused: its {packed:,} bytes would grow to {size:,}")
+
+
 def check_count(files: int) -> None:
     """Raises DatasetError for more files than a dataset may have."""
     if files > MAX_FILES:
