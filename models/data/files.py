@@ -36,6 +36,7 @@ class Files(ABC):
     that the methods know it by. Hidden files and `__MACOSX` are left out. Several threads may read at once."""
 
     label: str  # of the folder or archive, for messages
+    closing: ExitStack  # what is to be closed at the end
 
     @property
     @abstractmethod
@@ -79,12 +80,14 @@ class Files(ABC):
 class FolderFiles(Files):
     """Reads files below `root` alone, whatever is put in the place of a folder meanwhile."""
 
-    def __init__(self, root: Path) -> None:
-        self._root, self._inside, self.label = root, os.path.realpath(root), root.name
+    def __init__(self, root: Path, only: str | None = None) -> None:
+        """`only`: the one file of it that is looked at."""
+        self._root, self._inside, self.label, self.closing = root, os.path.realpath(root), root.name, ExitStack()
+        self._only = only
 
     @cached_property
     def names(self) -> dict[str, str]:
-        return {name: name for name in _scan(self._root)}
+        return {name: name for name in ([self._only] if self._only else _scan(self._root))}
 
     def open(self, file: str) -> BinaryIO:
         real = os.path.realpath(os.path.join(self._inside, file), strict=True)
@@ -109,7 +112,7 @@ class ZipFiles(Files):
     """Raises DatasetError for a table of contents that `members_of` refuses."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive, self.label = archive, Path(archive.filename or "").name
+        self._archive, self.label, self.closing = archive, Path(archive.filename or "").name, ExitStack()
         self._names = _member_names(archive)
 
     @property

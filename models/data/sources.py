@@ -15,6 +15,7 @@ from models.data.cifar import read_cifar
 from models.data.class_folders import read_class_folders
 from models.data.files import Files, FolderFiles, ZipFiles
 from models.data.idx import read_idx
+from models.data.parquet import read_parquet
 from models.data.samples import Source
 from models.data.tables import read_csv, read_label_studio, read_one_hot
 from models.errors import DatasetError
@@ -23,6 +24,7 @@ from models.errors import DatasetError
 LAYOUTS: tuple[Callable[[Files], Source | None], ...] = (
     read_idx,
     read_cifar,
+    read_parquet,
     read_one_hot,
     read_label_studio,
     read_class_folders,
@@ -37,25 +39,28 @@ def open_source(path: Path) -> Iterator[Source]:
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        yield _recognised(FolderFiles(path))
+        with _recognised(FolderFiles(path)) as source:
+            yield source
     elif path.is_file() and suffix == ".csv":
         with path.open("rb") as content:
             source = read_csv(FolderFiles(path.parent), path.name, content)
         yield source
     elif path.is_file() and suffix == ".json":
         yield label_studio.read_json(FolderFiles(path.parent), path.name)
+    elif path.is_file() and suffix == ".parquet":
+        with _recognised(FolderFiles(path.parent, only=path.name)) as source:
+            yield source
     elif path.is_file() and is_zipfile(path):
-        with open_archive(path) as archive:
-            yield _recognised(ZipFiles(archive))
+        with open_archive(path) as archive, _recognised(ZipFiles(archive)) as source:
+            yield source
     else:
         raise DatasetError(
             f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
-            "or a CSV of path,label"
+            "a CSV of path,label, or one of the formats that docs/training.md lists"
         )
 
 
-def _recognised(files: Files) -> Source:
-    for read in LAYOUTS:
-        if (source := read(files)) is not None:
-            return source
-    raise RuntimeError("the last layout takes everything")
+@contextmanager
+def _recognised(files: Files) -> Iterator[Source]:
+    with files.closing:
+        yield next(source for read in LAYOUTS if (source := read(files)) is not None)
