@@ -1,4 +1,4 @@
-"""The files that a dataset is made of, in a folder or a zip, under one interface.
+"""The files that a dataset is made of, in a folder or an archive, under one interface. (`tar` has that of tar archives.)
 
 Nothing outside the dataset is ever read: a zip is read member by member in place and never extracted, and a link that leads out of the
 folder is an error of that file. Scans and reads are bounded.
@@ -113,7 +113,7 @@ class ZipFiles(Files):
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive, self.label, self.closing = archive, Path(archive.filename or "").name, ExitStack()
-        self._names = _member_names(archive)
+        self._names = relative_names(member.filename for member in members_of(archive))
 
     @property
     def names(self) -> dict[str, str]:
@@ -179,12 +179,12 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-# Zip files
+# Archives
 
 
-def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:
-    """As `Files.names`; a folder is empty where no other member lies in it."""
-    names = {_without_dots(member.filename): member.filename for member in members_of(archive)}
+def relative_names(members: Iterable[str]) -> dict[str, str]:
+    """As `Files.names`, of members whose names end in `/` where they are folders; a folder is empty where no other member lies in it."""
+    names = {_without_dots(member): member for member in members}
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
     return {name: file for name, file in names.items() if name not in filled and not any(map(_hidden, name.split("/")))}
 

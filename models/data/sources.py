@@ -1,7 +1,7 @@
 """From the path of a dataset to its labelled images: the one place that recognises layouts.
 
-a folder or a zip --LAYOUTS, the first that recognises it--> Source
-a .csv or .json   --its columns---------------------------> Source, of images beside it
+a folder, zip or tar --LAYOUTS, the first that recognises it--> Source
+a .csv or .json      --its columns----------------------------> Source, of images beside it
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from models.data.idx import read_idx
 from models.data.parquet import read_parquet
 from models.data.samples import Source
 from models.data.tables import read_csv, read_label_studio, read_one_hot
+from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
 
 # Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
@@ -53,9 +54,12 @@ def open_source(path: Path) -> Iterator[Source]:
     elif path.is_file() and is_zipfile(path):
         with open_archive(path) as archive, _recognised(ZipFiles(archive)) as source:
             yield source
+    elif path.is_file() and is_tar(path):
+        with open_tar(path) as files, _recognised(files) as source:
+            yield source
     else:
         raise DatasetError(
-            f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip of one, "
+            f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip or tar of one, "
             "a CSV of path,label, or one of the formats that docs/training.md lists"
         )
 
