@@ -38,18 +38,28 @@ def members_of(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return members
 
 
+def check_growth(name: str, packed: int, size: int) -> None:
+    """Raises DatasetError where so many packed bytes should not become `size`."""
+    if (size > 16 * 2**20 and size > MAX_MEMBER_RATIO * max(1, packed)) or (size > 2**30 and size > MAX_RATIO * packed):
+        raise DatasetError(f"{printable(name)[:200]} is refused: its {packed:,} bytes would grow to {size:,}")
+
+
 def check_count(files: int) -> None:
     """Raises DatasetError for more files than a dataset may have."""
     if files > MAX_FILES:
         raise DatasetError(f"the dataset has more than {MAX_FILES:,} files; split it, or name a folder further down")
 
 
-def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
-    name = member.filename.replace("\\", "/")
+def check_name(filename: str, path: Path) -> None:
+    """Raises DatasetError for the name of a member that leads outside of the archive."""
+    name = filename.replace("\\", "/")
     if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name):
-        raise DatasetError(
-            f"{path.name} is refused: its member {printable(member.filename)[:200]!r} would lie outside of it"
-        )
+        raise DatasetError(f"{path.name} is refused: its member {printable(filename)[:200]!r} would lie outside of it")
+
+
+def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
+    check_name(member.filename, path)
+    name = member.filename.replace("\\", "/")
     if member.file_size > 16 * 2**20 and member.file_size > MAX_MEMBER_RATIO * max(1, member.compress_size):
         raise DatasetError(
             f"{path.name} is refused: {printable(name)[:200]!r} would grow from {member.compress_size:,} to {member.file_size:,} bytes"

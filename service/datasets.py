@@ -33,7 +33,16 @@ T = TypeVar("T")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _NEEDED_BYTES = 2**28  # a backbone, its checkpoint with an optimizer's state, features and a report
 _LOCK = ".lock"
-_SUFFIXES: dict[str, Literal["zip", "csv"]] = {".zip": "zip", ".csv": "csv"}
+Kind = Literal["folder", "zip", "tar", "csv", "json", "parquet"]
+_KINDS: dict[str, Kind] = {
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".csv": "csv",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 
 
 def resolve(root: Path, relative: Path) -> Path:
@@ -87,7 +96,7 @@ class Dataset(BaseModel):
 
     object: Literal["dataset"] = "dataset"
     name: str = Field(description="The `dataset` of a request")
-    kind: Literal["folder", "zip", "csv"]
+    kind: Kind
     bytes: int | None = Field(None, description="Size of the file; null for a folder")
     modified: datetime
 
@@ -140,7 +149,7 @@ class Datasets:
 
 def _dataset_of(entry: "os.DirEntry[str]") -> Dataset | None:
     """None for what is hidden, a link, no dataset by its name, or has a name that nobody can type."""
-    kind = _SUFFIXES.get(Path(entry.name).suffix.lower())
+    kind = next((kind for suffix, kind in _KINDS.items() if entry.name.lower().endswith(suffix)), None)
     if entry.name.startswith((".", "~")) or not entry.name.isprintable() or entry.is_symlink():
         return None
     try:

@@ -128,7 +128,9 @@ class Validate(FinetuneRequest):
 class DryRun(BaseModel):
     """What the trainer found in a dataset, and what it would make of it."""
 
-    audit: dict[str, Any] = Field(description="Of the images: how many there are, and which are bad or duplicates")
+    audit: dict[str, Any] = Field(
+        description="Of the images: their layout, how many there are, and which are bad or duplicates"
+    )
     pictures: dict[str, str] = Field(
         {}, description="Of the first bad files and duplicates, by path: small JPEGs as `data:` URLs"
     )
@@ -295,7 +297,13 @@ JOB_REQUEST_EXAMPLE = {
     "hyperparameters": {"epochs": 8, "augmentation": "standard"},
 }
 DRY_RUN_EXAMPLE = {
-    "audit": {"files": 245, "images": 244, "bad": [{"path": "ants/17.jpg", "reason": "zero bytes"}], "duplicates": []},
+    "audit": {
+        "layout": "a folder per class",
+        "files": 245,
+        "images": 244,
+        "bad": [{"path": "ants/17.jpg", "reason": "zero bytes"}],
+        "duplicates": [],
+    },
     "split": {"train": 196, "val": 48, "test": 0},
     "mode": "head",
     "bases": ["resnet18"],

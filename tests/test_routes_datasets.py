@@ -94,6 +94,25 @@ async def test_what_there_is_page_by_page(http: httpx.AsyncClient, service: Trai
     assert ([d["name"] for d in rest["data"]], first["has_more"], rest["has_more"]) == (["table.csv"], True, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cifar-10-binary.tar.gz", "tar"),
+        ("a.TGZ", "tar"),
+        ("a.tar", "tar"),
+        ("a.json", "json"),
+        ("a.parquet", "parquet"),
+        ("train-images-idx3-ubyte.gz", None),
+    ],
+)
+async def test_what_kinds_of_files_are_datasets(
+    http: httpx.AsyncClient, service: Training, name: str, kind: str
+) -> None:
+    (root_of(service) / name).touch()
+    kinds = {dataset["name"]: dataset["kind"] for dataset in (await http.get("/datasets")).json()["data"]}
+    assert kinds.get(name) == kind
+
+
 async def test_a_name_that_is_taken(http: httpx.AsyncClient, service: Training) -> None:
     (root_of(service) / "ants.zip").symlink_to(root_of(service) / "nowhere")
     await upload(http)

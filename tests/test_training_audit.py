@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from models.classifier import Preprocessing
+from models.data.samples import PARTS, Item
 from models.errors import ImageError
 from models.images import decode
 from models.training import audit
@@ -22,7 +23,6 @@ from models.training.audit import (
     odd_drawings,
     reason_of,
 )
-from models.training.sources import PARTS, Item
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 
@@ -55,7 +55,8 @@ def audited(names: str, groups: list[int], per_part: tuple[int, int, int] | None
         digests=tuple(letter.lower().encode() for letter in names),
         groups=torch.tensor(groups),
     )
-    return make_audit(images, dict(zip(PARTS, parts, strict=True)), places[:0], more.pop("files", len(names)), **more)
+    files = more.pop("files", len(names))
+    return make_audit(images, dict(zip(PARTS, parts, strict=True)), places[:0], files, layout="letters", **more)
 
 
 @pytest.mark.parametrize(

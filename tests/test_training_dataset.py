@@ -12,6 +12,7 @@ from PIL import Image
 from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.classifier import Preprocessing
+from models.data import raw_pixels
 from models.errors import DatasetError, TooFewImages, TooManyBadFiles
 from models.training import dataset
 from models.training.dataset import Dataset, load, pixels
@@ -293,14 +294,14 @@ def test_a_dataset_that_changed_is_noticed(tmp_path: Path) -> None:
 
 def test_large_datasets_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = load_all(folder(tmp_path, coloured(4) | BAD))
-    monkeypatch.setattr(dataset, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(raw_pixels, "MAX_BYTES_IN_MEMORY", 0)
     assert torch.equal(load_all(tmp_path).pixels, small.pixels)
 
 
 def test_a_full_disk_is_an_error_and_no_dead_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(raw_pixels, "MAX_BYTES_IN_MEMORY", 0)
     with pytest.raises(OSError, match="bytes of pixels do not fit in"):
-        dataset._allocate((2**20, 1024, 1024, 3))
+        raw_pixels.allocate((2**20, 1024, 1024, 3))
 
 
 def test_progress_rises_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

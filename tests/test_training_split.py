@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.training.sources import Part
+from models.data.samples import Part
 from models.training.split import break_up, given_rows, hold_out
 
 

@@ -69,7 +69,8 @@ def in_memory(per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) ->
     digests = tuple(hashlib.blake2b(each.tobytes(), digest_size=16).digest() for each in squares)
     files = tuple(hashlib.sha256(digest).digest()[:16] for digest in digests)
     rule = {"by": "content", "seed": 0, "val_fraction": 1 / 3, "test_fraction": 0.0}
-    audit = make_audit(Images(classes, paths, labels, digests, places), rows, places[:0], len(paths))
+    images = Images(classes, paths, labels, digests, places)
+    audit = make_audit(images, rows, places[:0], len(paths), layout="squares")
     return Dataset("squares", "0" * 64, classes, paths, pixels, labels, digests, files, places, rows, rule, audit)
 
 

@@ -19,6 +19,7 @@ HOSTILE = 'ant/"><script>alert(1)</script>.jpg'
 def audit() -> Audit:
     counts = {"ant": 40, "bee": 40, "cat & <dog>": 10}
     return Audit(
+        layout="a folder per class",
         files=92,
         images=90,
         bad=(BadFile(path="ant/gif.jpg", reason="animated: 12 frames"), BadFile(path="bee/0.jpg", reason="zero bytes")),

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from models.classifier import Record
+from models.data.samples import PARTS, Item, Part
 from models.errors import EmptyImage, ImageError, UnsupportedImage
 from models.training.duplicates import equal
-from models.training.sources import PARTS, Item, Part
 
 LISTS = ("bad", "duplicates", "near_duplicates", "conflicts", "left_out")
 MAX_LISTED = 1000  # entries of each list; `totals` counts all
@@ -70,6 +70,7 @@ class Images:
 class Audit(Record):
     """What was found. Paths are relative to the dataset; lists end at 1,000 entries, groups at 100 paths, `totals` counts all."""
 
+    layout: str  # what the dataset was recognised as
     files: int
     images: int  # that are good
     bad: tuple[BadFile, ...]
@@ -166,6 +167,8 @@ def make_audit(
     files: int,
     bad: Sequence[BadFile] = (),
     remarks: Sequence[str] = (),
+    *,
+    layout: str,
 ) -> Audit:
     """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings."""
     paths, labels, classes = images.paths, images.labels, images.classes
@@ -176,6 +179,7 @@ def make_audit(
     sizes = [len(bad), len(duplicates), len(near), len(conflicts), len(left_out)]
     counts = {part: labels[rows[part]].bincount(minlength=len(classes)).tolist() for part in PARTS}
     audit = Audit(
+        layout=layout,
         files=files,
         images=len(paths),
         bad=tuple(bad[:MAX_LISTED]),

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from models import files
 from models.classifier import Backbone, ModelConfig
+from models.data.samples import UNREADABLE
+from models.data.sources import open_source
 from models.errors import ImageError, ModelError
 from models.images import decode
 from models.records import to_json
@@ -17,7 +19,6 @@ from models.training.handover import PARITY, Deployment, ParitySample, ParitySam
 from models.training.job import Job
 from models.training.report import Parity
 from models.training.request import FinetuneRequest
-from models.training.sources import UNREADABLE, open_source
 
 PARITY_IMAGES = 8
 PARITY_BYTES = 24 * 2**20  # of all samples together: the server has to read them

@@ -6,9 +6,6 @@ pixels --duplicates.group--> groups --split--> rows of train, val, test;   all o
 
 import hashlib
 import itertools
-import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,28 +13,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from models.classifier import Preprocessing
+from models.data.files import LIMITS, reason
+from models.data.raw_pixels import Array, allocate
+from models.data.samples import MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source
+from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.images import decode
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
 from models.training.progress import Progress, silent
-from models.training.sources import LIMITS, MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source, open_source
 
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
 MAX_HELD_OUT = 0.9  # of the images, validation and test together
-MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
 TICK_S = 0.25  # between two signs of progress
 DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
-
-Array = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +42,7 @@ class Dataset:
     name: str
     sha256: str  # over the sorted (path, sha256 of the file's bytes), bad files included, and a CSV's labels
     classes: tuple[str, ...]  # sorted
-    paths: tuple[str, ...]  # relative, ascending
+    paths: tuple[str, ...]  # relative, in the source's order
     pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
     labels: Tensor  # int64 (N,)
     digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
@@ -102,7 +97,9 @@ def load(
     given = [source.items[place].part for place in decoded.places]
     found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed))
     remarks = _remarks(found, source)
-    report = audit.make_audit(images, found.rows, found.left_out, len(source.items), decoded.bad, remarks)
+    report = audit.make_audit(
+        images, found.rows, found.left_out, len(source.items), decoded.bad, remarks, layout=source.layout
+    )
     progress(1.0)
     return Dataset(
         name=path.resolve().name,
@@ -227,7 +224,7 @@ def _remarks(found: _Found, source: Source) -> list[str]:
         )
     if source.strays:
         remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
-    return remarks
+    return [*remarks, *source.notes]
 
 
 # Pixels
@@ -242,7 +239,7 @@ class _Outcome(NamedTuple):
 
 def _decode_all(source: Source, preprocessing: Preprocessing, progress: Progress) -> _Decoded:
     items = source.items
-    array = _allocate((len(items), preprocessing.crop, preprocessing.crop, preprocessing.channels))
+    array = allocate((len(items), preprocessing.crop, preprocessing.crop, preprocessing.channels))
 
     def one(place: int) -> _Outcome:
         return _decode_into(array[place], items[place].file, source.read, preprocessing)
@@ -281,8 +278,7 @@ def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocess
     try:
         data = read(file)
     except UNREADABLE as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return _Outcome("unreadable", reason=f"cannot be read: {why}")
+        return _Outcome("unreadable", reason=f"cannot be read: {reason(error)}")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         target[:] = decode(data, preprocessing, LIMITS).permute(1, 2, 0).numpy()
@@ -301,25 +297,6 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
     limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
     more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
     raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
-
-
-def _allocate(shape: tuple[int, int, int, int]) -> Array:
-    """uint8, in memory or, when large, in a temporary file that vanishes with the array."""
-    size = math.prod(shape)
-    if size <= MAX_BYTES_IN_MEMORY:
-        return np.zeros(shape, dtype=np.uint8)
-    with tempfile.TemporaryFile() as file:
-        try:
-            _reserve(file.fileno(), size)  # writing through a map to a full disk would kill the process
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise OSError(error.errno, f"{error.strerror}: {size:,} bytes of pixels do not fit in {folder}") from error
-        return np.memmap(file, dtype=np.uint8, mode="r+", shape=shape)
-
-
-def _reserve(handle: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):  # macOS has none
-        os.posix_fallocate(handle, 0, size)
 
 
 def _compact(array: Array, places: Sequence[int]) -> Array:

@@ -24,9 +24,7 @@ REPORT, REPORT_PAGE = "report.json", "report.html"
 PARITY, RUN = "parity.json", "run.json"
 
 # The same for all that is not there and all that is not allowed, so that it tells nothing of what lies outside.
-NO_DATASET = (
-    "there is no dataset at that path: give the relative path of a folder, a .zip or a .csv under the datasets folder"
-)
+NO_DATASET = "there is no dataset at that path: give the relative path of a folder, an archive or a table under the datasets folder"
 EXIT_DISK_FULL = 28  # ENOSPC: there is no result.json; the job can go on from its checkpoint once there is space
 
 StopReason = Literal["early_stopping", "budget", "stopped"]

@@ -6,12 +6,14 @@ from io import BytesIO
 from PIL import Image
 from torch import Tensor
 
+from models.data.files import LIMITS
+from models.data.samples import UNREADABLE
+from models.data.sources import open_source
 from models.errors import ImageError
 from models.images import decode
 from models.training.batches import Sample
 from models.training.job import Job
 from models.training.report import Batch, Report
-from models.training.sources import LIMITS, UNREADABLE, open_source
 
 THUMBNAIL = 96  # pixels
 MOST_SHOWN = 50  # of the bad files, and of the duplicates

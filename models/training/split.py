@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.data.samples import PARTS, Part
 from models.training.duplicates import equal
-from models.training.sources import PARTS, Part
 
 
 def given_rows(parts: Sequence[Part], groups: Tensor) -> tuple[dict[Part, Tensor], Tensor]:

@@ -44,6 +44,7 @@ HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
         "imago finetune photos/ --name bees --dry-run",
         "imago finetune photos/ --name bees --base resnet18",
         "imago finetune photos.zip --name bees --base resnet18 --base densenet121",
+        "imago finetune mnist/ --name digits --base mnist_cnn --mode scratch --channels 1",
         "imago finetune cifar10.zip --name cifar10 --mode scratch --base preact_resnet --epochs 12 --half",
         "imago finetune cifar10.zip --name best --mode scratch --base lenet5 --base nin --folds 3",
     )
@@ -66,8 +67,8 @@ HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 @click.option("--json", "as_json", is_flag=True, help="Print the report, or the dry run, as JSON")
 @settings_options(*SETTINGS)
 def command(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> None:
-    """Train a classifier on DATASET: a folder or .zip with one folder of images per class, or train/, val/ and test/ of such, or a CSV
-    of path,label.
+    """Train a classifier on DATASET: a folder or .zip with one folder of images per class, or train/, val/ and test/ of such; a CSV
+    of path,label; MNIST's or CIFAR's binary files; an export of Label Studio or Roboflow.
 
     What is left out follows from the mode and the number of images. The new version is served where it is not worse than what is.
     Ctrl-C once keeps the best so far; the same command goes on where a killed one was.
@@ -126,6 +127,7 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(plan, indent=2))
         return
     audit = Audit.model_validate(plan["audit"])
+    click.echo(f"dataset: {audit.layout}")
     click.echo(f"{audit.images} images of {audit.files} files in {len(audit.class_counts['train'])} classes")
     for name in ("bad", "duplicates", "near_duplicates", "conflicts"):
         click.echo(f"{name.replace('_', ' ')}: {audit.totals[name]}")

@@ -301,7 +301,7 @@ def _data(audit: Audit) -> Markup:
     names = sorted({name for part in counts.values() for name in part})
     rows: list[list[Child]] = [[name, *(part.get(name, 0) for part in counts.values())] for name in names]
     bad = table(["file", "reason"], [(file.path, file.reason) for file in audit.bad[:MAX_ROWS]])
-    said = f"{audit.files:,} files, {audit.images:,} good images; largest class over smallest: {audit.imbalance:g}."
+    said = f"{audit.layout}: {audit.files:,} files, {audit.images:,} good images; largest class over smallest: {audit.imbalance:g}."
     groups = (
         ("Equal images", "duplicates", audit.duplicates),
         ("Nearly equal images", "near_duplicates", audit.near_duplicates),

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from models.classifier import Record
+from models.data.samples import Part
 from models.training.audit import Audit
 from models.training.calibrate import Calibration
 from models.training.curve import LearningCurve
@@ -14,7 +15,6 @@ from models.training.gate import Verdict
 from models.training.head import PathPoint
 from models.training.layers import TrainedLayer
 from models.training.select import Choice
-from models.training.sources import Part
 
 
 class Epoch(Record):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from training_data import archive, coloured, folder
 
+from models.data import files
+from models.data.samples import Source
+from models.data.sources import open_source
 from models.errors import DatasetError
 from models.images import Limits
-from models.training import sources
-from models.training.sources import Source, open_source
 
 TINY = {f"{name}/{i}.png": b"x" for name in ("ant", "bee") for i in range(2)}
 
@@ -153,7 +154,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, make: object) -> No
 
 
 def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LIMITS", Limits(max_bytes=10))
+    monkeypatch.setattr(files, "LIMITS", Limits(max_bytes=10))
     assert len(content(folder(tmp_path, TINY | {"ant/big.png": bytes(100)}), "ant/big.png")) == 11
 
 
@@ -162,7 +163,7 @@ def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("limit", "value", "message"),
     [
         pytest.param("models.archive.MAX_FILES", 3, "more than 3 files", id="files"),
-        pytest.param("models.training.sources.MAX_DEPTH", 0, "folders deep", id="depth"),
+        pytest.param("models.data.files.MAX_DEPTH", 0, "folders deep", id="depth"),
     ],
 )
 def test_scans_are_bounded(

@@ -1,0 +1,204 @@
+"""The files that a dataset is made of, in a folder or an archive, under one interface. (`tar` has that of tar archives.)
+
+Nothing outside the dataset is ever read: a zip is read member by member in place and never extracted, and a link that leads out of the
+folder is an error of that file. Scans and reads are bounded.
+"""
+
+import gzip
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from lzma import LZMAError
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from models.archive import check_count, members_of, printable
+from models.data.samples import UNREADABLE
+from models.errors import DatasetError
+from models.images import Limits
+from models.paths import open_beneath
+
+# Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
+LIMITS = Limits(max_bytes=64 * 2**20)
+MAX_DEPTH = 32  # folders in folders
+DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
+
+
+class Files(ABC):
+    """`names`: every file by its relative name, `/` between its parts, and every empty folder with a `/` at the end, each with the name
+    that the methods know it by. Hidden files and `__MACOSX` are left out. Several threads may read at once."""
+
+    label: str  # of the folder or archive, for messages
+    closing: ExitStack  # what is to be closed at the end
+
+    @property
+    @abstractmethod
+    def names(self) -> dict[str, str]: ...
+
+    @abstractmethod
+    def open(self, file: str) -> IO[bytes]:
+        """For reading from front to back. Raises one of UNREADABLE, as do the other methods."""
+
+    @abstractmethod
+    def size(self, file: str) -> tuple[int, int]:
+        """Bytes of the content, as declared, and bytes that they take on the disk."""
+
+    def read(self, file: str) -> bytes:
+        """At most one byte more than decode allows, so that a huge file costs no memory."""
+        with self.open(file) as opened:
+            return opened.read(LIMITS.max_bytes + 1)
+
+    def seekable(self, file: str) -> IO[bytes]:
+        """For reading anywhere: the file itself, or a copy that vanishes when it is closed."""
+        with ExitStack() as closing:
+            copy = closing.enter_context(tempfile.TemporaryFile())
+            with self.open(file) as content:
+                shutil.copyfileobj(content, copy, 2**20)
+            copy.seek(0)
+            closing.pop_all()  # the caller closes it
+        return copy
+
+    def text(self, name: str) -> str:
+        """A small file of UTF-8 by its relative name. Raises DatasetError: unreadable, too large, or no UTF-8."""
+        with opened(self, name) as content:
+            data = content.read(LIMITS.max_bytes + 1)
+        if len(data) > LIMITS.max_bytes:
+            raise DatasetError(f"{printable(name)} has more than {LIMITS.max_bytes:,} bytes; split the dataset")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DatasetError(f"{printable(name)} is not text in UTF-8; save it as UTF-8") from None
+
+
+class FolderFiles(Files):
+    """Reads files below `root` alone, whatever is put in the place of a folder meanwhile."""
+
+    def __init__(self, root: Path, only: str | None = None) -> None:
+        """`only`: the one file of it that is looked at."""
+        self._root, self._inside, self.label, self.closing = root, os.path.realpath(root), root.name, ExitStack()
+        self._only = only
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        return {name: name for name in ([self._only] if self._only else _scan(self._root))}
+
+    def open(self, file: str) -> BinaryIO:
+        real = os.path.realpath(os.path.join(self._inside, file), strict=True)
+        if not real.startswith(self._inside.rstrip("/") + "/"):
+            raise OSError("a link that leads out of the dataset")
+        handle = open_beneath("/", real.strip("/").split("/"), os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError("a link to a folder, a pipe or a device, and no regular file")
+        return open(handle, "rb")
+
+    def seekable(self, file: str) -> BinaryIO:
+        return self.open(file)
+
+    def size(self, file: str) -> tuple[int, int]:
+        with self.open(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+        return size, size
+
+
+class ZipFiles(Files):
+    """Raises DatasetError for a table of contents that `members_of` refuses."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive, self.label, self.closing = archive, Path(archive.filename or "").name, ExitStack()
+        self._names = relative_names(member.filename for member in members_of(archive))
+
+    @property
+    def names(self) -> dict[str, str]:
+        return self._names
+
+    def open(self, file: str) -> IO[bytes]:
+        try:
+            return self._archive.open(file)
+        except KeyError:
+            raise FileNotFoundError("there is no such file in the zip") from None
+
+    def size(self, file: str) -> tuple[int, int]:
+        member = self._archive.getinfo(file)
+        return member.file_size, member.compress_size
+
+
+@contextmanager
+def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
+    """The file of this relative name, for a dataset that cannot be without it: what goes wrong while it is read is a DatasetError."""
+    try:
+        with files.open(files.names.get(name, name)) as content:
+            yield content
+    except DAMAGED as error:
+        raise DatasetError(f"{printable(name)} is damaged or cut off: copy or download it again") from error
+    except UNREADABLE as error:
+        raise DatasetError(f"{printable(name)} cannot be read: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in the system's words or the archive's."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# Folders
+
+
+def _scan(root: Path) -> list[str]:
+    """Every file below `root` by its relative name, and every empty folder by its name with a `/` at the end."""
+    names: list[str] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        if folder.count("/") > MAX_DEPTH:
+            raise DatasetError(f"{printable(folder)} lies more than {MAX_DEPTH} folders deep; this is no dataset")
+        try:
+            entries = [entry for entry in os.scandir(root / folder) if not _hidden(entry.name)]
+        except OSError as error:
+            raise DatasetError(
+                f"the folder {printable(folder) or root.name} cannot be read: {error.strerror}"
+            ) from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(f"{folder}{entry.name}/")
+            else:
+                names.append(folder + entry.name)
+        if folder and not entries:
+            names.append(folder)
+        check_count(len(names))
+    return names
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+# Archives
+
+
+def relative_names(members: Iterable[str]) -> dict[str, str]:
+    """As `Files.names`, of members whose names end in `/` where they are folders; a folder is empty where no other member lies in it."""
+    names = {_without_dots(member): member for member in members}
+    filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
+    return {name: file for name, file in names.items() if name not in filled and not any(map(_hidden, name.split("/")))}
+
+
+def _without_dots(name: str) -> str:
+    """`./ant/1.jpg`, as `tar` and `zip` write it when told to pack `.`, -> `ant/1.jpg`."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
+
+
+def _parents(names: Iterable[str]) -> set[str]:
+    """Every folder that something lies in, `/` at its end."""
+    parents: set[str] = set()
+    folders = {name.rstrip("/").rpartition("/")[0] for name in names}
+    while folders:
+        parents |= {f"{folder}/" for folder in folders}
+        folders = {folder.rpartition("/")[0] for folder in folders} - {""}
+    return parents

@@ -1,0 +1,129 @@
+import gzip
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packed_data import CIFAR10, gzipped, mnist
+from training_data import PREPROCESSING, coloured, folder
+
+from models.data import tar
+from models.data.samples import Source
+from models.data.sources import open_source
+from models.errors import DatasetError
+from models.training.dataset import load
+
+
+def packed(path: Path, files: Mapping[str, bytes], mode: str = "w:gz", format: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, mode, format=format) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def special(path: Path, kind: bytes) -> Path:
+    """Class folders, and one member that is no regular file."""
+    packed(path, coloured(4), "w")
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("red/odd.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    return path
+
+
+def listed(path: Path) -> Source:
+    with open_source(path) as source:
+        return source
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar", "w"), ("any", "w:gz")])
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_it_is_the_same_dataset_as_its_folder(tmp_path: Path, name: str, mode: str, format: int) -> None:
+    files = {f"./photos/{'long-' * 15}/{name}": content for name, content in coloured(4).items()}
+    plain = load(folder(tmp_path / "d", files), PREPROCESSING, val_fraction=0.25, seed=0)
+    other = load(packed(tmp_path / name, files, mode, format), PREPROCESSING, val_fraction=0.25, seed=0)
+    assert (other.sha256, other.paths, other.audit.images) == (plain.sha256, plain.paths, 12)
+
+
+@pytest.mark.parametrize(
+    ("files", "images"),
+    [
+        pytest.param({f"cifar-10-batches-bin/{name}": content for name, content in CIFAR10.items()}, 8, id="CIFAR-10"),
+        pytest.param({f"MNIST/raw/{name}": content for name, content in gzipped(mnist()).items()}, 30, id="MNIST"),
+    ],
+)
+def test_packed_pixels_as_they_are_published(tmp_path: Path, files: dict[str, bytes], images: int) -> None:
+    path = packed(tmp_path / "a.tar.gz", files)
+    with open_source(path) as source:
+        assert len({source.read(item.file) for item in source.items}) == len(source.items) == images
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_what_is_no_regular_file_is_a_bad_file(tmp_path: Path, kind: bytes) -> None:
+    audit = load(special(tmp_path / "a.tar", kind), PREPROCESSING, val_fraction=0.25, seed=0).audit
+    (bad,) = audit.bad
+    assert (bad.path, "no regular file" in bad.reason, audit.images) == ("red/odd.png", True, 12)
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "ant/../../evil.png", r"..\evil.png", "C:/evil.png"])
+def test_names_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DatasetError, match=r"evil\.png.*outside"):
+        listed(packed(tmp_path / "a.tar.gz", coloured(1) | {name: b"x"}))
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    path.write_bytes(gzip.compress(bytes(change(content) or content)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda data: data[:700], id="cut off"),
+        pytest.param(lambda data: data.__setitem__(slice(124, 135), b"7" * 11), id="a size beyond the end"),
+        pytest.param(lambda data: data.__setitem__(slice(124, 136), b"\xff" * 12), id="a size below nothing"),
+        pytest.param(lambda data: data.__setitem__(156, ord("x")), id="a header that is none"),
+        pytest.param(lambda data: data.__setitem__(1024, ord("x")), id="a second header that is none"),
+    ],
+)
+def test_a_damaged_tar(tmp_path: Path, change: Any) -> None:
+    with pytest.raises(DatasetError, match=r"damaged or cut off|neither a folder") as error:
+        listed(rewritten(packed(tmp_path / "a.tar.gz", coloured(1)), change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gzip_that_is_cut_off(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.tar.gz", coloured(4))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DatasetError, match=r"a\.tar\.gz is damaged or cut off"):
+        listed(path)
+
+
+def test_a_bomb_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder(tmp_path / "tmp", {"kept": b""})))
+    path = packed(tmp_path / "a.tar.gz", coloured(1) | {"ant/big.png": bytes(40 * 2**20)})
+    with pytest.raises(DatasetError, match=r"a\.tar\.gz is refused: its .* bytes would grow"):
+        listed(path)
+    assert os.listdir(tmp_path / "tmp") == ["kept"]
+
+
+def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "a/" * 300 + "b.png"
+    path = packed(tmp_path / "a.tar", coloured(1) | {name: b"x"}, "w")
+    monkeypatch.setattr(tar, "MAX_HEADER_BYTES", 512)
+    with pytest.raises(DatasetError, match="damaged"):
+        listed(path)
+
+
+def test_a_single_gzipped_file_is_no_dataset(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzipped(mnist())[path.name])
+    with pytest.raises(DatasetError, match="neither a folder nor a zip"):
+        listed(path)
