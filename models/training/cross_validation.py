@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models import architectures, files
 from models.classifier import Record
+from models.data.samples import Part
 from models.errors import TrainingError
 from models.records import read_record, to_json
 from models.training import checkpoint, fitting
@@ -23,7 +24,6 @@ from models.training.head import fold_of
 from models.training.job import Job
 from models.training.request import Budget, EarlyStopping, Event
 from models.training.select import Choice, Scored, ranked
-from models.training.sources import Part
 
 RESULTS = "selection.json"
 ALL_EPOCHS = EarlyStopping(criterion="none", keep="last")
