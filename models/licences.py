@@ -5,7 +5,13 @@ A version's licence is in its lineage, under `licence`: an SPDX identifier ("Apa
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from models.classifier import ModelConfig
+    from models.store import ModelStore
 
 UNKNOWN = "unknown licence: ask the publisher of the weights before you use or pass them on"
 FREE = re.compile(
@@ -36,6 +42,17 @@ def is_free(licence: str) -> bool:
         all(FREE.fullmatch(_normalised(part)) for part in re.split(r"\s+and\s+", alternative, flags=re.IGNORECASE))
         for alternative in alternatives
     )
+
+
+def licences_in(store: "ModelStore", config: "ModelConfig") -> list[str | None]:
+    """As `licences_of`; an ensemble has those of its members, as far as the store still has them."""
+    licences: list[str | None] = []
+    for member in config.lineage.get("ensemble") or ():
+        try:
+            licences += licences_in(store, store.config(member["name"], member["version"]))
+        except ModelError:
+            licences.append(None)
+    return list(dict.fromkeys(licences or licences_of(config.lineage)))
 
 
 def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:

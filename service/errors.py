@@ -222,6 +222,7 @@ STATUS: dict[type[Exception], int] = {
     model.ImageTooLarge: 413,
     model.WeightsError: 422,
     model.DownloadError: 502,
+    model.ExportError: 422,
     model.InvalidName: 422,
     model.NameConflict: 409,
     model.ModelNotFound: 404,
