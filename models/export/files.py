@@ -46,14 +46,16 @@ def export(
     Raises ExportError, and WeightsError where the stored weights are damaged.
     """
     _check(file_format, out)
+    if not force:
+        _check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         made = _packed(_write(store, config, file_format, draft, out), draft / out.name)
         targets = [out.parent / file.name for file in made]
         for file, target in zip(made, targets, strict=True):
-            if not force and target.exists() and not _same(file, target):
-                raise ExportError(f"{target} exists already: name another file, or overwrite it with --force")
+            if not force and not _same(file, target):
+                _check_free(target)
         for file, target in zip(made, targets, strict=True):
             os.replace(file, target)
     finally:
@@ -74,6 +76,11 @@ def _check(file_format: ExportFormat, out: Path) -> None:
         check_onnx()
     if file_format == "openvino":
         check_openvino()
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise ExportError(f"{target} exists already: name another file, or overwrite it with --force")
 
 
 def _write(

@@ -13,6 +13,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from models.classifier import ModelConfig
+    from models.export.files import ExportFormat
     from models.store import ModelStore
 
 GROUP = "imagenet"  # what `pull` knows several models by
@@ -27,7 +28,7 @@ GROUP = "imagenet"  # what `pull` knows several models by
     )
 )
 def command() -> None:
-    """List, pull, import, remove and switch models."""
+    """List, pull, import, export, remove and switch models."""
 
 
 @command.command("list", epilog=examples("imago models list", "imago models list --json"))
@@ -110,6 +111,43 @@ def import_model(
     with progress(f"import {file.name}", "steps") as update:
         config = import_weights(file, store, name, architecture, labels, int(channels) if channels else None, update)
     stored(store, config)
+
+
+@command.command(
+    "export",
+    epilog=examples(
+        "imago models export bees bees.onnx",
+        "imago models export bees@2 --format openvino bees.xml",
+        "imago models export bees --format store bees-store.zip",
+    ),
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--version", type=click.IntRange(1), help="Version; by default the latest")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["onnx", "openvino", "store"]),
+    default="onnx",
+    show_default=True,
+    help="onnx comes with predict.py; store is for another Imago",
+)
+@click.option("--force", is_flag=True, help="Overwrite files that exist")
+@settings_options("weights")
+def export_model(
+    name: str, out: Path, version: int | None, file_format: "ExportFormat", force: bool, **flags: Any
+) -> None:
+    """Write a stored version to OUT: pixels in, calibrated probabilities out. A name in .zip holds all files."""
+    from models.export.files import export
+
+    model, number = split_version(name)
+    if number is not None and version is not None and number != version:
+        raise click.UsageError(f"{name} and --version {version} name different versions; give one of them")
+    store = open_store(flags)
+    made = export(store, store.config(model, number or version), file_format, out, force)
+    for warning in made.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{made.config.name}@{made.config.version}: {', '.join(map(str, made.files))}")
 
 
 @command.command("ensemble", epilog=examples("imago models ensemble both resnet50 densenet121"))
