@@ -90,26 +90,33 @@ def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
     epilog=examples(
         "imago models import net.pth --name mine --architecture resnet18",
         "imago models import net.safetensors --name mine --architecture vgg11 --classes labels.txt",
+        "imago models import flowers.mar --name flowers --architecture resnet18",
+        "imago models import bees-store.zip",
     ),
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", required=True, help="Name to serve it under")
-@click.option("--architecture", required=True, help="Architecture that the weights belong to")
+@click.argument("source", metavar="FILE", type=click.Path(exists=True, path_type=Path))
+@click.option("--name", help="Name to serve it under; by default that of an exported version")
+@click.option("--architecture", help="Architecture that the weights belong to, where the file does not say it")
 @click.option(
-    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list, or a name a line"
+    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON, or a class name a line"
 )
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Input channels; by default read off the weights")
 @settings_options("weights")
 def import_model(
-    file: Path, name: str, architecture: str, classes: Path | None, channels: str | None, **flags: Any
+    source: Path, name: str | None, architecture: str | None, classes: Path | None, channels: str | None, **flags: Any
 ) -> None:
-    """Store someone's state dict: .safetensors, or .pth (read without running any code in it)."""
-    from models.importing import import_weights, read_classes
+    """Store someone's weights, read without running any code in them.
+
+    FILE is a state dict or checkpoint (.pth, .ckpt, .safetensors), a folder of timm's, a TorchServe archive (.mar), or a version that
+    `imago models export --format store` wrote.
+    """
+    from models.importing import import_model as publish
+    from models.importing import read_classes
 
     store = open_store(flags)
     labels = read_classes(classes) if classes else None
-    with progress(f"import {file.name}", "steps") as update:
-        config = import_weights(file, store, name, architecture, labels, int(channels) if channels else None, update)
+    with progress(f"import {source.name}", "steps") as update:
+        config = publish(source, store, name, architecture, labels, int(channels) if channels else None, update)
     stored(store, config)
 
 
