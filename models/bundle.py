@@ -40,7 +40,7 @@ MAX_MEMBERS = 1000
 
 
 class Manifest(Record):
-    """What a bundle says of itself."""
+    """The table of a bundle's files, by SHA-256."""
 
     kind: str
     format: int
@@ -89,7 +89,7 @@ def _copy(archive: zipfile.ZipFile, name: str, file: Path, sha256: str) -> None:
 
 
 def is_bundle(names: list[str]) -> bool:
-    """Whether a zip with these members is a bundle."""
+    """True for the members of a bundle."""
     return MANIFEST in names
 
 
@@ -100,7 +100,7 @@ def import_bundle(
 
     Raises WeightsError for anything damaged or foreign, ArchitectureNotFound, InvalidName. Nothing is published then.
     """
-    told = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     with opened(path) as archive:
         manifest = _manifest(archive, path)
         config = _config(archive, manifest, path)
@@ -109,11 +109,11 @@ def import_bundle(
         head = _head(archive, manifest, config, path)
         reference = _reference(archive, manifest, path)
         for done, ref in enumerate(refs.values(), 1):
-            told(done, steps)
+            report(done, steps)
             limit = _size_of(skeleton(ref.architecture, ref.preprocessing)) + tensors.MAX_HEADER
             store.backbones.put_file(ref, _read(archive, manifest, _member_of(ref), limit, path))
     _check_widths(store, config, path)
-    told(steps, steps)
+    report(steps, steps)
     return store.publish(
         name or config.name, config.backbones, head, config.classes, config.metrics, config.lineage, reference
     )
@@ -140,8 +140,8 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> Manifest:
         raise WeightsError(f"{path.name} is refused: its {MANIFEST} is not that of an exported model") from error
     if (manifest.kind, manifest.format) != (KIND, FORMAT):
         raise WeightsError(f"{path.name} is refused: it is of another version of Imago; export it again with this one")
-    found = {member.filename for member in archive.infolist()} - {MANIFEST}
-    if strangers := found ^ manifest.files.keys():
+    members = {member.filename for member in archive.infolist()} - {MANIFEST}
+    if strangers := members ^ manifest.files.keys():
         listed = tensors.listed(sorted(json.dumps(name) for name in strangers))
         raise WeightsError(f"{path.name} is damaged: its files are not those it names: {listed}; export it again")
     return manifest

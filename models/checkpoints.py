@@ -173,15 +173,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def to_network(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Prefixes taken off. `expected` are the keys of the network; what lies beside it (a loss, a metric) is left out where all of them are
-    found under one prefix."""
-    found = {key: tensor for key, tensor in state.items() if key != "n_averaged"}  # AveragedModel's counter
+    """Prefixes taken off. `expected` are the keys of the network; what lies beside the network (a loss, a metric) is left out where one
+    prefix has all of them."""
+    stripped = {key: tensor for key, tensor in state.items() if key != "n_averaged"}  # AveragedModel's counter
     for _ in range(MAX_DEPTH):
-        prefix = next((p for p in PREFIXES if _holds_network(p, found, expected)), None)
+        prefix = next((p for p in PREFIXES if _holds_network(p, stripped, expected)), None)
         if prefix is None:
             break
-        found = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
-    return found
+        stripped = {key.removeprefix(prefix): tensor for key, tensor in stripped.items() if key.startswith(prefix)}
+    return stripped
 
 
 def _holds_network(prefix: str, state: Mapping[str, Tensor], expected: Collection[str]) -> bool:

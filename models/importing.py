@@ -63,13 +63,13 @@ def import_weights(
     The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
-    told = progress or (lambda done, total: None)
-    told(0, STEPS)
+    report = progress or (lambda done, total: None)
+    report(0, STEPS)
     checkpoint = read(path)
     architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise WeightsError(f"{path} names no architecture: give it one with --architecture")
-    told(1, STEPS)
+    report(1, STEPS)
     network = fit(architecture, checkpoint.state, channels, str(path))
     head = Head.of(network.layer)
     names = classes if classes is not None else checkpoint.classes
@@ -78,9 +78,9 @@ def import_weights(
         raise WeightsError(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
-    told(2, STEPS)
+    report(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, _preprocessing(network, checkpoint, path))
-    told(3, STEPS)
+    report(3, STEPS)
     lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
     return store.publish(name, [ref], head, names, lineage=lineage)
 

@@ -32,7 +32,7 @@ def warning(licence: str | None) -> str | None:
 
 
 def is_free(licence: str) -> bool:
-    """Whether the licence allows any use with at most attribution: Apache-2.0, MIT, BSD, ISC, CC0, CC-BY and the like.
+    """True for a licence that allows any use with at most attribution: Apache-2.0, MIT, BSD, ISC, CC0, CC-BY and the like.
 
     Of an SPDX expression, one alternative must be free in all its parts.
     """

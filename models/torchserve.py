@@ -16,7 +16,7 @@ MAX_WEIGHTS = 16 * 2**30
 
 
 def is_archive(names: list[str]) -> bool:
-    """Whether a zip with these members is a TorchServe archive."""
+    """True for the members of a TorchServe archive."""
     return MANIFEST in names
 
 

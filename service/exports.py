@@ -94,7 +94,7 @@ class Exports:
             raise InsufficientStorage(f"the data folder cannot be written to: {error.strerror}") from error
 
     async def _run(self, config: ModelConfig, file_format: ExportFormat, out: Path) -> dict[str, Any]:
-        """What the process reports."""
+        """The report of the process."""
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         environment |= {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE"}
         arguments = (str(self._weights), config.name, str(config.version), file_format, str(out))

@@ -51,7 +51,7 @@ FILES = {
 
 
 def standalone(script: Path, *arguments: Any) -> dict[str, Any]:
-    """What the script prints in an isolated Python in which nothing but its three packages can be imported."""
+    """The output of the script in an isolated Python in which nothing but its three packages can be imported."""
     code = START.format(blocked=BLOCKED, script=str(script))
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -61,7 +61,7 @@ def standalone(script: Path, *arguments: Any) -> dict[str, Any]:
 
 
 def served(store: ModelStore, name: str, files: list[Path], data: Path) -> dict[str, Any]:
-    """What POST /predict answers in float32."""
+    """The answer of POST /predict, in float32."""
     settings = Settings(
         weights=store.root, data=data, engine="torch", precision="float32", device="cpu", threads=1, top_k=1000
     )

@@ -1,10 +1,10 @@
-"""What an exported file says of itself: labels, geometry, licence and lineage, as strings by name."""
+"""The metadata of an exported file: labels, geometry, licence and lineage, as strings by name."""
 
 import json
 from collections.abc import Sequence
 
 from models.classifier import ModelConfig
-from models.export.graph import SCALE, GraphInput
+from models.export.graph import GraphInput
 
 FORMAT = "1"  # of these details; `predict.py` reads them
 
@@ -18,7 +18,7 @@ def details(config: ModelConfig, inputs: Sequence[GraphInput], licences: Sequenc
         "created_at": config.created_at.isoformat(),
         "licence": "; ".join(licence or "unknown" for licence in licences) or "your own",
         "classes": _json(config.classes),
-        "inputs": _json({each.name: each.preprocessing.model_dump(exclude=SCALE) for each in inputs}),
+        "inputs": _json({each.name: each.preprocessing.model_dump(exclude={"std"}) for each in inputs}),
         "backbones": _json([ref.model_dump(include={"architecture", "sha256", "output"}) for ref in config.backbones]),
         "lineage": _json(config.lineage),
     }

@@ -111,5 +111,5 @@ def _packed(made: Sequence[Path], out: Path) -> Sequence[Path]:
 
 
 def _same(file: Path, target: Path) -> bool:
-    """Whether an earlier export of the same script is there."""
+    """True where an earlier export left the same script."""
     return file.name == SCRIPT.name and target.is_file() and target.read_bytes() == file.read_bytes()

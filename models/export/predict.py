@@ -36,24 +36,60 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def pixels(photo: Path, resize: int, crop: int, channels: int, interpolation: str) -> np.ndarray:
-    """The centre square of an image file, upright, its shorter side resized: uint8 (1, crop, crop, channels)."""
+def size_after(width: float, height: float, resize: tuple[int, int], crop_mode: str) -> tuple[int, int]:
+    """Width and height of the resized image, before it is cropped."""
+    down, across = resize
+    if crop_mode == "squash":
+        return across, down
+    if crop_mode == "center" and across == down:
+        return int(across * width / min(width, height)), int(down * height / min(width, height))
+    ratio = (min if crop_mode == "center" else max)(width / across, height / down)
+    return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+
+def axis(side: float, resized: int, room: int) -> tuple[float, float, int, int]:
+    """Along one side: begin and end of what is shown, in pixels of the image; its size in the crop, and where it lies there."""
+    if resized < room:
+        return 0, side, resized, (room - resized) // 2
+    first, scale = round((resized - room) / 2), side / resized
+    return first * scale, min(side, (first + room) * scale), room, 0
+
+
+def pixels(
+    photo: Path,
+    resize: Any,
+    crop: Any,
+    channels: int,
+    interpolation: str,
+    mean: list[float],
+    crop_mode: str = "center",
+) -> np.ndarray:
+    """An image file, upright, resized and cropped: uint8 (1, height, width, channels)."""
+    (down, across), (high, wide) = (each if isinstance(each, list) else (each, each) for each in (resize, crop))
     image: Image.Image = Image.open(photo)
-    draft = image.draft(None, (int(2.5 * resize), int(2.5 * resize)))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+    largest = int(2.5 * max(down, across))
+    draft = image.draft(None, (largest, largest))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
     sides = draft[1][2:] if draft else image.size
     image.load()
-    orientation, spans = orientation_of(image), []
-    for side, mirrored in zip(sides, (orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)), strict=True):
-        resized = int(resize * side / min(sides))
-        first, scale = round((resized - crop) / 2), side / resized
-        start, end = first * scale, min(side, (first + crop) * scale)  # in pixels of the file
-        spans.append((side - end, side - start) if mirrored else (start, end))
+    orientation = orientation_of(image)
+    turned = orientation in (5, 6, 7, 8)
+    width, height = sides[::-1] if turned else sides
+    resized = size_after(width, height, (down, across), crop_mode)
+    x, y = axis(width, resized[0], wide), axis(height, resized[1], high)
+    left, right, columns, _ = y if turned else x  # from here on in the file's own coordinates
+    top, bottom, rows, _ = x if turned else y
+    if orientation in (2, 3, 7, 8):
+        left, right = sides[0] - right, sides[0] - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = sides[1] - bottom, sides[1] - top
     image, mode = flat(image), "L" if channels == 1 else "RGB"
     image = image.convert("L") if channels == 1 else image
-    (left, right), (top, bottom) = spans
-    square = image.resize((crop, crop), Image.Resampling[interpolation.upper()], (left, top, right, bottom))
-    square = square.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else square
-    return np.asarray(square.convert(mode)).reshape(1, crop, crop, channels)
+    image = image.resize((columns, rows), Image.Resampling[interpolation.upper()], (left, top, right, bottom))
+    image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    colour = tuple(round(255 * value) for value in mean) if crop_mode == "border" else (0,) * channels
+    canvas = Image.new(mode, (wide, high), colour if channels == 3 else colour[0])
+    canvas.paste(image.convert(mode), (x[3], y[3]))
+    return np.asarray(canvas).reshape(1, high, wide, channels)
 
 
 def predict(session: Any, photo: Path, top_k: int = 5) -> list[dict[str, Any]]:
