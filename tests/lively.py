@@ -36,7 +36,7 @@ def noise(shape: Preprocessing, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def network(architecture: str, channels: int = 3, images: int = 4) -> Network:
+def network(architecture: str, channels: int = 3, images: int = 2) -> Network:
     """Random weights, with batch norm's statistics those of some images, so that nothing vanishes on the way."""
     torch.manual_seed(0)
     made = architectures.create(architecture, len(CLASSES), channels)

@@ -17,6 +17,7 @@ from service_fakes import ADMIN, Service, client_of
 
 from models.classifier import ModelConfig
 from models.errors import ExportError, WeightsError
+from models.export import __main__ as process
 from models.store import ModelStore
 from service.errors import ExportBusy, InsufficientStorage
 from service.exports import Exports
@@ -153,3 +154,16 @@ def test_the_process_ends_with_its_stdin(tmp_path: Path, weights: Path) -> None:
     assert process.wait(timeout=60) == 1
     process.stdout.close()
     assert not out.exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_one_line(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(process, "bound_memory", lambda weights: None)  # it would bound the tests
+    monkeypatch.setattr("models.export.files.export", fail)
+    report = process.main(str(weights), "mine", "1", "onnx", str(tmp_path / "x.zip"))
+    assert report == {"code": "export_failed", "message": "there is not enough memory to export mine@1"}

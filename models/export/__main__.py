@@ -21,6 +21,7 @@ MEMORY_PER_BYTE = 8  # measured: 3.3 bytes for each byte of a float32 network; h
 def main(weights: str, name: str, version: str, file_format: str, out: str) -> dict[str, object]:
     from models.errors import ModelError
     from models.export.files import FORMATS, export
+    from models.runtime.device import is_out_of_memory
     from models.store import ModelStore
 
     [wanted] = [known for known in FORMATS if known == file_format]
@@ -33,7 +34,9 @@ def main(weights: str, name: str, version: str, file_format: str, out: str) -> d
         return {"code": error.code, "message": str(error)}
     except OSError as error:
         return {"disk": error.strerror or str(error)}
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return {"code": "export_failed", "message": f"there is not enough memory to export {name}@{version}"}
     return {"warnings": made.warnings}
 

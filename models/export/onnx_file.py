@@ -11,6 +11,7 @@ import torch
 from models.classifier import Classifier
 from models.errors import ExportError
 from models.export.graph import EXAMPLES, GraphInput, ProbabilityGraph
+from models.runtime.device import is_out_of_memory
 
 
 def check_onnx() -> None:
@@ -31,6 +32,8 @@ def write_onnx(
     try:
         program = _converted(ProbabilityGraph(classifier, inputs).eval(), inputs)
     except Exception as error:  # the exporter raises what comes to hand
+        if is_out_of_memory(error):
+            raise
         raise ExportError(
             f"{classifier.config.name} cannot be written as ONNX: torch's exporter does not support all its layers "
             f"({type(error).__name__}); export it with --format openvino or store"

@@ -9,6 +9,7 @@ import torch
 from models.classifier import Classifier
 from models.errors import ExportError
 from models.export.graph import EXAMPLES, GraphInput, ProbabilityGraph
+from models.runtime.device import is_out_of_memory
 from models.runtime.openvino_engine import import_openvino, openvino_version
 
 
@@ -33,6 +34,8 @@ def write_openvino(
             shapes = [[-1, *each.shape[1:]] for each in examples]
             model = openvino.convert_model(traced, example_input=examples, input=shapes)
     except Exception as error:  # the converter raises what comes to hand
+        if is_out_of_memory(error):
+            raise
         raise ExportError(
             f"{classifier.config.name} cannot be written for OpenVINO: its converter does not support all layers "
             f"({type(error).__name__}); export it with --format onnx or store"
