@@ -66,7 +66,7 @@ async def test_a_version_is_exported(http: httpx.AsyncClient, tmp_path: Path, we
     before = contents(weights)
     answer = await http.get(URL, params={"format": "store"}, headers=ADMIN)
     assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.headers["content-disposition"] == 'attachment; filename="mine-1-store.zip"'
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert "CC-BY-NC-4.0" in answer.headers["x-licence-warning"]

@@ -163,7 +163,7 @@ def _version(store: ModelStore, name: str, number: int, state: Any) -> VersionSt
 
 EXPORTED: dict[str, Any] = {
     "description": "A zip, as an attachment",
-    "content": {"application/zip": {"schema": BINARY}},
+    "content": {"application/octet-stream": {"schema": BINARY}},  # generated clients read no application/zip
     "headers": {
         "X-Licence-Warning": {
             "description": "Where a licence of the weights is unknown or not free",
@@ -198,7 +198,7 @@ async def export_version(
     }
     if made.warnings:
         headers["X-Licence-Warning"] = "; ".join(made.warnings).encode("ascii", "replace").decode()
-    return StreamingResponse(made.blocks(), media_type="application/zip", headers=headers)
+    return StreamingResponse(made.blocks(), media_type="application/octet-stream", headers=headers)
 
 
 @admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})
