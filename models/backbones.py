@@ -68,6 +68,15 @@ class BackboneShelf:
             self._write(ref, data)
         return ref
 
+    def put_file(self, ref: BackboneRef, data: bytes) -> None:
+        """Stores a weights file of another store as it is. Raises WeightsError where it has another hash, or does not fit."""
+        path = self.folder(ref) / WEIGHTS
+        if hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise WeightsError(f"the backbone {ref.key} is damaged: it does not have its hash")
+        tensors.load_into(skeleton(ref.architecture, ref.preprocessing), tensors.parse(bytearray(data), path), ref.key)
+        if not self._reserve(ref):
+            self._write(ref, data)
+
     def _reserve(self, ref: BackboneRef) -> bool:
         """Whether this backbone is there, sound; then its hour of grace begins anew. Raises WeightsError for a namesake."""
         folder = self.folder(ref)

@@ -222,9 +222,9 @@ class Tap(nn.Module):
         if not isinstance(tapped, Tensor):
             raise WeightsError(f"the module {self.name!r} has no output that could be features: name one that holds it")
         features = pooled(tapped)
-        views = len(features) // len(images)  # of each image, where the network looks at several
+        views = int(features.shape[0] // images.shape[0])  # of each image, where the network looks at several
         # Not by the number of images: a traced network keeps that of its example.
-        return features if views == 1 else torch.stack(features.chunk(views)).mean(dim=0)
+        return features if views == 1 else features.reshape(views, -1, features.shape[1]).mean(dim=0)
 
 
 def pooled(output: Tensor) -> Tensor:

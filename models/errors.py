@@ -58,6 +58,12 @@ class DownloadError(ModelError):
     code = "download_failed"
 
 
+class ExportError(ModelError):
+    """A model that cannot be written in a format, or a format whose packages are not installed."""
+
+    code = "export_failed"
+
+
 class InvalidName(ModelError):
     """A model name that does not match `^[a-z0-9][a-z0-9._-]{0,63}$`."""
 

@@ -1,139 +1,125 @@
-"""Anyone's weights -> a model version: a state dict in a `.safetensors` file, or in a `.pth` that torch saved.
+"""Anyone's weights -> a model version: a state dict, a folder of timm's, a TorchServe archive, or a version of another Imago.
 
-read_state    file -> {key: tensor}, wrappers and prefixes taken off; nothing in the file is ever executed
-fit           {key: tensor} -> the architecture cut in two, or one message with all that does not fit
-publish       the backbone by its hash, shared where the store has it, and the last layer as the head
+read        file or folder -> Checkpoint, see `models.checkpoints`
+fit         {key: tensor} -> the architecture cut in two, or one message with all that does not fit
+publish     the backbone by its hash, shared where the store has it, and the last layer as the head
 """
 
-import json
-import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from models import architectures, tensors
+from models import architectures, bundle, tensors, torchserve
 from models.architectures import Network
-from models.classifier import Head, ModelConfig
+from models.checkpoints import Checkpoint, read_checkpoint, to_network
+from models.class_names import read_classes
+from models.classifier import Head, ModelConfig, Preprocessing
 from models.download import Progress
 from models.errors import WeightsError
 from models.store import ModelStore
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the state dict
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+__all__ = ["fit", "import_model", "import_weights", "read_classes", "read_state"]
+
 STEPS = 3  # read, fit, store: of each the bytes are not known, and VGG takes seconds for each
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def import_model(
+    path: Path,
+    store: ModelStore,
+    name: str | None = None,
+    architecture: str | None = None,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """Publishes what lies at `path` as the next version of `name`. A version that another Imago exported names itself and its architecture.
+
+    Raises WeightsError, ArchitectureNotFound, InvalidName.
+    """
+    if bundle.is_bundle(_members(path)):
+        if architecture or classes or channels:
+            raise WeightsError(f"{path} holds a whole version: its architecture and classes cannot be changed")
+        return bundle.import_bundle(path, store, name, progress)
+    if name is None:
+        raise WeightsError(f"{path} names no model: give it one with --name")
+    return import_weights(path, store, name, architecture, classes, channels, progress)
 
 
 def import_weights(
     path: Path,
     store: ModelStore,
     name: str,
-    architecture: str,
+    architecture: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
     progress: Progress | None = None,
 ) -> ModelConfig:
-    """Publishes a state dict as the next version of model `name`, with the architecture's own preprocessing.
+    """Publishes a state dict as the next version of model `name`, with the preprocessing that the file says, or the architecture's own.
 
     The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
-    told = progress or (lambda done, total: None)
-    told(0, STEPS)
-    state = read_state(path)
-    told(1, STEPS)
-    network = fit(architecture, state, channels, str(path))
+    report = progress or (lambda done, total: None)
+    report(0, STEPS)
+    checkpoint = read(path)
+    architecture = architecture or checkpoint.architecture
+    if architecture is None:
+        raise WeightsError(f"{path} names no architecture: give it one with --architecture")
+    report(1, STEPS)
+    network = fit(architecture, checkpoint.state, channels, str(path))
     head = Head.of(network.layer)
-    names = list(classes) if classes is not None else [f"class_{index}" for index in range(head.num_classes)]
+    names = classes if classes is not None else checkpoint.classes
+    names = list(names) if names is not None else [f"class_{index}" for index in range(head.num_classes)]
     if len(names) != head.num_classes:
         raise WeightsError(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
-    told(2, STEPS)
-    ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
-    told(3, STEPS)
-    return store.publish(name, [ref], head, names, lineage={"source": Path(path).name, "architecture": architecture})
+    report(2, STEPS)
+    ref = store.put_backbone(architecture, network.backbone, _preprocessing(network, checkpoint, path))
+    report(3, STEPS)
+    lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
+    return store.publish(name, [ref], head, names, lineage=lineage)
 
 
-def read_classes(path: Path) -> list[str]:
-    """Class names from a file: a JSON list, or one name a line."""
-    text = Path(path).read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        names = json.loads(text)
-    except ValueError as error:
-        raise WeightsError(f"{path} begins like a JSON list of class names but is not one: {error}") from error
-    if not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"{path} must be a JSON list of class names, all of them text")
-    return list(names)
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a file, a folder or an archive. Raises WeightsError that says why it is refused."""
+    if torchserve.is_archive(_members(path)):
+        with bundle.opened(path) as archive:
+            return torchserve.read_archive(archive, path)
+    return read_checkpoint(path)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by their keys in the uncut network. Raises WeightsError that says why a file is refused."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _without_prefixes(tensors.read(path))
-    if path.suffix not in PICKLED:
-        raise WeightsError(f"{path} is refused: weights are read from .safetensors, {', '.join(PICKLED)} files")
-    return _without_prefixes(_unwrap(_load_pickled(path), path))
+    """The tensors of a state dict by the keys of the file. Raises WeightsError that says why a file is refused."""
+    return read_checkpoint(path).state
 
 
-def _load_pickled(path: Path) -> Any:
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing, or not a file")
+def _members(path: Path) -> list[str]:
+    """The names in a zip; none where it is no zip."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError ...: whatever the bytes provoke
-        raise WeightsError(f"{path} is refused: {_reason(error)}") from error
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return []
 
 
-def _reason(error: Exception) -> str:
-    """torch's own text advises `weights_only=False`, which runs whatever the file says."""
-    if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return (
-            f"besides tensors it wants {wanted[1]}, and a file that may run code is never loaded; "
-            "save it again with torch.save(model.state_dict(), path), or as safetensors"
-        )
-    if "TorchScript" in str(error):
-        return "it is a TorchScript archive; save its state_dict() instead"
-    return f"it is damaged, truncated, or not a file of torch.save ({type(error).__name__})"
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
-    foreign = [str(key) for key, value in content.items() if not _is_plain(value)]
-    if foreign or not content:
-        raise WeightsError(
-            f"{path} is not a state dict: {len(foreign)} entries are no plain tensors: {tensors.listed(foreign)}"
-        )
-    return {str(key): value for key, value in content.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    """A dense tensor that has its values: an expanded one could claim a shape of terabytes."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
-        return False
-    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-
-
-def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}  # AveragedModel's counter
-    while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+def _preprocessing(network: Network, checkpoint: Checkpoint, path: Path) -> Preprocessing:
+    """The architecture's own, with what the file says of its pixels."""
+    own: dict[str, Any] = network.preprocessing.model_dump()
+    try:
+        return Preprocessing.model_validate(own | checkpoint.preprocessing)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise WeightsError(f"{path} is refused: its preprocessing cannot be used: {reason}") from error
 
 
 def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:
     """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
+    state = to_network(state, architectures.outline(architecture).state_dict().keys())
     backbone, layer = architectures.split_state(architecture, state)
     weight = next((tensor for tensor in layer.values() if tensor.dim() > 1), None)
     num_classes = 1000 if weight is None else weight.shape[0]

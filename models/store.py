@@ -82,7 +82,7 @@ class ModelStore:
 
     def load_head(self, config: ModelConfig) -> Head:
         """The version's head: hash verified, float32, eval mode, on the CPU, no gradients."""
-        path = self._folder(config.name, config.version) / HEAD
+        path = self.head_file(config)
         with torch.device("meta"):
             head = Head(config.head, len(config.classes))
         tensors.load(head, path, config.head_sha256)
@@ -102,6 +102,10 @@ class ModelStore:
         )
         return read_reference(found[-1]) if found else None
 
+    def head_file(self, config: ModelConfig) -> Path:
+        """The weights of the version's head."""
+        return self._folder(config.name, config.version) / HEAD
+
     def backbone_size(self, ref: BackboneRef) -> int:
         """Bytes on disk."""
         return self.backbones.size(ref)
@@ -112,7 +116,7 @@ class ModelStore:
 
     def head_is_sound(self, config: ModelConfig) -> bool:
         """The same of the version's own weights alone."""
-        return tensors.has_hash(self._folder(config.name, config.version) / HEAD, config.head_sha256)
+        return tensors.has_hash(self.head_file(config), config.head_sha256)
 
     # Publishing
 

@@ -25,6 +25,7 @@ from service.errors import (
     UnknownField,
     ValidationFailed,
 )
+from service.exports import Exports
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Edge, Traffic, UserCORS
@@ -60,9 +61,11 @@ def create_app(
         state["engine"].start()
         state["jobs"].start()
         await state["datasets"].start()
+        await state["exports"].start()
         try:
             yield state
         finally:
+            state["exports"].close()
             state["datasets"].close()
             await state["jobs"].close()
             state["engine"].close()
@@ -121,6 +124,7 @@ def _state(
         keys=keys or Keys.of(settings),
         jobs=jobs or Jobs(settings, engine, store),
         datasets=Datasets(settings.datasets),
+        exports=Exports(settings),
     )
 
 

@@ -180,6 +180,12 @@ class TrainerUnavailable(ServiceError):
     code = "trainer_unavailable"
 
 
+class ExportBusy(ServiceError):
+    """Another model is being exported: there is one export at a time."""
+
+    code = "export_busy"
+
+
 # What the server can take on now
 
 
@@ -222,6 +228,7 @@ STATUS: dict[type[Exception], int] = {
     model.ImageTooLarge: 413,
     model.WeightsError: 422,
     model.DownloadError: 502,
+    model.ExportError: 422,
     model.InvalidName: 422,
     model.NameConflict: 409,
     model.ModelNotFound: 404,
@@ -260,6 +267,7 @@ STATUS: dict[type[Exception], int] = {
     IdempotencyMismatch: 409,
     InsufficientStorage: 507,
     TrainerUnavailable: 503,
+    ExportBusy: 503,
     QueueFull: 429,
     NotReady: 503,
     Draining: 503,

@@ -8,6 +8,7 @@ from models.store import ModelStore
 from service.auth import Keys
 from service.datasets import Datasets
 from service.engine import Engine
+from service.exports import Exports
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Exchange
@@ -24,6 +25,7 @@ class State(TypedDict):
     keys: Keys
     jobs: Jobs
     datasets: Datasets
+    exports: Exports
     exchange: NotRequired[Exchange]
 
 
@@ -55,8 +57,13 @@ async def get_datasets(request: Request) -> Datasets:
     return state_of(request)["datasets"]
 
 
+async def get_exports(request: Request) -> Exports:
+    return state_of(request)["exports"]
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 StoreDep = Annotated[ModelStore, Depends(get_store)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
 DatasetsDep = Annotated[Datasets, Depends(get_datasets)]
+ExportsDep = Annotated[Exports, Depends(get_exports)]

@@ -38,7 +38,7 @@ def test_help_has_examples_that_parse(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["imago predict --modle cifar10 cat.jpg", "imago models shwo cifar10", "imago models import net.pth --name mine"],
+    ["imago predict --modle cifar10 cat.jpg", "imago models shwo cifar10", "imago models import --name mine"],
 )
 def test_a_line_with_a_mistake_does_not_parse(line: str, tmp_path: Path) -> None:
     make_files(line, tmp_path)

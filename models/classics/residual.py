@@ -75,8 +75,8 @@ class Mirrored(nn.Sequential):
         if self.training:
             return self.once(images)
         # Both in one batch, so that each layer is called once and batch norm can be folded.
-        straight, mirrored = self.once(torch.cat([images, images.flip(3)])).chunk(2)
-        return (straight + mirrored) / 2
+        both = self.once(torch.cat([images, images.flip(3)]))  # (2 * N, D)
+        return both.reshape(2, -1, both.shape[1]).mean(dim=0)
 
     def once(self, images: Tensor) -> Tensor:
         features: Tensor = super().forward(images).flatten(1)  # type: ignore[no-untyped-call]

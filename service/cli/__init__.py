@@ -17,7 +17,7 @@ COMMANDS = {
     "finetune": "Train a classifier on a folder of images.",
     "jobs": "Watch and steer the fine-tuning jobs of a running server.",
     "datasets": "See and upload the datasets of a running server.",
-    "models": "List, pull, import, remove and switch models.",
+    "models": "List, pull, import, export, remove and switch models.",
     "bench": "Put a running server under load, and measure it.",
     "doctor": "Print what a bug report needs, and what is wrong.",
 }

@@ -14,6 +14,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from models.classifier import ModelConfig
+    from models.export.files import ExportFormat
     from models.store import ModelStore
 
 GROUP = "imagenet"  # what `pull` knows several models by
@@ -28,7 +29,7 @@ GROUP = "imagenet"  # what `pull` knows several models by
     )
 )
 def command() -> None:
-    """List, pull, import, remove and switch models."""
+    """List, pull, import, export, remove and switch models."""
 
 
 @command.command("list", epilog=examples("imago models list", "imago models list --json"))
@@ -90,27 +91,71 @@ def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
     epilog=examples(
         "imago models import net.pth --name mine --architecture resnet18",
         "imago models import net.safetensors --name mine --architecture vgg11 --classes labels.txt",
+        "imago models import flowers.mar --name flowers --architecture resnet18",
+        "imago models import bees-store.zip",
     ),
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", required=True, help="Name to serve it under")
-@click.option("--architecture", required=True, help="Architecture that the weights belong to")
+@click.argument("source", metavar="FILE", type=click.Path(exists=True, path_type=Path))
+@click.option("--name", help="Name to serve it under; by default that of an exported version")
+@click.option("--architecture", help="Architecture that the weights belong to, where the file does not say it")
 @click.option(
-    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON list, or a name a line"
+    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON, or a class name a line"
 )
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Input channels; by default read off the weights")
 @settings_options("weights")
 def import_model(
-    file: Path, name: str, architecture: str, classes: Path | None, channels: str | None, **flags: Any
+    source: Path, name: str | None, architecture: str | None, classes: Path | None, channels: str | None, **flags: Any
 ) -> None:
-    """Store someone's state dict: .safetensors, or .pth (read without running any code in it)."""
-    from models.importing import import_weights, read_classes
+    """Store someone's weights, read without running any code in them.
+
+    FILE is a state dict or checkpoint (.pth, .ckpt, .safetensors), a folder of timm's, a TorchServe archive (.mar), or a version that
+    `imago models export --format store` wrote.
+    """
+    from models.importing import import_model as publish
+    from models.importing import read_classes
 
     store = open_store(flags)
     labels = read_classes(classes) if classes else None
-    with progress(f"import {file.name}", "steps") as update:
-        config = import_weights(file, store, name, architecture, labels, int(channels) if channels else None, update)
+    with progress(f"import {source.name}", "steps") as update:
+        config = publish(source, store, name, architecture, labels, int(channels) if channels else None, update)
     stored(store, config)
+
+
+@command.command(
+    "export",
+    epilog=examples(
+        "imago models export bees bees.onnx",
+        "imago models export bees@2 --format openvino bees.xml",
+        "imago models export bees --format store bees-store.zip",
+    ),
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--version", type=click.IntRange(1), help="Version; by default the latest")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["onnx", "openvino", "store"]),
+    default="onnx",
+    show_default=True,
+    help="onnx comes with predict.py; store is for another Imago",
+)
+@click.option("--force", is_flag=True, help="Overwrite files that exist")
+@settings_options("weights")
+def export_model(
+    name: str, out: Path, version: int | None, file_format: "ExportFormat", force: bool, **flags: Any
+) -> None:
+    """Write a stored version to OUT: pixels in, calibrated probabilities out. A name in .zip holds all files."""
+    from models.export.files import export
+
+    model, number = split_version(name)
+    if number is not None and version is not None and number != version:
+        raise click.UsageError(f"{name} and --version {version} name different versions; give one of them")
+    store = open_store(flags)
+    made = export(store, store.config(model, number or version), file_format, out, force)
+    for warning in made.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{made.config.name}@{made.config.version}: {', '.join(map(str, made.files))}")
 
 
 @command.command("ensemble", epilog=examples("imago models ensemble both resnet50 densenet121"))

@@ -6,19 +6,22 @@ import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
 from models.classifier import NAME_PATTERN, ModelConfig
 from models.errors import ModelError, ModelNotFound
+from models.export.files import ExportFormat
 from models.store import ModelStore
 from service.auth import require_admin
 from service.engine import Engine
 from service.errors import ServiceError
 from service.loaded import ModelStatus
+from service.routes.upload import while_connected
 from service.schemas import (
+    BINARY,
     ERROR_ANSWERS,
     MODEL_EXAMPLE,
     VERSION_EXAMPLE,
@@ -29,7 +32,7 @@ from service.schemas import (
     VersionStatus,
     json_answer,
 )
-from service.state import EngineDep, StoreDep
+from service.state import EngineDep, ExportsDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
@@ -156,6 +159,46 @@ def _version(store: ModelStore, name: str, number: int, state: Any) -> VersionSt
         metrics=config.metrics,
         command=config.lineage.get("command"),
     )
+
+
+EXPORTED: dict[str, Any] = {
+    "description": "A zip, as an attachment",
+    "content": {"application/octet-stream": {"schema": BINARY}},  # generated clients read no application/zip
+    "headers": {
+        "X-Licence-Warning": {
+            "description": "Where a licence of the weights is unknown or not free",
+            "schema": {"type": "string"},
+        }
+    },
+}
+
+
+@admin_router.get(
+    "/models/{name}/versions/{version}/export",
+    summary="Export a version",
+    response_class=StreamingResponse,
+    responses={200: EXPORTED},
+)
+async def export_version(
+    request: Request,
+    name: Name,
+    version: Version,
+    store: StoreDep,
+    exports: ExportsDep,
+    format: Annotated[
+        ExportFormat, Query(description="onnx with predict.py, openvino, or store: for another Imago")
+    ] = "onnx",
+) -> StreamingResponse:
+    """Converts the version in a process of its own, which takes seconds, and answers with the zip. 503 while another is exported."""
+    config = await run_in_threadpool(store.config, name, version)
+    made = await while_connected(request, exports.make(config, format))
+    headers = UNCACHED | {
+        "Content-Disposition": f'attachment; filename="{made.filename}"',
+        "Content-Length": str(made.size),
+    }
+    if made.warnings:
+        headers["X-Licence-Warning"] = "; ".join(made.warnings).encode("ascii", "replace").decode()
+    return StreamingResponse(made.blocks(), media_type="application/octet-stream", headers=headers)
 
 
 @admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})

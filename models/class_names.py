@@ -1,0 +1,71 @@
+"""Class names as people keep them: one a line, a JSON list, or a JSON object by index or by name."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from models.errors import WeightsError
+
+MAX_BYTES = 16 * 2**20
+FORMS = '["ant", "bee"], {"0": "ant"}, {"ant": 0} or {"0": ["n02219486", "ant"]}'
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names from a file, in the order of their indices. Raises WeightsError."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise WeightsError(f"{path} is refused: larger than {MAX_BYTES} bytes")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read as text: class names are UTF-8") from error
+    return parse_classes(text, str(path))
+
+
+def parse_classes(text: str, source: str) -> list[str]:
+    """Class names from the text of such a file. `source` is for messages. Raises WeightsError."""
+    if not text.lstrip().startswith(("[", "{")):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{source} begins like JSON but is not; class names are a JSON list of class names, or {FORMS}"
+        ) from error
+    return names_of(content, source)
+
+
+def names_of(content: Any, source: str) -> list[str]:
+    """Class names from parsed JSON. Raises WeightsError."""
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return list(content)
+    if isinstance(content, dict):
+        for key in ("id2label", "label2id", "class_to_idx"):
+            if isinstance(content.get(key), dict):
+                return names_of(content[key], source)
+        if content and all(isinstance(index, int) for index in content.values()):
+            return _in_order(((index, name) for name, index in content.items()), source)
+        if content and all(index.isdecimal() for index in content):
+            return _in_order(((int(index), _label(entry)) for index, entry in content.items()), source)
+    raise WeightsError(f"{source} must be a JSON list of class names, all of them text, or one of {FORMS}")
+
+
+def _label(entry: Any) -> Any:
+    """`["n01440764", "tench"]`, as torchvision's and Keras' class index has it, is called tench."""
+    return entry[-1] if isinstance(entry, list) and entry else entry
+
+
+def _in_order(pairs: Iterable[tuple[int, Any]], source: str) -> list[str]:
+    by_index: dict[int, Any] = {}
+    for index, name in pairs:
+        if index in by_index:
+            raise WeightsError(f"{source} gives two class names the index {index}")
+        by_index[index] = name
+    missing = [index for index in range(len(by_index)) if index not in by_index]
+    if missing:
+        raise WeightsError(f"{source} has {len(by_index)} class names, but none with the index {missing[0]}")
+    names = [by_index[index] for index in range(len(by_index))]
+    if not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{source} must give each index a class name that is text: {FORMS}")
+    return names

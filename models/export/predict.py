@@ -1,0 +1,118 @@
+"""Classify photographs with a model that Imago exported: python predict.py PHOTO... [--model MODEL.onnx] [--top-k K]
+
+Prints what Imago's POST /predict answers. Needs Python 3.10 or later, numpy, Pillow and onnxruntime.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+UPRIGHT = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF orientation
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB or L: 16-bit and float gray scaled, transparent pixels on white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
+        white = next((w for w in (1, 255) if image.mode == "F" and values.max() <= w), 65535)
+        gray = (values.clip(0, white) / (white / 255)).round()
+        return Image.fromarray(np.where(values == image.info.get("transparency", -1), 255, gray).astype(np.uint8))
+    if image.has_transparency_data:
+        colour, paper = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        paper.paste(colour, mask=colour)
+        return paper
+    return image if image.mode in ("RGB", "L") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF
+        return 1
+
+
+def size_after(width: float, height: float, resize: tuple[int, int], crop_mode: str) -> tuple[int, int]:
+    """Width and height of the resized image, before it is cropped."""
+    down, across = resize
+    if crop_mode == "squash":
+        return across, down
+    if crop_mode == "center" and across == down:
+        return int(across * width / min(width, height)), int(down * height / min(width, height))
+    ratio = (min if crop_mode == "center" else max)(width / across, height / down)
+    return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+
+def axis(side: float, resized: int, room: int) -> tuple[float, float, int, int]:
+    """Along one side: begin and end of what is shown, in pixels of the image; its size in the crop, and where it lies there."""
+    if resized < room:
+        return 0, side, resized, (room - resized) // 2
+    first, scale = round((resized - room) / 2), side / resized
+    return first * scale, min(side, (first + room) * scale), room, 0
+
+
+def pixels(
+    photo: Path,
+    resize: Any,
+    crop: Any,
+    channels: int,
+    interpolation: str,
+    mean: list[float],
+    crop_mode: str = "center",
+) -> np.ndarray:
+    """An image file, upright, resized and cropped: uint8 (1, height, width, channels)."""
+    (down, across), (high, wide) = (each if isinstance(each, list) else (each, each) for each in (resize, crop))
+    image: Image.Image = Image.open(photo)
+    largest = int(2.5 * max(down, across))
+    draft = image.draft(None, (largest, largest))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+    sides = draft[1][2:] if draft else image.size
+    image.load()
+    orientation = orientation_of(image)
+    turned = orientation in (5, 6, 7, 8)
+    width, height = sides[::-1] if turned else sides
+    resized = size_after(width, height, (down, across), crop_mode)
+    x, y = axis(width, resized[0], wide), axis(height, resized[1], high)
+    left, right, columns, _ = y if turned else x  # from here on in the file's own coordinates
+    top, bottom, rows, _ = x if turned else y
+    if orientation in (2, 3, 7, 8):
+        left, right = sides[0] - right, sides[0] - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = sides[1] - bottom, sides[1] - top
+    image, mode = flat(image), "L" if channels == 1 else "RGB"
+    image = image.convert("L") if channels == 1 else image
+    image = image.resize((columns, rows), Image.Resampling[interpolation.upper()], (left, top, right, bottom))
+    image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    colour = tuple(round(255 * value) for value in mean) if crop_mode == "border" else (0,) * channels
+    canvas = Image.new(mode, (wide, high), colour if channels == 3 else colour[0])
+    canvas.paste(image.convert(mode), (x[3], y[3]))
+    return np.asarray(canvas).reshape(1, high, wide, channels)
+
+
+def predict(session: Any, photo: Path, top_k: int = 5) -> list[dict[str, Any]]:
+    """The best classes of one image file, best first."""
+    details = session.get_modelmeta().custom_metadata_map
+    classes, inputs = json.loads(details["classes"]), json.loads(details["inputs"])
+    feeds = {name: pixels(photo, **geometry) for name, geometry in inputs.items()}
+    scores = session.run(["probabilities"], feeds)[0][0]
+    best = np.argsort(-scores, kind="stable")[:top_k]
+    return [{"label": classes[i], "index": int(i), "probability": float(scores[i])} for i in best]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Classify photographs.")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", type=Path)
+    parser.add_argument("--model", type=Path, default=next(Path(__file__).parent.glob("*.onnx"), "model.onnx"))
+    parser.add_argument("--top-k", type=int, default=5)
+    options = parser.parse_args()
+    session = onnxruntime.InferenceSession(options.model, providers=["CPUExecutionProvider"])
+    details, results = session.get_modelmeta().custom_metadata_map, []
+    for photo in options.photos:
+        try:
+            results.append({"filename": photo.name, "predictions": predict(session, photo, options.top_k)})
+        except Exception as error:  # Pillow raises what comes to hand
+            results.append({"filename": photo.name, "error": {"code": "invalid_image", "message": str(error)}})
+    print(json.dumps({"model": details["model"], "version": int(details["version"]), "results": results}, indent=2))

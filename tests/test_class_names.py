@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.class_names import read_classes
+from models.errors import WeightsError
+
+NAMES = ["ant", "bee", "wasp"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(NAMES, id="list"),
+        pytest.param({"0": "ant", "2": "wasp", "1": "bee"}, id="by index"),
+        pytest.param({"wasp": 2, "ant": 0, "bee": 1}, id="by name"),
+        pytest.param({"0": ["n1", "ant"], "1": ["n2", "bee"], "2": ["n3", "wasp"]}, id="class index"),
+        pytest.param({"id2label": {"0": "ant", "1": "bee", "2": "wasp"}, "x": 1}, id="in a configuration"),
+    ],
+)
+def test_a_json_file(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text(json.dumps(content))
+    assert read_classes(path) == NAMES
+
+
+def test_digits_as_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    path.write_text('{"3": 0, "5": 1}')
+    assert read_classes(path) == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param('{"0": "ant", "2": "wasp"}', "none with the index 1", id="gap"),
+        pytest.param('{"ant": 0, "bee": 0}', "two class names the index 0", id="twice"),
+        pytest.param('{"0": 1.5}', "a class name that is text", id="number"),
+        pytest.param("{}", "JSON list of class names", id="empty"),
+        pytest.param('{"ant": "bee"}', "JSON list of class names", id="two names"),
+        pytest.param('{"0": "ant"', "begins like JSON", id="broken"),
+        pytest.param("[" * 100_000, "begins like JSON", id="deep"),
+    ],
+)
+def test_what_is_no_list_of_names(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "names.json"
+    path.write_text(text)
+    with pytest.raises(WeightsError, match=reason):
+        read_classes(path)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(WeightsError, match="UTF-8"):
+        read_classes(tmp_path / "names.txt")

@@ -1,0 +1,79 @@
+"""TorchServe's archives."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import architectures
+from models.errors import WeightsError
+from models.importing import import_model
+from models.store import ModelStore
+
+LABELS = {"0": "ant", "1": ["n2", "bee"], "2": "wasp"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    torch.set_num_threads(1)
+    return ModelStore(tmp_path / "weights")
+
+
+def archive(path: Path, weights: Any = None, **files: Any) -> Path:
+    """A `.mar` as torch-model-archiver makes it; `weights` is what torch.save has written."""
+    data = io.BytesIO()
+    torch.save(architectures.build("lenet5", 3).state_dict() if weights is None else weights, data)
+    content = {
+        "MAR-INF/MANIFEST.json": {"model": {"modelName": "insects", "serializedFile": "net.pth", "handler": "h.py"}},
+        "index_to_name.json": LABELS,
+        "net.pth": data.getvalue(),
+        "h.py": b"raise SystemExit",
+    } | {name.replace("__", "/").replace("_json", ".json"): value for name, value in files.items()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, value in content.items():
+            if value is not None:
+                file.writestr(name, value if isinstance(value, bytes) else json.dumps(value))
+    return path
+
+
+def test_an_archive_is_imported_in_one_command(store: ModelStore, tmp_path: Path) -> None:
+    config = import_model(archive(tmp_path / "insects.mar"), store, "insects", "lenet5")
+    assert config.classes == ("ant", "bee", "wasp")
+    assert config.lineage == {
+        "source": "insects.mar",
+        "architecture": "lenet5",
+        "archive": {"modelName": "insects", "handler": "h.py"},
+    }
+
+
+@pytest.mark.parametrize("model", [{"modelName": "x", "handler": "h.py"}, {"serializedFile": "gone.pth"}])
+def test_code_alone_is_refused_in_one_line(store: ModelStore, tmp_path: Path, model: Any) -> None:
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": model}})
+    with pytest.raises(WeightsError, match="holds code only") as caught:
+        import_model(path, store, "x", "lenet5")
+    assert "\n" not in str(caught.value)
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("manifest", [b"{", [], {"model": 3}, {}])
+def test_a_manifest_that_describes_nothing(store: ModelStore, tmp_path: Path, manifest: Any) -> None:
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": manifest})
+    with pytest.raises(WeightsError, match="describes no model"):
+        import_model(path, store, "x", "lenet5")
+
+
+def test_the_weights_are_refused_as_in_a_file(store: ModelStore, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"x.mar/net.pth is refused: besides tensors it wants models\."):
+        import_model(archive(tmp_path / "x.mar", architectures.build("lenet5", 3)), store, "x", "lenet5")
+
+
+def test_a_name_that_leads_outside_is_refused(store: ModelStore, tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.mar")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("../../evil.pth", b"x")
+    with pytest.raises(WeightsError, match="would lie outside"):
+        import_model(path, store, "x", "lenet5")
