@@ -48,7 +48,7 @@ def test_a_map_that_is_activated_in_place(engine: str) -> None:
     ref, module = made("lenet5")[0].ref, InPlace().eval().requires_grad_(False)
     backbone = Backbone(ref, module, 4, explain.find_map(module, explain.probe(ref.preprocessing, 2))[1])
     assert backbone.map == "conv"
-    runtime = compile_backbone(backbone, CPU, Options(engine=engine, threads=1, max_batch=2))  # type: ignore[arg-type]
+    runtime = compile_backbone(backbone, CPU, Options(engine=engine, precision="float32", threads=1, max_batch=2))  # type: ignore[arg-type]
     features, maps = runtime.with_maps(photo(backbone))
     torch.testing.assert_close(maps.mean(dim=(2, 3)), features)
 
@@ -72,7 +72,7 @@ EXACT = [
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_maps_of_a_cam_network_add_up_to_its_scores(engine: str, name: str, tap: str | None) -> None:
     backbone, head = made(name, tap)
-    runtime = compile_backbone(backbone, CPU, Options(engine=engine, threads=1, max_batch=2))  # type: ignore[arg-type]
+    runtime = compile_backbone(backbone, CPU, Options(engine=engine, precision="float32", threads=1, max_batch=2))  # type: ignore[arg-type]
     features, maps = runtime.with_maps(photo(backbone))
     layer, scores = head.layers[0], head.part(0, features)
     assert len(maps) == 2
@@ -199,6 +199,6 @@ def test_an_overlay_is_the_image_where_it_is_cold_and_red_where_it_is_hot() -> N
 def test_a_map_is_what_the_original_network_would_give() -> None:
     backbone, _ = made("preact_resnet")
     pixels = photo(backbone)
-    runtime = compile_backbone(backbone, CPU, Options(engine="torch", threads=1, max_batch=2))
+    runtime = compile_backbone(backbone, CPU, Options(engine="torch", precision="float32", threads=1, max_batch=2))
     expected = backbone.module(normalise(pixels, backbone.ref.preprocessing))
     torch.testing.assert_close(runtime.with_maps(pixels)[1].mean(dim=(2, 3)), expected, rtol=1e-3, atol=1e-4)
