@@ -4,7 +4,7 @@ Each is written once, as `features` and a last layer `fc`:
 
     images (N, C, size, size) --features--> maps --flatten--> (N, D) --fc--> scores (N, classes)
 
-`NETWORKS` lists them by name. `preact_resnet` is the network of the embedded default model.
+`NETWORKS` lists them by name. `preact_resnet` is the network of the embedded model `cifar10`.
 """
 
 from collections.abc import Callable
