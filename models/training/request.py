@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
+from models.decisions import PRECISION
 from models.errors import TrainingError
 
 Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
@@ -170,6 +171,9 @@ class FinetuneRequest(Record):
     deploy: Literal["never", "manual", "gate", "always"] = Field(
         default="gate",
         description="When the new version is served: gate is where it is not worse than the one that serves",
+    )
+    accept_precision: float = Field(
+        default=PRECISION, ge=0.5, lt=1, description="Share of accepted images that is to be right; sets `decision`"
     )
     metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts of your own")
     half: bool = Field(default=False, description="Store the backbone in float16")
@@ -367,6 +371,7 @@ def command(request: FinetuneRequest) -> str:
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)
     given |= {"half": request.half or None, "channels": request.channels if request.channels != 3 else None}
+    given |= {"accept_precision": request.accept_precision if request.accept_precision != PRECISION else None}
     words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
     words += [word for base in bases for word in ("--base", base)]
     return shlex.join(words + [word for name, value in given.items() for word in _option(name, value)])

@@ -22,7 +22,7 @@ from service.cli.options import examples, fields_options, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
-REQUEST = ("mode", "val_fraction", "test_fraction", "on_bad_file", "deploy", "half", "channels")
+REQUEST = ("mode", "val_fraction", "test_fraction", "on_bad_file", "deploy", "half", "channels", "accept_precision")
 SETTINGS = ("weights", "data", "trainer_threads")
 BUDGET = tuple(Budget.model_fields)
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
