@@ -120,11 +120,14 @@ def proven(wrong: int, accepted: int, precision: float) -> bool:
     precision, so few errors or fewer would have a probability of at most 0.1."""
     if not accepted or wrong > accepted * (1 - precision):
         return False
-    k = torch.arange(wrong + 1, dtype=torch.float64)
-    whole = math.lgamma(accepted + 1)
-    choices = whole - torch.lgamma(k + 1) - torch.lgamma(accepted - k + 1)
-    logs = choices + k * math.log(1 - precision) + (accepted - k) * math.log(precision)
-    return bool(logs.logsumexp(0) <= math.log(1 - CONFIDENCE) + 1e-9)
+    whole, error, success = math.lgamma(accepted + 1), math.log(1 - precision), math.log(precision)
+    return (
+        math.fsum(
+            math.exp(whole - math.lgamma(k + 1) - math.lgamma(accepted - k + 1) + k * error + (accepted - k) * success)
+            for k in range(wrong + 1)
+        )
+        <= 1 - CONFIDENCE + 1e-9
+    )
 
 
 def images_needed(precision: float) -> int:

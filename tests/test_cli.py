@@ -371,6 +371,7 @@ def test_finetune_trains_and_says_how_well(store: ModelStore) -> None:
     assert result.exit_code == 0, result.output
     assert "accuracy" in result.stdout
     assert "interval" in result.stdout
+    assert "nothing is accepted: 6 held-out images" in result.stdout
     assert store.serving().models["shade"] == 1
 
 
