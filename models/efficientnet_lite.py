@@ -59,7 +59,7 @@ class SameConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         height, width = (self._padding(side, axis) for axis, side in enumerate(x.shape[-2:]))
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-        return F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def _padding(self, side: int, axis: int) -> int:
         kernel, stride = self.kernel_size[axis], self.stride[axis]
