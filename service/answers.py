@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import ModelConfig, top_k
+from models.decisions import Decision
 from models.errors import ModelError
 
 
@@ -96,6 +97,7 @@ class Prediction:
     conformal: list[str] | None = None
     in_distribution: WithinTraining | None = None
     nearest: list[Nearest] | None = None
+    decision: Decision | None = None  # where the version keeps what it needs for one
 
     def document(self) -> dict[str, Any]:
         rows = zip(self.labels, self.indices, self.probabilities, strict=True)
@@ -103,6 +105,8 @@ class Prediction:
         for prediction, explanation in zip(predictions, self.explanations or (), strict=False):
             prediction["explanation"] = explanation.document()
         document: dict[str, Any] = {"predictions": predictions}
+        if self.decision is not None:
+            document["decision"] = self.decision
         if self.conformal is not None:
             document["set"] = self.conformal
         if self.in_distribution is not None:

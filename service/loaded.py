@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from models import packaged
@@ -325,6 +325,16 @@ class BackboneStatus(BaseModel):
     runtime: dict[str, RuntimeInfo]
 
 
+class DecisionRule(BaseModel):
+    """By what a model's answers are accepted, and how many of its held-out images were."""
+
+    precision: float = Field(description="Share of accepted images that is to be right")
+    threshold: float | None = Field(description="Probability from which on an answer is accepted; null: none is")
+    accepted_share: float = Field(description="Share of the held-out images that is accepted")
+    images: int = Field(description="Held-out images")
+    reject_distance: float | None = Field(description="Distance beyond which an image is rejected; null: none is")
+
+
 class ModelStatus(BaseModel):
     """One entry of `GET /models`."""
 
@@ -338,6 +348,7 @@ class ModelStatus(BaseModel):
     head_bytes: int | None = None
     backbones: list[BackboneStatus] = []
     metrics: dict[str, Any] = {}
+    decision: DecisionRule | None = None
     created_at: datetime | None = None
 
 
@@ -360,7 +371,21 @@ def describe(
         head_bytes=sum(p.nbytes for p in served.head.parameters()),
         backbones=[_describe_backbone(name, b, served_by_name) for b in served.backbones],
         metrics=served.config.metrics,
+        decision=_decision_rule(served.reference),
         created_at=served.config.created_at,
+    )
+
+
+def _decision_rule(reference: Reference | None) -> DecisionRule | None:
+    if reference is None or (decisions := reference.decisions) is None:
+        return None
+    near = reference.neighbourhood
+    return DecisionRule(
+        precision=decisions.precision,
+        threshold=decisions.threshold,
+        accepted_share=decisions.accepted_share,
+        images=decisions.images,
+        reject_distance=near.far if near is not None else None,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.classifier import NAME_PATTERN
+from models.decisions import Decision
 from models.reference import NEAREST
 from models.training.request import FinetuneRequest
 from service.datasets import Dataset
@@ -66,6 +67,11 @@ class ImageResult(BaseModel):
 
     filename: str | None = Field(description="As the part named it, made printable; null for a raw body")
     predictions: list[LabelScore] | None = None
+    decision: Decision | None = Field(
+        None,
+        description="Where the model keeps held-out images: accept is certain enough for the precision asked for, reject is unlike the "
+        "training images, review is for a person",
+    )
     set: list[str] | None = Field(None, description="With `alpha`: the conformal set, the likeliest first")
     in_distribution: InDistribution | None = Field(None, description="Where the model keeps training images")
     neighbours: list[NearImage] | None = Field(None, description="With `neighbours`, nearest first")
@@ -229,6 +235,7 @@ PREDICT_EXPLAINED_EXAMPLE = {
     "results": [
         {
             "filename": "cat.jpg",
+            "decision": "accept",
             "set": ["cat", "dog"],
             "in_distribution": {"within": True, "distance": 0.2114, "threshold": 0.3902},
             "neighbours": [{"name": "train/cat/0231.jpg", "distance": 0.1538}],

@@ -1,12 +1,13 @@
-"""How far an answer may be trusted: its conformal set, whether the image is like the training images, and which of them are nearest."""
+"""How far an answer may be trusted: its decision, its conformal set, and the training images that are nearest."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from models.decisions import Decision
 from models.errors import ModelError
-from models.reference import kth
+from models.reference import Reference, kth
 from service.answers import Answer, Nearest, Prediction, Scores, Wanted, WithinTraining
 from service.errors import NotProvided
 from service.loaded import Served
@@ -46,6 +47,7 @@ def _judged(
     """`near`: distances to the nearest training images, then their places, (2 * M,)."""
     reference = served.reference
     assert reference is not None, "the caller asks only where there is one"  # noqa: S101
+    prediction = replace(prediction, decision=_decision(reference, probabilities, near))
     if wanted.alpha is not None:
         [found] = reference.conformal.sets(probabilities, wanted.alpha)
         prediction = replace(prediction, conformal=[served.config.classes[i] for i in found])
@@ -59,3 +61,15 @@ def _judged(
         in_distribution=WithinTraining(float(kth(distances[None])), reference.neighbourhood.threshold),
         nearest=[Nearest(names[place], distance) for place, distance in shown] if wanted.neighbours else None,
     )
+
+
+def _decision(reference: Reference, probabilities: Tensor, near: Tensor | None) -> Decision | None:
+    """By probability and distance; an ensemble has no distance, and rejects nothing."""
+    if reference.decisions is None:
+        return None
+    confidence = float(probabilities.max())
+    if near is None or (kept := reference.neighbourhood) is None:
+        return reference.decisions.decide(confidence)
+    distance = float(kth(near.chunk(2)[0][None]))
+    far = kept.far is not None and distance > kept.far
+    return reference.decisions.decide(confidence, distance <= kept.threshold, far)

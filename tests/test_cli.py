@@ -337,6 +337,11 @@ def test_predict_says_why_it_has_no_set_of_classes(store: ModelStore) -> None:
     assert (result.exit_code, "imago models calibrate" in result.output) == (1, True)
 
 
+def test_a_model_that_keeps_nothing_has_nothing_to_decide_by(store: ModelStore) -> None:
+    result = imago("models", "decide", "digits")
+    assert (result.exit_code, "`imago models calibrate digits@1 DATASET`" in result.output) == (1, True)
+
+
 def test_predict_refuses_an_alpha_that_is_no_number(store: ModelStore) -> None:
     result = imago("predict", photo(Path("red.png")), "--alpha", "nan", *OFFLINE)
     assert (result.exit_code, "nan is not a number" in result.output) == (2, True)
@@ -366,6 +371,7 @@ def test_finetune_trains_and_says_how_well(store: ModelStore) -> None:
     assert result.exit_code == 0, result.output
     assert "accuracy" in result.stdout
     assert "interval" in result.stdout
+    assert "nothing is accepted: 6 held-out images" in result.stdout
     assert store.serving().models["shade"] == 1
 
 

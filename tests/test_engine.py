@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from models import architectures, images
 from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, normalise
+from models.decisions import Decisions
 from models.download import Progress
 from models.errors import (
     DownloadError,
@@ -603,7 +605,8 @@ def remembering(store: ModelStore, name: str, count: int = 30) -> list[bytes]:
     probabilities = classifier.probabilities([pixels])
     near = Neighbourhood.of(features, [f"{n}.png" for n in range(count)], features)
     labels = probabilities.argmin(dim=1)
-    store.put_reference(classifier.config, Reference(Conformal.of(probabilities, labels), near))
+    decisions = Decisions.of(probabilities.repeat(3, 1), probabilities.argmax(dim=1).repeat(3))
+    store.put_reference(classifier.config, Reference(Conformal.of(probabilities, labels), near, decisions))
     return pictures
 
 
@@ -620,7 +623,31 @@ async def test_an_answer_says_what_it_is_worth(store: ModelStore) -> None:
         assert len(document["set"]) > 1
         assert set(document["in_distribution"]) == {"within", "distance", "threshold"}
         plain = (await engine.predict([pictures[7]], ["a", "b"]))[1].document([None])["results"][0]
-        assert set(plain) == {"filename", "predictions", "in_distribution"}
+        assert set(plain) == {"filename", "predictions", "in_distribution", "decision"}
+        assert plain["decision"] == "accept"
+
+
+async def test_the_decision_follows_probability_and_distance(store: ModelStore) -> None:
+    pictures = remembering(store, "b")
+    config = store.config("b")
+    reference = store.load_reference(config)
+    assert reference is not None
+    assert reference.neighbourhood is not None
+    assert reference.decisions is not None
+    near, sure = reference.neighbourhood, reference.decisions
+    for changed, decision in (
+        (replace(reference, neighbourhood=replace(near, threshold=-1.0)), "review"),
+        (replace(reference, neighbourhood=replace(near, threshold=-1.0, far=-1.0)), "reject"),
+        (replace(reference, decisions=sure.asking(0.999)), "review"),
+        (replace(reference, neighbourhood=None, decisions=sure), "accept"),
+        (replace(reference, decisions=None), None),
+    ):
+        store.put_reference(config, changed)
+        async with serving(store) as engine:
+            rule = engine.model("b").decision
+            assert (rule is None) == (decision is None)
+            [answer] = await engine.predict([pictures[7]], ["b"])
+            assert answer.document([None])["results"][0].get("decision") == decision
 
 
 @pytest.mark.parametrize("wanted", [Wanted(alpha=0.1), Wanted(neighbours=5)])

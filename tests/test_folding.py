@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import Tap
+from models.efficientnet_lite import SameConv
 from models.runtime.folding import fold_batch_norm
 
 
@@ -35,6 +36,15 @@ def test_folding_keeps_the_function(leaks: bool, folds: int) -> None:
     assert torch.allclose(folded(x), block(x), atol=1e-5)
     assert isinstance(folded.norm, nn.Identity) == (folds == 1)
     assert isinstance(block.norm, nn.BatchNorm2d)
+
+
+def test_a_convolution_with_same_padding_keeps_the_folded_bias() -> None:
+    """EfficientNet-Lite's convolution of stride 2, which calls the function itself."""
+    block, x = Block().eval(), torch.randn(2, 3, 9, 9)
+    block.conv = SameConv(3, 8, 3, stride=2, bias=False)
+    folded, count = fold_batch_norm(block, x[:1])
+    assert count == 1
+    torch.testing.assert_close(folded(x), block(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_norm_before_its_convolution_stays() -> None:

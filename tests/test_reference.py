@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import Head
+from models.decisions import Decisions
 from models.errors import WeightsError
 from models.images import decode
 from models.reference import (
@@ -22,6 +23,7 @@ from models.reference import (
     Conformal,
     Neighbourhood,
     Reference,
+    beyond,
     kth,
     nearest,
     read_reference,
@@ -119,14 +121,19 @@ def test_fewer_images_than_the_rule_asks_for_are_enough() -> None:
 def test_a_sample_holds_all_classes_alike_and_fits() -> None:
     labels = torch.tensor([0] * 5000 + [1] * 400 + [2] * 5)
     kept = sample(labels, 1024)
-    assert len(kept) == MAX_BYTES // 2048
-    assert labels[kept].bincount().tolist() == [254, 253, 5]
+    assert len(kept) == MAX_BYTES // 1024
+    assert labels[kept].bincount().tolist() == [126, 125, 5]
     assert torch.equal(sample(labels[:9], 1024), torch.arange(9))
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(20, 256), (50, 500), (300, 1024)])
+def test_a_sample_holds_ten_images_of_each_of_many_classes_within_a_megabyte(classes: int, kept: int) -> None:
+    assert len(sample(torch.arange(6000) % classes, 1024)) == kept
 
 
 def made() -> Reference:
     near = Neighbourhood.of(around(0, 20, 1), [f"train/é/{n}.jpg" for n in range(20)], around(0, 50, 2))
-    return Reference(Conformal.of(*answers(50, seed=1)), near)
+    return Reference(Conformal.of(*answers(50, seed=1)), near, Decisions.of(*answers(50, seed=1), precision=0.6))
 
 
 @pytest.mark.parametrize("ensemble", [False, True])
@@ -136,6 +143,11 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, ensemble: bool) -> N
     (tmp_path / name).write_bytes(data)
     found = read_reference(tmp_path / name)
     assert torch.equal(found.conformal.scores, reference.conformal.scores)
+    assert found.decisions is not None
+    assert reference.decisions is not None
+    assert found.decisions.tensors().keys() == reference.decisions.tensors().keys()
+    assert found.decisions.summary() == reference.decisions.summary()
+    assert found.decisions.precision == 0.6
     if ensemble:
         assert found.neighbourhood is None
     else:
@@ -143,6 +155,35 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, ensemble: bool) -> N
         assert reference.neighbourhood is not None
         assert found.neighbourhood.names == reference.neighbourhood.names
         assert torch.equal(found.neighbourhood.features, reference.neighbourhood.features)
+        assert found.neighbourhood.far == pytest.approx(reference.neighbourhood.far)
+
+
+def test_a_file_of_before_there_were_decisions_is_read() -> None:
+    store = ModelStore(Path(__file__).parents[1] / "weights")
+    reference = store.load_reference(store.config("cifar10"))
+    assert reference is not None
+    assert reference.decisions is None
+    assert reference.neighbourhood is not None
+    assert reference.neighbourhood.far is None
+    assert torch.allclose(reference.neighbourhood.features.norm(dim=1), torch.ones(512), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "rank"), [(153, 0.05, 147), (153, 0.01, 153), (20, 0.01, 20), (999, 0.01, 990)]
+)
+def test_a_new_image_exceeds_the_distance_as_seldom_as_is_stated(count: int, share: float, rank: int) -> None:
+    distances = torch.arange(1.0, count + 1)[torch.randperm(count)]
+    assert beyond(distances, share) == rank
+
+
+def test_what_a_model_keeps_of_a_thousand_images_is_small() -> None:
+    """1,280 features, as EfficientNet-Lite0 has them, 2 classes, 1,000 training and 1,000 held-out images."""
+    features, labels = torch.randn(1000, 1280), torch.arange(1000) % 2
+    kept = sample(labels, 1280)
+    near = Neighbourhood.of(features[kept], [f"train/class/{row:08}.jpg" for row in kept.tolist()], features)
+    probabilities = torch.rand(1000, 2).softmax(dim=1)
+    parts = Conformal.of(probabilities, labels), near, Decisions.of(probabilities, labels)
+    assert len(to_file(Reference(*parts))[1]) < 300_000
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_a_run_stores_held_out_scores_and_training_images(trained: Workshop) -> 
     reference = trained.store.load_reference(config)
     assert reference is not None
     assert reference.conformal.images == trained.report().val.images
+    assert reference.decisions is not None
+    assert reference.decisions.images == reference.conformal.images
+    assert reference.decisions.precision == 0.95
     assert reference.neighbourhood is not None
     assert all(name.startswith("train/") for name in reference.neighbourhood.names)
     assert len(reference.neighbourhood.names) == config.lineage["dataset"]["images"]["train"]
@@ -127,6 +130,21 @@ def test_a_version_that_keeps_nothing_gets_it_from_a_dataset(trained: Workshop, 
         assert reference.neighbourhood is not None
         assert len(reference.neighbourhood.names) == 9
     assert len([*(store.root / "models" / "bare" / "1").glob("reference-*")]) == 1
+
+
+def test_the_precision_of_accepted_images_is_shown_and_set(trained: Workshop) -> None:
+    def decide(*flags: str) -> str:
+        result = CliRunner().invoke(
+            main, ["models", "decide", "colours@1", *flags, "--weights", str(trained.store.root)]
+        )
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    before = decide()
+    assert "do not show a precision of 0.95" in before
+    assert "asked for: 0.6" in decide("--accept-precision", "0.6")
+    assert "asked for: 0.6" in decide()
+    assert decide("--accept-precision", "0.95") == before
 
 
 def test_calibrating_on_images_of_the_training_is_refused(trained: Workshop, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from models.decisions import PRECISION
 from models.training.request import FinetuneRequest
 
 
@@ -17,6 +18,7 @@ def command(request: FinetuneRequest) -> str:
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)
     given |= {"half": request.half or None, "channels": request.channels if request.channels != 3 else None}
+    given |= {"accept_precision": request.accept_precision if request.accept_precision != PRECISION else None}
     words = ["imago", "finetune", request.dataset.resolve().name, "--name", request.name]
     words += [word for base in bases for word in ("--base", base)]
     return shlex.join(words + [word for name, value in given.items() for word in _option(name, value)])

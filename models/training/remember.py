@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from models.classifier import Classifier, ModelConfig
+from models.decisions import PRECISION, Decisions
 from models.errors import DatasetError
-from models.reference import Conformal, Neighbourhood, Reference, sample
+from models.reference import Conformal, Neighbourhood, Reference, kth, nearest, sample
 from models.store import ModelStore
 from models.training import dataset
 from models.training.dataset import Dataset
@@ -23,7 +24,13 @@ Features = Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) p
 
 def reference_of(job: Job, trained: Trained) -> Reference:
     """From the training images, and the validation images, to which also the temperature was fitted."""
-    return _reference(job.data, job.data.rows["val"], trained.features, trained.probabilities)
+    return _reference(
+        job.data,
+        job.data.rows["val"],
+        trained.features,
+        trained.probabilities,
+        precision=job.request.accept_precision,
+    )
 
 
 def calibrate(
@@ -34,10 +41,12 @@ def calibrate(
     share: float = 1.0,
     most: int | None = None,
     progress: Progress = silent,
+    precision: float = PRECISION,
 ) -> Reference:
     """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
 
-    `share` of the held-out images is used, at most `most` of the training images are kept. Raises DatasetError.
+    `share` of the held-out images is used, at most `most` of the training images are kept; `precision` is that of accepted images.
+    Raises DatasetError.
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
@@ -56,6 +65,7 @@ def calibrate(
         features,
         lambda rows: classifier.head.probabilities(*features(rows)),
         most,
+        precision,
     )
     progress(1.0)
     return reference
@@ -74,13 +84,20 @@ def _features(classifier: Classifier, pixels: list[Tensor]) -> Features:
 
 @torch.inference_mode()
 def _reference(
-    data: Dataset, held: Tensor, features: Features, probabilities: Callable[[Tensor], Tensor], most: int | None = None
+    data: Dataset,
+    held: Tensor,
+    features: Features,
+    probabilities: Callable[[Tensor], Tensor],
+    most: int | None = None,
+    precision: float = PRECISION,
 ) -> Reference:
-    conformal = Conformal.of(probabilities(held).float(), data.labels[held])
-    seen = features(held)
+    found, labels = probabilities(held).float(), data.labels[held]
+    conformal, seen = Conformal.of(found, labels), features(held)
     if len(seen) > 1:
-        return Reference(conformal, None)
+        return Reference(conformal, None, Decisions.of(found, labels, precision=precision))
     train = data.rows["train"]
     kept = train[sample(data.labels[train], seen[0].shape[1], most)]
     names = [data.paths[row] for row in kept.tolist()]
-    return Reference(conformal, Neighbourhood.of(features(kept)[0], names, seen[0]))
+    near = Neighbourhood.of(features(kept)[0], names, seen[0])
+    within = kth(nearest(near.features, seen[0])[0]) <= near.threshold
+    return Reference(conformal, near, Decisions.of(found, labels, within, precision))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
+from models.decisions import PRECISION
 from models.errors import TrainingError
 
 Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
@@ -188,6 +189,9 @@ class FinetuneRequest(Record):
     deploy: Literal["never", "manual", "gate", "always"] = Field(
         default="gate",
         description="When the new version is served: gate is where it is not worse than the one that serves",
+    )
+    accept_precision: float = Field(
+        default=PRECISION, ge=0.5, lt=1, description="Share of accepted images that is to be right; sets `decision`"
     )
     metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts of your own")
     half: bool = Field(default=False, description="Store the backbone in float16")

@@ -14,6 +14,7 @@ import click
 from models.store import ModelStore
 from models.training.audit import Audit
 from models.training.evaluate import Evaluation
+from models.training.handover import Result
 from models.training.report import Report
 from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
 from models.training.select import Scored
@@ -33,6 +34,7 @@ REQUEST = (
     "deploy",
     "half",
     "channels",
+    "accept_precision",
 )
 SETTINGS = ("weights", "data", "trainer_threads")
 BUDGET = tuple(Budget.model_fields)
@@ -104,6 +106,8 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     forget(folder)
     report = Report.model_validate_json((folder / REPORT).read_bytes())
     click.echo(report.model_dump_json(indent=2) if as_json else summary(report))
+    if (decided := decision_rule(store, result)) and not as_json:
+        click.echo(decided)
     click.echo(f"report: {folder / REPORT_PAGE}", err=True)
     label = f"{result.model}@{result.version}"
     if result.deployment == "activate":
@@ -112,6 +116,12 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     else:
         click.echo(f"{label} is stored and not served: {result.reason}", err=True)
         click.echo(f"`imago models activate {label}` switches to it", err=True)
+
+
+def decision_rule(store: ModelStore, result: Result) -> str | None:
+    """By what the new version accepts answers, in one line."""
+    reference = store.load_reference(store.config(result.model or "", result.version))
+    return reference.decisions.summary() if reference is not None and reference.decisions is not None else None
 
 
 def use_cores(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from models.export.files import ExportFormat
     from models.store import ModelStore
 
+ACTIVATED_AGAIN = "A running server picks it up when this version is activated again, or at its next start."
 GROUP = "imagenet"  # what `pull` knows several models by
+
+accept_precision = click.option(
+    "--accept-precision",
+    type=click.FloatRange(0.5, 1, max_open=True),
+    callback=a_number,
+    help="Share of accepted images that is to be right; 0.95 until it is set",
+)
 
 
 @click.group(
@@ -212,23 +221,52 @@ def rollback(name: str, **flags: Any) -> None:
     default=1.0,
     help="How much of them to use",
 )
-@click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 1 MB of features")
+@click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 256 KB of features")
+@accept_precision
 @settings_options("weights")
-def calibrate(name: str, dataset: Path, part: str, share: float, images: int | None, **flags: Any) -> None:
-    """Give a stored version what `alpha`, `neighbours` and `in_distribution` need, which training stores by itself.
+def calibrate(
+    name: str, dataset: Path, part: str, share: float, images: int | None, accept_precision: float | None, **flags: Any
+) -> None:
+    """Give a stored version what `decision`, `alpha`, `neighbours` and `in_distribution` need; training stores it by itself.
 
     DATASET has a train/ and a test/ (or val/) of its own; the latter must be new to the model.
     """
+    from models.decisions import PRECISION
     from models.training.remember import calibrate as make_reference
 
     store = open_store(flags)
     config = store.config(*split_version(name))
     with progress("calibrate", "%") as update:
         told = lambda done: update(round(100 * done), 100)  # noqa: E731
-        reference = make_reference(store, config, dataset, part, share, images, told)  # type: ignore[arg-type]
+        reference = make_reference(store, config, dataset, part, share, images, told, accept_precision or PRECISION)  # type: ignore[arg-type]
     store.put_reference(config, reference)
     click.echo(f"{config.name}@{config.version}: {reference.conformal.images} held-out images")
-    click.echo("A running server picks it up when this version is activated again, or at its next start.", err=True)
+    if reference.decisions is not None:
+        click.echo(reference.decisions.summary())
+    click.echo(ACTIVATED_AGAIN, err=True)
+
+
+@command.command(
+    "decide", epilog=examples("imago models decide bees", "imago models decide bees --accept-precision 0.99")
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=stored_models)
+@accept_precision
+@settings_options("weights")
+def decide(name: str, accept_precision: float | None, **flags: Any) -> None:
+    """Show how a model accepts answers, or set the precision that accepted ones are to have."""
+    store = open_store(flags)
+    config = store.config(*split_version(name))
+    label, reference = f"{config.name}@{config.version}", store.load_reference(config)
+    if reference is None or reference.decisions is None:
+        raise click.ClickException(
+            f"{label} keeps no held-out answers to decide by; `imago models calibrate {label} DATASET` stores them"
+        )
+    if accept_precision is not None:
+        reference = replace(reference, decisions=reference.decisions.asking(accept_precision))
+        store.put_reference(config, reference)
+        click.echo(ACTIVATED_AGAIN, err=True)
+    if reference.decisions is not None:
+        click.echo(reference.decisions.summary())
 
 
 @command.command("default", epilog=examples("imago models default mine"))

@@ -151,6 +151,8 @@ def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:
 
 def shown(prediction: "Prediction") -> list[tuple[str, str]]:
     rows = [(label, f"{p:.2%}") for label, p in zip(prediction.labels, prediction.probabilities, strict=True)]
+    if prediction.decision is not None:
+        rows.append((f"decision: {prediction.decision}", ""))
     if prediction.conformal is not None:
         rows.append((f"one of: {', '.join(prediction.conformal)}", ""))
     if (place := prediction.in_distribution) is not None and place.distance > place.threshold:
