@@ -1,0 +1,62 @@
+"""Licences of weights: which are free, and a warning for those that are not.
+
+A version's licence is in its lineage, under `licence`: an SPDX identifier ("Apache-2.0"), an SPDX expression, or the publisher's text.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+UNKNOWN = "unknown licence: ask the publisher of the weights before you use or pass them on"
+FREE = re.compile(
+    r"apache(-license)?(-version)?(-?2(\.0)?)?|mit(-license)?|mit-0|expat|isc|zlib|unlicense|0bsd"
+    r"|bsd(-[1-4]-clause)?(-clear|-license)?|(new|modified|simplified)-bsd(-license)?"
+    r"|cc0(-1\.0)?|cc-by-\d\.0|pddl(-1\.0)?|public-domain"
+)
+SPDX = re.compile(r"[\w.+-]+(\s+(and|or)\s+[\w.+-]+)*", re.IGNORECASE)
+
+
+def warning(licence: str | None) -> str | None:
+    """One line for weights whose licence is unknown or restricts their use; None for a free licence."""
+    if licence is None or licence.strip().lower() in ("", "unknown", "none"):
+        return UNKNOWN
+    if is_free(licence):
+        return None
+    return f"the licence {_shown(licence)} restricts the use of these weights: read it before you use or pass them on"
+
+
+def is_free(licence: str) -> bool:
+    """Whether the licence allows any use with at most attribution: Apache-2.0, MIT, BSD, ISC, CC0, CC-BY and the like.
+
+    Of an SPDX expression, one alternative must be free in all its parts.
+    """
+    text = licence.strip().strip("()")
+    alternatives = re.split(r"\s+or\s+", text, flags=re.IGNORECASE) if SPDX.fullmatch(text) else [text]
+    return any(
+        all(FREE.fullmatch(_normalised(part)) for part in re.split(r"\s+and\s+", alternative, flags=re.IGNORECASE))
+        for alternative in alternatives
+    )
+
+
+def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:
+    """The licences that a version's weights carry, each once; None for one that is unknown.
+
+    A version has its own `licence`, or those of the models it was trained from. One trained from scratch carries none.
+    """
+    if "licence" in lineage:
+        return [lineage["licence"]]
+    if ancestors := lineage.get("base_model"):
+        inherited = [licence for ancestor in ancestors for licence in licences_of(ancestor.get("lineage", {}))]
+        return list(dict.fromkeys(inherited))
+    return [] if lineage.get("mode") == "scratch" else [None]
+
+
+def _normalised(licence: str) -> str:
+    """`Apache License, Version 2.0` -> `apache-license-version-2.0`."""
+    name = re.sub(r"^the\s+|\s+licen[cs]e$", "", licence.strip().lower())
+    return re.sub(r"[\s,_]+", "-", name).replace("licence", "license")
+
+
+def _shown(licence: str) -> str:
+    line = " ".join(licence.split())
+    return repr(line if len(line) <= 80 else line[:77] + "...")
