@@ -51,6 +51,11 @@ def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:
     return [] if lineage.get("mode") == "scratch" else [None]
 
 
+def warnings_of(lineage: Mapping[str, Any]) -> list[str]:
+    """One line for each licence of a version's weights that is unknown or restricts use."""
+    return [line for licence in licences_of(lineage) if (line := warning(licence)) is not None]
+
+
 def _normalised(licence: str) -> str:
     """`Apache License, Version 2.0` -> `apache-license-version-2.0`."""
     name = re.sub(r"^the\s+|\s+licen[cs]e$", "", licence.strip().lower())

