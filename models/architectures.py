@@ -177,6 +177,11 @@ def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
     return published[which]
 
 
+def licence_of(weights: Any) -> str:
+    """Of torchvision's enum member: what it says, or else torchvision's own licence."""
+    return str(weights.meta.get("license", "BSD-3-Clause"))
+
+
 def _build_published(name: str, num_classes: int, channels: int, aux: bool) -> nn.Module:
     weights = published_weights(name)
     if weights is None:

@@ -63,7 +63,7 @@ def published(architecture: str, weights: str = "IMAGENET1K_V1") -> Published:
         preprocessing=Preprocessing.model_validate(preprocessing),
         metrics=member.meta.get("_metrics", {}).get("ImageNet-1K", {}),
         recipe=member.meta.get("recipe"),
-        licence=member.meta.get("license", "BSD-3-Clause"),
+        licence=architectures.licence_of(member),
     )
 
 

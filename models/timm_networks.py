@@ -38,6 +38,13 @@ def names() -> tuple[str, ...]:
     return tuple(PREFIX + name for name in networks())
 
 
+def published_names() -> tuple[str, ...]:
+    """Every `timm/<network>.<tag>` of which timm knows weights."""
+    import timm
+
+    return tuple(PREFIX + name for name in timm.list_pretrained())
+
+
 def tags(network: str) -> tuple[str, ...]:
     """Of the weights that are published for a network, the default first."""
     from timm.models import get_arch_pretrained_cfgs

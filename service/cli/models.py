@@ -12,7 +12,10 @@ from service.cli.progress import progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.classifier import ModelConfig
+    from models.search import Found
     from models.store import ModelStore
 
 GROUP = "imagenet"  # what `pull` knows several models by
@@ -21,6 +24,7 @@ GROUP = "imagenet"  # what `pull` knows several models by
 @click.group(
     epilog=examples(
         "imago models list",
+        'imago models search "vit*dino"',
         "imago models pull resnet50",
         "imago models import mine.safetensors --name mine --architecture resnet18 --classes labels.txt",
         "imago models activate mine@2",
@@ -65,6 +69,29 @@ def show(name: str, classes: int, channels: str, **flags: Any) -> None:
         click.echo(f"licence: {licence or 'unknown'}" + (f" ({line})" if (line := warning(licence)) else ""))
     for ref in config.backbones:
         click.echo(layer_table(ref.architecture, len(config.classes), ref.preprocessing.channels))
+
+
+@command.command("search", epilog=examples('imago models search "vit*dino"', "imago models search lite --json"))
+@click.argument("pattern")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most architectures to show")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON")
+@settings_options("weights")
+def search(pattern: str, limit: int, as_json: bool, **flags: Any) -> None:
+    """Find architectures by a pattern such as "vit*dino": torchvision's, timm's, and those for small images.
+
+    Weights are packaged (no download), stored, published (`imago models pull NAME` fetches them) or none.
+    """
+    from models.search import describe
+    from models.search import search as find
+
+    names = find(pattern)
+    found = describe(names[:limit], open_store(flags))
+    if as_json:
+        click.echo(json.dumps([architecture.row() for architecture in found], indent=2))
+    else:
+        print_found(found)
+    if len(names) > limit:
+        click.echo(f"{limit} of {len(names)}; --limit {len(names)} shows all", err=True)
 
 
 @command.command(
@@ -274,6 +301,25 @@ def warn(config: "ModelConfig") -> None:
 def changed(what: str) -> None:
     click.echo(what)
     click.echo("A running server picks it up on POST /models/sync, or at its next start.", err=True)
+
+
+def print_found(found: "Sequence[Found]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (
+        ("name", "left"),
+        ("M parameters", "right"),
+        ("input", "right"),
+        ("licence", "left"),
+        ("weights", "left"),
+    ):
+        table.add_column(title, justify=justify, no_wrap=title == "name")  # type: ignore[arg-type]
+    for one in found:
+        size = f"{one.height} x {one.width}"
+        table.add_row(one.name, f"{one.parameters / 1e6:.1f}", size, one.licence or "unknown", one.weights)
+    Console(markup=False).print(table)
 
 
 def listing(store: "ModelStore") -> list[dict[str, Any]]:
