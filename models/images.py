@@ -108,7 +108,7 @@ def decode(
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
     As torchvision's `Resize(resize)` and `CenterCrop(crop)` on an upright RGB image, and as timm's transforms with its other crop modes,
-    transparency on white; of 255, the mean difference is below 0.35 and the largest 2 (0.02 and 1 on photographs). JPEGs whose short side
+    transparency on white; of 255, the mean difference is below 0.35 and the largest 2 (0.02 and 1 on photographs; 2 with borders). JPEGs whose short side
     is at least 5 times `resize` are decoded at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
@@ -299,7 +299,7 @@ def _cropped(image: Image.Image, extent: tuple[float, float], preprocessing: Pre
     x, y = (down, across) if swapped else (across, down)  # in the file's own coordinates
     left, right = (width - x.end, width - x.begin) if mirror_x else (x.begin, x.end)
     top, bottom = (height - y.end, height - y.begin) if mirror_y else (y.begin, y.end)
-    shown = _resize(image, (left, top, right, bottom), (x.size, y.size), preprocessing)
+    shown = _resize(image, (left, top, right, bottom), (x.size, y.size), preprocessing, columns_first=swapped)
     shown = shown if upright is None else shown.transpose(upright)
     return _bordered(shown, (across.at, down.at), preprocessing)
 
@@ -346,15 +346,38 @@ def _axis(side: float, resized: int, crop: int) -> _Axis:
     return _Axis(begin * scale, min(side, (begin + crop) * scale), crop, 0)  # rounding may not leave the image
 
 
-def _resize(image: Image.Image, box: Box, size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
-    """The pixels of `box` as (width, height) `size`, RGB or L."""
+def _resize(
+    image: Image.Image, box: Box, size: tuple[int, int], preprocessing: Preprocessing, columns_first: bool
+) -> Image.Image:
+    """The pixels of `box` as (width, height) `size`, RGB or L.
+
+    Rows are resized first, then columns, as Pillow does it where the whole image is resized. Of a part it takes the cheaper order, which
+    saves a tenth; but bicubic and Lanczos overshoot, and what is cut off at black and white in between differs by up to 15 of 255.
+    """
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
         image, box = _cut(image, box, size)
         image = _flatten(image)
     if preprocessing.channels == 1:
         image = image.convert("L")
-    shown = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()], box)
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    if preprocessing.crop_mode == "squash" or preprocessing.interpolation not in ("bicubic", "lanczos"):
+        shown = image.resize(size, resample, box)
+    elif columns_first:
+        left, right, start, end = _whole(box[0], box[2], size[0], image.width)
+        middle = image.resize((right - left, size[1]), resample, (left, box[1], right, box[3]))
+        shown = middle.resize(size, resample, (start, 0, end, size[1]))
+    else:
+        top, bottom, start, end = _whole(box[1], box[3], size[1], image.height)
+        middle = image.resize((size[0], bottom - top), resample, (box[0], top, box[2], bottom))
+        shown = middle.resize(size, resample, (0, start, size[0], end))
     return shown.convert("RGB") if preprocessing.channels == 3 else shown
+
+
+def _whole(begin: float, end: float, size: int, side: int) -> tuple[int, int, float, float]:
+    """The whole pixels, first and past the last, that resizing this part of a side to `size` reads, and the part within them."""
+    margin = math.ceil(3 * max(1, (end - begin) / size)) + 1  # Lanczos reaches three output pixels
+    first, last = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
+    return first, last, begin - first, end - first
 
 
 def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
@@ -371,12 +394,9 @@ def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocess
 
 def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Image, Box]:
     """The whole pixels that resizing `box` reads, and the box in their coordinates."""
-    left, top, right, bottom = box
-    margin_x = math.ceil(3 * max(1, (right - left) / size[0])) + 1  # Lanczos reaches three output pixels
-    margin_y = math.ceil(3 * max(1, (bottom - top) / size[1])) + 1
-    x, y = max(0, math.floor(left) - margin_x), max(0, math.floor(top) - margin_y)
-    cut = (x, y, min(image.width, math.ceil(right) + margin_x), min(image.height, math.ceil(bottom) + margin_y))
-    return image.crop(cut), (left - x, top - y, right - x, bottom - y)
+    x, right, begin_x, end_x = _whole(box[0], box[2], size[0], image.width)
+    y, bottom, begin_y, end_y = _whole(box[1], box[3], size[1], image.height)
+    return image.crop((x, y, right, bottom)), (begin_x, begin_y, end_x, end_y)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
