@@ -162,6 +162,7 @@ def _last_with_gradient(module: nn.Module, shape: Preprocessing) -> str:
     image = probe(shape, 1).requires_grad_()
     with _watching(module, _places(module)) as outputs, torch.enable_grad():
         features = module(image)
+        outputs = deque((name, output) for name, output in outputs if output.requires_grad)  # position biases do not
         tensors = [output for _, output in outputs]
         gradients = torch.autograd.grad(features.square().sum(), [image, *tensors], allow_unused=True)[1:]
     for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):

@@ -108,7 +108,7 @@ def decode(
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
     As torchvision's `Resize(resize)` and `CenterCrop(crop)` on an upright RGB image, and as timm's transforms with its other crop modes,
-    transparency on white; of 255, the mean difference is below 0.35 and the largest 2 (0.02 and 1 on photographs; 2 with borders). JPEGs whose short side
+    transparency on white; of 255, the mean difference is below 0.35 and the largest 2 (0.02 and 2 on photographs). JPEGs whose short side
     is at least 5 times `resize` are decoded at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
