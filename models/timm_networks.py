@@ -21,6 +21,10 @@ from models.classifier import Preprocessing, pooled
 from models.errors import ArchitectureNotFound, WeightsError
 from models.timm_names import PREFIX, TimmName, parse
 
+# Classifiers beside the last layer that are left out. VOLO's answers for each token, and the largest of these scores, halved, is added
+# to those of the class token: no layer on features could do it.
+AUXILIARY = ("aux_head", "AuxLogits")
+
 Classifiers = tuple[
     str, ...
 ]  # paths of the modules that answer scores: one, or several whose weighted sum is the answer
@@ -91,6 +95,8 @@ def build(architecture: str, num_classes: int, channels: int) -> nn.Module:
         raise ArchitectureNotFound(
             f"timm cannot build {architecture} for {channels}-channel images: {cause}"
         ) from error
+    if getattr(network, "aux_head", None) is not None:
+        setattr(network, "aux_head", None)  # noqa: B010
     if not callable(getattr(network, "get_classifier", None)):
         return Encoder(network, num_classes)
     return network
@@ -172,7 +178,8 @@ def split_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[s
     if isinstance(network, Encoder) and not any(key.startswith("encoder.") for key in state):
         state = {f"encoder.{key}": value for key, value in state.items()}  # as it is published
     own = {f"{place}.{name}" for place in places for name in ("weight", "bias")}
-    backbone = {key: value for key, value in state.items() if key not in own}
+    kept = {key: value for key, value in state.items() if key.partition(".")[0] not in AUXILIARY}
+    backbone = {key: value for key, value in kept.items() if key not in own}
     if any(f"{place}.weight" not in state for place in places):
         return backbone, {}
     weights = [(state[f"{place}.weight"].flatten(1), state.get(f"{place}.bias")) for place in places]
@@ -189,6 +196,7 @@ def classifiers(network: nn.Module) -> Classifiers:
     """
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     places = (named,) if isinstance(named, str) else tuple(named)
+    places = tuple(place for place in places if place not in AUXILIARY)
     paths = {id(module): path for path, module in network.named_modules()}
     get_classifier: Any = getattr(network, "get_classifier", tuple)
     answer = get_classifier()

@@ -109,6 +109,15 @@ def test_where_the_cut_is(name: str, layer_name: str, feature_dim: int) -> None:
     assert layer["weight"].shape == (7, feature_dim)
 
 
+def test_volos_scores_of_tokens_are_left_out() -> None:
+    name = "timm/volo_d1_224"
+    state = dict(architectures.outline(name).state_dict())
+    published = state | {"aux_head.weight": torch.zeros(1000, 384), "aux_head.bias": torch.zeros(1000)}
+    backbone, layer = architectures.split_state(name, published)
+    assert len(backbone) + len(layer) == len(state)
+    assert layer["weight"].shape == (1000, 384)
+
+
 @torch.inference_mode()
 def test_one_channel() -> None:
     network = architectures.create("timm/test_resnet", 3, channels=1)
