@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
+from models.geometry import axes, whole_pixels
 
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
@@ -295,7 +295,7 @@ def _cropped(image: Image.Image, extent: tuple[float, float], preprocessing: Pre
     """The upright, resized centre, RGB or L. Only what it shows is converted, resized and turned."""
     swapped, mirror_x, mirror_y, upright = ORIENTATIONS.get(_orientation(image), (False, False, False, None))
     width, height = extent
-    across, down = _axes(height, width, preprocessing) if swapped else _axes(width, height, preprocessing)
+    across, down = axes(height, width, preprocessing) if swapped else axes(width, height, preprocessing)
     x, y = (down, across) if swapped else (across, down)  # in the file's own coordinates
     left, right = (width - x.end, width - x.begin) if mirror_x else (x.begin, x.end)
     top, bottom = (height - y.end, height - y.begin) if mirror_y else (y.begin, y.end)
@@ -309,41 +309,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # broken EXIF is no reason to refuse a picture
         return 1
-
-
-class _Axis(NamedTuple):
-    """Along one side: the part of the image that is shown, in its pixels, and how many pixels of the crop it fills, from which on."""
-
-    begin: float
-    end: float
-    size: int
-    at: int
-
-
-def _axes(width: float, height: float, preprocessing: Preprocessing) -> tuple[_Axis, _Axis]:
-    """Across and down, in an upright image of this size."""
-    new_width, new_height = _resized(width, height, preprocessing)
-    return _axis(width, new_width, preprocessing.width), _axis(height, new_height, preprocessing.height)
-
-
-def _resized(width: float, height: float, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height to which the whole image is resized, rounded as torchvision and timm round them."""
-    wanted_height, wanted_width = preprocessing.resized
-    if preprocessing.crop_mode == "squash":
-        return wanted_width, wanted_height
-    if preprocessing.crop_mode == "center" and wanted_width == wanted_height:
-        short = min(width, height)
-        return int(wanted_width * width / short), int(wanted_height * height / short)
-    closest = min if preprocessing.crop_mode == "center" else max
-    ratio = closest(width / wanted_width, height / wanted_height)
-    return max(round(width / ratio), 1), max(round(height / ratio), 1)
-
-
-def _axis(side: float, resized: int, crop: int) -> _Axis:
-    if resized < crop:
-        return _Axis(0, side, resized, (crop - resized) // 2)
-    begin, scale = round((resized - crop) / 2), side / resized
-    return _Axis(begin * scale, min(side, (begin + crop) * scale), crop, 0)  # rounding may not leave the image
 
 
 def _resize(
@@ -363,21 +328,14 @@ def _resize(
     if preprocessing.crop_mode == "squash" or preprocessing.interpolation not in ("bicubic", "lanczos"):
         shown = image.resize(size, resample, box)
     elif columns_first:
-        left, right, start, end = _whole(box[0], box[2], size[0], image.width)
+        left, right, start, end = whole_pixels(box[0], box[2], size[0], image.width)
         middle = image.resize((right - left, size[1]), resample, (left, box[1], right, box[3]))
         shown = middle.resize(size, resample, (start, 0, end, size[1]))
     else:
-        top, bottom, start, end = _whole(box[1], box[3], size[1], image.height)
+        top, bottom, start, end = whole_pixels(box[1], box[3], size[1], image.height)
         middle = image.resize((size[0], bottom - top), resample, (box[0], top, box[2], bottom))
         shown = middle.resize(size, resample, (0, start, size[0], end))
     return shown.convert("RGB") if preprocessing.channels == 3 else shown
-
-
-def _whole(begin: float, end: float, size: int, side: int) -> tuple[int, int, float, float]:
-    """The whole pixels, first and past the last, that resizing this part of a side to `size` reads, and the part within them."""
-    margin = math.ceil(3 * max(1, (end - begin) / size)) + 1  # Lanczos reaches three output pixels
-    first, last = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
-    return first, last, begin - first, end - first
 
 
 def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
@@ -394,8 +352,8 @@ def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocess
 
 def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Image, Box]:
     """The whole pixels that resizing `box` reads, and the box in their coordinates."""
-    x, right, begin_x, end_x = _whole(box[0], box[2], size[0], image.width)
-    y, bottom, begin_y, end_y = _whole(box[1], box[3], size[1], image.height)
+    x, right, begin_x, end_x = whole_pixels(box[0], box[2], size[0], image.width)
+    y, bottom, begin_y, end_y = whole_pixels(box[1], box[3], size[1], image.height)
     return image.crop((x, y, right, bottom)), (begin_x, begin_y, end_x, end_y)
 
 

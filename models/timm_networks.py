@@ -25,9 +25,8 @@ from models.timm_names import PREFIX, TimmName, parse
 # to those of the class token: no layer on features could do it.
 AUXILIARY = ("aux_head", "AuxLogits")
 
-Classifiers = tuple[
-    str, ...
-]  # paths of the modules that answer scores: one, or several whose weighted sum is the answer
+# Paths of the modules that answer scores: one, or several whose weighted sum is the answer.
+Classifiers = tuple[str, ...]
 
 
 @cache
