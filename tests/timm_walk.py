@@ -13,7 +13,7 @@ import torch
 from image_files import photo, save
 from torch import Tensor, nn
 
-from models import architectures
+from models import architectures, timm_networks
 from models.classifier import Backbone, normalise
 from models.explain import GradCam
 from models.images import decode
@@ -93,7 +93,7 @@ def photographs(uncut: Any, name: str) -> tuple[Tensor, tuple[float, float]]:
     from timm.data import create_transform, resolve_model_data_config
 
     shape = architectures.preprocessing_of(name)
-    config = resolve_model_data_config(getattr(uncut, "encoder", uncut))
+    config = resolve_model_data_config(uncut.encoder if isinstance(uncut, timm_networks.Encoder) else uncut)
     theirs = create_transform(**config, is_training=False)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     ours, differences = [], []
