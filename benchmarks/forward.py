@@ -105,7 +105,7 @@ def compare(name: str, device: torch.device, rounds: int, seconds: float) -> lis
 
 
 def pixels_of(shape: Preprocessing, batch: int) -> Tensor:
-    rows = torch.randint(0, 256, (batch, shape.crop, shape.crop, shape.channels), dtype=torch.uint8)
+    rows = torch.randint(0, 256, (batch, shape.height, shape.width, shape.channels), dtype=torch.uint8)
     return rows.permute(0, 3, 1, 2)
 
 

@@ -124,7 +124,7 @@ def noise(count: int, side: int) -> dict[str, Tensor]:
 
 
 def tasks(extract: Extractor, sizes: Sizes) -> list[Task]:
-    everywhere = {name: extract.pixels(pixels) for name, pixels in noise(sizes.noise, extract.kind.crop).items()}
+    everywhere = {name: extract.pixels(pixels) for name, pixels in noise(sizes.noise, extract.kind.height).items()}
     everywhere["odd images"], _ = extract.files([*archive("odd-images.zip", lambda path: path != "index.tsv").values()])
     photographs = archive("imagenet-samples.zip", lambda path: path.endswith(".JPEG"))
     shown, _ = extract.files([*photographs.values()])

@@ -1,10 +1,12 @@
 """Every network by name, cut into a backbone and its last layer.
 
-    build(name)   the network as its authors wrote it: torchvision's classifiers, `models.classics` and `models.efficientnet_lite`
+    build(name)   the network as its authors wrote it: torchvision's classifiers (`resnet50`), timm's (`timm/resnet50`), `models.classics`
+                  and `models.efficientnet_lite`
     create(name)  the same, cut: `layer(backbone(x))` is what the uncut network answers
 
 The backbone keeps the network's own parameter names, so anyone's state dict fits; the last layer's place holds an `nn.Identity`.
-torchvision is imported when one of its networks is first asked for: it costs a start 2 s that the default model need not pay.
+torchvision and timm are imported when one of their networks is first asked for: they cost a start 2 s that the default model need
+not pay.
 """
 
 import difflib
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models import timm_networks
 from models.classics import NETWORKS, Classic
 from models.classifier import ConvLayer, Preprocessing, layer_config, make_layer
 from models.efficientnet_lite import SIZES, Size
 from models.errors import ArchitectureNotFound, WeightsError
+from models.timm_names import is_timm
 
 WITH_AUXILIARY = ("googlenet", "inception_v3")  # their auxiliary classifiers are of use in training only
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
@@ -35,7 +39,7 @@ MNIST_SCALE = ((0.1307,), (0.3081,))
 
 @dataclass(eq=False)
 class Network:
-    """An architecture, cut. float32 (N, channels, crop, crop), normalised --backbone--> (N, feature_dim) --layer--> (N, num_classes).
+    """An architecture, cut. float32 (N, channels, height, width), normalised --backbone--> (N, feature_dim) --layer--> (N, num_classes).
 
     `layer_name` is the last layer's name in the uncut network ("fc", "classifier.6"): what its keys begin with in anyone's state dict.
     """
@@ -49,7 +53,7 @@ class Network:
 
 
 def names() -> tuple[str, ...]:
-    """Every architecture: torchvision's classifiers, EfficientNet-Lite, and the small networks of `models.classics`."""
+    """Every architecture but timm's: torchvision's classifiers, EfficientNet-Lite, and the small networks of `models.classics`."""
     models = _torchvision()
     return tuple(sorted([*models.list_models(module=models), *OWN]))
 
@@ -72,7 +76,7 @@ def create(name: str, num_classes: int = 1000, channels: int = 3, weights: bool 
 def create_backbone(name: str, channels: int = 3) -> nn.Module:
     """A backbone in eval mode, on the meta device, to load weights into with `load_state_dict(state, assign=True)`."""
     backbone = outline(name, channels=channels).eval()
-    _take_layer(backbone)
+    _take_layer(name, backbone)
     return backbone
 
 
@@ -83,10 +87,18 @@ def outline(name: str, num_classes: int = 1000, channels: int = 3) -> nn.Module:
     return network.to("meta")
 
 
+def unfilled(name: str, channels: int = 3) -> nn.Module:
+    """The uncut network on the CPU, its random parameters left as the memory was: for the buffers that no state dict has."""
+    with _Unfilled():
+        return build(name, channels=channels)
+
+
 def build(name: str, num_classes: int = 1000, channels: int = 3, aux: bool = False) -> nn.Module:
     """The uncut network, randomly initialised, in training mode."""
     if name in OWN:
         return OWN[name].build(num_classes, channels)
+    if is_timm(name):
+        return timm_networks.build(name, num_classes, channels)
     _check_name(name)
     options: dict[str, Any] = {"aux_logits": aux, "init_weights": False} if name in WITH_AUXILIARY else {}
     network: nn.Module = _torchvision().get_model(name, weights=None, num_classes=num_classes, **options)
@@ -97,14 +109,16 @@ def build(name: str, num_classes: int = 1000, channels: int = 3, aux: bool = Fal
 def cut(name: str, network: nn.Module, channels: int = 3) -> Network:
     """Takes the last layer off an uncut network, which becomes the backbone."""
     preprocessing = preprocessing_of(name, channels)
-    layer_name, layer = _take_layer(network)
+    layer_name, layer = _take_layer(name, network)
     feature_dim = layer.in_features if isinstance(layer, nn.Linear) else _map_size(network, preprocessing)
     return Network(name, network, layer, layer_name, feature_dim, preprocessing)
 
 
 def split_state(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict of the uncut network -> the backbone's and the last layer's own. Auxiliary classifiers are dropped."""
-    layer_name, layer = _take_layer(outline(name))
+    if is_timm(name):
+        return timm_networks.split_state(outline(name), state)
+    layer_name, layer = _take_layer(name, outline(name))
     inner = "conv." if isinstance(layer, ConvLayer) else ""
     backbone, own = {}, {}
     for key, value in state.items():
@@ -119,6 +133,8 @@ def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
     """The resize, crop and scale of an architecture's published weights; a classic's size, and the scale of CIFAR or MNIST."""
     if name in SIZES:
         return SIZES[name].preprocessing(channels)
+    if is_timm(name):
+        return timm_networks.preprocessing(name, channels)
     weights = published_weights(name)
     if weights is None:
         size = NETWORKS[name].size
@@ -150,7 +166,7 @@ def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
     V1 transfers better than V2 as frozen features. `vit_h_14` and `regnet_y_128gf` have no plain V1: theirs is the one of 224 px
     whose features were left as they were pre-trained (`IMAGENET1K_SWAG_LINEAR_V1`).
     """
-    if name in OWN:
+    if name in OWN or is_timm(name):
         return None
     _check_name(name)
     published = _torchvision().get_model_weights(name).__members__
@@ -159,6 +175,11 @@ def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
     if which not in published:
         raise WeightsError(f"{name} has no published weights {which!r}; it has {', '.join(published)}")
     return published[which]
+
+
+def licence_of(weights: Any) -> str:
+    """Of torchvision's enum member: what it says, or else torchvision's own licence."""
+    return str(weights.meta.get("license", "BSD-3-Clause"))
 
 
 def _build_published(name: str, num_classes: int, channels: int, aux: bool) -> nn.Module:
@@ -214,8 +235,10 @@ def _linear_layers(network: nn.Module) -> list[tuple[str, nn.Linear | ConvLayer]
     return [(name, m) for name, m in network.named_modules() if isinstance(m, (nn.Linear, ConvLayer))]
 
 
-def _take_layer(network: nn.Module) -> tuple[str, nn.Linear | ConvLayer]:
+def _take_layer(architecture: str, network: nn.Module) -> tuple[str, nn.Linear | ConvLayer]:
     """Puts an identity in the place of the last layer, and returns its name and the layer."""
+    if is_timm(architecture):
+        return timm_networks.take_layer(network)
     layers = _linear_layers(network)
     if not layers:
         return "classifier.1", _take_conv_layer(network)
@@ -238,7 +261,7 @@ def _take_conv_layer(squeezenet: nn.Module) -> ConvLayer:
 
 def _map_size(backbone: nn.Module, preprocessing: Preprocessing) -> int:
     """Length of the flattened map at the network's own input size: one black image is tried."""
-    shape = (1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+    shape = (1, preprocessing.channels, preprocessing.height, preprocessing.width)
     features: Tensor = backbone(torch.zeros(shape, device=next(backbone.parameters()).device))
     return features.shape[1]
 
@@ -259,6 +282,17 @@ class _Hollow(TorchFunctionMode):
         if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Random initialisation does nothing: it takes seconds of a large network, whose memory is not touched without it."""
+
+    RANDOM = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.random_)
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.RANDOM:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _check_name(name: str) -> None:

@@ -15,6 +15,7 @@ from models import architectures, explain, files, tensors
 from models.classifier import Backbone, BackboneRef, Preprocessing, Tap
 from models.errors import WeightsError
 from models.records import CONFIG, read_record, to_json
+from models.timm_names import is_timm
 
 WEIGHTS = "model.safetensors"
 GRACE_S = 3600  # a backbone nobody stands on yet may belong to a publication under way
@@ -28,7 +29,7 @@ class BackboneShelf:
         self.lock = lock
 
     def folder(self, ref: BackboneRef) -> Path:
-        if not ref.architecture.replace("_", "").isalnum():
+        if not is_timm(ref.architecture) and not ref.architecture.replace("_", "").isalnum():
             raise WeightsError(f"{ref.architecture!r} is not an architecture's name")
         return self.root / ref.key
 
@@ -139,7 +140,7 @@ def _fill_buffers(module: nn.Module, ref: BackboneRef) -> None:
     unfilled = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if not unfilled:
         return
-    fresh = dict(architectures.build(ref.architecture, channels=ref.preprocessing.channels).named_buffers())
+    fresh = dict(architectures.unfilled(ref.architecture, ref.preprocessing.channels).named_buffers())
     for name in unfilled:
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, fresh[name])

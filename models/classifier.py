@@ -8,13 +8,14 @@ A backbone is known by the hash of its weights, so whatever is loaded, compiled 
 that names it. A head costs a few hundred KB.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from models.errors import WeightsError
@@ -28,29 +29,56 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]  # Pillow's filters
+
+
 class Preprocessing(Record):
     """From a decoded image to a network's input. It belongs to the weights, and is the same in training and in serving.
 
-    The shorter side is resized to `resize` pixels (antialiased), a centre square of `crop` pixels is cut, pixels are scaled to 0..1,
-    then `(x - mean) / std` per channel.
+    The image is resized (antialiased) and its centre of `crop` pixels is cut; pixels are scaled to 0..1, then `(x - mean) / std` per
+    channel. `crop_mode` says how it is resized: `center`: until it covers `resize`, so that its shorter side has `resize` pixels;
+    `squash`: to `resize`, whatever its aspect ratio; `border`: until it fits into `resize`, and the mean colour surrounds it.
+    `resize` and `crop` are the side of a square, or (height, width). A few networks have a crop larger than the resized image: then
+    black surrounds it.
     """
 
-    resize: int = Field(ge=1, le=4096)
-    crop: int = Field(ge=1, le=4096)
+    resize: Pixels | tuple[Pixels, Pixels]
+    crop: Pixels | tuple[Pixels, Pixels]
     channels: Literal[1, 3] = 3
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_mode: CropMode = "center"
+
+    @field_validator("resize", "crop", mode="after")
+    @classmethod
+    def _square_as_one_number(cls, sides: int | tuple[int, int]) -> int | tuple[int, int]:
+        return sides[0] if isinstance(sides, tuple) and sides[0] == sides[1] else sides
 
     @model_validator(mode="after")
     def _consistent(self) -> "Preprocessing":
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std need {self.channels} values each")
-        if self.crop > self.resize:
-            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         return self
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """`resize` as (height, width)."""
+        return self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
+
+    @property
+    def height(self) -> int:
+        """Of the network's input, in pixels."""
+        return self.crop[0] if isinstance(self.crop, tuple) else self.crop
+
+    @property
+    def width(self) -> int:
+        """Of the network's input, in pixels."""
+        return self.crop[1] if isinstance(self.crop, tuple) else self.crop
 
 
 class BackboneRef(Record):
@@ -66,8 +94,9 @@ class BackboneRef(Record):
 
     @property
     def key(self) -> str:
-        """The folder's name in the store: architecture and the first eight digits of the hash."""
-        return f"{self.architecture}-{self.sha256[:8]}"
+        """The folder's name in the store: the architecture, `/` and other characters of timm's names replaced, and the first eight digits
+        of the hash."""
+        return f"{re.sub(r'[^A-Za-z0-9_.-]+', '.', self.architecture)}-{self.sha256[:8]}"
 
 
 class LayerConfig(Record):
@@ -235,7 +264,8 @@ def pooled(output: Tensor) -> Tensor:
 
 
 def channels_first(maps: Tensor) -> Tensor:
-    """(N, h, w, D), as Swin has its maps, -> (N, D, h, w). Images are square, so equal sides tell which axes are the positions."""
+    """(N, h, w, D), as Swin has its maps, -> (N, D, h, w). Equal sides tell which axes are the positions, so of images that are not
+    square a map with channels last stays as it is."""
     _, first, second, last = maps.shape
     return maps.permute(0, 3, 1, 2) if first == second != last else maps
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from models.classifier import ConvLayer, Head, HeadConfig, ModelConfig, layer_config
 from models.errors import ModelNotFound, WeightsError
+from models.licences import licences_of
 from models.store import ModelStore
 
 
@@ -17,13 +18,22 @@ def ensemble(store: ModelStore, name: str, members: list[str]) -> ModelConfig:
     served = store.serving().models
     configs = [store.config(member, served.get(member)) for member in members]
     _check_members(configs)
-    lineage = {"ensemble": [{"name": config.name, "version": config.version} for config in configs]}
+    lineage = {
+        "ensemble": [{"name": config.name, "version": config.version} for config in configs],
+        "licence": _licence(configs),
+    }
     if (existing := _latest(store, name)) is not None and existing.lineage == lineage:
         return existing
     layers = [_tempered(store.load_head(config)) for config in configs]
     head = Head(HeadConfig(kind="mean", layers=tuple(map(layer_config, layers))), len(configs[0].classes))
     head.layers = nn.ModuleList(layers)
     return store.publish(name, [config.backbones[0] for config in configs], head, configs[0].classes, lineage=lineage)
+
+
+def _licence(configs: list[ModelConfig]) -> str | None:
+    """Of all members' weights together; None where one is unknown."""
+    licences = dict.fromkeys(licence for config in configs for licence in licences_of(config.lineage))
+    return None if None in licences else " AND ".join(map(str, licences)) or None
 
 
 def _check_members(configs: list[ModelConfig]) -> None:

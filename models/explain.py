@@ -26,6 +26,7 @@ from models.classifier import Backbone, ConvLayer, Head, Preprocessing, Tap, cha
 WATCHED = (
     32  # of a network's last outputs, among which its map is looked for; all of a large network's would fill the memory
 )
+PREFIX_TOKENS = (1, 0, 2, 5, 3, 4, 6, 7, 8, 9)  # the most usual first: few lengths fit two
 AGREES = 1e-3  # of the largest feature
 HEAT = ((0, 0, 80), (0, 110, 220), (60, 200, 120), (250, 220, 40), (220, 30, 20))  # from cold to hot, RGB
 OPACITY = 0.6  # of the overlay where it is hottest
@@ -93,11 +94,16 @@ def _is_map_of(maps: Tensor, features: Tensor) -> bool:
 
 
 def _spatial(output: Tensor) -> Tensor | None:
-    """(N, D, h, w) with more than one position, of a map or of a transformer's words (N, 1 + h * w, D); None where it is neither."""
+    """(N, D, h, w) with more than one position, of a map or of a transformer's tokens (N, p + h * w, D); None where it is neither.
+
+    Of the p tokens before the positions there is one class token, or none, or two, or it and up to eight registers.
+    """
     if output.ndim == 4 and (maps := channels_first(output))[0, 0].numel() > 1:
         return maps
-    if output.ndim == 3 and (side := math.isqrt(output.shape[1] - 1)) > 1 and side**2 == output.shape[1] - 1:
-        return output[:, 1:].transpose(1, 2).reshape(len(output), -1, side, side)
+    for before in PREFIX_TOKENS if output.ndim == 3 else ():
+        side = math.isqrt(max(output.shape[1] - before, 0))
+        if side > 1 and side**2 == output.shape[1] - before:
+            return output[:, before:].transpose(1, 2).reshape(len(output), -1, side, side)
     return None
 
 
@@ -156,6 +162,7 @@ def _last_with_gradient(module: nn.Module, shape: Preprocessing) -> str:
     image = probe(shape, 1).requires_grad_()
     with _watching(module, _places(module)) as outputs, torch.enable_grad():
         features = module(image)
+        outputs = deque((name, output) for name, output in outputs if output.requires_grad)  # position biases do not
         tensors = [output for _, output in outputs]
         gradients = torch.autograd.grad(features.square().sum(), [image, *tensors], allow_unused=True)[1:]
     for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
@@ -183,9 +190,9 @@ def _weighted(score: Tensor, output: Tensor) -> Tensor:
 
 
 def probe(shape: Preprocessing, count: int) -> Tensor:
-    """Normalised noise, float32 (count, C, crop, crop), the same every time."""
+    """Normalised noise, float32 (count, C, height, width), the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, shape.channels, shape.crop, shape.crop, generator=generator)
+    return torch.randn(count, shape.channels, shape.height, shape.width, generator=generator)
 
 
 # What is shown

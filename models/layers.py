@@ -48,9 +48,9 @@ def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerT
     from torch.utils.flop_counter import FlopCounterMode
 
     network = architectures.outline(name, num_classes, channels).eval()
-    crop = architectures.preprocessing_of(name, channels).crop
+    shape = architectures.preprocessing_of(name, channels)
     with watched(network) as outputs, FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, channels, crop, crop, device="meta"))
+        network(torch.empty(1, channels, shape.height, shape.width, device="meta"))
     root = type(network).__name__
     layers = []
     for path, module in shown_modules(network, outputs):

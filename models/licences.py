@@ -5,13 +5,7 @@ A version's licence is in its lineage, under `licence`: an SPDX identifier ("Apa
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from models.errors import ModelError
-
-if TYPE_CHECKING:
-    from models.classifier import ModelConfig
-    from models.store import ModelStore
+from typing import Any
 
 UNKNOWN = "unknown licence: ask the publisher of the weights before you use or pass them on"
 FREE = re.compile(
@@ -44,17 +38,6 @@ def is_free(licence: str) -> bool:
     )
 
 
-def licences_in(store: "ModelStore", config: "ModelConfig") -> list[str | None]:
-    """As `licences_of`; an ensemble has those of its members, as far as the store still has them."""
-    licences: list[str | None] = []
-    for member in config.lineage.get("ensemble") or ():
-        try:
-            licences += licences_in(store, store.config(member["name"], member["version"]))
-        except ModelError:
-            licences.append(None)
-    return list(dict.fromkeys(licences or licences_of(config.lineage)))
-
-
 def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:
     """The licences that a version's weights carry, each once; None for one that is unknown.
 
@@ -66,6 +49,11 @@ def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:
         inherited = [licence for ancestor in ancestors for licence in licences_of(ancestor.get("lineage", {}))]
         return list(dict.fromkeys(inherited))
     return [] if lineage.get("mode") == "scratch" else [None]
+
+
+def warnings_of(lineage: Mapping[str, Any]) -> list[str]:
+    """One line for each licence of a version's weights that is unknown or restricts use."""
+    return [line for licence in licences_of(lineage) if (line := warning(licence)) is not None]
 
 
 def _normalised(licence: str) -> str:

@@ -20,6 +20,7 @@ from models.importing import fit, read_state
 from models.store import ModelStore
 
 LITE_ENSEMBLE = "imagenet-lite"  # the mean of the three
+LICENCE = "Apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -128,5 +129,5 @@ def _lineage(package: Package) -> dict[str, object]:
         "source": f"{package.distribution} {found.version}",
         "sha256": package.sha256,
         "weights": Path(package.file).name,
-        "licence": "Apache-2.0",
+        "licence": LICENCE,
     }

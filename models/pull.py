@@ -1,4 +1,11 @@
-"""torchvision's published weights -> model versions in the store: class names, preprocessing and lineage with them."""
+"""Published weights by name -> model versions in the store: class names, preprocessing and lineage with them.
+
+efficientnet_lite0, imagenet-lite    from an installed package, without a download
+timm/vit_tiny_patch16_224[.tag]      timm's, from the Hugging Face Hub
+hf-hub:user/repository[@revision]    a repository in timm's format
+./folder                             a folder in the Hub's format
+resnet50                             torchvision's
+"""
 
 import logging
 from collections.abc import Mapping
@@ -9,13 +16,14 @@ from typing import Any
 
 import httpx
 
-from models import architectures
+from models import architectures, hub, packaged
 from models.classifier import Head, ModelConfig, Preprocessing
 from models.download import Progress, fetch, hash_prefix, sha256_of
 from models.ensembles import ensemble
 from models.errors import WeightsError
 from models.importing import fit, read_state
 from models.store import ModelStore
+from models.timm_names import is_timm
 
 IMAGENET_GROUP = ("alexnet", "vgg13", "resnet50", "densenet121", "inception_v3")
 IMAGENET_ENSEMBLE = "imagenet-ensemble"
@@ -34,6 +42,7 @@ class Published:
     preprocessing: Preprocessing
     metrics: Mapping[str, Any]
     recipe: str | None
+    licence: str = "BSD-3-Clause"  # torchvision's own, where it states no other
 
 
 def published(architecture: str, weights: str = "IMAGENET1K_V1") -> Published:
@@ -54,6 +63,7 @@ def published(architecture: str, weights: str = "IMAGENET1K_V1") -> Published:
         preprocessing=Preprocessing.model_validate(preprocessing),
         metrics=member.meta.get("_metrics", {}).get("ImageNet-1K", {}),
         recipe=member.meta.get("recipe"),
+        licence=architectures.licence_of(member),
     )
 
 
@@ -64,8 +74,54 @@ def pull(
     progress: Progress | None = None,
     weights: str = "IMAGENET1K_V1",
     base_url: str | None = None,
+    as_name: str | None = None,
 ) -> ModelConfig:
-    """Publishes an architecture's published weights under its name; where the store has them, sound, nothing is done.
+    """Publishes the weights that `name` says (see above); where the store has them, sound, nothing is done.
+
+    `weights` and `base_url` are for torchvision's; `as_name` names the model where weights come from the Hub or a folder, by default
+    after the last part of `name`. Raises ArchitectureNotFound, WeightsError, DownloadError, InvalidName.
+    """
+    if as_name is not None and not is_renamable(name):
+        raise WeightsError(f"{name} is stored under its own name; import a file to choose another")
+    if name in packaged.NAMES:
+        return packaged.pull(name, store)
+    if not is_renamable(name):
+        return pull_torchvision(name, store, cache, progress, weights, base_url)
+    from models import timm_weights
+
+    if is_timm(name):
+        return timm_weights.pull_timm(name, store, cache, progress, as_name)
+    if hub.is_hub(name):
+        return timm_weights.pull_repository(name, store, cache, progress, as_name)
+    return timm_weights.pull_folder(Path(name), store, as_name)
+
+
+def is_renamable(name: str) -> bool:
+    """Whether the weights come from the Hub or a folder: its model can have any name."""
+    return is_timm(name) or hub.is_hub(name) or "/" in name
+
+
+def check(name: str) -> None:
+    """What can be known of a name without the network. Raises ArchitectureNotFound, WeightsError, DownloadError."""
+    if is_timm(name):
+        from models.timm_weights import published as published_by_timm
+
+        published_by_timm(name)
+    elif hub.is_hub(name):
+        hub.split_repository(name)
+    elif name not in (*packaged.NAMES, IMAGENET_ENSEMBLE):
+        published(name)
+
+
+def pull_torchvision(
+    name: str,
+    store: ModelStore,
+    cache: Path,
+    progress: Progress | None = None,
+    weights: str = "IMAGENET1K_V1",
+    base_url: str | None = None,
+) -> ModelConfig:
+    """Publishes an architecture's weights of torchvision under its name; where the store has them, sound, nothing is done.
 
     `base_url` is a mirror, which has the files under the same paths. A download that broke off goes on where it was. A file that
     lay in `cache` before is used and stays; one that was downloaded goes once the store has its weights.
@@ -89,7 +145,7 @@ def pull_group(
     store: ModelStore, cache: Path, progress: Progress | None = None, base_url: str | None = None
 ) -> list[ModelConfig]:
     """The group `imagenet`: the networks of IMAGENET_GROUP, and their ensemble, which shares their backbones."""
-    members = [pull(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]
+    members = [pull_torchvision(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]
     return [*members, publish_ensemble(store)]
 
 
@@ -131,5 +187,6 @@ def _publish(name: str, store: ModelStore, source: Published, path: Path, existi
         "weights": source.weights,
         "torchvision": version("torchvision"),
         "recipe": source.recipe,
+        "licence": source.licence,
     }
     return store.publish(name, [ref], Head.of(network.layer), source.classes, dict(source.metrics), lineage)

@@ -29,15 +29,17 @@ Explain = Literal["grid", "overlay"]  # a heat map as numbers, or as a picture t
 class Explanation:
     """Where an image shows a class: rows of numbers in 0..1, and the image under that heat as a PNG in base64 where it was asked for.
 
-    `share`: the side of the centre square that the network sees, over the image's shorter side.
+    `share`: the side of the centre square that the network sees, over the image's shorter side; in crop mode `border` over its longer
+    side, in `squash` of either side over that side.
     """
 
     grid: list[list[float]]
     share: float
     overlay: str | None = None
+    crop_mode: str = "center"
 
     def document(self) -> dict[str, Any]:
-        document = {"grid": self.grid, "share": round(self.share, 4)}
+        document = {"grid": self.grid, "share": round(self.share, 4), "crop_mode": self.crop_mode}
         return document | ({"overlay": self.overlay} if self.overlay is not None else {})
 
 

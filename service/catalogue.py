@@ -132,14 +132,14 @@ class Catalogue:
         finally:
             del self._pulls[name]
 
-    async def pull(self, name: str, progress: Progress) -> ModelConfig:
+    async def pull(self, name: str, progress: Progress, as_name: str | None = None) -> ModelConfig:
         """Published weights -> a version in the store, which serves from then on unless another of its name does.
 
         Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict where the setting `models` names others.
         """
-        config = await self._loader.pull(name, progress)
-        if name not in self.served:
-            await self.activate(name, config.version)
+        config = await self._loader.pull(name, progress, as_name)
+        if config.name not in self.served:
+            await self.activate(config.name, config.version)
         return config
 
     async def activate(self, name: str, version: int, check: Check = unchecked) -> ModelStatus:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Image = (
     bytes | Tensor
-)  # a file, or (C, crop, crop) that was preprocessed already: uint8, or float32 as `normalise` makes it
+)  # a file, or (C, height, width) that was preprocessed already: uint8, or float32 as `normalise` makes it
 
 HANGS_AFTER_S = 60.0  # a batch may take so long at least before its device counts as lost
 PARITY = 0.05  # of a probability, between training in float32 and serving, which may be in bfloat16
@@ -312,7 +312,7 @@ class Engine:
         return _Row({b: output.values for b, output in by_backbone.items()}, timings, seen)
 
     async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
-        """An image -> uint8 (C, crop, crop), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
+        """An image -> uint8 (C, height, width), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
         loop = asyncio.get_running_loop()
         if isinstance(data, Tensor):
             if data.dtype == torch.uint8:
@@ -361,9 +361,9 @@ class Engine:
         """Takes a model out of service; its versions stay in the store. Raises ModelNotFound, NameConflict."""
         await self.catalogue.retire(name)
 
-    async def pull(self, name: str, progress: Progress) -> ModelConfig:
+    async def pull(self, name: str, progress: Progress, as_name: str | None = None) -> ModelConfig:
         """Downloads published weights and serves them; `progress` is called in a thread. See `Catalogue.pull`."""
-        return await self.catalogue.pull(name, progress)
+        return await self.catalogue.pull(name, progress, as_name)
 
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name."""

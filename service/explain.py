@@ -61,7 +61,7 @@ class Explainer:
 def _explained(
     answer: Answer, served: Served, seen_by_image: Sequence[Sequence[Seen]], gradients: GradCams, how: Explain
 ) -> Answer:
-    share = seen_share(served.backbones[0].ref.preprocessing)
+    shape = served.backbones[0].ref.preprocessing
 
     def with_heat(image: int, prediction: Prediction) -> Prediction:
         seen = seen_by_image[image]
@@ -71,24 +71,25 @@ def _explained(
             else class_maps(served.head, member, one.map, prediction.indices)
             for member, one in enumerate(seen)
         ]
-        return replace(prediction, explanations=_explanations(members, seen[0].pixels, share, how))
+        return replace(prediction, explanations=_explanations(members, seen[0].pixels, shape, how))
 
     results = [with_heat(n, r) if isinstance(r, Prediction) else r for n, r in enumerate(answer.results)]
     return replace(answer, results=results)
 
 
 def seen_share(shape: Preprocessing) -> float:
-    """The side of the centre square that a network sees, over the image's shorter side."""
-    return shape.crop / shape.resize
+    """The side of the centre square that a network sees, over the side that `crop_mode` fits."""
+    return shape.height / shape.resized[0]
 
 
-def _explanations(members: Sequence[Tensor], pixels: Tensor, share: float, how: Explain) -> list[Explanation]:
+def _explanations(members: Sequence[Tensor], pixels: Tensor, shape: Preprocessing, how: Explain) -> list[Explanation]:
     """`pixels`: the image as the first backbone saw it; the others see the same square, or nearly."""
     return [
         Explanation(
             [[round(value, 4) for value in row] for row in heat.tolist()],
-            share,
+            seen_share(shape),
             overlay(pixels, heat) if how == "overlay" else None,
+            shape.crop_mode,
         )
         for heat in heat_maps(members)
     ]

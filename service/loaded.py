@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from models import packaged
+from models import licences, packaged
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.download import Progress
 from models.errors import InvalidName, ModelNotFound, WeightsError
@@ -141,12 +141,12 @@ class Loader:
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self._puller.shutdown(wait=False, cancel_futures=True)
 
-    async def pull(self, name: str, progress: Progress | None = None) -> ModelConfig:
+    async def pull(self, name: str, progress: Progress | None = None, as_name: str | None = None) -> ModelConfig:
         """Published weights -> a version in the store. One at a time, in a thread of their own, which calls `progress`: loading does
         not wait for them."""
-        return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress)
+        return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress, as_name)
 
-    def _pull(self, name: str, progress: Progress | None) -> ModelConfig:
+    def _pull(self, name: str, progress: Progress | None, as_name: str | None) -> ModelConfig:
         if name in packaged.NAMES:
             return _unpacked(name, self._store)
         from models.pull import IMAGENET_ENSEMBLE, pull, pull_group
@@ -155,7 +155,10 @@ class Loader:
         downloads, mirror = self._settings.data / "downloads", self._settings.weights_url
         if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
             return pull_group(self._store, downloads, progress, base_url=mirror)[-1]
-        return pull(name, self._store, downloads, progress, base_url=mirror)
+        config = pull(name, self._store, downloads, progress, base_url=mirror, as_name=as_name)
+        for warning in licences.warnings_of(config.lineage):
+            log.warning("%s: %s", config.name, warning)
+        return config
 
     def _reference(self, config: ModelConfig) -> Reference | None:
         """A damaged one takes nothing else down: the model answers, and says less."""
@@ -259,7 +262,7 @@ async def _probe(served: Served, batcher: Batcher) -> None:
     near = [] if served.near is None else [served.near]
     for backbone, part in zip(served.backbones, served.parts, strict=True):
         kind = backbone.ref.preprocessing
-        pixels = torch.full((kind.crop, kind.crop, kind.channels), 127, dtype=torch.uint8).permute(2, 0, 1)
+        pixels = torch.full((kind.height, kind.width, kind.channels), 127, dtype=torch.uint8).permute(2, 0, 1)
         output = await batcher.submit(backbone.queue, pixels, [part, *near], deadline)
         values.append(output.values[0])
     probabilities = served.probabilities(values)
@@ -349,6 +352,7 @@ class ModelStatus(BaseModel):
     backbones: list[BackboneStatus] = []
     metrics: dict[str, Any] = {}
     decision: DecisionRule | None = None
+    licences: list[str | None] = []  # of the weights; null is unknown
     created_at: datetime | None = None
 
 
@@ -372,6 +376,7 @@ def describe(
         backbones=[_describe_backbone(name, b, served_by_name) for b in served.backbones],
         metrics=served.config.metrics,
         decision=_decision_rule(served.reference),
+        licences=licences.licences_of(served.config.lineage),
         created_at=served.config.created_at,
     )
 
@@ -396,7 +401,7 @@ def _describe_backbone(name: str, backbone: LoadedBackbone, served_by_name: Mapp
         architecture=backbone.ref.architecture,
         sha256=backbone.ref.sha256,
         feature_dim=backbone.feature_dim,
-        input=(kind.channels, kind.crop, kind.crop),
+        input=(kind.channels, kind.height, kind.width),
         shared_with=sorted(n for n, other in served_by_name.items() if n != name and backbone in other.backbones),
         memory_bytes=backbone.size,
         runtime=dict(backbone.infos),

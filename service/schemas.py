@@ -39,6 +39,10 @@ class Heat(BaseModel):
     share: float = Field(
         description="The side of that square, in the middle of the image, over the image's shorter side"
     )
+    crop_mode: Literal["center", "squash", "border"] = Field(
+        "center",
+        description="squash: the network saw this share of both sides, as a square; border: of the longer side, with a border",
+    )
     overlay: str | None = Field(None, description="That square under its heat, a PNG in base64; with `explain=overlay`")
 
 
@@ -180,12 +184,24 @@ class Activate(BaseModel):
     version: int = Field(ge=1, description="A version that the store has")
 
 
+PULL_PATTERN = r"^(timm/|hf-hub:[A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?$"
+
+
 class Pull(BaseModel):
     """Whose published weights are wanted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"name": "resnet50"}]})
 
-    name: str = Field(pattern=NAME_PATTERN, description="An architecture of torchvision, or imagenet-ensemble")
+    name: str = Field(
+        pattern=PULL_PATTERN,
+        description="An architecture of torchvision, imagenet-ensemble, a packaged model, timm/<network>[.<tag>], or "
+        "hf-hub:<user>/<repository>[@<revision>]",
+    )
+    model: str | None = Field(
+        None,
+        pattern=NAME_PATTERN,
+        description="Name of the model, for weights of the Hub; by default from the last part of `name`",
+    )
 
 
 class VersionStatus(BaseModel):

@@ -45,18 +45,26 @@ def _input(kind: Preprocessing | None) -> Document:
     encoded = "encoded images, [n] or [n, 1]: JPEG, PNG, WebP, GIF, BMP of any size"
     if kind is None:
         return {"name": INPUT, "datatype": "BYTES", "shape": [-1, 1], "parameters": {"BYTES": encoded}}
-    shape = f"[n, {kind.channels}, {kind.crop}, {kind.crop}] or [n, {kind.crop}, {kind.crop}, {kind.channels}]"
+    shape = f"[n, {kind.channels}, {kind.height}, {kind.width}] or [n, {kind.height}, {kind.width}, {kind.channels}]"
     colours = "RGB" if kind.channels == 3 else "gray"
     return {
         "name": INPUT,
         "datatype": "UINT8",
-        "shape": [-1, kind.channels, kind.crop, kind.crop],
+        "shape": [-1, kind.channels, kind.height, kind.width],
         "parameters": {
-            "UINT8": f"{shape}: {colours}, 0 to 255, resized to {kind.resize} and cropped to {kind.crop}, not normalised",
+            "UINT8": f"{shape}: {colours}, 0 to 255, {_resized(kind)}, not normalised",
             "FP32": f"the same, normalised: (x / 255 - mean) / std, mean {_figures(kind.mean)}, std {_figures(kind.std)}",
             "BYTES": encoded,
         },
     }
+
+
+def _resized(kind: Preprocessing) -> str:
+    if kind.crop_mode == "center" and isinstance(kind.resize, int):
+        return f"resized to {kind.resize} and cropped to {kind.crop}"
+    how = {"center": "to cover", "squash": "to", "border": "to fit into"}[kind.crop_mode]
+    height, width = kind.resized
+    return f"resized {how} {height} x {width} and cropped to {kind.height} x {kind.width} (height x width)"
 
 
 def _figures(values: Iterable[float]) -> str:
@@ -68,7 +76,7 @@ def config(served: Served, max_batch_size: int) -> Document:
     kind = served.input
     given: Document = {"name": INPUT, "data_type": "TYPE_STRING", "dims": [1]}
     if kind is not None:
-        dims = [kind.channels, kind.crop, kind.crop]
+        dims = [kind.channels, kind.height, kind.width]
         given = {"name": INPUT, "data_type": "TYPE_UINT8", "format": "FORMAT_NCHW", "dims": dims}
     return {
         "name": served.config.name,

@@ -217,9 +217,9 @@ def _from_binary(tensor: _Input, raw: memoryview) -> Pixels:
 
 
 def fitted(pixels: Pixels, kind: Preprocessing) -> list[Tensor]:
-    """Pixels (n, C, H, W) or (n, H, W, C) -> one (C, crop, crop) each. Raises BadRequest where the model takes other images."""
-    planes = (kind.channels, kind.crop, kind.crop)
-    rows = (kind.crop, kind.crop, kind.channels)
+    """Pixels (n, C, H, W) or (n, H, W, C) -> one (C, height, width) each. Raises BadRequest where the model takes other images."""
+    planes = (kind.channels, kind.height, kind.width)
+    rows = (kind.height, kind.width, kind.channels)
     if pixels.shape[1:] == planes:
         return list(torch.from_numpy(pixels))
     if pixels.shape[1:] == rows:

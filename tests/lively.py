@@ -29,7 +29,7 @@ CLASSES = ("ant", "bee", "\N{LATIN SMALL LETTER U WITH DIAERESIS}nicorn")
 def noise(shape: Preprocessing, count: int) -> Tensor:
     """Random images of different brightness and contrast, uint8 (count, C, H, W)."""
     generator = torch.Generator().manual_seed(count)
-    images = torch.rand((count, shape.channels, shape.crop, shape.crop), generator=generator)
+    images = torch.rand((count, shape.channels, shape.height, shape.width), generator=generator)
     low, high = torch.rand((2, count, 1, 1, 1), generator=generator).sort(dim=0).values
     pixels: Tensor = 255 * (low + (high - low) * images)
     return pixels.to(torch.uint8)

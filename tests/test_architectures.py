@@ -118,7 +118,7 @@ def test_auxiliary_classifiers_answer_in_training_and_are_not_served(name: str) 
     network = architectures.create(name, 7, aux=True)
     fill(network.backbone).train()
     size = (
-        network.preprocessing.crop if name == "inception_v3" else 64
+        network.preprocessing.height if name == "inception_v3" else 64
     )  # its auxiliary classifier needs the full 17x17 map
     answers = network.backbone(torch.rand(2, 3, size, size))
     assert network.layer(answers[0]).shape == (2, 7)
@@ -149,8 +149,8 @@ def test_one_channel(name: str) -> None:
     network = architectures.cut(name, architectures.outline(name, 2, channels=1), channels=1)
     conv = next(m for m in network.backbone.modules() if isinstance(m, nn.Conv2d))
     assert conv.weight.shape[1] == conv.in_channels == network.preprocessing.channels == 1
-    crop = network.preprocessing.crop
-    features = network.backbone.eval()(torch.empty(1, 1, crop, crop, device="meta"))
+    shape = network.preprocessing
+    features = network.backbone.eval()(torch.empty(1, 1, shape.height, shape.width, device="meta"))
     assert features.shape == (1, network.feature_dim)
 
 

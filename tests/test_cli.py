@@ -263,7 +263,9 @@ def test_ensemble(store: ModelStore) -> None:
 def test_pull_passes_on_what_is_asked_for(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def pull(name: str, store: ModelStore, cache: Path, progress: Update, weights: str, url: str | None) -> ModelConfig:
+    def pull(
+        name: str, store: ModelStore, cache: Path, progress: Update, weights: str, url: str | None, as_name: str | None
+    ) -> ModelConfig:
         asked.append((name, cache, weights, url))
         progress(1, None)
         return publish(store, name)

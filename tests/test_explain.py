@@ -55,7 +55,7 @@ def test_a_map_that_is_activated_in_place(engine: str) -> None:
 
 def photo(backbone: Backbone, count: int = 2) -> Tensor:
     shape = backbone.ref.preprocessing
-    return torch.randint(0, 256, (count, 3, shape.crop, shape.crop), dtype=torch.uint8)
+    return torch.randint(0, 256, (count, 3, shape.height, shape.width), dtype=torch.uint8)
 
 
 EXACT = [

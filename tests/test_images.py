@@ -24,7 +24,8 @@ from image_files import (
 from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
-from models.classifier import Preprocessing
+from models import timm_networks
+from models.classifier import CropMode, Preprocessing
 from models.images import ORIENTATION_TAG, ORIENTATIONS, decode, stack
 
 
@@ -65,6 +66,54 @@ def test_equals_torchvision(size: tuple[int, int], preprocessing: Preprocessing)
     mean, most = difference(decode(data, preprocessing), reference(data, preprocessing))
     assert mean < 0.35
     assert most <= 2
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 501), (224, 224), (97, 31), (1279, 300)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop", [(224, 224), (192, 128), (96, 160)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("share", [0.875, 1.0, 1.15])
+def test_equals_timm(
+    size: tuple[int, int], interpolation: str, crop: tuple[int, int], crop_mode: str, share: float
+) -> None:
+    """With every crop mode, sizes that are not square, and a crop that is larger than the resized image."""
+    from timm.data import create_transform
+
+    config = {"input_size": (3, *crop), "crop_pct": share, "crop_mode": crop_mode, "interpolation": interpolation}
+    theirs = create_transform(**config, is_training=False, normalize=False)
+    ours = timm_networks.preprocessing_from(config, 3, "a test")
+    image = photo(*size)
+    mean, most = difference(decode(save(image), ours), theirs(image.convert("RGB")))
+    assert mean < 0.35
+    assert most <= 2
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_orientation_in_sizes_that_are_not_square(orientation: int, crop_mode: CropMode) -> None:
+    preprocessing = Preprocessing(resize=(120, 72), crop=(100, 60), crop_mode=crop_mode)
+    upright = photo(150, 90)
+    stored = upright.transpose(BACK[orientation])
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    turned = decode(save(stored, "PNG", exif=exif), preprocessing)
+    assert turned.shape == (3, 100, 60)
+    assert difference(turned, decode(save(upright, "PNG"), preprocessing))[1] <= 2
+
+
+BACK = {
+    **{orientation: turn for orientation, (_, _, _, turn) in ORIENTATIONS.items()},
+    6: Image.Transpose.ROTATE_90,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def test_a_record_without_a_crop_mode_is_what_it_was() -> None:
+    old = '{"resize": 256, "crop": 224, "channels": 3, "interpolation": "bilinear"}'
+    read = Preprocessing.model_validate_json(old)
+    assert read == IMAGENET == Preprocessing(resize=(256, 256), crop=(224, 224))
+    assert hash(read) == hash(IMAGENET)
+    assert Preprocessing.model_validate_json(read.model_dump_json()) == read
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def test_scores_equal_those_of_timms_network_with_the_same_weights(store: ModelS
     reference = timm.create_model(f"tf_{name}").eval()
     published = torch.load(PACKAGES[name].path(), weights_only=True)
     reference.load_state_dict(dict(zip(reference.state_dict(), published.values(), strict=True)))
-    crop = classifier.config.backbones[0].preprocessing.crop
-    images = torch.randn(2, 3, crop, crop, generator=torch.Generator().manual_seed(0))
+    side = classifier.config.backbones[0].preprocessing.height
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = classifier.head(classifier.backbones[0].module(images))
         assert torch.allclose(ours, reference(images), atol=1e-5)
@@ -71,6 +71,7 @@ def test_config_states_the_licence_and_the_thousand_classes(store: ModelStore) -
 def test_a_second_pull_changes_nothing(store: ModelStore) -> None:
     assert packaged.pull("efficientnet_lite0", store).version == 1
     assert packaged.pull("imagenet-lite", store).version == 1
+    assert store.config("imagenet-lite").lineage["licence"] == "Apache-2.0"
 
 
 def test_a_damaged_backbone_is_replaced(tmp_path: Path) -> None:

@@ -334,3 +334,9 @@ def test_the_group_shares_its_backbones_with_its_ensemble(
     assert both.name == "imagenet-ensemble"
     assert both.backbones == first.backbones * 2
     assert pull.pull_group(store, cache, base_url=shelf.url)[-1] == both
+
+
+def test_packaged_models_need_no_network(store: ModelStore, cache: Path) -> None:
+    config = pull.pull("efficientnet_lite0", store, cache, base_url="http://127.0.0.1:1")
+    assert (config.name, config.lineage["licence"], len(config.classes)) == ("efficientnet_lite0", "Apache-2.0", 1000)
+    assert not cache.exists()

@@ -162,15 +162,16 @@ def pulls(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names that were pulled; `broken` cannot be."""
     names: list[str] = []
 
-    async def pull(name: str, progress: Progress) -> Any:
+    async def pull(name: str, progress: Progress, as_name: str | None) -> Any:
         names.append(name)
         progress(1, 4)
         if name == "broken":
             raise DownloadError("404 Not Found")
-        return SimpleNamespace(name=name, version=1)
+        licence = "cc-by-nc-4.0" if name.startswith("timm/") else "MIT"
+        return SimpleNamespace(name=as_name or name, version=1, lineage={"licence": licence})
 
     monkeypatch.setattr(service.engine, "pull", pull)
-    monkeypatch.setattr("models.pull.published", lambda name: None)
+    monkeypatch.setattr("models.pull.check", lambda name: None)
     return names
 
 
@@ -187,6 +188,20 @@ async def test_pull_tells_how_far_it_is(http: httpx.AsyncClient, pulls: list[str
     assert json.loads(first.removeprefix("data: ")) == {"bytes": 1, "total": 4}
     assert [end.splitlines()[0], json.loads(end.splitlines()[1].removeprefix("data: "))] == last
     assert pulls == [name]
+
+
+async def test_pull_warns_of_a_licence(http: httpx.AsyncClient, pulls: list[str]) -> None:
+    body = {"name": "timm/vit_tiny_patch16_224.augreg_in21k", "model": "tiny"}
+    answer = await http.post("/models/pull", json=body, headers=ADMIN)
+    end = json.loads(answer.text.strip().split("\n\n")[-1].splitlines()[1].removeprefix("data: "))
+    assert (pulls, end["model"]) == ([body["name"]], "tiny")
+    assert "'cc-by-nc-4.0' restricts" in end["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "./folder", "a/b", "hf-hub:../x", "hf-hub:a", "timm/a/b", ""])
+async def test_pull_takes_no_paths(http: httpx.AsyncClient, name: str) -> None:
+    answer = await http.post("/models/pull", json={"name": name}, headers=ADMIN)
+    assert answer.status_code == 422
 
 
 async def test_pull_of_what_nobody_publishes(http: httpx.AsyncClient) -> None:

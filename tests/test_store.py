@@ -71,7 +71,7 @@ def test_networks_with_batch_norm_and_odd_cuts_survive(store: ModelStore, name: 
     network = architectures.create(name, 3)
     ref = store.put_backbone(name, network.backbone.eval(), network.preprocessing)
     loaded = store.load_backbone(ref)
-    images = torch.randn(1, 3, ref.preprocessing.crop, ref.preprocessing.crop)
+    images = torch.randn(1, 3, ref.preprocessing.height, ref.preprocessing.width)
     torch.testing.assert_close(loaded.module(images), network.backbone(images))
     assert loaded.feature_dim == network.feature_dim
 

@@ -60,12 +60,7 @@ def export(
             os.replace(file, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return Exported(config, tuple(targets), tuple(licence_warnings(store, config)))
-
-
-def licence_warnings(store: ModelStore, config: ModelConfig) -> list[str]:
-    """One line for each licence of the version that is unknown or not free."""
-    return list(filter(None, map(licences.warning, licences.licences_in(store, config))))
+    return Exported(config, tuple(targets), tuple(licences.warnings_of(config.lineage)))
 
 
 def _check(file_format: ExportFormat, out: Path) -> None:
@@ -91,7 +86,7 @@ def _write(
         write_bundle(store, config, folder / out.name)
         return [folder / out.name]
     inputs = graph_inputs(config)
-    about = details(config, inputs, licences.licences_in(store, config))
+    about = details(config, inputs, licences.licences_of(config.lineage))
     classifier = store.load(config.name, config.version)
     if file_format == "openvino":
         return write_openvino(classifier, inputs, about, folder / f"{out.stem}.xml")

@@ -24,7 +24,7 @@ class GraphInput:
     def example(self, count: int) -> Tensor:
         """Noise, uint8 (count, H, W, C)."""
         generator = torch.Generator().manual_seed(count)
-        shape = (count, self.preprocessing.crop, self.preprocessing.crop, self.preprocessing.channels)
+        shape = (count, self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 

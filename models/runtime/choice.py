@@ -57,7 +57,7 @@ def measure(
     rates: list[dict[int, float]] = [{} for _ in engines]
     going = list(range(len(engines)))
     for size in _sizes(device, shape):
-        pixels = torch.randint(0, 256, (size, shape.crop, shape.crop, shape.channels), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (size, shape.height, shape.width, shape.channels), dtype=torch.uint8)
         seconds = _fastest([engines[i] for i in going], device, pixels.permute(0, 3, 1, 2))
         for i, elapsed in zip(going, seconds, strict=True):
             if math.isfinite(elapsed):
@@ -70,7 +70,7 @@ def measure(
 
 
 def _sizes(device: torch.device, shape: Preprocessing) -> list[int]:
-    largest = LARGEST_BATCH[device.type] * (2 if shape.crop**2 <= TINY_PIXELS else 1)
+    largest = LARGEST_BATCH[device.type] * (2 if shape.height * shape.width <= TINY_PIXELS else 1)
     return [2**power for power in range(largest.bit_length())]
 
 

@@ -123,7 +123,7 @@ class PixelNetwork(nn.Module):
 def convert(openvino: Any, backbone: Backbone) -> Any:
     """An `openvino.Model` of the whole way from pixels to features, for any batch size."""
     shape = backbone.ref.preprocessing
-    rows = torch.zeros(2, shape.crop, shape.crop, shape.channels, dtype=torch.uint8)
+    rows = torch.zeros(2, shape.height, shape.width, shape.channels, dtype=torch.uint8)
     network = PixelNetwork(backbone.module, shape, backbone.map).eval()
     with _conversion, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # TorchScript's own deprecation, and what tracing says of constants

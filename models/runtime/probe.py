@@ -61,9 +61,9 @@ def _original_features(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def probe_images(shape: Preprocessing) -> Tensor:
-    """The same every time: coarse random patterns with fine noise over them, uint8 (32, C, crop, crop)."""
+    """The same every time: coarse random patterns with fine noise over them, uint8 (32, C, height, width)."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(IMAGES, shape.channels, 6, 6, generator=generator)
-    smooth = F.interpolate(coarse, size=(shape.crop, shape.crop), mode="bilinear", antialias=False)
+    smooth = F.interpolate(coarse, size=(shape.height, shape.width), mode="bilinear", antialias=False)
     noise = torch.randn(smooth.shape, generator=generator) * 0.05
     return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ class TorchEngine:
         self, backbone: Backbone, device: torch.device, precision: Precision, memory_format: MemoryFormat, threads: int
     ) -> None:
         preprocessing = backbone.ref.preprocessing
-        example = torch.zeros(1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+        example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width)
         module, count = fold_batch_norm(backbone.module, example)
         self.folded = count > 0
         self.device = device

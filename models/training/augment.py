@@ -128,14 +128,16 @@ def random_crops(n: int | Part) -> Tensor:
 
 
 def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
-    """Square images (N, C, S, S) -> float32 of the same shape, 0..255: the crops (N, 4), turned by `degrees` (N,), then flipped.
+    """Images (N, C, H, W) -> float32 of the same shape, 0..255: the crops (N, 4), turned by `degrees` (N,), then flipped.
 
     Bilinear; what lies outside the image is its reflection.
     """
     width, height, x, y = crops.unbind(1)
     width, height = width * torch.where(mirrored, -1.0, 1.0), height * torch.where(upside_down, -1.0, 1.0)
     cos, sin = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
-    matrices = torch.stack([cos * width, -sin * height, x, sin * width, cos * height, y], dim=1).view(-1, 2, 3)
+    aspect = pixels.shape[2] / pixels.shape[3]  # coordinates are of -1 to 1 on both axes
+    turned = [cos * width, -sin * height * aspect, x, sin * width / aspect, cos * height, y]
+    matrices = torch.stack(turned, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices.to(pixels.device), list(pixels.shape), align_corners=False)
     values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

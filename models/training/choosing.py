@@ -62,7 +62,7 @@ def _choose(job: Job) -> Choice:
 def latency_ms(backbone: Backbone, device: torch.device) -> float:
     """Milliseconds for one image through the runtime that would serve it, without decoding."""
     runtime, shape = compile_backbone(backbone, device, Options()), backbone.ref.preprocessing
-    pixels = torch.full((1, shape.channels, shape.crop, shape.crop), 127, dtype=torch.uint8)
+    pixels = torch.full((1, shape.channels, shape.height, shape.width), 127, dtype=torch.uint8)
     seconds = []
     for _ in range(SHOTS):
         started = time.perf_counter()

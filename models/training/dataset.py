@@ -239,7 +239,7 @@ class _Outcome(NamedTuple):
 
 def _decode_all(source: Source, preprocessing: Preprocessing, progress: Progress) -> _Decoded:
     items = source.items
-    array = allocate((len(items), preprocessing.crop, preprocessing.crop, preprocessing.channels))
+    array = allocate((len(items), preprocessing.height, preprocessing.width, preprocessing.channels))
 
     def one(place: int) -> _Outcome:
         return _decode_into(array[place], items[place].file, source.read, preprocessing)

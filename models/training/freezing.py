@@ -15,8 +15,8 @@ from torch import nn
 
 from models.errors import TrainingError
 
-# Modules that only hold stages, in torchvision's networks and in `models.classics`.
-CONTAINERS = ("features", "layers", "blocks", "trunk_output", "encoder", "encoder.layers")
+# Modules that only hold stages, in the networks of torchvision, timm and `models.classics`.
+CONTAINERS = ("features", "layers", "blocks", "stages", "levels", "trunk_output", "encoder", "encoder.layers")
 
 
 def stages(backbone: nn.Module) -> dict[str, nn.Module]:

@@ -24,9 +24,9 @@ class TrainedLayer(Record):
 def layers_of(architecture: str, backbone: nn.Module, preprocessing: Preprocessing) -> list[TrainedLayer]:
     """A backbone's layers, from one black image. What was trained is what wants gradients: to be asked before it is stored."""
     backbone.eval()
-    side, device = preprocessing.crop, next(backbone.parameters()).device
+    shape = (1, preprocessing.channels, preprocessing.height, preprocessing.width)
     with watched(backbone) as outputs:
-        backbone(torch.zeros(1, preprocessing.channels, side, side, device=device))
+        backbone(torch.zeros(shape, device=next(backbone.parameters()).device))
     return [
         TrainedLayer(
             name=path or architecture,

@@ -88,4 +88,4 @@ def _network(job: Job, base: Base) -> torch.nn.Module:
 
 
 def _grey(shape: Preprocessing) -> torch.Tensor:
-    return torch.full((IMAGES, shape.channels, shape.crop, shape.crop), 127, dtype=torch.uint8)
+    return torch.full((IMAGES, shape.channels, shape.height, shape.width), 127, dtype=torch.uint8)

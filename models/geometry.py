@@ -1,0 +1,51 @@
+"""Which part of an image a network sees, and where it lies in its input: arithmetic only, no pixels.
+
+image (width, height) --_resized--> (new_width, new_height) --_axis, of each side--> the part that the crop shows
+"""
+
+import math
+from typing import NamedTuple
+
+from models.classifier import Preprocessing
+
+
+class Axis(NamedTuple):
+    """Along one side: the part of the image that is shown, in its pixels, and how many pixels of the crop it fills, from which on."""
+
+    begin: float
+    end: float
+    size: int
+    at: int
+
+
+def axes(width: float, height: float, preprocessing: Preprocessing) -> tuple[Axis, Axis]:
+    """Across and down, in an upright image of this size."""
+    new_width, new_height = _resized(width, height, preprocessing)
+    return _axis(width, new_width, preprocessing.width), _axis(height, new_height, preprocessing.height)
+
+
+def _resized(width: float, height: float, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height to which the whole image is resized, rounded as torchvision and timm round them."""
+    wanted_height, wanted_width = preprocessing.resized
+    if preprocessing.crop_mode == "squash":
+        return wanted_width, wanted_height
+    if preprocessing.crop_mode == "center" and wanted_width == wanted_height:
+        short = min(width, height)
+        return int(wanted_width * width / short), int(wanted_height * height / short)
+    closest = min if preprocessing.crop_mode == "center" else max
+    ratio = closest(width / wanted_width, height / wanted_height)
+    return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+
+def _axis(side: float, resized: int, crop: int) -> Axis:
+    if resized < crop:
+        return Axis(0, side, resized, (crop - resized) // 2)
+    begin, scale = round((resized - crop) / 2), side / resized
+    return Axis(begin * scale, min(side, (begin + crop) * scale), crop, 0)  # rounding may not leave the image
+
+
+def whole_pixels(begin: float, end: float, size: int, side: int) -> tuple[int, int, float, float]:
+    """The whole pixels, first and past the last, that resizing this part of a side to `size` reads, and the part within them."""
+    margin = math.ceil(3 * max(1, (end - begin) / size)) + 1  # Lanczos reaches three output pixels
+    first, last = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
+    return first, last, begin - first, end - first
