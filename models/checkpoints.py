@@ -8,7 +8,6 @@ What is new in how people keep weights belongs here: a wrapper, a prefix, a harm
 
 import argparse
 import io
-import json
 import pathlib
 import re
 import sys
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from models import tensors
-from models.class_names import names_of
 from models.errors import WeightsError
 
 # Keys under which training scripts keep the state dict. An average of the weights (EMA) is what they evaluate, so it comes first.
@@ -62,29 +60,21 @@ OTHERS = {
     b"\x1f\x8b": "it is packed with gzip: unpack it first",
     b"\x08": "it is no file of PyTorch; an ONNX or TensorFlow file holds a graph, not a state dict",
 }
-FOLDER = "config.json", "model.safetensors"  # of timm and of the Hub
-MAX_CONFIG = 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors by the keys of the file, and what it says beside them: None where it says nothing.
-
-    `preprocessing` are fields of a Preprocessing; `lineage` goes into the version's.
-    """
+    """The tensors by the keys of the file, and what it says beside them: None where it says nothing. `lineage` goes into the version's."""
 
     state: dict[str, Tensor]
     architecture: str | None = None
     classes: list[str] | None = None
-    preprocessing: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A file of torch.save or safetensors, or a folder in timm's format. Raises WeightsError that says why it is refused."""
+    """A file of torch.save or safetensors. Raises WeightsError that says why it is refused."""
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
     if not path.is_file():
         raise WeightsError(f"{path} is missing, or not a file")
     with path.open("rb") as file:
@@ -194,53 +184,6 @@ def _holds_network(prefix: str, state: Mapping[str, Tensor], expected: Collectio
     return needed <= inner or any(
         needed <= {key.removeprefix(p) for key in inner if key.startswith(p)} for p in PREFIXES
     )
-
-
-# Folders in timm's format
-
-
-def _read_folder(folder: Path) -> Checkpoint:
-    config_file, weights_file = (folder / name for name in FOLDER)
-    if not config_file.is_file() or not weights_file.is_file():
-        pickled = next((f"; {file.name} is a pickle" for file in folder.glob("*.bin")), "")
-        raise WeightsError(f"{folder} is refused: a folder of weights has {' and '.join(FOLDER)}{pickled}")
-    config = _config(config_file)
-    state = tensors.read(weights_file)
-    details = config.get("pretrained_cfg")
-    details = details if isinstance(details, dict) else {}
-    labels = config.get("label_names", details.get("label_names"))
-    licence = details.get("license", config.get("license"))
-    return Checkpoint(
-        state,
-        f"timm/{config['architecture']}",
-        names_of(labels, str(config_file)) if labels else None,
-        _preprocessing(details),
-        {"licence": licence} if isinstance(licence, str) else {},
-    )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise WeightsError(f"{path} is refused: larger than {MAX_CONFIG} bytes")
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON") from error
-    if not isinstance(config, dict) or not re.fullmatch(r"\w+(\.\w+)*", str(config.get("architecture"))):
-        raise WeightsError(f"{path} names no architecture of timm: it needs `architecture`")
-    return config
-
-
-def _preprocessing(details: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Preprocessing that timm's `pretrained_cfg` says; those of another kind are left to the architecture."""
-    fields = {name: details[name] for name in ("mean", "std") if isinstance(details.get(name), list)}
-    if details.get("interpolation") in ("bilinear", "bicubic"):
-        fields["interpolation"] = details["interpolation"]
-    size, share = details.get("input_size"), details.get("crop_pct")
-    if isinstance(size, list) and len(size) == 3 and size[1] == size[2] and isinstance(size[1], int):
-        fields["crop"] = size[1]
-        fields["resize"] = int(size[1] / share) if isinstance(share, int | float) and 0 < share <= 1 else size[1]
-    return fields
 
 
 def in_memory(data: bytes) -> BinaryIO:

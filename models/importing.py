@@ -8,16 +8,14 @@ publish     the backbone by its hash, shared where the store has it, and the las
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from models import architectures, bundle, tensors, torchserve
 from models.architectures import Network
 from models.checkpoints import Checkpoint, read_checkpoint, to_network
 from models.class_names import read_classes
-from models.classifier import Head, ModelConfig, Preprocessing
+from models.classifier import Head, ModelConfig
 from models.download import Progress
 from models.errors import WeightsError
 from models.store import ModelStore
@@ -58,7 +56,7 @@ def import_weights(
     channels: int | None = None,
     progress: Progress | None = None,
 ) -> ModelConfig:
-    """Publishes a state dict as the next version of model `name`, with the preprocessing that the file says, or the architecture's own.
+    """Publishes a state dict as the next version of model `name`, with the architecture's own preprocessing.
 
     The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
     Raises WeightsError, ArchitectureNotFound, InvalidName.
@@ -79,14 +77,14 @@ def import_weights(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
     report(2, STEPS)
-    ref = store.put_backbone(architecture, network.backbone, _preprocessing(network, checkpoint, path))
+    ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     report(3, STEPS)
     lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
     return store.publish(name, [ref], head, names, lineage=lineage)
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file, a folder or an archive. Raises WeightsError that says why it is refused."""
+    """The checkpoint in a file or an archive. Raises WeightsError that says why it is refused."""
     if torchserve.is_archive(_members(path)):
         with bundle.opened(path) as archive:
             return torchserve.read_archive(archive, path)
@@ -105,16 +103,6 @@ def _members(path: Path) -> list[str]:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError, NotImplementedError):
         return []
-
-
-def _preprocessing(network: Network, checkpoint: Checkpoint, path: Path) -> Preprocessing:
-    """The architecture's own, with what the file says of its pixels."""
-    own: dict[str, Any] = network.preprocessing.model_dump()
-    try:
-        return Preprocessing.model_validate(own | checkpoint.preprocessing)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise WeightsError(f"{path} is refused: its preprocessing cannot be used: {reason}") from error
 
 
 def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:

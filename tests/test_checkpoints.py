@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import json
 import pathlib
 import sys
 import types
@@ -177,42 +176,6 @@ def test_other_files_are_named(tmp_path: Path, content: bytes, reason: str) -> N
     message = refusal(path)
     assert reason in message
     assert "\n" not in message
-
-
-# Folders in timm's format
-
-
-@pytest.fixture
-def folder(tmp_path: Path, network: nn.Module) -> Path:
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    safetensors.torch.save_file(network.state_dict(), folder / "model.safetensors")
-    details = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "input_size": [3, 32, 32], "crop_pct": 0.8}
-    config = {
-        "architecture": "lenet5",
-        "label_names": ["ant", "bee", "wasp"],
-        "pretrained_cfg": details | {"interpolation": "bicubic", "license": "apache-2.0"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_folder_says_what_it_is(store: ModelStore, folder: Path) -> None:
-    assert read_checkpoint(folder).architecture == "timm/lenet5"
-    config = import_model(folder, store, "mine", "lenet5")
-    shape = config.backbones[0].preprocessing
-    assert (shape.crop, shape.resize, shape.interpolation, shape.mean) == (32, 40, "bicubic", (0.5, 0.5, 0.5))
-    assert config.classes == ("ant", "bee", "wasp")
-    assert config.lineage["licence"] == "apache-2.0"
-
-
-def test_a_folder_that_is_not_whole(folder: Path) -> None:
-    (folder / "config.json").write_text('{"architecture": "../x"}')
-    assert "names no architecture" in refusal(folder)
-    (folder / "config.json").write_text("[")
-    assert "is not JSON" in refusal(folder)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert refusal(folder).endswith("has config.json and model.safetensors; pytorch_model.bin is a pickle")
 
 
 def test_what_is_missing_is_asked_for(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from hub_server import COMMIT, Hub, running_hub
 from torch import nn
 
 from models import architectures, pull
 from models.errors import ArchitectureNotFound, DownloadError, InvalidName, ModelError, WeightsError
 from models.store import ModelStore
+from service.cli import main
 
 NETWORK, REPOSITORY = "timm/test_vit", "someone/Tiny_ViT"
 LABELS = ["n01", "n02", "n03"]
@@ -365,3 +367,12 @@ def test_a_folder_without_its_files(tmp_path: Path, store: ModelStore, cache: Pa
 def test_packaged_models_keep_their_name(store: ModelStore, cache: Path) -> None:
     with pytest.raises(WeightsError, match="under its own name"):
         pull.pull("resnet18", store, cache, as_name="other")
+
+
+def test_the_command_imports_a_folder_and_asks_for_nothing_that_it_says(tmp_path: Path) -> None:
+    command = ["models", "import", str(tmp_path), "--weights", str(tmp_path / "w"), "--name", "mine"]
+    ended = CliRunner().invoke(main, [*command, "--architecture", "resnet18"])
+    assert ended.exit_code == 2
+    assert "names its own architecture" in ended.output
+    ended = CliRunner().invoke(main, command)
+    assert "has no config.json: a folder of the Hub holds config.json and model.safetensors" in ended.output

@@ -178,10 +178,26 @@ def import_model(
     from models.importing import read_classes
 
     store = open_store(flags)
+    if source.is_dir():
+        stored(store, import_folder(store, source, name, (architecture, classes, channels)))
+        return
     labels = read_classes(classes) if classes else None
     with progress(f"import {source.name}", "steps") as update:
         config = publish(source, store, name, architecture, labels, int(channels) if channels else None, update)
     stored(store, config)
+
+
+def import_folder(
+    store: "ModelStore", folder: Path, name: str | None, told: tuple[object, object, object]
+) -> "ModelConfig":
+    """A folder in the Hub's format, which names its own architecture, classes and channels."""
+    from models.timm_weights import pull_folder
+
+    if any(value is not None for value in told):
+        raise click.UsageError(
+            f"{folder} names its own architecture, classes and channels: leave out --architecture, --classes and --channels"
+        )
+    return pull_folder(folder, store, name)
 
 
 @command.command(
