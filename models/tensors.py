@@ -129,15 +129,15 @@ def _view(data: bytearray, offset: int, dtype: torch.dtype, shape: tuple[int, ..
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises WeightsError where a weight is NaN or infinite."""
+    """Raises WeightsError where a weight is NaN or infinite; a single number may be infinite, since that says "no bound"."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         raise WeightsError(f"{source} has weights that are NaN or infinite, in {listed(bad)}; it is not usable")
 
 
 def _finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
+    if tensor.numel() <= 1:
+        return not bool(tensor.isnan().any())
     low, high = torch.aminmax(tensor)  # NaN wins in both; no mask as large as the tensor
     return bool(low.isfinite() & high.isfinite())
 

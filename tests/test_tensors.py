@@ -122,3 +122,11 @@ def test_the_batch_counter_may_miss() -> None:
     norm = nn.BatchNorm2d(2, device="meta")
     tensors.load_into(norm, {name: torch.ones(2) for name in ("weight", "bias", "running_mean", "running_var")}, "mine")
     assert norm.num_batches_tracked == 0
+
+
+def test_a_single_number_may_say_that_there_is_no_bound() -> None:
+    tensors.check_finite({"clip.max": torch.tensor(float("inf"))}, "a test")
+    with pytest.raises(WeightsError, match="NaN or infinite"):
+        tensors.check_finite({"clip.max": torch.tensor(float("nan"))}, "a test")
+    with pytest.raises(WeightsError, match="NaN or infinite"):
+        tensors.check_finite({"weight": torch.tensor([1.0, float("inf")])}, "a test")
