@@ -291,6 +291,17 @@ VERSION_EXAMPLE = {
     "error": None,
 }
 
+BASE_EXAMPLE = {
+    "name": "efficientnet_lite0",
+    "default": True,
+    "in_store": True,
+    "architectures": ["efficientnet_lite0"],
+    "input": 224,
+    "bytes": 13611308,
+    "accuracy": 74.8,
+    "images_per_s": 95.2,
+}
+
 JOB_EXAMPLE = {
     "id": "ftjob-0f8fad5bd9cb469fa16570867728950e",
     "object": "fine_tuning.job",

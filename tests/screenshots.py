@@ -40,11 +40,8 @@ def train(server: PageServer, dataset: Path) -> str:
         zipped = {"Content-Type": "application/zip"}
         http.post("/datasets?name=landscapes", content=dataset.read_bytes(), headers=zipped).raise_for_status()
         run(http, {"dataset": "landscapes.zip", "name": "landscapes"})
-        hyperparameters = {"epochs": 8, "lr": 0.002}
-        return run(
-            http,
-            {"dataset": "landscapes.zip", "name": "landscapes", "mode": "finetune", "hyperparameters": hyperparameters},
-        )
+        finetune = {"base": "cifar10", "mode": "finetune", "hyperparameters": {"epochs": 8, "lr": 0.002}}
+        return run(http, {"dataset": "landscapes.zip", "name": "landscapes", **finetune})
 
 
 def run(http: httpx.Client, request: dict[str, Any]) -> str:
@@ -59,7 +56,7 @@ def run(http: httpx.Client, request: dict[str, Any]) -> str:
 def show_views(page: Page, server: PageServer, job: str) -> None:
     page.goto("/#try")
     page.get_by_label("landscapes").check()
-    page.get_by_label("cifar10").uncheck()
+    page.get_by_label("efficientnet_lite0").uncheck()
     page.get_by_label("Heat map").check()
     drawn = [(f"{kind}-{seed}.png", landscape(kind, 900 + seed)) for seed in (1, 2) for kind in KINDS]
     files = [{"name": name, "mimeType": "image/png", "buffer": png(image)} for name, image in drawn]
@@ -73,6 +70,7 @@ def show_views(page: Page, server: PageServer, job: str) -> None:
     shoot(page, "models")
     page.goto("/#train")
     page.get_by_label("landscapes.zip").check()
+    page.locator("#base-choice").wait_for()
     page.get_by_text("good images").wait_for()
     shoot(page, "train")
     page.goto(f"/#train/{job}")

@@ -58,6 +58,12 @@ class FakeStore(ModelStore):
     def rollback(self, name: str) -> Serving:
         raise NameConflict("there is no previous version")
 
+    def names(self) -> list[str]:
+        return []
+
+    def versions(self, name: str) -> list[int]:
+        return []
+
     def serving(self) -> Serving:
         return Serving(default="pets", models={"pets": self.version}, previous={})
 

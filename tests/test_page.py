@@ -1,8 +1,10 @@
 """The page in a real Chromium, against a real server: each view, a job from its images to a served model, and a server that dies."""
 
+import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,36 @@ from landscapes import archive, landscape, png
 from page_server import ADMIN_KEY, PATIENCE_S, QUIET, PageServer, add_twin, chromium, embedded, page_server
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from service.schemas import JOB_EXAMPLE
+
 pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
 
+DEFAULT = "efficientnet_lite0"
+TOP_K = 5  # of the page
 GPU = {"used": 3221, "total": 8590}  # megabytes
 KEEP_PLOTS = """let made; window.plots = [];
     const keep = {construct: (uPlot, given) => (plots.push(new uPlot(...given)), plots.at(-1))};
     Object.defineProperty(window, "uPlot", {configurable: true, set: (uPlot) => (made = new Proxy(uPlot, keep)), get: () => made})"""
 VIEWS = ("try", "models", "train", "server")
 MARKUP = "<img src=x onerror=\"document.title='owned'\"> it's.png"
+LONG_LABELS = [  # of ImageNet, and one without a space
+    "American Staffordshire terrier",
+    "black-and-tan coonhound",
+    "European fire salamander",
+    "Hungarian_wirehaired_pointer_or_vizsla_" * 3,
+    "sulphur-crested cockatoo",
+]
+COUNTS = {f"class {n}": n for n in range(1, 101)}
+AUDIT = {
+    "layout": "a folder per class",
+    "images": 5050,
+    "class_counts": {"train": COUNTS},
+    "parts": {"train": 4000, "val": 1050, "test": 0},
+    "totals": dict.fromkeys(["bad", "conflicts", "duplicates", "near_duplicates"], 0),
+    "warnings": [],
+    **{kind: [] for kind in ("bad", "conflicts", "duplicates", "near_duplicates")},
+}
+LICENCE = "the licence CC-BY-NC-4.0 restricts the use of these weights"
 GIVE_KEY = f"sessionStorage.setItem('imago.key', '{ADMIN_KEY}')"
 File = dict[str, Any]
 
@@ -85,8 +109,8 @@ def test_images_are_answered_in_their_places(page: Page) -> None:
     give(page, drawn("sea.png"), drawn(MARKUP), {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"text"})
     tally(page, "3 images: 2 answered, 1 refused")
     card = page.locator(".card", has_text=MARKUP)
-    expect(card.locator("h3")).to_have_text(["cifar10 version 1", "twin version 1"])
-    expect(card.locator(".bars li")).to_have_count(6)
+    expect(card.locator("h3")).to_have_text([f"{DEFAULT} version 1", "twin version 1"])
+    expect(card.locator(".bars li")).to_have_count(2 * TOP_K)
     left, right = (card.locator("section").nth(n).bounding_box() for n in (0, 1))
     assert left is not None and right is not None  # noqa: PT018
     assert (left["y"], left["x"] + left["width"] <= right["x"]) == (right["y"], True)  # side by side
@@ -194,12 +218,67 @@ def test_a_full_server_is_asked_again(page: Page) -> None:
     tally(page, "1 image: 1 answered")
 
 
+def answered(page: Page, labels: list[str], **result: Any) -> None:
+    """The server answers `labels` to every image."""
+    scores = [{"label": label, "index": n, "probability": 0.5**n} for n, label in enumerate(labels, 1)]
+    results = [{"filename": None, "predictions": scores, **result}]
+    page.route("**/predict*", lambda route: route.fulfill(json={"model": DEFAULT, "version": 1, "results": results}))
+
+
+def test_long_names_of_classes_on_a_phone(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    answered(page, LONG_LABELS)
+    page.goto("/")
+    give(page, drawn("sea.png"))
+    rows = page.locator(".card .bars li")
+    expect(rows).to_have_count(len(LONG_LABELS))
+    card = page.locator(".card").bounding_box()
+    assert card is not None
+    for row in rows.all():
+        label, number = row.locator(".label").bounding_box(), row.locator(".number").bounding_box()
+        assert label is not None and number is not None  # noqa: PT018
+        assert label["x"] + label["width"] <= number["x"]
+        assert number["x"] + number["width"] <= card["x"] + card["width"]
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize(
+    ("decision", "said", "reason"),
+    [
+        ("accept", "Accept", "certain enough"),
+        ("review", "Review", "a person looks"),
+        ("reject", "Reject", "none of these classes"),
+    ],
+)
+def test_a_decision_is_a_word_with_its_reason(page: Page, decision: str, said: str, reason: str) -> None:
+    answered(page, ["bee"], decision=decision)
+    page.goto("/")
+    give(page, drawn("sea.png"))
+    expect(page.locator(".card .decision")).to_have_text(said)
+    assert reason in str(page.locator(".card .decision").get_attribute("title"))
+
+
+@pytest.mark.parametrize(
+    ("view", "summary"), [("try", f"Search the 1,000 classes of {DEFAULT}"), ("models", "Search the classes")]
+)
+def test_a_thousand_classes_are_searched(page: Page, view: str, summary: str) -> None:
+    page.goto(f"/#{view}")
+    page.get_by_text(summary).click()
+    expect(page.locator(".found li")).to_have_count(30)
+    expect(page.locator("main")).to_contain_text("970 more")
+    box = page.get_by_label(f"Search the 1,000 classes of {DEFAULT}")
+    box.fill("terrier american")
+    expect(page.locator(".found li")).to_have_text(["180 American Staffordshire terrier"])
+    box.fill("no such class")
+    expect(page.locator("main")).to_contain_text("No class matches.")
+
+
 # Models
 
 
 def test_a_key_is_asked_for_and_a_version_activated_and_rolled_back(page: Page) -> None:
     page.goto("/#models")
-    expect(page.locator("main")).to_contain_text("on 1 backbone")
+    expect(page.locator("main")).to_contain_text("3 models on 2 backbones")
     expect(page.locator("main")).to_contain_text("shared with cifar10")
     twin = page.locator(".rows > .card", has=page.get_by_role("heading", name="twin"))
     twin.get_by_text("Versions").click()
@@ -226,7 +305,144 @@ def test_a_download_tells_how_far_it_is(admin: Page) -> None:
     expect(admin.get_by_role("alert")).to_have_text("404 <b>Not</b> Found")
 
 
+def versions_of(page: Page, name: str) -> Any:
+    """The card of a model, with its versions open."""
+    page.goto("/#models")
+    card = page.locator(".rows > .card", has=page.get_by_role("heading", name=name))
+    card.get_by_text("Versions").click()
+    return card
+
+
+def test_a_version_is_exported(admin: Page, tmp_path: Path) -> None:
+    card = versions_of(admin, "twin")
+    card.get_by_label("Export format of version 1").select_option("store")
+    with admin.expect_download() as download:
+        card.get_by_role("button", name="Export version 1").click()
+    assert download.value.suggested_filename == "twin-1-store.zip"
+    expect(card).to_contain_text("twin-1-store.zip, 1")
+    download.value.save_as(tmp_path / "twin.zip")
+    assert zipfile.is_zipfile(tmp_path / "twin.zip")
+
+
+def test_a_licence_that_restricts_is_shown(admin: Page) -> None:
+    headers = {"Content-Disposition": 'attachment; filename="twin-1-onnx.zip"', "X-Licence-Warning": LICENCE}
+    admin.route("**/export?format=onnx", lambda route: route.fulfill(body=b"zip", headers=headers))
+    card = versions_of(admin, "twin")
+    card.get_by_role("button", name="Export version 1").click()
+    expect(card.locator(".warnings")).to_contain_text(LICENCE)
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "export_busy"), (422, "export_failed")])
+def test_an_export_that_fails_says_why(admin: Page, status: int, code: str) -> None:
+    waiting = list[Route]()
+    admin.route("**/export?format=onnx", lambda route: waiting.append(route))
+    card = versions_of(admin, "twin")
+    button = card.get_by_role("button", name="Export version 1")
+    button.click()
+    expect(button).to_be_disabled()
+    expect(card).to_contain_text("The server converts the model.")
+    waiting[0].fulfill(status=status, json={"error": {"code": code, "message": MARKUP, "param": None}})
+    expect(card.get_by_role("alert")).to_have_text(MARKUP)
+    expect(button).to_be_enabled()
+
+
+def test_licences_are_shown_where_the_server_names_them(page: Page) -> None:
+    def licensed(route: Route) -> None:
+        models = route.fetch().json()["models"]
+        route.fulfill(json={"models": [model | {"licences": ["Apache-2.0", None]} for model in models]})
+
+    page.route("**/models", licensed)
+    page.goto("/#models")
+    expect(page.locator("dl").first).to_contain_text("Apache-2.0, unknown")
+
+
 # Train
+
+
+def with_dataset(page: Page) -> None:
+    """The Train view with a dataset chosen whose audit is `AUDIT`."""
+    dataset = {
+        "object": "dataset",
+        "name": "photos.zip",
+        "kind": "zip",
+        "bytes": 1,
+        "modified": JOB_EXAMPLE["created_at"],
+    }
+    listed = {"object": "list", "data": [dataset], "has_more": False}
+    page.route("**/datasets?*", lambda route: route.fulfill(json=listed))
+    page.route("**/datasets/validate", lambda route: route.fulfill(json={"audit": AUDIT, "estimate": {"total": 12.9}}))
+    page.goto("/#train")
+    page.get_by_label("photos.zip").check()
+
+
+@pytest.fixture
+def bodies(admin: Page) -> list[dict[str, Any]]:
+    """The bodies of the jobs that the page starts; the server starts none."""
+    sent = list[dict[str, Any]]()
+
+    def refuse(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or "{}"))
+        route.fulfill(status=422, json={"error": {"code": "x", "message": "refused", "param": None}})
+
+    admin.route("**/finetune", refuse)
+    return sent
+
+
+def start_training(page: Page, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    before = len(bodies)
+    page.get_by_role("button", name="Start training").click()
+    expect(page.get_by_role("alert")).to_have_text("refused")
+    assert len(bodies) == before + 1
+    return bodies[-1]
+
+
+def test_the_bases_at_hand_the_best_first(admin: Page, bodies: list[dict[str, Any]]) -> None:
+    with_dataset(admin)
+    base = admin.get_by_label("base", exact=True)
+    expect(base).to_have_value(DEFAULT)
+    names = [text.partition(":")[0] for text in base.locator("option").all_inner_texts()]
+    lites = ["efficientnet_lite2", "efficientnet_lite1", f"{DEFAULT} (default)"]
+    assert names == [*lites, "cifar10", "auto", "Another name, or several"]
+    expect(admin.locator(".chosen")).to_contain_text("74.8 % on ImageNet, 13")
+    base.select_option("efficientnet_lite2")
+    expect(admin.locator(".chosen")).to_contain_text(
+        "260 x 260 pixels, speed not measured yet, converted when first used"
+    )
+    assert start_training(admin, bodies)["base"] == "efficientnet_lite2"
+    base.select_option("auto")
+    assert start_training(admin, bodies)["base"] == "auto"
+    base.select_option(DEFAULT)
+    assert "base" not in start_training(admin, bodies)
+
+
+def test_the_audit_of_many_classes(admin: Page) -> None:
+    with_dataset(admin)
+    expect(admin.locator(".layout")).to_have_text("Recognised as: a folder per class")
+    admin.get_by_text("Images by class").click()
+    expect(admin.locator(".bars li")).to_have_count(30)
+    admin.get_by_label("Search the 100 classes of the data set").fill("class 100")
+    expect(admin.locator(".bars li")).to_have_text("class 100100")
+
+
+def test_several_bases_are_typed(admin: Page, bodies: list[dict[str, Any]]) -> None:
+    with_dataset(admin)
+    admin.get_by_label("base", exact=True).select_option("other")
+    admin.locator("input#base").fill("cifar10, efficientnet_lite0")
+    assert start_training(admin, bodies)["base"] == ["cifar10", "efficientnet_lite0"]
+    admin.get_by_label("mode", exact=True).select_option(label="scratch")
+    expect(admin.locator("#base-choice")).to_have_count(0)
+    expect(admin.locator("input#base")).to_have_value("cifar10, efficientnet_lite0")
+
+
+def test_the_speed_of_a_base_is_shown(admin: Page) -> None:
+    def fast(route: Route) -> None:
+        schema = route.fetch().json()
+        route.fulfill(json=schema | {"bases": [base | {"images_per_s": 1234.4} for base in schema["bases"]]})
+
+    admin.route("**/finetune/schema", fast)
+    with_dataset(admin)
+    expect(admin.locator("#base-choice option").first).to_contain_text("1,234 images/s")
+    expect(admin.locator(".chosen")).to_contain_text("1,234 images/s")
 
 
 def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
@@ -234,6 +450,7 @@ def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
     admin.set_input_files("input[type=file]", archive(tmp_path / "My Views.zip", per_class=10))
     expect(admin.get_by_label("my-views.zip")).to_be_checked()
     expect(admin.locator("main")).to_contain_text("41 good images in 4 classes")
+    expect(admin.locator(".layout")).to_have_text("Recognised as: a folder per class")
     admin.get_by_text("Bad files, left out: 2").click()
     expect(admin.locator("main")).to_contain_text("sea/notes.txt")
     admin.get_by_text("Duplicates: 1", exact=True).click()
@@ -315,7 +532,7 @@ def test_the_first_measure_is_seen_on_an_axis_of_a_minute(page: Page) -> None:
 
 def test_a_server_that_dies_and_comes_back(page: Page, server: PageServer) -> None:
     page.goto("/")
-    expect(page.get_by_label("cifar10")).to_be_checked()
+    expect(page.get_by_label(DEFAULT)).to_be_checked()
     server.kill()
     give(page, drawn("sea.png"))
     expect(page.locator(".notice")).to_contain_text("does not answer")
@@ -325,12 +542,24 @@ def test_a_server_that_dies_and_comes_back(page: Page, server: PageServer) -> No
     expect(page.locator(".notice")).to_be_hidden()
 
 
+def opened(page: Page, view: str) -> None:
+    """A view with all of it to be seen: the versions and classes of a model, the form of a training."""
+    if view == "models":
+        versions_of(page, "twin")
+        page.get_by_text("Search the classes").click()
+    elif view == "train":
+        with_dataset(page)
+        expect(page.locator("#base-choice")).to_be_visible()
+    else:
+        page.goto(f"/#{view}")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(admin: Page, scheme: Any) -> None:
     admin.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     found = []
     for view in VIEWS:
-        admin.goto(f"/#{view}")
+        opened(admin, view)
         if view == "try":
             give(admin, drawn("sea.png"), {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"text"})
             tally(admin, "1 refused")
@@ -343,7 +572,7 @@ def test_axe_finds_nothing(admin: Page, scheme: Any) -> None:
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_phone_shows_it_without_scrolling_sideways(admin: Page, view: str) -> None:
     admin.set_viewport_size({"width": 360, "height": 740})
-    admin.goto(f"/#{view}")
+    opened(admin, view)
     admin.wait_for_load_state("networkidle")
     assert admin.evaluate("document.scrollingElement.scrollWidth") <= 360
     assert admin.evaluate("document.querySelector('header').offsetHeight") < 70  # in one line

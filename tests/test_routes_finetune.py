@@ -253,6 +253,7 @@ async def test_the_schema_builds_a_form(http: httpx.AsyncClient) -> None:
     schema = (await http.get("/finetune/schema")).json()
     assert schema["required"] == ["dataset", "name"]
     assert {"hyperparameters", "folds", "selection_epochs"} <= schema["properties"].keys()
+    assert [base["name"] for base in schema["bases"]] == [f"efficientnet_lite{n}" for n in (2, 1, 0)]
 
 
 async def test_folds_are_checked_before_a_job_is_made(http: httpx.AsyncClient) -> None:

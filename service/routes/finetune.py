@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
+from starlette.concurrency import run_in_threadpool
 
 from models.training.request import FinetuneRequest
 from service.auth import require_admin
+from service.bases import training_bases
 from service.engine import Engine
 from service.errors import JobNotFound, TrainerUnavailable, ValidationFailed
 from service.jobs import Job, Jobs
@@ -20,6 +22,7 @@ from service.jobs.job import ID_PATTERN
 from service.middleware import encode
 from service.routes.upload import while_connected
 from service.schemas import (
+    BASE_EXAMPLE,
     DRY_RUN_EXAMPLE,
     ERROR_ANSWERS,
     EVENT_EXAMPLE,
@@ -31,7 +34,7 @@ from service.schemas import (
     JobList,
     json_answer,
 )
-from service.state import EngineDep, JobsDep
+from service.state import EngineDep, JobsDep, StoreDep
 
 router = APIRouter(tags=["fine-tuning"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
 
@@ -96,13 +99,18 @@ async def list_jobs(
     return JobList(data=data, has_more=has_more)
 
 
-SCHEMA = json_answer("The schema", {"title": "FinetuneRequest", "type": "object", "required": ["dataset", "name"]})
+SCHEMA = json_answer(
+    "The schema",
+    {"title": "FinetuneRequest", "type": "object", "required": ["dataset", "name"], "bases": [BASE_EXAMPLE]},
+)
 
 
 @router.get("/finetune/schema", summary="What a job can be asked for", responses={200: SCHEMA})
-async def show_schema() -> dict[str, Any]:
-    """The JSON schema of the body of `POST /finetune`, to build forms of."""
-    return FinetuneRequest.model_json_schema()
+async def show_schema(engine: EngineDep, store: StoreDep) -> dict[str, Any]:
+    """The JSON schema of the body of `POST /finetune`, to build forms of. Its key `bases` lists the models that training can start
+    from, by published accuracy and then by measured speed, best first."""
+    bases = await run_in_threadpool(training_bases, store, engine.models())
+    return FinetuneRequest.model_json_schema() | {"bases": [base.model_dump() for base in bases]}
 
 
 @router.get("/finetune/{id}", summary="One job", responses={200: SHOWN})

@@ -1,6 +1,8 @@
 // Models: what is served and on what, and which version.
 
 import { events, get, request, send } from "./api.js";
+import { ClassList, MOST_ROWS } from "./classes.js";
+import { Export } from "./export.js";
 import { confirmed, html, Trouble, useLoad, useState, useWork } from "./page.js";
 import { accuracy, bytes, count, moment, percent, plural } from "./words.js";
 
@@ -50,13 +52,21 @@ function Model({ model, reload }) {
 }
 
 function Figures({ model }) {
-  const names = model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", ..." : "");
   return html`<dl>
     <div><dt>Accuracy</dt><dd>${accuracy(model.metrics)}</dd></div>
-    <div><dt>${plural(model.classes.length, "class", "classes")}</dt><dd>${names}</dd></div>
+    <div><dt>${plural(model.classes.length, "class", "classes")}</dt><dd>${firstOf(model.classes)}</dd></div>
     ${model.backbones.map((backbone) => html`<${Backbone} backbone=${backbone} />`)}
     <div><dt>Head</dt><dd>${bytes(model.head_bytes)}</dd></div>
-  </dl>`;
+    ${model.licences?.length > 0 && html`<div><dt>Licence of the weights</dt><dd>${model.licences.map((licence) => licence ?? "unknown").join(", ")}</dd></div>`}
+  </dl>
+  ${model.classes.length > MOST_ROWS && html`<details><summary>Search the classes</summary><${ClassList} names=${model.classes} of=${model.name} /></details>`}`;
+}
+
+const FIRST_NAMES = 6; // of those that are searched
+
+function firstOf(classes) {
+  if (classes.length <= MOST_ROWS) return classes.join(", ");
+  return `${classes.slice(0, FIRST_NAMES).join(", ")} and ${count(classes.length - FIRST_NAMES)} more`;
 }
 
 function Backbone({ backbone }) {
@@ -121,6 +131,7 @@ function VersionTable({ name, served, reload }) {
             <button type="button" disabled=${busy || one.error} onClick=${() => activate(one)}>Activate</button>
             <button type="button" class="danger" disabled=${busy} onClick=${() => remove(one)}>Remove</button>
           </div>`}
+          <${Export} name=${name} version=${one.version} disabled=${Boolean(one.error)} />
         </li>`,
       )}
     </ul>

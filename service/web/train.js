@@ -1,6 +1,8 @@
 // Train: a dataset, what is wrong with it, a job.
 
 import { get, send, server, upload } from "./api.js";
+import { Base } from "./bases.js";
+import { ClassList } from "./classes.js";
 import { Fields, bodyOf } from "./form.js";
 import { Job } from "./job.js";
 import { confirmed, html, Trouble, useLoad, useState, useWork } from "./page.js";
@@ -108,6 +110,7 @@ function Audit({ audit, pictures = {}, estimate }) {
       <strong>${plural(audit.images, "good image")}</strong> in ${plural(Object.keys(audit.class_counts.train).length, "class", "classes")}: ${count(parts.train)} to train on, ${count(parts.val)} to validate on${parts.test > 0 && `, ${count(parts.test)} to test on`}. A head is
       trained in about ${duration(estimate.total)}.
     </p>
+    <p class="layout">Recognised as: <strong>${audit.layout}</strong></p>
     ${audit.warnings.length > 0 && html`<ul class="warnings">${audit.warnings.map((said) => html`<li>${said}</li>`)}</ul>`}
     <${Listed} title="Bad files, left out" total=${totals.bad} pictures=${pictures} items=${audit.bad.map(({ path, reason }) => [[path], reason])} />
     <${Listed} title="The same picture under several labels" total=${totals.conflicts} pictures=${pictures} items=${audit.conflicts.map((paths) => [paths])} />
@@ -115,7 +118,7 @@ function Audit({ audit, pictures = {}, estimate }) {
     <${Listed} title="Near duplicates" total=${totals.near_duplicates} pictures=${pictures} items=${audit.near_duplicates.map((paths) => [paths])} />
     <details>
       <summary>Images by class</summary>
-      <ol class="bars narrow"><${Classes} counts=${audit.class_counts.train} /></ol>
+      <${Classes} counts=${audit.class_counts.train} />
     </details>
   `;
 }
@@ -131,12 +134,9 @@ function Listed({ title, total, items, pictures }) {
 
 function Classes({ counts }) {
   const most = Math.max(...Object.values(counts));
-  return Object.entries(counts).map(
-    ([name, images]) => html`<li>
-      <span class="label">${name}</span><span class="number">${count(images)}</span>
-      <span class="bar"><i style=${{ width: `${(100 * images) / most}%` }}></i></span>
-    </li>`,
-  );
+  const bar = (name) => html`<span class="label">${name}</span><span class="number">${count(counts[name])}</span>
+    <span class="bar"><i style=${{ width: `${(100 * counts[name]) / most}%` }}></i></span>`;
+  return html`<${ClassList} names=${Object.keys(counts)} of="the data set" row=${bar} kind="bars narrow" />`;
 }
 
 // The start
@@ -160,7 +160,11 @@ function Start({ dataset }) {
     <${Trouble} error=${trouble} />
     ${schema &&
     html`<form onSubmit=${submit}>
-      <div class="fields"><${Fields} ...${shared} only=${FIRST} /></div>
+      <div class="fields">
+        <${Fields} ...${shared} only=${["name"]} />
+        <${Base} ...${shared} />
+        <${Fields} ...${shared} only=${["mode", "deploy"]} />
+      </div>
       <details>
         <summary>Everything else</summary>
         <div class="fields"><${Fields} ...${shared} without=${[...FIRST, "dataset"]} /></div>

@@ -2,11 +2,12 @@
 
 import { get, storedKey } from "./api.js";
 import { add, ask, remove, shelf } from "./classify.js";
+import { ClassList, MOST_ROWS } from "./classes.js";
 import { codeFor } from "./code.js";
 import { html, Trouble, useEffect, useLoad, useRef, useState } from "./page.js";
-import { milliseconds, percent, plural } from "./words.js";
+import { count, milliseconds, percent, plural } from "./words.js";
 
-const chosen = { models: null, topK: 3, explain: false }; // outlives a change of view
+const chosen = { models: null, topK: 5, explain: false }; // outlives a change of view
 const TOP_KS = [1, 3, 5, 10];
 
 export function Try({ query }) {
@@ -107,7 +108,13 @@ function Options({ models, change }) {
         ${TOP_KS.map((k) => html`<option selected=${k === chosen.topK}>${k}</option>`)}
       </select></label>
     <label><input type="checkbox" checked=${chosen.explain} onChange=${(e) => change({ explain: e.target.checked })} /> Heat map</label>
-  </form>`;
+  </form>
+  ${models.filter(({ name, classes }) => chosen.models.includes(name) && classes.length > MOST_ROWS).map(
+    ({ name, classes }) => html`<details key=${name}>
+      <summary>Search the ${count(classes.length)} classes of ${name}</summary>
+      <${ClassList} names=${classes} of=${name} />
+    </details>`,
+  )}`;
 }
 
 function Tally() {
@@ -156,6 +163,7 @@ function Answer({ answer, shown, show }) {
   return html`<section>
     <h3>${model} <span class="faint">version ${version}</span></h3>
     ${result.error && html`<p class="trouble">${result.error.message}</p>`}
+    <${Decision} decision=${result.decision} />
     ${result.in_distribution?.within === false &&
     html`<p class="badge" title="distance ${result.in_distribution.distance}, threshold ${result.in_distribution.threshold}">Unlike its training images</p>`}
     <ol class="bars">
@@ -172,6 +180,18 @@ function Answer({ answer, shown, show }) {
       )}
     </ol>
   </section>`;
+}
+
+const DECISIONS = {
+  accept: ["Accept", "good", "The image is like the training images, and the best class is certain enough for the precision asked for."],
+  review: ["Review", "", "The model is not certain enough for the precision asked for: a person looks at the image."],
+  reject: ["Reject", "bad", "The image is farther from the training images than 99 % of the held-out images: it shows none of these classes."],
+};
+
+function Decision({ decision }) {
+  if (!(decision in DECISIONS)) return null;
+  const [label, kind, reason] = DECISIONS[decision];
+  return html`<p class="decision badge ${kind}" title=${reason}>${label}</p>`;
 }
 
 function Times({ image: { ms, stages } }) {
