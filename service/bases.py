@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from models import architectures, packaged
-from models.classifier import BackboneRef, ModelConfig
+from models.classifier import BackboneRef, ModelConfig, Preprocessing
 from models.errors import ModelError
 from models.runtime import RuntimeInfo
 from models.store import ModelStore
@@ -21,7 +21,7 @@ class TrainingBase(BaseModel):
     default: bool = Field(description="The base of a request that names none")
     in_store: bool = Field(description="False for packaged weights, which are converted when they are first used")
     architectures: list[str]
-    input: int = Field(description="Side of the network's input in pixels; of an ensemble, the largest")
+    input: int = Field(description="Longer side of the network's input in pixels; of an ensemble, the largest")
     bytes: int = Field(description="Size of the backbones' weights")
     accuracy: float | None = Field(description="Published top-1 accuracy on ImageNet in percent, where it is known")
     images_per_s: float | None = Field(description="Measured when it was loaded; null where the server has no figure")
@@ -70,7 +70,7 @@ def _stored(config: ModelConfig, store: ModelStore, default: str, rates: Mapping
         default=config.name == default,
         in_store=True,
         architectures=[ref.architecture for ref in config.backbones],
-        input=max(ref.preprocessing.crop for ref in config.backbones),
+        input=max(_side(ref.preprocessing) for ref in config.backbones),
         bytes=sum(store.backbone_size(ref) for ref in config.backbones),
         accuracy=_accuracy(config),
         # each image passes through every backbone of an ensemble
@@ -84,11 +84,15 @@ def _packaged(name: str, default: str) -> TrainingBase:
         default=name == default,
         in_store=False,
         architectures=[name],
-        input=architectures.preprocessing_of(name).crop,
+        input=_side(architectures.preprocessing_of(name)),
         bytes=_bytes(architectures.create_backbone(name)),
         accuracy=packaged.PACKAGES[name].accuracy,
         images_per_s=None,
     )
+
+
+def _side(preprocessing: Preprocessing) -> int:
+    return max(preprocessing.height, preprocessing.width)
 
 
 def _bytes(backbone: nn.Module) -> int:
