@@ -10,18 +10,28 @@ from models.classifier import Preprocessing
 
 
 class Axis(NamedTuple):
-    """Along one side: the part of the image that is shown, in its pixels, and how many pixels of the crop it fills, from which on."""
+    """Along one side: to how many pixels the whole side is resized, the first of them that is shown, how many are shown, and where they
+    begin in the crop."""
 
-    begin: float
-    end: float
+    resized: int
+    first: int
     size: int
     at: int
+
+    def mirrored(self) -> "Axis":
+        """The same side counted from its other end."""
+        return self._replace(first=self.resized - self.first - self.size)
+
+    def part(self, side: float) -> tuple[float, float]:
+        """Begin and end of what is shown, in pixels of an image whose side this is."""
+        scale = side / self.resized
+        return self.first * scale, min(side, (self.first + self.size) * scale)  # rounding may not leave the image
 
 
 def axes(width: float, height: float, preprocessing: Preprocessing) -> tuple[Axis, Axis]:
     """Across and down, in an upright image of this size."""
     new_width, new_height = _resized(width, height, preprocessing)
-    return _axis(width, new_width, preprocessing.width), _axis(height, new_height, preprocessing.height)
+    return _axis(new_width, preprocessing.width), _axis(new_height, preprocessing.height)
 
 
 def _resized(width: float, height: float, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -37,11 +47,10 @@ def _resized(width: float, height: float, preprocessing: Preprocessing) -> tuple
     return max(round(width / ratio), 1), max(round(height / ratio), 1)
 
 
-def _axis(side: float, resized: int, crop: int) -> Axis:
+def _axis(resized: int, crop: int) -> Axis:
     if resized < crop:
-        return Axis(0, side, resized, (crop - resized) // 2)
-    begin, scale = round((resized - crop) / 2), side / resized
-    return Axis(begin * scale, min(side, (begin + crop) * scale), crop, 0)  # rounding may not leave the image
+        return Axis(resized, 0, resized, (crop - resized) // 2)
+    return Axis(resized, round((resized - crop) / 2), crop, 0)
 
 
 def whole_pixels(begin: float, end: float, size: int, side: int) -> tuple[int, int, float, float]:

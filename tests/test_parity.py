@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from models import images, packaged
-from models.classifier import Classifier
+from models.classifier import Classifier, denormalise
 from models.packaged import PACKAGES
 from models.runtime import Options, compile_backbone
 from models.runtime.openvino_engine import openvino_version
@@ -50,24 +50,26 @@ def batches(shown: Tensor) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def by_timm(name: str, photographs: list[bytes]) -> Tensor:
-    """float32 probabilities (n, 1000)."""
+def by_timm(name: str, photographs: list[bytes]) -> tuple[Tensor, Tensor]:
+    """What timm's transform makes of them, float32 (n, 3, crop, crop), and its network of that, float32 probabilities (n, 1000)."""
     import timm
 
     network = timm.create_model(f"tf_{name}").eval()
     published = torch.load(PACKAGES[name].path(), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), published.values(), strict=True)))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
-    shown = [transform(Image.open(io.BytesIO(photograph)).convert("RGB")) for photograph in photographs]
-    return torch.cat([network(torch.stack(shown[i : i + AT_ONCE])) for i in range(0, len(shown), AT_ONCE)]).softmax(1)
+    shown = torch.stack([transform(Image.open(io.BytesIO(p)).convert("RGB")) for p in photographs])
+    return shown, torch.cat([network(batch) for batch in batches(shown)]).softmax(1)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("classifier", LITES, indirect=True)
 def test_probabilities_are_timms(classifier: Classifier, photographs: list[bytes]) -> None:
-    theirs = by_timm(classifier.config.name, photographs)
-    ours = torch.cat([classifier.probabilities([p]) for p in batches(pixels(photographs, classifier))])
+    shown, theirs = by_timm(classifier.config.name, photographs)
+    decoded = pixels(photographs, classifier)
+    ours = torch.cat([classifier.probabilities([p]) for p in batches(decoded)])
     assert len(ours) == 100
+    assert torch.equal(denormalise(shown, classifier.backbones[0].ref.preprocessing), decoded)
     print(f"largest difference {float((ours - theirs).abs().max()):.2e}")
     assert bool((ours.argmax(1) == theirs.argmax(1)).all())
     assert float((ours - theirs).abs().max()) < BOUND

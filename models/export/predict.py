@@ -47,12 +47,28 @@ def size_after(width: float, height: float, resize: tuple[int, int], crop_mode: 
     return max(round(width / ratio), 1), max(round(height / ratio), 1)
 
 
-def axis(side: float, resized: int, room: int) -> tuple[float, float, int, int]:
-    """Along one side: begin and end of what is shown, in pixels of the image; its size in the crop, and where it lies there."""
-    if resized < room:
-        return 0, side, resized, (room - resized) // 2
-    first, scale = round((resized - room) / 2), side / resized
-    return first * scale, min(side, (first + room) * scale), room, 0
+def axis(resized: int, room: int, mirrored: bool) -> tuple[int, int, int, int]:
+    """Along one side: its pixels after resizing, the first of them that is shown, how many are shown, and where they begin in the crop."""
+    size, at = min(resized, room), max(room - resized, 0) // 2
+    first = round((resized - size) / 2)
+    return resized, resized - size - first if mirrored else first, size, at
+
+
+def shown(image: Image.Image, sides: Any, x: Any, y: Any, resample: int, channels: int, turned: bool) -> Image.Image:
+    """Resizes the whole image, rows first once it is upright, and crops; a very long one, or another mode than RGB and L, in part."""
+    (across, left, columns, _), (down, top, rows, _) = x, y
+    plain = image.mode in ("RGB", "L") and not image.has_transparency_data
+    image = image if plain else flat(image)
+    image = image.convert("L") if channels == 1 else image
+    if not plain or across * down > 8 * columns * rows:
+        scale_x, scale_y = sides[0] / across, sides[1] / down
+        right, bottom = min(sides[0], (left + columns) * scale_x), min(sides[1], (top + rows) * scale_y)
+        return image.resize((columns, rows), resample, (left * scale_x, top * scale_y, right, bottom))
+    if turned:
+        image = image.resize((image.width, down), resample, (0, 0, image.width, sides[1]))
+        sides = sides[0], down
+    whole = image.resize((across, down), resample, (0, 0, *sides))
+    return whole.crop((left, top, left + columns, top + rows))
 
 
 def pixels(
@@ -75,20 +91,15 @@ def pixels(
     turned = orientation in (5, 6, 7, 8)
     width, height = sides[::-1] if turned else sides
     resized = size_after(width, height, (down, across), crop_mode)
-    x, y = axis(width, resized[0], wide), axis(height, resized[1], high)
-    left, right, columns, _ = y if turned else x  # from here on in the file's own coordinates
-    top, bottom, rows, _ = x if turned else y
-    if orientation in (2, 3, 7, 8):
-        left, right = sides[0] - right, sides[0] - left
-    if orientation in (3, 4, 6, 7):
-        top, bottom = sides[1] - bottom, sides[1] - top
-    image, mode = flat(image), "L" if channels == 1 else "RGB"
-    image = image.convert("L") if channels == 1 else image
-    image = image.resize((columns, rows), Image.Resampling[interpolation.upper()], (left, top, right, bottom))
+    rooms = [(resized[0], wide), (resized[1], high)]
+    across_room, down_room = rooms[::-1] if turned else rooms  # from here on in the file's own coordinates
+    x, y = axis(*across_room, orientation in (2, 3, 7, 8)), axis(*down_room, orientation in (3, 4, 6, 7))
+    image = shown(image, sides, x, y, Image.Resampling[interpolation.upper()], channels, turned)
     image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     colour = tuple(round(255 * value) for value in mean) if crop_mode == "border" else (0,) * channels
+    mode = "L" if channels == 1 else "RGB"
     canvas = Image.new(mode, (wide, high), colour if channels == 3 else colour[0])
-    canvas.paste(image.convert(mode), (x[3], y[3]))
+    canvas.paste(image.convert(mode), (y[3], x[3]) if turned else (x[3], y[3]))
     return np.asarray(canvas).reshape(1, high, wide, channels)
 
 
