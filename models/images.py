@@ -109,10 +109,10 @@ def decode(
 ) -> Tensor:
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
-    As torchvision's `Resize(resize)` and `CenterCrop(crop)`, or timm's transforms with other crop modes, on an upright RGB image, transparency on white: RGB and gray files are equal
-    to the bit. Of other modes, and where the resized image is over 8 times the crop, the mean difference is below 0.35 of 255 and the
-    largest 2. JPEGs whose short side is at least 5 times `resize` are decoded at a reduced scale: below 1, and 20. The same bytes
-    always give the same tensor.
+    As torchvision's `Resize(resize)` and `CenterCrop(crop)`, or timm's transforms with other crop modes, on an upright RGB image,
+    transparency on white: RGB and gray files are equal to the bit. Of other modes, and where the resized image is over 8 times the
+    crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
+    at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
