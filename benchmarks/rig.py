@@ -169,7 +169,10 @@ def serving(
         process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, **(env or {})})
     try:
         _wait(process, url + health, log)
-        yield Server(url, process.pid, time.perf_counter() - began, log, path, content_type)
+        ready_s = time.perf_counter() - began
+        if health == "/health/ready":
+            _wait_for_all(url)
+        yield Server(url, process.pid, ready_s, log, path, content_type)
     finally:
         stop(process)
 
@@ -216,6 +219,15 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         except OSError:  # refused, or 503 while it loads
             time.sleep(0.05)
     raise RuntimeError(f"{url} was not ready after {READY_S:.0f} s: {log.read_text()[-2000:]}")
+
+
+def _wait_for_all(url: str) -> None:
+    """Imago is ready when its default model is; the others follow."""
+    deadline = time.monotonic() + READY_S
+    while any(model["state"] == "loading" for model in get_json(f"{url}/models")["models"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{url} was still loading models after {READY_S:.0f} s")
+        time.sleep(0.05)
 
 
 def family_of(pid: int) -> list[psutil.Process]:

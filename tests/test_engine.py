@@ -310,7 +310,7 @@ async def test_a_model_may_have_the_groups_name(store: ModelStore) -> None:
 async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def pull(self: Loader, name: str, progress: object) -> None:
+    def pull(self: Loader, name: str, progress: object, as_name: str | None) -> None:
         assert release.wait(30)
         raise DownloadError("no network")
 
@@ -336,7 +336,7 @@ async def test_a_failed_pull_stays_failed_when_another_succeeds(
 ) -> None:
     ref = store.config("a").backbones[0]
 
-    def pull(self: Loader, name: str, progress: object) -> int:
+    def pull(self: Loader, name: str, progress: object, as_name: str | None) -> int:
         if name == "p":
             raise DownloadError("no network")
         return add_head(store, name, ref, 84, classes=2)
@@ -352,7 +352,7 @@ async def test_what_is_pulled_on_request_serves_from_then_on(
     ref = store.config("a").backbones[0]
     told: list[int] = []
 
-    def pull(self: Loader, name: str, progress: Progress) -> ModelConfig:
+    def pull(self: Loader, name: str, progress: Progress, as_name: str | None) -> ModelConfig:
         progress(7, None)
         return store.config(name, add_head(store, name, ref, 84, classes=2, activate=False))
 
@@ -520,7 +520,7 @@ async def test_the_first_model_of_an_empty_server_is_its_default(store: ModelSto
 
 async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(Loader, "_pull", lambda self, name, progress: release.wait(30))
+    monkeypatch.setattr(Loader, "_pull", lambda self, *args: release.wait(30))
     async with serving(store, ready=False, models=("a", "p"), pull_missing=True) as engine:
         async with asyncio.timeout(20):
             while not engine.ready:  # noqa: ASYNC110
