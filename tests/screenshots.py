@@ -55,8 +55,8 @@ def run(http: httpx.Client, request: dict[str, Any]) -> str:
 
 def show_views(page: Page, server: PageServer, job: str) -> None:
     page.goto("/#try")
-    page.get_by_label("landscapes").check()
-    page.get_by_label("efficientnet_lite0").uncheck()
+    page.get_by_role("checkbox", name="landscapes").check()
+    page.get_by_role("checkbox", name="efficientnet_lite0").uncheck()
     page.get_by_label("Heat map").check()
     drawn = [(f"{kind}-{seed}.png", landscape(kind, 900 + seed)) for seed in (1, 2) for kind in KINDS]
     files = [{"name": name, "mimeType": "image/png", "buffer": png(image)} for name, image in drawn]

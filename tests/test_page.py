@@ -456,6 +456,7 @@ def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
     admin.get_by_text("Duplicates: 1", exact=True).click()
     expect(admin.locator(".paths li", has_text="night/again.png").locator("img")).to_have_count(2)
     assert admin.locator(".paths li img").first.evaluate("image => image.naturalWidth") == 96
+    admin.get_by_label("base", exact=True).select_option("cifar10")  # the smallest
     admin.get_by_role("button", name="Start training").click()
     expect(admin.locator("main")).to_contain_text("It serves now.")
     expect(admin.locator(".log")).to_contain_text("my-views@1: activated")
@@ -532,7 +533,7 @@ def test_the_first_measure_is_seen_on_an_axis_of_a_minute(page: Page) -> None:
 
 def test_a_server_that_dies_and_comes_back(page: Page, server: PageServer) -> None:
     page.goto("/")
-    expect(page.get_by_label(DEFAULT)).to_be_checked()
+    expect(page.get_by_role("checkbox", name=DEFAULT)).to_be_checked()
     server.kill()
     give(page, drawn("sea.png"))
     expect(page.locator(".notice")).to_contain_text("does not answer")
