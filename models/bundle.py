@@ -151,7 +151,9 @@ def _config(archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> ModelCo
     try:
         config = ModelConfig.model_validate_json(_read(archive, manifest, CONFIG, MAX_RECORD, path))
     except ValidationError as error:
-        raise WeightsError(f"{path.name} is refused: its {CONFIG} is of another version of Imago") from error
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "the file"
+        raise WeightsError(f"{path.name} is refused: its {CONFIG} is not valid: {where}: {fault['msg']}") from error
     expected = {CONFIG, HEAD, *(_member_of(ref) for ref in config.backbones)}
     others = [name for name in manifest.files if name not in expected]
     if expected - manifest.files.keys() or len(others) > 1 or not all(map(REFERENCE.fullmatch, others)):
@@ -177,7 +179,10 @@ def _reference(archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> Refe
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
         file.write_bytes(data)
-        return read_reference(file)
+        try:
+            return read_reference(file)
+        except WeightsError as error:
+            raise WeightsError(f"{path.name} is damaged: {name} cannot be read; export it again") from error
 
 
 def _size_of(module: torch.nn.Module) -> int:

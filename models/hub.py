@@ -7,6 +7,7 @@ files are fetched: code in a repository is never looked at, and a pickled file i
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -150,6 +151,7 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
     """huggingface_hub's errors, each as one line with its remedy; a file that is not there stays an EntryNotFoundError."""
     from huggingface_hub import errors
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they come to is said in one line
     page = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repository}"
     try:
         yield

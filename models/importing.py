@@ -97,11 +97,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _members(path: Path) -> list[str]:
-    """The names in a zip; none where it is no zip."""
+    """The names in a zip; none where it is no zip. Raises WeightsError for one that is cut off."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        if path.suffix == ".zip" and path.is_file():
+            raise WeightsError(f"{path} is damaged or cut off: copy or export it again") from error
         return []
 
 

@@ -38,16 +38,20 @@ def is_free(licence: str) -> bool:
     )
 
 
-def licences_of(lineage: Mapping[str, Any]) -> list[str | None]:
+def licences_of(lineage: Mapping[str, Any], generations: int = 8) -> list[str | None]:
     """The licences that a version's weights carry, each once; None for one that is unknown.
 
-    A version has its own `licence`, or those of the models it was trained from. One trained from scratch carries none.
+    A version has its own `licence`, or those of the models it was trained from. One trained from scratch carries none. A lineage comes
+    from a file: what is no text in it is unknown, and ancestors are followed for so many generations.
     """
     if "licence" in lineage:
-        return [lineage["licence"]]
-    if ancestors := lineage.get("base_model"):
-        inherited = [licence for ancestor in ancestors for licence in licences_of(ancestor.get("lineage", {}))]
-        return list(dict.fromkeys(inherited))
+        licence = lineage["licence"]
+        return [licence if isinstance(licence, str) else None]
+    ancestors = lineage.get("base_model")
+    if isinstance(ancestors, list | tuple) and ancestors and generations:
+        origins = [ancestor.get("lineage") if isinstance(ancestor, Mapping) else None for ancestor in ancestors]
+        inherited = [licences_of(origin if isinstance(origin, Mapping) else {}, generations - 1) for origin in origins]
+        return list(dict.fromkeys(licence for licences in inherited for licence in licences))
     return [] if lineage.get("mode") == "scratch" else [None]
 
 

@@ -53,7 +53,7 @@ def search(pattern: str) -> list[str]:
 
 
 def describe(names: Sequence[str], store: ModelStore) -> list[Found]:
-    """Each is built without memory, which takes a tenth of a second: pass only those that are shown."""
+    """Each is built without memory, which takes up to half a second: pass only those that are shown."""
     stored = _stored(store)
     return [_describe(name, stored) for name in names]
 

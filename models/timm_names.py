@@ -9,6 +9,7 @@ repository or a path: timm gets a network that it registers itself.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from models.errors import ArchitectureNotFound
 PREFIX = "timm/"
 MAX_LENGTH = 200
 NAME = re.compile(r"timm/(?P<network>[a-z0-9_]+)(?:\.(?P<tag>[A-Za-z0-9_.-]+))?(?:\?(?P<options>.+))?")
+# A network is built module by module before its weights are compared, so its depth is bounded.
+MAX_ITEMS, MAX_NUMBER, MAX_DEPTH = 64, 16_384, 200
+DEPTH = re.compile(r"depth|layer|block|repeat|stage")
 OPTION = re.compile(r"[a-z][a-z0-9_]*")
 # Arguments that say where weights come from, or that Imago sets itself.
 RESERVED = re.compile(
@@ -68,15 +72,26 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         if not _is_plain(value):
             raise ArchitectureNotFound(
-                f"the option {key!r} must be a number, a text, true, false, null or a list of these"
+                f"the option {key!r} must be a number, a text, true, false, null or a list of at most {MAX_ITEMS} of these"
             )
+        if (largest := _largest(value)) > (limit := MAX_DEPTH if DEPTH.search(key) else MAX_NUMBER):
+            raise ArchitectureNotFound(f"the option {key!r} is {largest:g}; at most {limit:,} is allowed")
     return dict(options)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, nested: int = 2) -> bool:
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+        return nested > 0 and len(value) <= MAX_ITEMS and all(_is_plain(item, nested - 1) for item in value)
     return value is None or isinstance(value, str | int | float | bool)
+
+
+def _largest(value: Any) -> float:
+    """The largest absolute number in an option; infinite where one is not finite."""
+    if isinstance(value, list | tuple):
+        return max(map(_largest, value), default=0)
+    if not isinstance(value, int | float):
+        return 0
+    return abs(value) if isinstance(value, int) or math.isfinite(value) else math.inf
 
 
 def _encoded(value: Any) -> str:

@@ -59,10 +59,9 @@ def find(architecture: str) -> TimmName:
     """The name, which timm has. Raises ArchitectureNotFound with the nearest names, or with the tags that there are."""
     name = parse(architecture)
     if name.network not in networks():
-        near = [PREFIX + n for n in difflib.get_close_matches(name.network, networks(), n=5, cutoff=0)]
-        raise ArchitectureNotFound(
-            f"timm has no network {name.network!r} among {len(networks())}; the nearest are {', '.join(near)}"
-        )
+        near = [PREFIX + n for n in difflib.get_close_matches(name.network, networks(), n=5)]
+        remedy = f"the nearest are {', '.join(near)}" if near else "`imago models search` lists them"
+        raise ArchitectureNotFound(f"timm has no network {name.network!r} among {len(networks())}; {remedy}")
     if name.tag is not None and config(name) is None:
         there = ", ".join(tags(name.network)) or "none"
         raise ArchitectureNotFound(f"timm knows no weights {name.tag!r} of {name.network}; it knows {there}")
@@ -126,14 +125,31 @@ def size_option(name: TimmName) -> dict[str, Any]:
     """The input size that the option `img_size` sets, as `pretrained_cfg` would say it."""
     if (size := name.options.get("img_size")) is None:
         return {}
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"input_size": (3, height, width)}
+    sides = (size, size) if isinstance(size, int) else size
+    if not is_size(sides, 2):
+        raise ArchitectureNotFound(f"the option 'img_size' of {name} must be a number of pixels, or [height, width]")
+    return {"input_size": (3, *sides)}
+
+
+def is_size(values: Any, count: int) -> bool:
+    """True for `count` positive whole numbers."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    )
 
 
 def preprocessing_from(config: Mapping[str, Any], channels: int, source: str) -> Preprocessing:
     """As `timm.data.create_transform` makes it of a `pretrained_cfg`, for evaluation. Raises WeightsError for what it cannot be."""
+    if not is_size(config.get("input_size") or (3, 224, 224), 3):
+        raise WeightsError(
+            f"{source}: its input_size must be [channels, height, width], not {config['input_size']!r}"[:300]
+        )
     _, height, width = config.get("input_size") or (3, 224, 224)
     share = config.get("crop_pct") or 0.875
+    if not isinstance(share, int | float) or not 0.05 <= share <= 2:
+        raise WeightsError(f"{source}: its crop_pct must be a share of the image, such as 0.875, not {share!r}"[:300])
     mean, std = config.get("mean") or (0.485, 0.456, 0.406), config.get("std") or (0.229, 0.224, 0.225)
     if channels == 1 and len(mean) != 1:
         mean, std = ([round(sum(values) / len(values), 4)] for values in (mean, std))

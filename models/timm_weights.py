@@ -148,15 +148,15 @@ def plan(config: Mapping[str, Any], source: str) -> Plan:
     arguments = _mapping(config.get("model_args", {}), f"{source}: model_args")
     options = checked({key: value for key, value in arguments.items() if not RESERVED.fullmatch(key)})
     name = timm_networks.find(str(TimmName(network.partition(".")[0], None, options)))
+    shape = known.get("input_size") or (3, 224, 224)
+    if not timm_networks.is_size(shape, 3):
+        raise WeightsError(f"{source}: its config.json has no usable input_size: {shape!r}"[:300])
+    name = _with_input_size(name, known)
+    fields = known | timm_networks.size_option(name)
     try:
-        name = _with_input_size(name, known)
-        size = timm_networks.size_option(name)
-        channels = int(known.get("input_size", (3,))[0])
-        preprocessing = timm_networks.preprocessing_from(known | size, channels, source)
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise WeightsError(
-            f"{source}: its config.json has no usable input_size: {known.get('input_size')!r}"[:300]
-        ) from error
+        preprocessing = timm_networks.preprocessing_from(fields, shape[0], source)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise WeightsError(f"{source}: its config.json describes no usable preprocessing") from error
     return Plan(name, preprocessing, known)
 
 
@@ -220,9 +220,13 @@ def _lineage(checkpoint: hub.Checkpoint, planned: Plan, has_classifier: bool) ->
         "weights": planned.config.get("tag"),
         "architecture": planned.architecture,
         "timm": version("timm"),
-        "licence": checkpoint.licence or planned.config.get("license"),
+        "licence": checkpoint.licence or _text(planned.config.get("license")),
         "features_only": not has_classifier,
     }
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:

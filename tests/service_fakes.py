@@ -47,6 +47,7 @@ class FakeStore(ModelStore):
     """Two versions of `pets`, of which the first serves."""
 
     def __init__(self) -> None:
+        super().__init__(Path("no-such-folder"))
         self.version, self.calls = 1, list[tuple[Any, ...]]()
 
     def activate(self, name: str, version: int) -> Serving:
@@ -57,12 +58,6 @@ class FakeStore(ModelStore):
 
     def rollback(self, name: str) -> Serving:
         raise NameConflict("there is no previous version")
-
-    def names(self) -> list[str]:
-        return []
-
-    def versions(self, name: str) -> list[int]:
-        return []
 
     def serving(self) -> Serving:
         return Serving(default="pets", models={"pets": self.version}, previous={})

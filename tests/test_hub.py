@@ -376,3 +376,33 @@ def test_the_command_imports_a_folder_and_asks_for_nothing_that_it_says(tmp_path
     assert "names its own architecture" in ended.output
     ended = CliRunner().invoke(main, command)
     assert "has no config.json: a folder of the Hub holds config.json and model.safetensors" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        pytest.param({"crop_pct": "a"}, "crop_pct must be a share", id="a text for a share"),
+        pytest.param({"crop_pct": 1e-320}, "crop_pct must be a share", id="a share of almost nothing"),
+        pytest.param({"input_size": [3, 64]}, "no usable input_size", id="two numbers for a size"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_named(
+    tmp_path: Path, store: ModelStore, cache: Path, files: dict[str, bytes], details: dict[str, Any], reason: str
+) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | details
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert reason in refusal(store, cache, WeightsError, str(tmp_path))
+
+
+def test_a_licence_that_is_no_text_is_unknown(
+    tmp_path: Path, store: ModelStore, cache: Path, files: dict[str, bytes]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(files[name])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | {"license": ["a"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert pull.pull(str(tmp_path), store, cache).lineage["licence"] is None

@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from models.licences import UNKNOWN, licences_of, warning
+from models.licences import UNKNOWN, licences_of, warning, warnings_of
 
 FREE = [
     *("Apache-2.0", "apache-2.0", "Apache License 2.0", "Apache License, Version 2.0", "MIT", "MIT License"),
@@ -40,3 +42,24 @@ def test_a_trained_version_has_the_licences_of_its_bases() -> None:
     assert licences_of(trained) == ["cc-by-nc-4.0", "MIT"]
     assert licences_of({"mode": "scratch", "base_model": None}) == []
     assert licences_of({"source": "mine.pth"}) == [None]
+
+
+@pytest.mark.parametrize(
+    "lineage",
+    [
+        pytest.param({"licence": ["a"]}, id="a list"),
+        pytest.param({"licence": {"a": 1}}, id="an object"),
+        pytest.param({"base_model": "abc"}, id="a base model that is a text"),
+        pytest.param({"base_model": [1, {"lineage": 2}]}, id="ancestors that are no objects"),
+    ],
+)
+def test_what_is_no_text_in_a_lineage_is_an_unknown_licence(lineage: dict[str, Any]) -> None:
+    assert licences_of(lineage) == [None]
+    assert warnings_of(lineage) == [UNKNOWN]
+
+
+def test_ancestors_are_followed_for_so_many_generations() -> None:
+    lineage: dict[str, Any] = {"licence": "MIT"}
+    for _ in range(100):
+        lineage = {"base_model": [{"lineage": lineage}]}
+    assert licences_of(lineage) == [None]

@@ -205,3 +205,21 @@ def test_names() -> None:
     names = timm_networks.names()
     assert len(names) > 1300
     assert all(parse(name).tag is None for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("timm/vit_tiny_patch16_224?depth=100000", "at most 200", id="deep"),
+        pytest.param("timm/resnet18?layers=[1,1,1,100000]", "at most 200", id="deep in a list"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=99999999", "at most 16,384", id="large"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=Infinity", "at most 16,384", id="infinite"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=abc", "number of pixels", id="a text"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=[1,2,3]", "number of pixels", id="three sides"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=true", "number of pixels", id="true"),
+        pytest.param("timm/vit_tiny_patch16_224?img_size=1.5", "number of pixels", id="a fraction"),
+    ],
+)
+def test_an_option_beyond_its_bounds_is_refused_before_anything_is_built(name: str, reason: str) -> None:
+    with pytest.raises(ArchitectureNotFound, match=reason):
+        architectures.preprocessing_of(name)
