@@ -185,7 +185,7 @@ function Pull({ reload }) {
   return html`
     <h2>Pull a published model</h2>
     <form class="row" onSubmit=${submit}>
-      <label>Architecture <input name="name" list="architectures" required pattern="[A-Za-z0-9][A-Za-z0-9:@\/._\\-]*" autocapitalize="none" /></label>
+      <label>Architecture <input name="name" list="architectures" required pattern="[A-Za-z0-9][A-Za-z0-9:@\\/._?=&\\-]*" autocapitalize="none" /></label>
       <datalist id="architectures">${SUGGESTED.map((name) => html`<option value=${name}></option>`)}</datalist>
       <button disabled=${busy}>Pull</button>
     </form>
