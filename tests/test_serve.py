@@ -98,7 +98,7 @@ def test_embed(server: str) -> None:
 def test_the_readmes_python_works(server: str, tmp_path: Path, number: int) -> None:
     section = README.split("### From Python")[1].split("\n### ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
-    code = code.replace("http://localhost:8000", server).replace('"cifar10"', '"insects"')
+    code = code.replace("http://localhost:8000", server).replace('"efficientnet_lite0"', '"insects"')
     (tmp_path / "photo.jpg").write_bytes(jpeg())
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
