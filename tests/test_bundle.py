@@ -116,7 +116,9 @@ DAMAGE: list[Any] = [
     pytest.param(lambda f: f | {"../evil": b"x"}, "would lie outside", id="path"),
     pytest.param(lambda f: f | {"imago.json": b"{"}, "is not that of an exported model", id="manifest"),
     pytest.param(lambda f: changed(f, "imago.json", format=9), "another version of Imago", id="format"),
-    pytest.param(lambda f: changed(f, "config.json", name="../x"), "config.json is not valid: name", id="configuration"),
+    pytest.param(
+        lambda f: changed(f, "config.json", name="../x"), "config.json is not valid: name", id="configuration"
+    ),
     pytest.param(lambda f: changed(f, "config.json", classes=["a"]), "does not fit", id="classes"),
     pytest.param(lambda f: f | {"imago.json": bytes(20 * 2**20)}, "would grow from|expected at most", id="bomb"),
 ]

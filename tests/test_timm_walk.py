@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timm_walk import Walked, families, heat_map, serve, walk
+from timm_walk import Walked, exported, families, heat_map, serve, walk
 
 from models import architectures, timm_networks
 from models.images import decode
 
 EXACT = 1e-5  # of the largest score
+EXPORT = 1e-4  # of a probability
 SAMPLE = [
     "timm/test_resnet",
     "timm/test_vit",
@@ -61,10 +62,11 @@ def test_a_sample_is_cut_stored_and_loaded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/deit_tiny_distilled_patch16_224"])
-def test_a_sample_is_served_and_explained(name: str, tmp_path: Path) -> None:
+def test_a_sample_is_served_explained_and_exported(name: str, tmp_path: Path) -> None:
     walked = walk(name, tmp_path)
     assert heat_map(walked) is not None
     assert serve(walked)["openvino"] is None
+    assert exported(walked, tmp_path) < EXPORT
 
 
 def test_every_family_of_timm_is_walked() -> None:
@@ -85,6 +87,7 @@ def test_the_smallest_of_each_family(name: str, tmp_path: Path) -> None:
     heat_map(walked)
     if name in {names[0] for names in families().values()}:
         serve(walked)
+        assert exported(walked, tmp_path) < EXPORT
 
 
 @pytest.mark.soak

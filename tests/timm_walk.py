@@ -7,7 +7,7 @@ import gc
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from image_files import photo, save
@@ -133,6 +133,21 @@ def serve(walked: Walked) -> dict[str, str | None]:
     assert {"torch", "openvino"} <= tried.keys()
     assert info.agreement.max_difference < 1e-3
     return {"engine": info.engine, "openvino": tried["openvino"]}
+
+
+def exported(walked: Walked, folder: Path) -> float:
+    """Largest difference of a probability between the exported file, by onnxruntime, and the version itself; `folder` is the walk's."""
+    from lively import answers
+
+    from models.classifier import Head
+    from models.export.files import export
+
+    store, layer = ModelStore(folder), cast(nn.Linear, walked.layer)
+    classes = [f"class_{index}" for index in range(CLASSES)]
+    config = store.publish("walked", [walked.backbone.ref], Head.of(layer), classes)
+    export(store, config, "onnx", folder / "walked.onnx")
+    given, expected = answers(folder / "walked.onnx", store.load("walked"), 2)
+    return float((given - expected).abs().max())
 
 
 def smallest() -> dict[str, list[str]]:
