@@ -16,7 +16,11 @@ from models.images import decode
 
 EXACT = 1e-5  # of the largest score
 EXPORT = 1e-4  # of a probability
-NO_ONNX = ("timm/nest_tiny", "timm/twins_svt_small", "timm/hiera_tiny_224")  # torch does not support them; the error says so
+NO_ONNX = (
+    "timm/nest_tiny",
+    "timm/twins_svt_small",
+    "timm/hiera_tiny_224",
+)  # torch does not support them; the error says so
 SAMPLE = [
     "timm/test_resnet",
     "timm/test_vit",
