@@ -67,7 +67,6 @@ class Checkpoint:
     """The tensors by the keys of the file, and what it says beside them: None where it says nothing. `lineage` goes into the version's."""
 
     state: dict[str, Tensor]
-    architecture: str | None = None
     classes: list[str] | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
 

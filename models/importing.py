@@ -64,7 +64,6 @@ def import_weights(
     report = progress or (lambda done, total: None)
     report(0, STEPS)
     checkpoint = read(path)
-    architecture = architecture or checkpoint.architecture
     if architecture is None:
         raise WeightsError(f"{path} names no architecture: give it one with --architecture")
     report(1, STEPS)
