@@ -227,6 +227,14 @@ class Batcher:
             self._changed.notify_all()
         self.fail_waiting(DeviceLost("the server is shutting down"))
 
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the device threads to end after `close`; False if one still works after `timeout_s`."""
+        ends = time.monotonic() + timeout_s
+        for worker in self.workers:
+            if worker.ident is not None:
+                worker.join(max(0.0, ends - time.monotonic()))
+        return not any(worker.is_alive() for worker in self.workers)
+
     def fail_waiting(self, error: Exception) -> None:
         with self._changed:
             waiting = [item for queue in self._queues for item in queue.items]

@@ -113,10 +113,19 @@ class Engine:
         return self._in_flight == 0
 
     def close(self) -> None:
+        """Tells every thread to end after the work it is in, and waits for none; see `join`."""
         self.catalogue.close()
         self.batcher.close()
         self._explainer.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the device threads to end after `close`; False if one still works after `timeout_s`.
+
+        The interpreter must not end before they have: a thread that returns from torch into an interpreter that is being torn down
+        aborts the process (SIGABRT). Where this is False, leave by `os._exit`.
+        """
+        return self.batcher.join(timeout_s)
 
     # Answers
 

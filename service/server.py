@@ -54,12 +54,25 @@ def run(settings: Settings) -> NoReturn:
     log.info("computing on %s", ", ".join(map(str, engine.devices)))
     app = create_app(settings, engine, store, metrics, keys, traffic, traces=traces)
     server = make_server(settings, app, engine, traffic)
-    server.run()
+    exit_code = exit_code_of(server)
     if traces is not None:
         traces.close()
-    # Without the interpreter's own farewell: it would wait for threads that still load a model, and for what torch's companions tear down.
+    # Without the interpreter's own end: it waits for threads that still load a model, and a device thread that returns from torch
+    # meanwhile aborts the process.
     logging.shutdown()
-    os._exit(server.exit_code)
+    os._exit(exit_code)
+
+
+def exit_code_of(server: "Server") -> int:
+    """Runs the server to its end, whatever that is."""
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's: it could not start
+        return error.code if isinstance(error.code, int) else EXIT_CUT_SHORT
+    except BaseException:
+        log.exception("the server failed")
+        return EXIT_CUT_SHORT
+    return server.exit_code
 
 
 def make_server(settings: Settings, app: FastAPI, engine: Engine, traffic: Traffic) -> "Server":

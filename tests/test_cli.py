@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from models import architectures
 from models.classifier import Head, ModelConfig
 from models.store import ModelStore
+from service.batcher import DeviceThread
 from service.cli import COMMANDS, main
 from service.cli.models import expanded
 from service.cli.options import settings_options
@@ -347,6 +350,36 @@ def test_a_model_that_keeps_nothing_has_nothing_to_decide_by(store: ModelStore) 
 def test_predict_refuses_an_alpha_that_is_no_number(store: ModelStore) -> None:
     result = imago("predict", photo(Path("red.png")), "--alpha", "nan", *OFFLINE)
     assert (result.exit_code, "nan is not a number" in result.output) == (2, True)
+
+
+def device_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("device-")]
+
+
+@pytest.mark.parametrize("model", ["digits", "nobody"])
+def test_predict_ends_after_its_device_thread(store: ModelStore, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """The interpreter aborts where a thread returns from torch while it ends."""
+    run = DeviceThread.run
+
+    def run_and_linger(self: DeviceThread) -> None:
+        run(self)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(DeviceThread, "run", run_and_linger)
+    imago("predict", photo(Path("red.png")), "--model", model, *OFFLINE)
+    assert not device_threads()
+
+
+def test_predict_leaves_a_device_that_hangs(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    monkeypatch.setattr("service.engine.Engine.join", lambda self, timeout_s: False)
+    result = imago("predict", photo(Path("red.png")), "--model", "nobody", *OFFLINE)
+    assert left == [1]
+    assert "nobody" in result.stderr.splitlines()[0]
+    assert "the device hangs" in result.stderr.splitlines()[0]
 
 
 def test_predict_fails_if_every_image_does(store: ModelStore) -> None:

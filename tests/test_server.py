@@ -331,6 +331,30 @@ async def test_a_lost_device_ends_the_server(tmp_path: Path, caplog: pytest.LogC
     assert "a device is lost" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        pytest.param(SystemExit(3), 3, id="uvicorn could not start"),
+        pytest.param(RuntimeError("a bug"), 1, id="bug"),
+        pytest.param(None, 4, id="ended"),
+    ],
+)
+def test_the_exit_code_is_known_however_the_server_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: int
+) -> None:
+    """So that the process always ends by os._exit: the engine's device threads are alive."""
+    service = small(tmp_path)
+    server = make_server(service.settings, service.app, service.engine, service.traffic)
+
+    def run() -> None:
+        server.exit_code = 4
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(server, "run", run)
+    assert server_module.exit_code_of(server) == code
+
+
 async def test_the_log_says_where_it_listens_and_what_is_ready(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.answers import Answer, Prediction, Wanted
+    from service.engine import Engine
 
 AT_ONCE = 32  # images that are in the engine together
+END_S = 10.0  # for the batch that a device thread is in when nobody needs it any more
 PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that the settings allow
 
 
@@ -108,7 +112,19 @@ async def classify(
             update(min(start + AT_ONCE, len(files)), len(files))
         return answers
     finally:
-        engine.close()
+        end(engine)
+
+
+def end(engine: "Engine") -> None:
+    """Waits for the device threads, so that the interpreter ends after them. A thread that hangs cannot be waited for: then the process
+    ends at once, with exit code 1."""
+    engine.close()
+    if not engine.join(END_S):
+        click.echo(
+            f"Error: {sys.exception() or 'the answers are not complete'}; the device hangs, leaving at once", err=True
+        )
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def joined(before: "list[Answer]", chunk: "list[Answer]") -> "list[Answer]":
