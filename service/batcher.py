@@ -5,95 +5,40 @@
                                  up to max_batch rows -> features -> parts
 
 A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and at rest an
-image goes at once. The device thread cuts it itself, so no device waits for the event loop. Priority is a head start in the queue, so that
-nobody waits for ever.
+image goes at once. The device thread cuts it itself, so no device waits for the event loop; of several free devices each takes its share.
+Priority is a head start in the queue, so that nobody waits for ever.
+
+What else has to be done in a device's thread (`call`: warming up, freeing memory) takes turns with the batches, one piece at a time.
 """
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
-from models.images import stack
 from models.runtime import is_device_lost, is_out_of_memory
+from service import forward
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
+from service.forward import Part, Runtime
+from service.items import Call, Forward, Item, Output, deliver, resolve
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Part = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
+Result = TypeVar("Result")
 RATE_MEMORY = 0.8  # weight of the past in the drain rate: about the last five batches
 RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, so long until a larger batch is tried again
-
-
-class Runtime(Protocol):
-    """What the batcher needs of a compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 (N, D) on its device."""
-
-    max_batch: int
-
-    def __call__(self, pixels: Tensor) -> Tensor: ...
-
-    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(eq=False)
-class Forward:
-    """A forward pass: how many images travelled together, through what, and from when until when (time.monotonic()).
-
-    `origins` and `span` belong to who traces requests: what came with the images, and what was made of it.
-    """
-
-    backbone: str
-    device: str
-    images: int
-    started: float
-    ended: float
-    origins: Sequence[Any] = ()
-    span: Any = None
-
-
-@dataclass(frozen=True)
-class Output:
-    """One image's answer: a float32 (K,) CPU tensor for each part that was asked for, and where the time went.
-
-    `map`: what the features come from, float32 (D, h, w) on the CPU, where it was asked for.
-    """
-
-    values: list[Tensor]
-    forward: Forward
-    queue_ms: float
-    compute_ms: float
-    map: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Item:
-    """One image on its way through one backbone."""
-
-    pixels: Tensor  # uint8 (C, H, W)
-    parts: Sequence[Part]
-    deadline: float  # time.monotonic()
-    future: asyncio.Future[Output]
-    head_start_s: float = 0.0  # it waits as if it had come so much earlier; negative: later
-    mapped: bool = False  # its map is wanted too
-    origin: object = None  # its request's span, where that is traced
-    submitted_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def turn(self) -> float:
-        """Whose is smallest goes first."""
-        return self.submitted_at - self.head_start_s
 
 
 class BackboneQueue:
@@ -163,14 +108,18 @@ class Batcher:
 
     def __init__(self, devices: Sequence[torch.device], metrics: Metrics) -> None:
         self.metrics = metrics
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # of the queues, and of what the threads wait for
         self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, in no particular order
         self._closed = False
-        self.workers = [DeviceThread(device, self) for device in devices]
+        self.workers = [DeviceThread(device, self, threading.Condition(self._lock)) for device in devices]
+        self._by_device = {worker.device: worker for worker in self.workers}
 
     def start(self) -> None:
         for worker in self.workers:
             worker.start()
+
+    def is_lost(self, device: torch.device) -> bool:
+        return self._by_device[device].lost
 
     async def submit(
         self,
@@ -184,29 +133,64 @@ class Batcher:
     ) -> Output:
         """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
         item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s, mapped, origin)
-        with self._changed:
-            if self._closed or all(worker.lost for worker in self.workers):
+        with self._lock:
+            if not self._computes(queue):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
             insort(queue.items, item, key=attrgetter("turn"))
             self._queues[queue] = None
-            self._changed.notify()
+            self._wake_one(queue)
         return await item.future
 
-    def next_batch(self, device: torch.device) -> tuple[BackboneQueue, list[Item]] | None:
-        """Waits for work; None once closed. Callers who left and items past their deadline are dropped here, and counted."""
-        with self._changed:
-            while True:
-                while not self._queues and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return None
-                queue = min(self._queues, key=lambda q: q.items[0].turn)
-                items = self._cut(queue, queue.batch_limit(device))
-                if items:
-                    return queue, items
+    async def call(self, device: torch.device, work: Callable[[], Result]) -> Result:
+        """Does `work` in the device's thread, between two batches, and returns its result. Raises what it raises, and DeviceLost."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        worker = self._by_device[device]
+        with self._lock:
+            if self._closed or worker.lost:
+                raise DeviceLost(f"{device} is lost, or the server is shutting down")
+            worker.calls.append(Call(work, future))
+            worker.wake.notify()
+        return await future
 
-    def _cut(self, queue: BackboneQueue, limit: int) -> list[Item]:
+    def _computes(self, queue: BackboneQueue) -> bool:
+        """Whether a device is left for it."""
+        return not self._closed and any(not self._by_device[device].lost for device in queue.runtimes)
+
+    def _idle(self, queue: BackboneQueue) -> list["DeviceThread"]:
+        return [worker for worker in self.workers if worker.waits and worker.device in queue.runtimes]
+
+    def _wake_one(self, queue: BackboneQueue) -> None:
+        for worker in self._idle(queue)[:1]:
+            worker.wake.notify()
+
+    def next_work(self, worker: "DeviceThread") -> "tuple[BackboneQueue, list[Item]] | Call | None":
+        """Waits for work; None once closed, or once the device is lost. Callers who left and items past their deadline are dropped here,
+        and counted."""
+        with self._lock:
+            while not self._closed and not worker.lost:
+                queues = [queue for queue in self._queues if worker.device in queue.runtimes]
+                if worker.calls and not (worker.called and queues):
+                    worker.called = True
+                    return worker.calls.popleft()
+                worker.called = False
+                if not queues:
+                    self._wait(worker)
+                elif items := self._cut(min(queues, key=lambda q: q.items[0].turn), worker):
+                    return items
+        return None
+
+    def _wait(self, worker: "DeviceThread") -> None:
+        worker.waits = True
+        try:
+            worker.wake.wait()
+        finally:
+            worker.waits = False
+
+    def _cut(self, queue: BackboneQueue, worker: "DeviceThread") -> tuple[BackboneQueue, list[Item]] | None:
+        """This device's share of what waits: all of it, unless others are idle."""
         now = time.monotonic()
+        share = math.ceil(len(queue.items) / (1 + len(self._idle(queue))))
+        limit = min(share, queue.batch_limit(worker.device))
         items: list[Item] = []
         while queue.items and len(items) < limit:
             item = queue.items.popleft()
@@ -216,16 +200,18 @@ class Batcher:
                 self.metrics.reject("client_left")
             else:
                 items.append(item)
-        if not queue.items:
+        if queue.items:
+            self._wake_one(queue)
+        else:
             del self._queues[queue]
-        return items
+        return (queue, items) if items else None
 
     def close(self) -> None:
         """Tells the device threads to end after the batch each is in, without waiting for them; what still waits fails."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
-        self.fail_waiting(DeviceLost("the server is shutting down"))
+            self._wake_all()
+        self._fail_waiting(DeviceLost("the server is shutting down"))
 
     def join(self, timeout_s: float) -> bool:
         """Waits for the device threads to end after `close`; False if one still works after `timeout_s`."""
@@ -235,32 +221,72 @@ class Batcher:
                 worker.join(max(0.0, ends - time.monotonic()))
         return not any(worker.is_alive() for worker in self.workers)
 
-    def fail_waiting(self, error: Exception) -> None:
-        with self._changed:
-            waiting = [item for queue in self._queues for item in queue.items]
-            for queue in self._queues:
+    def lose(self, device: torch.device, error: DeviceLost) -> None:
+        """The device computes no more in this process, as its own thread found or one that loads: what only it could answer fails."""
+        log.critical("%s is lost: %s", device, error)
+        with self._lock:
+            self._by_device[device].lost = True
+            self._wake_all()
+        self._fail_waiting(error)
+
+    def _wake_all(self) -> None:
+        for worker in self.workers:
+            worker.wake.notify_all()
+
+    def _fail_waiting(self, error: DeviceLost) -> None:
+        """What waits and no device is left for."""
+        with self._lock:
+            futures = []
+            for queue in [queue for queue in self._queues if not self._computes(queue)]:
+                futures += [item.future for item in queue.items]
                 queue.items.clear()
-            self._queues.clear()
-        deliver(waiting, [error] * len(waiting))
+                del self._queues[queue]
+            for worker in self.workers:
+                if self._closed or worker.lost:
+                    futures += [call.future for call in worker.calls]
+                    worker.calls.clear()
+        resolve(futures, [error] * len(futures))
 
 
 class DeviceThread(threading.Thread):
     """The one thread that touches a device."""
 
-    def __init__(self, device: torch.device, batcher: Batcher) -> None:
+    def __init__(self, device: torch.device, batcher: Batcher, wake: threading.Condition) -> None:
         super().__init__(name=f"device-{device}", daemon=True)
         self.device = device
         self._batcher = batcher
         self.busy_since: float | None = None  # time.monotonic(); None while idle
         self.lost = False
+        # Guarded by the batcher's lock:
+        self.wake = wake
+        self.waits = False
+        self.calls: deque[Call] = deque()
+        self.called = False  # the last work was a call, so that a batch goes next
 
     def run(self) -> None:
         with torch.inference_mode():
-            while (cut := self._batcher.next_batch(self.device)) is not None:
-                self.busy_since = time.monotonic()
-                if not self._answer(*cut):
-                    return
+            while self._step():
                 self.busy_since = None
+
+    def _step(self) -> bool:
+        """One batch or one call; False once there is no more. Its locals go with it: a thread that waits keeps no backbone in memory."""
+        work = self._batcher.next_work(self)
+        if work is None:
+            return False
+        self.busy_since = time.monotonic()
+        if isinstance(work, Call):
+            return self._call(work)
+        return self._answer(*work)
+
+    def _call(self, call: Call) -> bool:
+        try:
+            answer = call.work()
+        except Exception as error:
+            answer = error
+            if is_device_lost(error):
+                answer = self._lost(error)
+        resolve([call.future], [answer])
+        return not self.lost
 
     def _answer(self, queue: BackboneQueue, items: list[Item]) -> bool:
         """Computes and delivers a batch; False when the device is lost, and with it this thread."""
@@ -268,19 +294,20 @@ class DeviceThread(threading.Thread):
         try:
             answers = self._compute(queue, items)
         except Exception as error:
-            if not isinstance(error, DeviceLost):  # what nobody foresaw, as an empty_cache() that fails
-                log.exception("the thread of %s failed", self.device)
-                error = DeviceLost(f"{self.device} stopped working; the server is about to restart")
-            log.critical("%s is lost: %s", self.device, error)
-            self.lost = True
-            deliver(items, [error] * size)
-            if all(worker.lost for worker in self._batcher.workers):
-                self._batcher.fail_waiting(error)
+            deliver(items, [self._lost(error)] * size)
             return False
         queue.batch_done(size, oldest)
         self._batcher.metrics.batch(queue.name, size)
         deliver(items, answers)
         return True
+
+    def _lost(self, error: Exception) -> DeviceLost:
+        lost = error
+        if not isinstance(lost, DeviceLost):  # what nobody foresaw, as an empty_cache() that fails
+            log.error("the thread of %s failed", self.device, exc_info=error)
+            lost = DeviceLost(f"{self.device} stopped working; the server is about to restart")
+        self._batcher.lose(self.device, lost)
+        return lost
 
     def _compute(self, queue: BackboneQueue, items: list[Item]) -> list[Output | Exception]:
         """One answer per item. A batch that fails is split and tried again, so that only the item at fault fails."""
@@ -304,71 +331,18 @@ class DeviceThread(threading.Thread):
 
     def _forward(self, queue: BackboneQueue, items: list[Item]) -> list[Output | Exception]:
         started = time.monotonic()
-        features, maps = self._features(queue.runtimes[self.device], items)
-        if len(features) != len(items):
-            raise RuntimeError(f"the backbone answered {len(features)} rows for {len(items)} images")
-        values = apply_parts(features, [item.parts for item in items])
+        values = forward.run(
+            queue.runtimes[self.device],
+            self.device,
+            [item.pixels for item in items],
+            [item.parts for item in items],
+            [row for row, item in enumerate(items) if item.mapped],
+        )
         ended, origins = time.monotonic(), [item.origin for item in items if item.origin is not None]
-        forward = Forward(queue.name, str(self.device), len(items), started, ended, origins)
+        batch = Forward(queue.name, str(self.device), len(items), started, ended, origins)
         return [
-            Output(row, forward, (started - item.submitted_at) * 1000, (ended - started) * 1000, one_map)
-            if all(bool(value.isfinite().all()) for value in row)
+            Output(row, batch, (started - item.submitted_at) * 1000, (ended - started) * 1000, one_map)
+            if finite
             else NonFiniteOutput("the model's answer for this image is not a finite number")
-            for item, row, one_map in zip(items, values, maps, strict=True)
+            for item, row, one_map, finite in zip(items, values.rows, values.maps, values.finite, strict=True)
         ]
-
-    def _features(self, runtime: Runtime, items: Sequence[Item]) -> tuple[Tensor, list[Tensor | None]]:
-        """(N, D) on the device, and on the CPU the map of each item that wants it."""
-        pixels = stack([item.pixels for item in items])
-        maps: list[Tensor | None] = [None] * len(items)
-        rows = [row for row, item in enumerate(items) if item.mapped]
-        if not rows:
-            return runtime(pixels), maps
-        features, every = runtime.with_maps(pixels)
-        for row, one_map in zip(rows, every[rows].cpu(), strict=True):
-            maps[row] = one_map
-        return features, maps
-
-
-def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:
-    """Features (N, D), and what each row asks for -> for each row its values in that order, float32 (K,) on the CPU.
-
-    Rows that ask for the same part go through it together.
-    """
-    groups: dict[Part, list[tuple[int, int]]] = {}
-    for row, parts in enumerate(parts_by_row):
-        for slot, part in enumerate(parts):
-            groups.setdefault(part, []).append((row, slot))
-    computed = []  # everything is started on the device before the first result is waited for
-    for part, places in groups.items():
-        rows = [row for row, _ in places]
-        computed.append(part(features if rows == list(range(len(features))) else features[rows]))
-    answers: list[list[Tensor]] = [[features] * len(parts) for parts in parts_by_row]
-    for places, group in zip(groups.values(), computed, strict=True):
-        if len(group) != len(places):
-            raise RuntimeError(f"a head answered {len(group)} rows for {len(places)}")
-        for (row, slot), value in zip(places, group.float().cpu(), strict=True):
-            answers[row][slot] = value
-    return answers
-
-
-def deliver(items: Sequence[Item], answers: Sequence[Output | Exception]) -> None:
-    """Resolves the futures on the loops that wait for them, one wake-up per loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Output], Output | Exception]]] = {}
-    for item, answer in zip(items, answers, strict=True):
-        by_loop.setdefault(item.future.get_loop(), []).append((item.future, answer))
-    for loop, pairs in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_resolve, pairs)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            log.debug("%d answers came after their loop had ended", len(pairs))
-
-
-def _resolve(pairs: Sequence[tuple[asyncio.Future[Output], Output | Exception]]) -> None:
-    for future, answer in pairs:
-        if future.done():  # the caller left
-            continue
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)

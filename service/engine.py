@@ -23,10 +23,12 @@ from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
-from service.batcher import Batcher, Output, Part
+from service.batcher import Batcher
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.explain import Explainer
+from service.forward import Part
+from service.items import Output
 from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
 from service.pixels import PixelBudget

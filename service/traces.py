@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelError
-from service.batcher import Forward, Output
+from service.items import Forward, Output
 from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:

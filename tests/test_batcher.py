@@ -5,17 +5,20 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
-from service.batcher import BackboneQueue, Batcher, Output, apply_parts
+from service import forward
+from service.batcher import BackboneQueue, Batcher
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
+from service.items import Output
 from service.metrics import Metrics
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class FakeRuntime:
@@ -65,6 +68,7 @@ async def batching(
         deadline = time.monotonic() + timeout_s
         return asyncio.create_task(batcher.submit(queue, image(value), [part], deadline, head_start_s))
 
+    submit.batcher = batcher  # type: ignore[attr-defined]
     try:
         yield submit, queue, metrics
     finally:
@@ -245,6 +249,99 @@ async def test_every_device_has_a_replica_and_one_may_be_lost() -> None:
     batcher.close()
 
 
+@asynccontextmanager
+async def two_idle_devices(*runtimes: FakeRuntime) -> AsyncIterator[tuple[Batcher, BackboneQueue]]:
+    metrics = Metrics()
+    batcher = Batcher([CPU, META], metrics)
+    queue = BackboneQueue("fake", dict(zip([CPU, META], runtimes, strict=False)), 100, 10**6, metrics)
+    batcher.start()
+    while not all(worker.waits for worker in batcher.workers):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    try:
+        yield batcher, queue
+    finally:
+        batcher.close()
+
+
+async def at_once(batcher: Batcher, queue: BackboneQueue, count: int) -> list[asyncio.Task[Output]]:
+    """Images that all wait before a device cuts its batch."""
+    with batcher._lock:
+        deadline = time.monotonic() + 5
+        tasks = [asyncio.create_task(batcher.submit(queue, image(v), [identity], deadline)) for v in range(count)]
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_idle_devices_share_what_waits() -> None:
+    """Each computes its part at the same time, instead of one all of it and the others nothing."""
+    first, second = FakeRuntime(max_batch=64), FakeRuntime(max_batch=64)
+    async with two_idle_devices(first, second) as (batcher, queue):
+        first.gate.clear()
+        second.gate.clear()
+        tasks = await at_once(batcher, queue, 11)
+        for runtime in (first, second):
+            assert await asyncio.to_thread(runtime.entered.wait, 5)
+            runtime.gate.set()
+        assert answers(await asyncio.gather(*tasks)) == list(range(11))
+    assert sorted(first.batches + second.batches) == [5, 6]
+
+
+async def test_a_busy_device_leaves_its_share_to_the_others() -> None:
+    first, second = FakeRuntime(max_batch=64), FakeRuntime(max_batch=64)
+    async with two_idle_devices(first, second) as (batcher, queue):
+        first.gate.clear()
+        one = await at_once(batcher, queue, 1)  # the first device in the list is woken first
+        assert await asyncio.to_thread(first.entered.wait, 5)
+        await asyncio.gather(*await at_once(batcher, queue, 10))
+        first.gate.set()
+        await asyncio.gather(*one)
+    assert (first.batches, second.batches) == ([1], [10])
+
+
+async def test_a_backbone_runs_where_it_was_loaded() -> None:
+    only = FakeRuntime(max_batch=2)
+    async with two_idle_devices(only) as (batcher, queue):
+        assert answers(await asyncio.gather(*await at_once(batcher, queue, 9))) == list(range(9))
+        batcher.lose(META, DeviceLost("meta is lost"))
+        assert answers(await asyncio.gather(*await at_once(batcher, queue, 1))) == [0]
+        batcher.lose(CPU, DeviceLost("cpu is lost"))
+        with pytest.raises(DeviceLost):
+            await batcher.submit(queue, image(1), [identity], time.monotonic() + 5)
+
+
+async def test_calls_and_batches_take_turns_in_the_devices_thread() -> None:
+    order: list[object] = []
+    runtime = FakeRuntime(max_batch=1, fail=lambda pixels: order.append(int(pixels[0, 0, 0, 0])))
+    async with batching(runtime) as (submit, _, _):
+        batcher = submit.batcher  # type: ignore[attr-defined]
+        tasks = [await held(runtime, submit), *(submit(v) for v in (1, 2, 3))]
+        calls = [asyncio.create_task(batcher.call(CPU, partial(order.append, name))) for name in "abcd"]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        await asyncio.gather(*tasks, *calls)
+        with pytest.raises(ZeroDivisionError):
+            await batcher.call(CPU, lambda: 1 / 0)
+        name = await batcher.call(CPU, lambda: threading.current_thread().name)
+    assert order == [0, "a", 1, "b", 2, "c", 3, "d"]
+    assert name == "device-cpu"
+
+
+async def test_a_call_that_loses_its_device_fails_what_waits() -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runtime = FakeRuntime(max_batch=1)
+    async with batching(runtime) as (submit, _, _):
+        batcher = submit.batcher  # type: ignore[attr-defined]
+        tasks = [await held(runtime, submit), asyncio.create_task(batcher.call(CPU, fail)), submit(1)]
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        got = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(DeviceLost):
+            await batcher.call(CPU, fail)
+    assert answers(got) == [0, DeviceLost, DeviceLost]
+
+
 async def test_the_backbone_that_waited_longest_goes_first() -> None:
     metrics = Metrics()
     batcher = Batcher([CPU], metrics)
@@ -268,8 +365,9 @@ def test_rows_that_share_a_part_go_through_it_together() -> None:
         calls.append(len(features))
         return features * 2
 
-    values = apply_parts(torch.arange(3.0).unsqueeze(1), [[double], [identity], [identity, double]])
-    assert [[v.item() for v in row] for row in values] == [[0.0], [1.0], [2.0, 4.0]]
+    images = [image(value) for value in range(3)]
+    values = forward.run(FakeRuntime(), CPU, images, [[double], [identity], [identity, double]]).rows
+    assert [[v[0].item() for v in row] for row in values] == [[0.0], [1.0], [2.0, 4.0]]
     assert calls == [2]
 
 

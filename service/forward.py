@@ -1,0 +1,127 @@
+"""One batch on its device: what crosses between the CPU and a GPU, and when.
+
+    index of all parts' rows, pinned    ---- started --->   GPU
+    pixels, pinned                      ---- started --->   forward pass -> each part of its rows -> one tensor
+    values and maps of all images       <--- waited for --  one copy
+
+However many heads a batch has, nothing is waited for before the last line. Pinned memory comes from torch's cache, which hands a block
+out again only when the copy that reads it is done.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models.images import stack
+
+Part = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
+Place = tuple[int, int]  # of a value: its image's row, and which of the parts that this image asked for
+
+
+class Runtime(Protocol):
+    """What the batcher needs of a compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 (N, D) on its device."""
+
+    max_batch: int
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Values(NamedTuple):
+    """Of one batch, on the CPU. `rows`: for each image a float32 (K,) per part that it asked for.
+
+    `maps`: float32 (D, h, w) of those images that asked for it. `finite`: whether all values of an image are finite numbers.
+    """
+
+    rows: list[list[Tensor]]
+    maps: list[Tensor | None]
+    finite: list[bool]
+
+
+def run(
+    runtime: Runtime,
+    device: torch.device,
+    images: Sequence[Tensor],
+    parts_by_row: Sequence[Sequence[Part]],
+    mapped: Sequence[int] = (),
+) -> Values:
+    """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
+    places = _by_part(parts_by_row)
+    chosen = [[row for row, _ in asked] for asked in places.values()]
+    *indices, mapped_index = _indices([*chosen, mapped], len(images), device)
+    pixels = stack(images, pinned=device.type == "cuda")
+    features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
+    if len(features) != len(images):
+        raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
+    outputs = [part(_rows(features, index)) for part, index in zip(places, indices, strict=True)]
+    for output, rows in zip(outputs, chosen, strict=True):
+        if len(output) != len(rows):
+            raise RuntimeError(f"a head answered {len(output)} rows for {len(rows)}")
+    if maps is not None:
+        outputs.append(_rows(maps, mapped_index))
+    outputs, all_finite = _to_cpu(outputs)
+    wanted = dict(zip(mapped, outputs.pop(), strict=True)) if mapped else {}
+    finite = [True] * len(images) if all_finite else _finite(outputs, chosen, len(images))
+    return Values(_by_image(outputs, places, parts_by_row), [wanted.get(row) for row in range(len(images))], finite)
+
+
+def _by_part(parts_by_row: Sequence[Sequence[Part]]) -> dict[Part, list[Place]]:
+    """Rows that ask for the same part go through it together."""
+    places: dict[Part, list[Place]] = {}
+    for row, parts in enumerate(parts_by_row):
+        for slot, part in enumerate(parts):
+            places.setdefault(part, []).append((row, slot))
+    return places
+
+
+def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device) -> list[Tensor | None]:
+    """For each list of rows an int64 index on the device, all of them by one copy; None where it is every row in order, or none."""
+    every = list(range(images))
+    lists = [None if not rows or rows == every else rows for rows in chosen]
+    numbers = [row for rows in lists if rows is not None for row in rows]
+    if not numbers:
+        return [None] * len(lists)
+    flat = torch.tensor(numbers)
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    ends = accumulate(len(rows or ()) for rows in lists)
+    return [None if rows is None else flat[end - len(rows) : end] for rows, end in zip(lists, ends, strict=True)]
+
+
+def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
+
+
+def _to_cpu(outputs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """The same in float32 on the CPU, by one copy; whether all of them are finite numbers."""
+    if len(outputs) == 1:
+        only = outputs[0].float().cpu()
+        return [only], bool(only.isfinite().all())
+    flat = torch.cat([output.float().flatten() for output in outputs]).cpu()
+    pieces = flat.split_with_sizes([output.numel() for output in outputs])
+    shaped = [piece.view(output.shape) for piece, output in zip(pieces, outputs, strict=True)]
+    return shaped, bool(flat.isfinite().all())
+
+
+def _finite(outputs: Sequence[Tensor], chosen: Sequence[Sequence[int]], images: int) -> list[bool]:
+    """For each image whether all its values are finite numbers."""
+    finite = [True] * images
+    for output, rows in zip(outputs, chosen, strict=True):
+        for row, good in zip(rows, output.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+            finite[row] &= good
+    return finite
+
+
+def _by_image(
+    outputs: Sequence[Tensor], places: dict[Part, list[Place]], parts_by_row: Sequence[Sequence[Part]]
+) -> list[list[Tensor]]:
+    """The values of each part -> those of each image, in the order in which it asked."""
+    values: list[list[Tensor]] = [[*outputs[:1]] * len(parts) for parts in parts_by_row]
+    for output, asked in zip(outputs, places.values(), strict=True):
+        for (row, slot), value in zip(asked, output, strict=True):
+            values[row][slot] = value
+    return values
