@@ -149,7 +149,7 @@ class Batcher:
             if self._closed or worker.lost:
                 raise DeviceLost(f"{device} is lost, or the server is shutting down")
             worker.calls.append(Call(work, future))
-            worker.wake.notify()
+            worker.notify()
         return await future
 
     def _computes(self, queue: BackboneQueue) -> bool:
@@ -157,11 +157,12 @@ class Batcher:
         return not self._closed and any(not self._by_device[device].lost for device in queue.runtimes)
 
     def _idle(self, queue: BackboneQueue) -> list["DeviceThread"]:
-        return [worker for worker in self.workers if worker.waits and worker.device in queue.runtimes]
+        return [worker for worker in self.workers if worker.idle and worker.device in queue.runtimes]
 
     def _wake_one(self, queue: BackboneQueue) -> None:
-        for worker in self._idle(queue)[:1]:
-            worker.wake.notify()
+        """One more of the idle devices: those that are woken already may find nothing left."""
+        for worker in [worker for worker in self._idle(queue) if not worker.woken][:1]:
+            worker.notify()
 
     def next_work(self, worker: "DeviceThread") -> "tuple[BackboneQueue, list[Item]] | Call | None":
         """Waits for work; None once closed, or once the device is lost. Callers who left and items past their deadline are dropped here,
@@ -174,17 +175,10 @@ class Batcher:
                     return worker.calls.popleft()
                 worker.called = False
                 if not queues:
-                    self._wait(worker)
+                    worker.wait()
                 elif items := self._cut(min(queues, key=lambda q: q.items[0].turn), worker):
                     return items
         return None
-
-    def _wait(self, worker: "DeviceThread") -> None:
-        worker.waits = True
-        try:
-            worker.wake.wait()
-        finally:
-            worker.waits = False
 
     def _cut(self, queue: BackboneQueue, worker: "DeviceThread") -> tuple[BackboneQueue, list[Item]] | None:
         """This device's share of what waits: all of it, unless others are idle."""
@@ -231,7 +225,7 @@ class Batcher:
 
     def _wake_all(self) -> None:
         for worker in self.workers:
-            worker.wake.notify_all()
+            worker.notify()
 
     def _fail_waiting(self, error: DeviceLost) -> None:
         """What waits and no device is left for."""
@@ -257,11 +251,25 @@ class DeviceThread(threading.Thread):
         self._batcher = batcher
         self.busy_since: float | None = None  # time.monotonic(); None while idle
         self.lost = False
-        # Guarded by the batcher's lock:
-        self.wake = wake
-        self.waits = False
+        # Guarded by the batcher's lock, to which the condition belongs:
+        self._wake = wake
+        self._waits = False
+        self.woken = False
         self.calls: deque[Call] = deque()
         self.called = False  # the last work was a call, so that a batch goes next
+
+    @property
+    def idle(self) -> bool:
+        return self._waits and not self.lost and not self.calls
+
+    def wait(self) -> None:
+        self._waits, self.woken = True, False
+        self._wake.wait()
+        self._waits = False
+
+    def notify(self) -> None:
+        self.woken = True
+        self._wake.notify()
 
     def run(self) -> None:
         with torch.inference_mode():
@@ -283,7 +291,7 @@ class DeviceThread(threading.Thread):
             answer = call.work()
         except Exception as error:
             answer = error
-            if is_device_lost(error):
+            if is_device_lost(error, self.device):
                 answer = self._lost(error)
         resolve([call.future], [answer])
         return not self.lost
@@ -314,9 +322,9 @@ class DeviceThread(threading.Thread):
         try:
             return self._forward(queue, items)
         except Exception as error:
-            if is_device_lost(error):
+            if is_device_lost(error, self.device):
                 raise DeviceLost(f"{self.device} stopped working; the server is about to restart") from error
-            out_of_memory = is_out_of_memory(error)
+            out_of_memory = is_out_of_memory(error, self.device)
             log.warning("%s: a batch of %d failed on %s: %r", queue.name, len(items), self.device, error)
         # Outside the except block: its traceback would keep the failed batch's tensors in memory.
         if out_of_memory and self.device.type == "cuda":

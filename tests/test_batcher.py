@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
+from models.runtime import failures
 from service import forward
 from service.batcher import BackboneQueue, Batcher
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
@@ -213,7 +214,9 @@ async def test_a_wrong_number_of_rows_is_an_error_not_a_mix_up() -> None:
 
 
 @pytest.mark.abuse("G6")
-async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
+async def test_a_lost_device_fails_what_waits_and_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "device_works", lambda device: False)
+
     def fail(pixels: Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -228,7 +231,21 @@ async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
             await submit(2)
 
 
-async def test_every_device_has_a_replica_and_one_may_be_lost() -> None:
+async def test_an_error_of_a_device_that_works_is_the_images_own() -> None:
+    def fail(pixels: Tensor) -> None:
+        if 7 in pixels:
+            raise torch.AcceleratorError("CUDA error: invalid argument")
+
+    runtime = FakeRuntime(fail=fail)
+    async with batching(runtime) as (submit, _, _):
+        with pytest.raises(InferenceFailed):
+            await submit(7)
+        await submit(1)
+
+
+async def test_every_device_has_a_replica_and_one_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "device_works", lambda device: device == CPU)
+
     def fail(pixels: Tensor) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -255,7 +272,7 @@ async def two_idle_devices(*runtimes: FakeRuntime) -> AsyncIterator[tuple[Batche
     batcher = Batcher([CPU, META], metrics)
     queue = BackboneQueue("fake", dict(zip([CPU, META], runtimes, strict=False)), 100, 10**6, metrics)
     batcher.start()
-    while not all(worker.waits for worker in batcher.workers):  # noqa: ASYNC110
+    while not all(worker.idle for worker in batcher.workers):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     try:
         yield batcher, queue
@@ -326,10 +343,11 @@ async def test_calls_and_batches_take_turns_in_the_devices_thread() -> None:
     assert name == "device-cpu"
 
 
-async def test_a_call_that_loses_its_device_fails_what_waits() -> None:
+async def test_a_call_that_loses_its_device_fails_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    monkeypatch.setattr(failures, "device_works", lambda device: False)
     runtime = FakeRuntime(max_batch=1)
     async with batching(runtime) as (submit, _, _):
         batcher = submit.batcher  # type: ignore[attr-defined]
