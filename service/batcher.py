@@ -19,9 +19,9 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+DeviceState = Literal["works", "hangs", "lost"]
 RATE_MEMORY = 0.8  # weight of the past in the drain rate: about the last five batches
 RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, so long until a larger batch is tried again
 
@@ -120,6 +121,10 @@ class Batcher:
 
     def is_lost(self, device: torch.device) -> bool:
         return self._by_device[device].lost
+
+    def states(self, hangs_after_s: float) -> dict[torch.device, DeviceState]:
+        """Of each device; it hangs if one batch has taken longer than so many seconds."""
+        return {worker.device: worker.state(hangs_after_s) for worker in self.workers}
 
     async def submit(
         self,
@@ -217,10 +222,11 @@ class Batcher:
 
     def lose(self, device: torch.device, error: DeviceLost) -> None:
         """The device computes no more in this process, as its own thread found or one that loads: what only it could answer fails."""
-        log.critical("%s is lost: %s", device, error)
         with self._lock:
-            self._by_device[device].lost = True
+            known, self._by_device[device].lost = self.is_lost(device), True
             self._wake_all()
+        if not known:
+            log.critical("%s is lost: %s", device, error)
         self._fail_waiting(error)
 
     def _wake_all(self) -> None:
@@ -258,6 +264,12 @@ class DeviceThread(threading.Thread):
         self.calls: deque[Call] = deque()
         self.called = False  # the last work was a call, so that a batch goes next
 
+    def state(self, hangs_after_s: float) -> DeviceState:
+        if self.lost or not self.is_alive():
+            return "lost"
+        since = self.busy_since
+        return "works" if since is None or time.monotonic() - since < hangs_after_s else "hangs"
+
     @property
     def idle(self) -> bool:
         return self._waits and not self.lost and not self.calls
@@ -272,6 +284,9 @@ class DeviceThread(threading.Thread):
         self._wake.notify()
 
     def run(self) -> None:
+        if self.device.type == "cuda":
+            with suppress(RuntimeError, AssertionError):  # a device that does not work shows in the first batch
+                torch.cuda.set_device(self.device)  # pinned memory and caches are those of the thread's current device
         with torch.inference_mode():
             while self._step():
                 self.busy_since = None
@@ -290,9 +305,8 @@ class DeviceThread(threading.Thread):
         try:
             answer = call.work()
         except Exception as error:
-            answer = error
-            if is_device_lost(error, self.device):
-                answer = self._lost(error)
+            lost = isinstance(error, DeviceLost) or is_device_lost(error, self.device)
+            answer = self._lost(error) if lost else error
         resolve([call.future], [answer])
         return not self.lost
 

@@ -23,8 +23,9 @@ from models.errors import ModelError, ModelNotFound, NameConflict, WeightsError
 from models.store import ModelStore
 from service.batcher import Batcher
 from service.errors import NotReady, ServiceError
-from service.loaded import Loader, ModelStatus, Served, ServingPlan, describe, plan_serving
+from service.loaded import Loader, ModelStatus, Served, describe
 from service.metrics import Metrics
+from service.plan import ServingPlan, plan_serving
 from service.settings import Settings
 
 log = logging.getLogger(__name__)

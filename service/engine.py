@@ -23,11 +23,12 @@ from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
-from service.batcher import Batcher
+from service.batcher import Batcher, DeviceState
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.explain import Explainer
 from service.forward import Part
+from service.health import Health, why_no_gpu
 from service.items import Output
 from service.loaded import LoadedBackbone, ModelStatus, Served
 from service.metrics import Metrics
@@ -71,6 +72,8 @@ class Engine:
         self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6)
         self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self._explainer = Explainer(store, self._decoders)
+        self.device_note = why_no_gpu(settings.device, self.devices)
+        self._health = Health(self.batcher, self._hangs_after_s)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,6 +85,7 @@ class Engine:
         """Starts the device threads and begins to load; returns at once. `ready` once the default model is warm."""
         self.batcher.start()
         self.catalogue.start()
+        self._health.start()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Returns when everything that can be loaded is; raises NotReady with the reason when the default model is not."""
@@ -96,12 +100,16 @@ class Engine:
 
     @property
     def live(self) -> bool:
-        """Every device thread is alive, and none has been in one batch for longer than twice the deadline."""
-        limit_s = max(HANGS_AFTER_S, 2 * self.settings.timeout_ms / 1000)
-        return all(
-            worker.is_alive() and (worker.busy_since is None or time.monotonic() - worker.busy_since < limit_s)
-            for worker in self.batcher.workers
-        )
+        """A device works, and each served backbone is on one that does."""
+        served = self.catalogue.served.values()
+        return self._health.answers(backbone for one in served for backbone in one.backbones)
+
+    def device_states(self) -> dict[str, DeviceState]:
+        """A `lost` device stays so until the process is started again."""
+        return {str(device): state for device, state in self._health.states().items()}
+
+    def _hangs_after_s(self) -> float:
+        return max(HANGS_AFTER_S, 2 * self.settings.timeout_ms / 1000)
 
     def not_ready_reason(self) -> str:
         return "the server is shutting down" if self.draining else self.catalogue.not_ready_reason()
@@ -116,6 +124,7 @@ class Engine:
 
     def close(self) -> None:
         """Tells every thread to end after the work it is in, and waits for none; see `join`."""
+        self._health.close()
         self.catalogue.close()
         self.batcher.close()
         self._explainer.close()

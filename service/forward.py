@@ -53,7 +53,7 @@ def run(
     places = _by_part(parts_by_row)
     chosen = [[row for row, _ in asked] for asked in places.values()]
     *indices, mapped_index = _indices([*chosen, mapped], len(images), device)
-    pixels = stack(images, pinned=device.type == "cuda")
+    pixels = stack(images, pinned=_pins(device))
     features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
     if len(features) != len(images):
         raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
@@ -86,10 +86,15 @@ def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device)
     if not numbers:
         return [None] * len(lists)
     flat = torch.tensor(numbers)
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
+    if device.type != "cpu":
+        flat = (flat.pin_memory() if _pins(device) else flat).to(device, non_blocking=True)
     ends = accumulate(len(rows or ()) for rows in lists)
     return [None if rows is None else flat[end - len(rows) : end] for rows, end in zip(lists, ends, strict=True)]
+
+
+def _pins(device: torch.device) -> bool:
+    """Pinned memory is CUDA's; without it a copy is waited for, and right all the same."""
+    return device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """What is in memory: backbones, each on every device with its queue, and the models whose heads stand on them."""
 
 import asyncio
+import gc
 import logging
 import time
 import weakref
@@ -10,6 +11,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,18 +21,18 @@ from torch import Tensor, nn
 from models import licences, packaged
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.download import Progress
-from models.errors import InvalidName, ModelNotFound, WeightsError
+from models.errors import ModelNotFound, WeightsError
 from models.reference import Reference, nearest
-from models.runtime import RuntimeInfo, compile_backbone
+from models.runtime import Runtime, RuntimeInfo, compile_backbone
 from models.store import ModelStore
 from service.answers import Statistics
 from service.batcher import BackboneQueue, Batcher
+from service.errors import DeviceLost
 from service.metrics import Metrics
+from service.replicas import DeviceWork
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
-
-IMAGENET = "imagenet"  # the group's name in the setting `models`
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class LoadedBackbone:
     size: int  # bytes of its weights in memory, over all devices
     queue: BackboneQueue
     infos: Mapping[str, RuntimeInfo]  # by device
+    failures: Mapping[str, str]  # by device: why it could not be loaded there
     mapped: bool = False  # its features come from a map that the forward pass can hand out
 
 
@@ -110,12 +113,12 @@ class Loader:
         self, settings: Settings, store: ModelStore, metrics: Metrics, devices: Sequence[torch.device]
     ) -> None:
         self._settings, self._store, self._metrics, self._devices = settings, store, metrics, devices
-        # One thread per device: compiling measures, and two measurements at once would each see half the machine.
-        self._compilers = ThreadPoolExecutor(len(devices), "compile")
+        self._work = DeviceWork(devices)
         self._readers = ThreadPoolExecutor(2, "load")
         self._puller = ThreadPoolExecutor(1, "pull")
         self._loaded: weakref.WeakValueDictionary[BackboneRef, LoadedBackbone] = weakref.WeakValueDictionary()
         self._under_way: dict[BackboneRef, asyncio.Task[LoadedBackbone]] = {}
+        self._tidying: asyncio.Task[None] | None = None
 
     async def load(self, name: str, version: int | None, batcher: Batcher) -> Served:
         """Reads, compiles and tries a version (None: the latest)."""
@@ -124,21 +127,24 @@ class Loader:
         head = await loop.run_in_executor(self._readers, self._store.load_head, config)
         layers = [*head.layers] if head.config.kind != "feature_sum" else [None] * len(head.layers)
         backbones = tuple(
-            await asyncio.gather(*(self._backbone(r, layer) for r, layer in zip(config.backbones, layers, strict=True)))
+            await asyncio.gather(
+                *(self._backbone(r, layer, batcher) for r, layer in zip(config.backbones, layers, strict=True))
+            )
         )
-        heads = {device: head if device.type == "cpu" else deepcopy(head).to(device) for device in self._devices}
+        devices = list(dict.fromkeys(device for backbone in backbones for device in backbone.queue.runtimes))
+        heads = await self._work.everywhere(partial(_head_on, head), devices, self._readers, batcher)
         parts = tuple(HeadPart(heads, member) for member in range(len(backbones)))
         reference = await loop.run_in_executor(self._readers, self._reference, config)
         near = None
         if reference is not None and (neighbourhood := reference.neighbourhood) is not None:
-            near = NearPart({device: neighbourhood.features.to(device) for device in self._devices})
+            near = NearPart(await self._work.everywhere(neighbourhood.features.to, devices, self._readers, batcher))
         served = Served(config, backbones, parts, head, reference, near)
         await _probe(served, batcher)
         return served
 
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
-        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._work.close()
         self._puller.shutdown(wait=False, cancel_futures=True)
 
     async def pull(self, name: str, progress: Progress | None = None, as_name: str | None = None) -> ModelConfig:
@@ -178,7 +184,7 @@ class Loader:
                 f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
             ) from None
 
-    async def _backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+    async def _backbone(self, ref: BackboneRef, layer: nn.Module | None, batcher: Batcher) -> LoadedBackbone:
         """The backbone in memory, or loaded now, or the load that is under way already.
 
         `layer` turns features into scores, by which the compiled backbone is compared with the original.
@@ -186,56 +192,62 @@ class Loader:
         if (loaded := self._loaded.get(ref)) is not None:
             return loaded
         if ref not in self._under_way:
-            task = asyncio.create_task(self._load_backbone(ref, layer))
+            task = asyncio.create_task(self._load_backbone(ref, layer, batcher))
             self._under_way[ref] = task
             task.add_done_callback(lambda _: self._under_way.pop(ref, None))
         return await asyncio.shield(self._under_way[ref])
 
-    async def _load_backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+    async def _load_backbone(self, ref: BackboneRef, layer: nn.Module | None, batcher: Batcher) -> LoadedBackbone:
         loop = asyncio.get_running_loop()
         started = time.monotonic()
         log.info("%s: reading", ref.key)
         backbone = await loop.run_in_executor(self._readers, self._store.load_backbone, ref)
         read = time.monotonic()
-        options = self._settings.runtime_options()
-        compiled = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._compilers, compile_backbone, backbone, device, options, layer)
-                for device in self._devices
-            )
+        settings, options = self._settings, self._settings.runtime_options()
+
+        def compile_for(device: torch.device) -> Runtime:
+            return compile_backbone(backbone, device, options, layer)
+
+        replicas = await self._work.replicas(compile_for, ref.preprocessing, batcher)
+        infos = {str(device): runtime.info for device, runtime in replicas.runtimes.items()}
+        queue = BackboneQueue(
+            ref.key, replicas.runtimes, settings.max_queue_images, settings.max_queue_mb << 20, self._metrics
         )
-        runtimes = dict(zip(self._devices, compiled, strict=True))
-        info = compiled[0].info
-        log.info(
-            "%s: read in %.1f s, compiled in %.1f s: %s %s, batches of %d (%s)",
-            *(
-                ref.key,
-                read - started,
-                time.monotonic() - read,
-                info.engine,
-                info.precision,
-                info.max_batch,
-                info.source,
-            ),
-        )
-        settings = self._settings
-        queue = BackboneQueue(ref.key, runtimes, settings.max_queue_images, settings.max_queue_mb << 20, self._metrics)
-        loaded = LoadedBackbone(
-            ref,
-            backbone.feature_dim,
-            sum(_bytes(backbone.module, runtime.info.precision) for runtime in compiled),
-            queue,
-            {str(device): runtime.info for device, runtime in runtimes.items()},
-            backbone.map is not None,
-        )
+        size = sum(_bytes(backbone.module, info.precision) for info in infos.values())
+        mapped = backbone.map is not None
+        loaded = LoadedBackbone(ref, backbone.feature_dim, size, queue, infos, replicas.failures, mapped)
+        seconds = read - started, time.monotonic() - read
+        log.info("%s: read in %.1f s, compiled in %.1f s: %s", ref.key, *seconds, _running(next(iter(infos.values()))))
         self._loaded[ref] = loaded
-        weakref.finalize(loaded, self._forget, ref.key)
+        weakref.finalize(loaded, self._forget, ref.key, loop, batcher).atexit = False
         return loaded
 
-    def _forget(self, key: str) -> None:
-        """A backbone left memory. Another may have its key: the same weights after another preprocessing."""
+    def _forget(self, key: str, loop: asyncio.AbstractEventLoop, batcher: Batcher) -> None:
+        """A backbone left memory, in whatever thread. Another may have its key: the same weights after another preprocessing."""
         if not any(ref.key == key for ref in list(self._loaded)):
             self._metrics.forget(key)
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._tidy, batcher)
+
+    def _tidy(self, batcher: Batcher) -> None:
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.create_task(self._give_back(batcher))
+
+    async def _give_back(self, batcher: Batcher) -> None:
+        """Gives the memory of a freed backbone back to its device, for a trainer beside the server or for the next load."""
+        await asyncio.get_running_loop().run_in_executor(self._readers, gc.collect)
+        for device in self._devices:
+            if device.type == "cuda":
+                with suppress(DeviceLost):
+                    await batcher.call(device, torch.cuda.empty_cache)
+
+
+def _head_on(head: Head, device: torch.device) -> Head:
+    return head if device.type == "cpu" else deepcopy(head).to(device)
+
+
+def _running(info: RuntimeInfo) -> str:
+    return f"{info.engine} {info.precision}, batches of {info.max_batch} ({info.source})"
 
 
 def _unpacked(name: str, store: ModelStore) -> ModelConfig:
@@ -274,47 +286,6 @@ async def _probe(served: Served, batcher: Batcher) -> None:
         raise WeightsError("the model answers NaN for a plain gray image; its weights are not usable")
 
 
-@dataclass(frozen=True)
-class ServingPlan:
-    """Which models are to be served. A name without a configuration is damaged or missing."""
-
-    names: tuple[str, ...]  # the default first
-    versions: Mapping[str, int]
-    configs: Mapping[str, ModelConfig]
-    default: str | None
-
-    @property
-    def missing(self) -> frozenset[str]:
-        """What the store has no version of."""
-        return frozenset(self.names) - frozenset(self.versions)
-
-
-def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
-    """The setting `models` (default: all that the store serves) against the store."""
-    serving = store.serving()
-    names: list[str] = []
-    for name in settings.models:
-        names += _imagenet_group() if name == IMAGENET else (name,)
-    names = names or [*serving.models]
-    default = settings.default_model or (serving.default if serving.default in names else None)
-    default = default or (names[0] if names else None)
-    ordered = tuple(dict.fromkeys([default, *names] if default else names))
-    versions: dict[str, int] = {}
-    configs: dict[str, ModelConfig] = {}
-    for name in ordered:
-        with suppress(InvalidName, ModelNotFound, WeightsError):  # loading it says what is wrong
-            if stored := store.versions(name):
-                versions[name] = serving.models.get(name) or stored[-1]
-                configs[name] = store.config(name, versions[name])
-    return ServingPlan(ordered, versions, configs, default)
-
-
-def _imagenet_group() -> tuple[str, ...]:
-    from models.pull import IMAGENET_ENSEMBLE, IMAGENET_GROUP
-
-    return (*IMAGENET_GROUP, IMAGENET_ENSEMBLE)
-
-
 class BackboneStatus(BaseModel):
     """A backbone under a served model."""
 
@@ -325,7 +296,10 @@ class BackboneStatus(BaseModel):
     input: tuple[int, int, int]
     shared_with: list[str]
     memory_bytes: int
-    runtime: dict[str, RuntimeInfo]
+    runtime: dict[str, RuntimeInfo] = Field(description="How it runs on each device")
+    failures: dict[str, str] = Field(
+        {}, description="Devices on which it could not be loaded, and why; the others serve"
+    )
 
 
 class DecisionRule(BaseModel):
@@ -405,4 +379,5 @@ def _describe_backbone(name: str, backbone: LoadedBackbone, served_by_name: Mapp
         shared_with=sorted(n for n, other in served_by_name.items() if n != name and backbone in other.backbones),
         memory_bytes=backbone.size,
         runtime=dict(backbone.infos),
+        failures=dict(backbone.failures),
     )

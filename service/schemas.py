@@ -9,6 +9,7 @@ from models.classifier import NAME_PATTERN
 from models.decisions import Decision
 from models.reference import NEAREST
 from models.training.request import FinetuneRequest
+from service.batcher import DeviceState
 from service.datasets import Dataset
 from service.jobs import Job
 from service.loaded import ModelStatus
@@ -111,6 +112,10 @@ class EmbedAnswer(BaseModel):
 
 class ModelList(BaseModel):
     models: list[ModelStatus]
+    devices: dict[str, DeviceState] = Field(description="What the server computes on; `lost` until it is started again")
+    device_note: str | None = Field(
+        None, description="Why no GPU is used, where `IMAGO_DEVICE=auto` found none that is usable"
+    )
 
 
 class JobList(BaseModel):

@@ -23,6 +23,7 @@ from models.errors import (
 from models.store import ModelStore, Serving
 from service.answers import PLAIN, Answer, Embedding, Prediction, Sample, Timings, Wanted
 from service.app import create_app
+from service.batcher import DeviceState
 from service.engine import Engine
 from service.loaded import ModelStatus, Served
 from service.metrics import Metrics
@@ -72,6 +73,7 @@ class FakeEngine(Engine):
     def __init__(self, store: ModelStore) -> None:
         self.store = store
         self.devices = [torch.device("cpu")]
+        self.device_note: str | None = None
         self.draining = self.closed = self.cancelled = False
         self.is_ready = self.is_live = True
         self.asked: dict[str, Any] = {}
@@ -97,6 +99,9 @@ class FakeEngine(Engine):
     @property
     def live(self) -> bool:
         return self.is_live
+
+    def device_states(self) -> dict[str, DeviceState]:
+        return {"cpu": "works" if self.is_live else "lost"}
 
     def not_ready_reason(self) -> str:
         return "the default model is still loading"

@@ -95,8 +95,8 @@ async def classify(
     """One answer per model, over all files in their order. Only the models that are asked are loaded."""
     from models.store import ModelStore
     from service.engine import Engine
-    from service.loaded import plan_serving
     from service.metrics import Metrics
+    from service.plan import plan_serving
 
     store = ModelStore(settings.weights)
     names = tuple(models) or tuple(filter(None, [plan_serving(settings, store).default]))

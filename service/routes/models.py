@@ -49,7 +49,7 @@ def _possible(name: str) -> str:
 Name = Annotated[str, AfterValidator(_possible), Path(description="A model's name", examples=["cifar10"])]
 Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
 
-LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE]})
+LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE], "devices": {"cuda:0": "works"}, "device_note": None})
 SHOWN = json_answer("The model", MODEL_EXAMPLE)
 VERSIONS = json_answer("Its versions", {"versions": [VERSION_EXAMPLE]})
 
@@ -58,10 +58,14 @@ UNCACHED = {"Cache-Control": "no-store"}
 _pulls: set[asyncio.Task[ModelConfig]] = set()  # nobody else holds a task whose client has left
 
 
+def _listed(engine: Engine) -> ModelList:
+    return ModelList(models=engine.models(), devices=engine.device_states(), device_note=engine.device_note)
+
+
 @router.get("/models", summary="What is served", responses={200: LISTED})
 async def list_models(engine: EngineDep) -> ModelList:
     """Every model that serves, is being loaded, or failed to load, with its classes, backbones and figures."""
-    return ModelList(models=engine.models())
+    return _listed(engine)
 
 
 @router.get("/models/{name}", summary="One served model", responses={200: SHOWN})
@@ -73,7 +77,7 @@ async def show_model(name: Name, engine: EngineDep) -> ModelStatus:
 async def sync_models(engine: EngineDep) -> ModelList:
     """Loads what is new in the store beside what serves, and swaps. What fails to load shows its error, and its old version serves on."""
     await engine.sync()
-    return ModelList(models=engine.models())
+    return _listed(engine)
 
 
 PULLED: dict[str, Any] = {
