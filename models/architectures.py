@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -218,8 +218,9 @@ def _adapt(name: str, network: Any, channels: int) -> None:
         # so it stands in `preprocessing_of`: it then travels with the weights, costs nothing, and works for one channel.
         network.transform_input = False
     if name.startswith("mnasnet"):
-        # Its own hook wants a version number, which a state dict keeps only in a pickle.
-        network._load_from_state_dict = MethodType(nn.Module._load_from_state_dict, network)
+        from models.mnasnet import UnversionedMNASNet
+
+        network.__class__ = UnversionedMNASNet
     if channels == 1:
         _take_gray(network)
 

@@ -229,6 +229,20 @@ class Head(nn.Module):
         return self.combine([self.part(i, f) for i, f in enumerate(features)])
 
 
+class _Last:
+    """Keeps a module's last output. As a hook it refers to no network: a network that a hook of its own refers to is a cycle, which
+    `gc.freeze` would keep in memory for ever."""
+
+    output: Any = None
+
+    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.output = output
+
+    def take(self) -> Any:
+        output, self.output = self.output, None
+        return output
+
+
 class Tap(nn.Module):
     """The output of a network's module `name` -> (N, D), see `pooled`. To be called from one thread.
 
@@ -239,15 +253,12 @@ class Tap(nn.Module):
         super().__init__()
         self.network = network
         self.name = name
-        self._tapped: Any = None
-        network.get_submodule(name).register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._tapped = output
+        self._last = _Last()
+        network.get_submodule(name).register_forward_hook(self._last.keep)
 
     def forward(self, images: Tensor) -> Tensor:
         self.network(images)
-        tapped, self._tapped = self._tapped, None
+        tapped = self._last.take()
         if not isinstance(tapped, Tensor):
             raise WeightsError(f"the module {self.name!r} has no output that could be features: name one that holds it")
         features = pooled(tapped)

@@ -12,17 +12,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from models import packaged
 from models.classifier import ModelConfig
 from models.download import Progress
-from models.errors import ModelError, ModelNotFound, NameConflict, WeightsError
+from models.errors import ModelError, ModelNotFound, NameConflict, OutOfMemory, WeightsError
 from models.store import ModelStore
 from service.batcher import Batcher
-from service.errors import NotReady, ServiceError
+from service.errors import DeviceLost, NotReady, ServiceError
 from service.loaded import Loader, ModelStatus, Served, describe
 from service.metrics import Metrics
 from service.plan import ServingPlan, plan_serving
@@ -30,8 +30,16 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory; doubled each time
 T = TypeVar("T")
 Check = Callable[[Served], Awaitable[None]]
+
+
+class Failure(NamedTuple):
+    """Why a model is not served. `passing`: what it lacked another process may free, so that the load is tried again."""
+
+    reason: str
+    passing: bool = False
 
 
 async def unchecked(served: Served) -> None:
@@ -53,11 +61,13 @@ class Catalogue:
         self.served: Mapping[str, Served] = {}
         self.default: str | None = None
         self._loader = Loader(settings, store, metrics, devices)
-        self._failures: dict[str, str] = {}
+        self._failures: dict[str, Failure] = {}
         self._loading: set[str] = set()
         self._store_error: str | None = None
         self._sync_lock = asyncio.Lock()
         self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._retries: dict[str, asyncio.Task[None]] = {}
+        self._retried_at: dict[str, float] = {}  # time.monotonic() of the next try
         self._first_sync: asyncio.Task[None] | None = None
 
     # Life
@@ -91,7 +101,7 @@ class Catalogue:
         if self._store_error:
             return f"the store could not be read: {self._store_error}"
         if self.default in self._failures:
-            return f"the default model {self.default!r} could not be loaded: {self._failures[self.default]}"
+            return f"the default model {self.default!r} could not be loaded: {self._failures[self.default].reason}"
         if self.default is None and self._first_sync is not None and self._first_sync.done():
             return "the store serves no model: pull, import or train one, then POST /models/sync"
         return "the default model is still loading"
@@ -99,8 +109,8 @@ class Catalogue:
     def close(self) -> None:
         if self._first_sync is not None:
             self._first_sync.cancel()
-        for pull in self._pulls.values():
-            pull.cancel()
+        for task in (*self._pulls.values(), *self._retries.values()):
+            task.cancel()
         self._loader.close()
 
     # What is served
@@ -146,8 +156,8 @@ class Catalogue:
     async def activate(self, name: str, version: int, check: Check = unchecked) -> ModelStatus:
         """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
 
-        Raises ModelNotFound, NameConflict (the setting `models` names others), WeightsError and what `check` raises of the version; then
-        everything is as it was.
+        Raises ModelNotFound, NameConflict (the setting `models` names others), OutOfMemory, NotReady (a device is taken), DeviceLost,
+        WeightsError and what `check` raises of the version; then everything is as it was.
         """
         return await self._serve(name, version, partial(self.store.activate, name, version), check)
 
@@ -187,7 +197,7 @@ class Catalogue:
         started = time.monotonic()
         try:
             served = await self._loader.load(name, version, self.batcher)
-        except ModelNotFound:
+        except (ModelNotFound, OutOfMemory, NotReady, DeviceLost):
             raise
         except (ModelError, ServiceError) as error:
             raise WeightsError(f"version {version} could not be loaded: {error}") from error
@@ -203,7 +213,7 @@ class Catalogue:
             if self.default not in self.served or plan.default in self.served:
                 self.default = plan.default  # otherwise the old default answers until the new one is loaded
             self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
-            self._failures = {name: error for name, error in self._failures.items() if name in plan.missing}
+            self._failures = {name: failure for name, failure in self._failures.items() if name in plan.missing}
             stale = [name for name in plan.names if not self._is_current(name, plan) and not self._is_refused(name)]
             to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
             self._loading = {
@@ -252,6 +262,7 @@ class Catalogue:
         served = await self._attempt(name, self._loader.load(name, plan.versions.get(name), self.batcher))
         if served is None:
             return
+        self._failures.pop(name, None)
         self.served = {**self.served, name: served}
         if name == plan.default:
             self.default = name
@@ -262,14 +273,44 @@ class Catalogue:
         try:
             return await work
         except (ModelError, ServiceError) as error:
-            self._failures[name] = str(error)
+            failure = self._failures[name] = Failure(str(error), isinstance(error, OutOfMemory | NotReady))
             log.error("%s could not be loaded: %s", name, error)
+            if failure.passing and name not in self._retries:
+                self._retries[name] = asyncio.create_task(self._retry(name))
         except Exception:
-            self._failures[name] = "an internal error; the log has the details"
+            self._failures[name] = Failure("an internal error; the log has the details")
             log.exception("%s could not be loaded", name)
         finally:
             self._loading.discard(name)
         return None
+
+    async def _retry(self, name: str) -> None:
+        """Loads it again, later and later, until it serves, fails for another reason, or is not to be served any more."""
+        delay_s = RETRY_FIRST_S
+        try:
+            while True:
+                self._retried_at[name] = time.monotonic() + delay_s
+                await asyncio.sleep(delay_s)
+                async with self._sync_lock:
+                    plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+                    if name not in plan.names:
+                        self._failures.pop(name, None)
+                    elif not self._is_current(name, plan):
+                        self._loading.add(name)
+                        await self._swap_in(name, plan)
+                        self._announce()
+                    if name not in self._failures or not self._failures[name].passing:
+                        return
+                delay_s = min(2 * delay_s, RETRY_LONGEST_S)
+        finally:
+            del self._retries[name], self._retried_at[name]
+
+    def _error(self, name: str) -> str | None:
+        if (failure := self._failures.get(name)) is None:
+            return None
+        if (at := self._retried_at.get(name)) is None or not failure.passing:
+            return failure.reason
+        return f"{failure.reason}; tried again in {max(0.0, at - time.monotonic()):.0f} s"
 
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name."""
@@ -285,5 +326,5 @@ class Catalogue:
             self.served,
             default=name == self.default,
             loading=name in self._loading,
-            error=self._failures.get(name),
+            error=self._error(name),
         )

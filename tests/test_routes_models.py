@@ -36,6 +36,15 @@ async def test_list(http: httpx.AsyncClient) -> None:
     assert [model["name"] for model in answer.json()["models"]] == ["pets"]
 
 
+async def test_list_says_what_it_computes_on_and_why_not_on_a_gpu(http: httpx.AsyncClient, service: Service) -> None:
+    assert {key: (await http.get("/models")).json()[key] for key in ("devices", "device_note")} == {
+        "devices": {"cpu": "works"},
+        "device_note": None,
+    }
+    service.engine.device_note = "running on the CPU: there is no NVIDIA driver; install one"
+    assert "no NVIDIA driver" in (await http.get("/models")).json()["device_note"]
+
+
 async def test_show(http: httpx.AsyncClient) -> None:
     body = (await http.get("/models/pets")).json()
     assert (body["version"], body["classes"], body["state"]) == (1, CLASSES, "ready")

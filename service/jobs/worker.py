@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from models.errors import ModelError
+from models.errors import ModelError, OutOfMemory
 from models.files import replace
 from models.records import read_record, to_json
 from models.store import ModelStore
@@ -244,7 +244,7 @@ class Worker:
         while True:
             try:
                 return self._activate(name, version, samples)
-            except (QueueFull, NotReady, DeadlineExceeded) as error:
+            except (QueueFull, NotReady, DeadlineExceeded, OutOfMemory) as error:
                 if time.monotonic() >= ends:
                     raise
                 log.info("%s@%d is activated later: %s", name, version, error)
