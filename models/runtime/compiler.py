@@ -43,7 +43,7 @@ from models.runtime.torch_engine import TorchEngine
 log = logging.getLogger(__name__)
 
 # Of the largest feature. Measured on EfficientNet-Lite0 to Lite2 with their ImageNet weights: float32 2e-6, float16 0.003 to 0.006,
-# bfloat16 0.027 to 0.048, five to ten times as much. So float16 is never refused for rounding where bfloat16 is taken.
+# bfloat16 0.027 to 0.048, six to ten times as much. So float16 is never refused for rounding where bfloat16 is taken.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 Engine = TorchEngine | OpenVinoEngine
