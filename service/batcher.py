@@ -31,6 +31,7 @@ from models.runtime import is_device_lost, is_out_of_memory
 from service import forward
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.forward import Part, Runtime
+from service.forward import apply_parts as apply_parts  # the batcher's arithmetic, for checks of it
 from service.items import Call, Forward, Item, Output, deliver, resolve
 from service.metrics import Metrics
 
@@ -121,6 +122,10 @@ class Batcher:
 
     def is_lost(self, device: torch.device) -> bool:
         return self._by_device[device].lost
+
+    def is_busy(self, device: torch.device) -> bool:
+        """Whether its thread computes now."""
+        return self._by_device[device].busy_since is not None
 
     def states(self, hangs_after_s: float) -> dict[torch.device, DeviceState]:
         """Of each device; it hangs if one batch has taken longer than so many seconds."""

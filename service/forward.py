@@ -50,23 +50,51 @@ def run(
     mapped: Sequence[int] = (),
 ) -> Values:
     """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
-    places = _by_part(parts_by_row)
-    chosen = [[row for row, _ in asked] for asked in places.values()]
-    *indices, mapped_index = _indices([*chosen, mapped], len(images), device)
+    wanted = _Wanted.of(parts_by_row, mapped, device)
     pixels = stack(images, pinned=_pins(device))
     features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
     if len(features) != len(images):
         raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
-    outputs = [part(_rows(features, index)) for part, index in zip(places, indices, strict=True)]
-    for output, rows in zip(outputs, chosen, strict=True):
-        if len(output) != len(rows):
-            raise RuntimeError(f"a head answered {len(output)} rows for {len(rows)}")
-    if maps is not None:
-        outputs.append(_rows(maps, mapped_index))
-    outputs, all_finite = _to_cpu(outputs)
-    wanted = dict(zip(mapped, outputs.pop(), strict=True)) if mapped else {}
-    finite = [True] * len(images) if all_finite else _finite(outputs, chosen, len(images))
-    return Values(_by_image(outputs, places, parts_by_row), [wanted.get(row) for row in range(len(images))], finite)
+    return wanted.values(features, maps)
+
+
+def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:
+    """Features (N, D), and what each row asks for -> for each row its values in that order, float32 (K,) on the CPU."""
+    return _Wanted.of(parts_by_row, (), features.device).values(features, None).rows
+
+
+class _Wanted(NamedTuple):
+    """What the images of a batch ask for. Made before the forward pass, so that the indices are on the device when they are needed."""
+
+    parts_by_row: Sequence[Sequence[Part]]
+    places: dict[Part, list[Place]]
+    rows: list[list[int]]  # of each part
+    indices: list[
+        Tensor | None
+    ]  # of the rows of each part, and of the images whose map is wanted; None: of all in order
+    mapped: Sequence[int]
+
+    @classmethod
+    def of(cls, parts_by_row: Sequence[Sequence[Part]], mapped: Sequence[int], device: torch.device) -> "_Wanted":
+        places = _by_part(parts_by_row)
+        rows = [[row for row, _ in asked] for asked in places.values()]
+        indices = _indices([*rows, mapped], len(parts_by_row), device)
+        return cls(parts_by_row, places, rows, indices, mapped)
+
+    def values(self, features: Tensor, maps: Tensor | None) -> Values:
+        """Features (N, D) and, where some are wanted, maps (N, D', h, w), both on the device."""
+        outputs = [part(_rows(features, index)) for part, index in zip(self.places, self.indices, strict=False)]
+        for output, rows in zip(outputs, self.rows, strict=True):
+            if len(output) != len(rows):
+                raise RuntimeError(f"a head answered {len(output)} rows for {len(rows)}")
+        if maps is not None:
+            outputs.append(_rows(maps, self.indices[-1]))
+        outputs, all_finite = _to_cpu(outputs)
+        by_row = dict(zip(self.mapped, outputs.pop(), strict=True)) if maps is not None else {}
+        count = len(self.parts_by_row)
+        finite = [True] * count if all_finite else _finite(outputs, self.rows, count)
+        rows_of_values = _by_image(outputs, self.places, self.parts_by_row)
+        return Values(rows_of_values, [by_row.get(row) for row in range(count)], finite)
 
 
 def _by_part(parts_by_row: Sequence[Sequence[Part]]) -> dict[Part, list[Place]]:
@@ -80,6 +108,8 @@ def _by_part(parts_by_row: Sequence[Sequence[Part]]) -> dict[Part, list[Place]]:
 
 def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device) -> list[Tensor | None]:
     """For each list of rows an int64 index on the device, all of them by one copy; None where it is every row in order, or none."""
+    if images == 1:
+        return [None] * len(chosen)
     every = list(range(images))
     lists = [None if not rows or rows == every else rows for rows in chosen]
     numbers = [row for rows in lists if rows is not None for row in rows]

@@ -206,7 +206,7 @@ class Loader:
         settings, options = self._settings, self._settings.runtime_options()
 
         def compile_for(device: torch.device) -> Runtime:
-            return compile_backbone(backbone, device, options, layer)
+            return compile_backbone(backbone, device, options, layer, is_serving=partial(batcher.is_busy, device))
 
         replicas = await self._work.replicas(compile_for, ref.preprocessing, batcher)
         infos = {str(device): runtime.info for device, runtime in replicas.runtimes.items()}

@@ -1,6 +1,7 @@
 """One batch on its device: values per image, and what crosses between the CPU and a GPU."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,8 +66,8 @@ def test_an_infinite_value_concerns_its_image_alone() -> None:
 
 def batch(gpu: FakeGpu, heads: int, near: bool, mapped: bool, size: int = 104) -> Crossings:
     """A batch of a small ResNet on the pretended GPU: each image asks for one of `heads`, every other one for more."""
-    engine = TorchEngine(gpu.backbone("preact_resnet"), CUDA, "float16", "channels_last", 1)
-    runtime: Any = engine
+    backbone = replace(gpu.backbone("preact_resnet"), map="features.norm")
+    runtime: Any = TorchEngine(backbone, CUDA, "float16", "channels_last", 1)
     parts = [HeadPart({CUDA: _head(gpu)}, 0) for _ in range(heads)]
     kept = NearPart({CUDA: torch.zeros(32, DIM, device=CUDA)})
     asked: Asked = [[parts[row % heads], *([kept] if near and row % 2 else [])] for row in range(size)]
