@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
+from models.cgroup import cpu_count
 from service.bench import Load, Report, run
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +268,7 @@ def machine() -> dict[str, Any]:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": model[0].partition(": ")[2] if model else "unknown",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
     }
 

@@ -1,19 +1,17 @@
 """Which devices there are, what they gain from, and what their errors mean."""
 
 import logging
-import math
-import os
-from pathlib import Path
 
 import torch
 
+from models import cgroup
 from models.errors import DeviceUnavailable
 
 log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of a GPU's free memory, for training beside a server
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two processors; "max 100000" is no limit
+CPU_QUOTA = cgroup.ROOT / "cpu.max"  # of a container; models/cgroup.py has the other places
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc", "cublas_status_alloc_failed")
 DEVICE_LOST = (
@@ -92,13 +90,8 @@ def leave_memory(device: torch.device) -> None:
 
 
 def cpu_count() -> int:
-    """Processors that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, math.ceil(int(quota) / int(period))))
+    """Cores that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
+    return cgroup.cpu_count(CPU_QUOTA.parent)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
