@@ -1,0 +1,1 @@
+"""What several test files share: pretended and simulated GPUs, emulated arithmetic."""
