@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import architectures
+from models.backbones import skeleton
 from models.classifier import Backbone, BackboneRef
-from models.explain import find_map, probe
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -83,13 +83,20 @@ class FakeGpu:
         return _apply(module, self.mode.from_tensor)
 
     def backbone(self, name: str) -> Backbone:
-        """An architecture without its last layer, as the store loads one, with fake tensors."""
+        """An architecture without its last layer, with fake tensors on the CPU, as `faked` would give the store's. It has no `map`."""
         with unset_fake_temporarily():
-            network = architectures.create(name)
-            module = network.backbone.eval().requires_grad_(False)
-            ref = BackboneRef(architecture=name, sha256="0" * 64, preprocessing=network.preprocessing)
-            _, mapped = find_map(module, probe(network.preprocessing, 1))
-        return Backbone(ref, self.faked(module), network.feature_dim, mapped)
+            preprocessing = architectures.preprocessing_of(name, 3)
+            module = skeleton(name, preprocessing).eval().requires_grad_(False)
+        _apply(module, self._on_cpu)
+        ref = BackboneRef(architecture=name, sha256="0" * 64, preprocessing=preprocessing)
+        with torch.inference_mode():
+            images = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width)
+            return Backbone(ref, module, module(images).shape[1])
+
+    def _on_cpu(self, meta: Tensor) -> Tensor:
+        with unset_fake_temporarily():
+            empty = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        return FakeTensor(self.mode, empty, torch.device("cpu"))
 
     def pin(self, tensor: Tensor) -> Tensor:
         self.pinned.add(tensor.untyped_storage()._cdata)
