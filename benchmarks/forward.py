@@ -19,7 +19,7 @@ from benchmarks import rig
 from models import architectures
 from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
 from models.runtime import Options, compile_backbone, pick_device, tune_allocator
-from models.runtime.device import gains_from_bfloat16
+from models.runtime.device import half_precisions
 from models.runtime.openvino_engine import openvino_version
 
 NETWORKS = ("resnet18", "resnet50", "densenet121", "inception_v3")
@@ -70,10 +70,9 @@ def backbone_of(name: str) -> Backbone:
 
 
 def contenders(backbone: Backbone, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Plain torch first, then every engine in float32, in bfloat16 where the device gains from it, and on a GPU in float16."""
+    """Plain torch first, then every engine in float32, and in the 16-bit precisions that the device gains from."""
     engines = ["torch", "openvino"] if device.type == "cpu" and openvino_version() else ["torch"]
-    precisions = ["float32", *(["bfloat16"] if gains_from_bfloat16(device) else [])]
-    precisions += ["float16"] if device.type == "cuda" else []
+    precisions = ["float32", *half_precisions(device)]
     compiled: dict[str, Callable[[Tensor], Tensor]] = {
         f"{engine} {precision}": compile_backbone(
             backbone,

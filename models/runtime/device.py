@@ -8,6 +8,7 @@ import torch
 from models import cgroup
 from models.errors import DeviceUnavailable
 from models.runtime.gpus import gpus
+from models.runtime.options import Precision
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,23 @@ def gains_from_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def half_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """The 16-bit precisions that are computed natively there, the more exact one first; others are no faster than float32."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return ("float16", "bfloat16") if capability >= (8, 0) else ("float16",) if capability >= (7, 0) else ()
+    return ("bfloat16",) if gains_from_bfloat16(device) else ()
+
+
+def use_ieee_float32() -> None:
+    """Switches TF32 off in this process: float32 on a GPU then has 24 bits, as on a CPU. By default cuDNN rounds to 11.
+
+    By the settings that torch.backends.cudnn.flags() saves and restores; it refuses those of single operators.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def memory(device: torch.device) -> tuple[int, int] | None:
