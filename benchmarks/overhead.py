@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import rig
-from benchmarks.serve import first_device, latencies_ms, limit_of
+from benchmarks.serve import latencies_ms, limit_of
 from service.bench import complete
 
 NETWORK = "lenet5"
@@ -62,7 +62,7 @@ def ask(server: rig.Server, image: bytes, seconds: float) -> dict[str, float]:
 
 
 def measure(root: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    image, rows, device = rig.noise(32), [], rig.in_child(first_device)
+    image, rows, device = rig.noise(32), [], rig.in_child(rig.first_device)
     command = rig.imago(root, "--device", device)
     with (
         rig.serving(command, "/health/ready", root / "serve.log") as server,

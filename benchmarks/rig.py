@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = "imagenet-samples.zip"
 READY_S = 900.0  # the imagenet group compiles and measures six networks at its first start
 STOP_S = 30.0
+CONNECTIONS = {"cpu": 32, "cuda": 256}  # at full load: enough to fill the largest batch
+MANY_CONNECTIONS = ("--max-client-connections", "1024")  # all come from one address
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -79,6 +81,14 @@ def in_child(function: Any, *args: Any) -> Any:
     """Calls a function in a process of its own, so that this one, which generates the load, never imports torch."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def first_device() -> str:
+    """`cpu` or `cuda:0`: what a benchmark uses on any machine, by IMAGO_DEVICE. Imports torch: for `in_child`."""
+    from models.runtime import pick_device
+    from service.settings import Settings
+
+    return str(pick_device(Settings.load().device))
 
 
 def publish_random(weights: Path, names: Sequence[str], save_to: Path | None = None) -> None:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from models.classifier import Head, Preprocessing
 
 BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (8, 16, 32, 64, 128, 256)}
-CONNECTIONS = {"cpu": 32, "cuda": 256}  # enough to fill the largest batch
 AHEAD = (0, 1)  # batches that are decoded while the one before them is in the network
 
 
@@ -114,14 +113,6 @@ def limit_of(root: Path, name: str, device: str) -> ProcessPoolExecutor:
     )
 
 
-def first_device() -> str:
-    """`cpu` or `cuda:0`: one device for server and limit, whatever the machine has."""
-    from models.runtime import pick_device
-    from service.settings import Settings
-
-    return str(pick_device(Settings.load().device))
-
-
 def chosen() -> tuple[str, str, int | None]:
     """Engine, precision and threads in process."""
     return choice
@@ -147,7 +138,7 @@ def best_cell(pool: ProcessPoolExecutor, images: Sequence[bytes], seconds: float
 def rounds(
     server: rig.Server, pool: ProcessPoolExecutor, images: Sequence[bytes], count: int, seconds: float, kind: str
 ) -> Iterator[dict[str, float]]:
-    (batch, ahead), connections = best_cell(pool, images, seconds / 2, kind), CONNECTIONS[kind]
+    (batch, ahead), connections = best_cell(pool, images, seconds / 2, kind), rig.CONNECTIONS[kind]
     server.load(images, connections, seconds / 2)  # warm
     for number in range(count):
         row = {
@@ -161,8 +152,8 @@ def rounds(
 
 
 def measure(root: Path, name: str, images: Sequence[bytes], count: int, seconds: float, device: str) -> dict[str, Any]:
-    flags = ("--models", name, "--device", device, "--max-client-connections", "1024")
-    with rig.serving(rig.imago(root, *flags), "/health/ready", root / "serve.log") as server:
+    command = rig.imago(root, "--models", name, "--device", device, *rig.MANY_CONNECTIONS)
+    with rig.serving(command, "/health/ready", root / "serve.log") as server:
         status = rig.get_json(f"{server.url}/models/{name}")
         runtime = next(iter(status["backbones"][0]["runtime"].values()))
         with limit_of(root, name, device) as pool:
@@ -185,7 +176,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"])
     args = parser.parse_args()
     count, seconds = args.rounds or (1 if args.quick else 5), args.seconds or (2 if args.quick else 10)
-    device = rig.in_child(first_device)
+    device = rig.in_child(rig.first_device)
     found: dict[str, Any] = {"benchmark": "serve", "machine": rig.machine(), "device": device}
     images = rig.photographs()
     with rig.store_of(*args.networks) as root:

@@ -8,7 +8,7 @@ import torch
 from support.fake_cuda import CUDA, FakeGpu, crossings, fake_cuda
 from torch import nn
 
-from benchmarks import forward, serve
+from benchmarks import forward, rig, serve
 from models.classifier import Head
 from models.runtime import choice
 from models.runtime.torch_engine import TorchEngine
@@ -43,7 +43,7 @@ def test_the_limit_of_a_server_computes_on_a_gpu(gpu: FakeGpu, count: int) -> No
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_limit_tries_batches_up_to_the_largest_that_a_server_may_choose(kind: str) -> None:
     assert max(serve.BATCHES[kind]) >= choice.LARGEST_BATCH[kind]
-    assert serve.CONNECTIONS[kind] >= max(serve.BATCHES[kind])
+    assert rig.CONNECTIONS[kind] >= max(serve.BATCHES[kind])
     assert max(forward.BATCHES["cuda"]) >= choice.LARGEST_BATCH["cuda"]
 
 
