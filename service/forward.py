@@ -55,12 +55,15 @@ def run(
     features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
     if len(features) != len(images):
         raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
-    return wanted.values(features, maps)
+    outputs = wanted.outputs(features, maps)
+    by_row = dict(zip(mapped, outputs.pop(), strict=True)) if mapped else {}
+    return Values(wanted.by_row(outputs), [by_row.get(row) for row in range(len(images))], wanted.finite(outputs))
 
 
 def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:
     """Features (N, D), and what each row asks for -> for each row its values in that order, float32 (K,) on the CPU."""
-    return _Wanted.of(parts_by_row, (), features.device).values(features, None).rows
+    wanted = _Wanted.of(parts_by_row, (), features.device)
+    return wanted.by_row(wanted.outputs(features, None))
 
 
 class _Wanted(NamedTuple):
@@ -71,30 +74,41 @@ class _Wanted(NamedTuple):
     rows: list[list[int]]  # of each part
     indices: list[
         Tensor | None
-    ]  # of the rows of each part, and of the images whose map is wanted; None: of all in order
-    mapped: Sequence[int]
+    ]  # on the device: of these rows, and of the images whose map is wanted; None: all in order
 
     @classmethod
     def of(cls, parts_by_row: Sequence[Sequence[Part]], mapped: Sequence[int], device: torch.device) -> "_Wanted":
         places = _by_part(parts_by_row)
         rows = [[row for row, _ in asked] for asked in places.values()]
-        indices = _indices([*rows, mapped], len(parts_by_row), device)
-        return cls(parts_by_row, places, rows, indices, mapped)
+        return cls(parts_by_row, places, rows, _indices([*rows, mapped], len(parts_by_row), device))
 
-    def values(self, features: Tensor, maps: Tensor | None) -> Values:
-        """Features (N, D) and, where some are wanted, maps (N, D', h, w), both on the device."""
+    def outputs(self, features: Tensor, maps: Tensor | None) -> list[Tensor]:
+        """Features (N, D), and maps (N, D', h, w) where some are wanted, both on the device -> on the CPU the values (n, K) of each part,
+        and last the wanted maps."""
         outputs = [part(_rows(features, index)) for part, index in zip(self.places, self.indices, strict=False)]
         for output, rows in zip(outputs, self.rows, strict=True):
             if len(output) != len(rows):
                 raise RuntimeError(f"a head answered {len(output)} rows for {len(rows)}")
-        if maps is not None:
-            outputs.append(_rows(maps, self.indices[-1]))
-        outputs, all_finite = _to_cpu(outputs)
-        by_row = dict(zip(self.mapped, outputs.pop(), strict=True)) if maps is not None else {}
-        count = len(self.parts_by_row)
-        finite = [True] * count if all_finite else _finite(outputs, self.rows, count)
-        rows_of_values = _by_image(outputs, self.places, self.parts_by_row)
-        return Values(rows_of_values, [by_row.get(row) for row in range(count)], finite)
+        return _to_cpu(outputs if maps is None else [*outputs, _rows(maps, self.indices[-1])])
+
+    def by_row(self, outputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The values of each part -> those of each image, in the order in which it asked."""
+        values: list[list[Tensor]] = [[*outputs[:1]] * len(parts) for parts in self.parts_by_row]
+        for output, asked in zip(outputs, self.places.values(), strict=True):
+            for (row, slot), value in zip(asked, output, strict=True):
+                values[row][slot] = value
+        return values
+
+    def finite(self, outputs: Sequence[Tensor]) -> list[bool]:
+        """For each image whether all its values are finite numbers."""
+        finite = [True] * len(self.parts_by_row)
+        flat = outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
+        if bool(flat.isfinite().all()):
+            return finite
+        for output, rows in zip(outputs, self.rows, strict=True):
+            for row, good in zip(rows, output.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+                finite[row] &= good
+        return finite
 
 
 def _by_part(parts_by_row: Sequence[Sequence[Part]]) -> dict[Part, list[Place]]:
@@ -131,32 +145,10 @@ def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor.index_select(0, index)
 
 
-def _to_cpu(outputs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """The same in float32 on the CPU, by one copy; whether all of them are finite numbers."""
-    if len(outputs) == 1:
-        only = outputs[0].float().cpu()
-        return [only], bool(only.isfinite().all())
+def _to_cpu(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same in float32 on the CPU, by one copy."""
+    if len(outputs) == 1 or all(output.device.type == "cpu" for output in outputs):
+        return [output.float().cpu() for output in outputs]
     flat = torch.cat([output.float().flatten() for output in outputs]).cpu()
     pieces = flat.split_with_sizes([output.numel() for output in outputs])
-    shaped = [piece.view(output.shape) for piece, output in zip(pieces, outputs, strict=True)]
-    return shaped, bool(flat.isfinite().all())
-
-
-def _finite(outputs: Sequence[Tensor], chosen: Sequence[Sequence[int]], images: int) -> list[bool]:
-    """For each image whether all its values are finite numbers."""
-    finite = [True] * images
-    for output, rows in zip(outputs, chosen, strict=True):
-        for row, good in zip(rows, output.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
-            finite[row] &= good
-    return finite
-
-
-def _by_image(
-    outputs: Sequence[Tensor], places: dict[Part, list[Place]], parts_by_row: Sequence[Sequence[Part]]
-) -> list[list[Tensor]]:
-    """The values of each part -> those of each image, in the order in which it asked."""
-    values: list[list[Tensor]] = [[*outputs[:1]] * len(parts) for parts in parts_by_row]
-    for output, asked in zip(outputs, places.values(), strict=True):
-        for (row, slot), value in zip(asked, output, strict=True):
-            values[row][slot] = value
-    return values
+    return [piece.view(output.shape) for piece, output in zip(pieces, outputs, strict=True)]

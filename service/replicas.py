@@ -25,9 +25,9 @@ from service.errors import DeviceLost, NotReady, ServiceError
 
 log = logging.getLogger(__name__)
 
-# The slowest load is minutes: the largest network of timm converted for OpenVINO, then measured in two precisions, on two cores. A device
-# that takes longer hangs.
-HANGS_AFTER_S = 600.0
+# A device that takes longer for one step of loading hangs. A GPU compiles and measures in seconds, in minutes where it is busy. A CPU hardly
+# hangs, and may be slow: the largest networks of timm are converted for OpenVINO and measured in minutes on two cores.
+HANGS_AFTER_S = {"cuda": 600.0, "cpu": 3600.0}
 BUSY = ("busy or unavailable", "exclusive")  # another process has the GPU to itself
 Result = TypeVar("Result")
 
@@ -113,7 +113,7 @@ class DeviceWork:
 
     async def _call(self, work: Callable[[], object], device: torch.device, batcher: Batcher) -> None:
         try:
-            async with asyncio.timeout(HANGS_AFTER_S):
+            async with asyncio.timeout(HANGS_AFTER_S[device.type]):
                 await batcher.call(device, partial(_explaining, work, device))
         except TimeoutError:
             raise _lost(batcher, device, hangs(device)) from None
@@ -141,7 +141,7 @@ class DeviceWork:
             raise DeviceLost(f"{device} is lost; the server has to be started again")
         future = asyncio.get_running_loop().run_in_executor(pool, _explaining, work, device)
         try:
-            await asyncio.wait([future], timeout=HANGS_AFTER_S)
+            await asyncio.wait([future], timeout=HANGS_AFTER_S[device.type])
             if not future.done():
                 raise hangs(device)
             return future.result()
@@ -152,7 +152,7 @@ class DeviceWork:
 
 
 def hangs(device: torch.device) -> DeviceLost:
-    return DeviceLost(f"{device} hangs: loading has taken longer than {HANGS_AFTER_S:.0f} s")
+    return DeviceLost(f"{device} hangs: loading has taken longer than {HANGS_AFTER_S[device.type]:g} s")
 
 
 def _lost(batcher: Batcher, device: torch.device, error: DeviceLost) -> DeviceLost:

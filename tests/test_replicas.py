@@ -82,7 +82,7 @@ async def test_a_device_that_hangs_while_compiling_is_lost_after_the_limit(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(replicas, "HANGS_AFTER_S", 0.1)
+    monkeypatch.setitem(replicas.HANGS_AFTER_S, "cuda", 0.1)
     monkeypatch.setattr(SimulatedGpu, "compile", lambda *given: go_on.wait(30))
     async with on_gpus(store, SimulatedGpu(), ready=False) as engine:
         with pytest.raises(NotReady, match="hangs: loading has taken longer"):
