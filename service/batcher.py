@@ -231,7 +231,8 @@ class Batcher:
             known, self._by_device[device].lost = self.is_lost(device), True
             self._wake_all()
         if not known:
-            log.critical("%s is lost: %s", device, error)
+            cause = f" ({error.__cause__})".split("\n")[0] if error.__cause__ else ""
+            log.critical("%s is lost: %s%s", device, error, cause)
         self._fail_waiting(error)
 
     def _wake_all(self) -> None:
@@ -332,7 +333,8 @@ class DeviceThread(threading.Thread):
         lost = error
         if not isinstance(lost, DeviceLost):  # what nobody foresaw, as an empty_cache() that fails
             log.error("the thread of %s failed", self.device, exc_info=error)
-            lost = DeviceLost(f"{self.device} stopped working; the server is about to restart")
+            lost = DeviceLost(f"{self.device} stopped working; try again later")
+            lost.__cause__ = error
         self._batcher.lose(self.device, lost)
         return lost
 
@@ -342,7 +344,7 @@ class DeviceThread(threading.Thread):
             return self._forward(queue, items)
         except Exception as error:
             if is_device_lost(error, self.device):
-                raise DeviceLost(f"{self.device} stopped working; the server is about to restart") from error
+                raise DeviceLost(f"{self.device} stopped working; try again later") from error
             out_of_memory = is_out_of_memory(error, self.device)
             log.warning("%s: a batch of %d failed on %s: %r", queue.name, len(items), self.device, error)
         # Outside the except block: its traceback would keep the failed batch's tensors in memory.

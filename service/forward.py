@@ -51,7 +51,7 @@ def run(
 ) -> Values:
     """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
     wanted = _Wanted.of(parts_by_row, mapped, device)
-    pixels = stack(images, pinned=_pins(device))
+    pixels = stack(images, pinned=pins(device))
     features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
     if len(features) != len(images):
         raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
@@ -131,12 +131,12 @@ def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device)
         return [None] * len(lists)
     flat = torch.tensor(numbers)
     if device.type != "cpu":
-        flat = (flat.pin_memory() if _pins(device) else flat).to(device, non_blocking=True)
+        flat = (flat.pin_memory() if pins(device) else flat).to(device, non_blocking=True)
     ends = accumulate(len(rows or ()) for rows in lists)
     return [None if rows is None else flat[end - len(rows) : end] for rows, end in zip(lists, ends, strict=True)]
 
 
-def _pins(device: torch.device) -> bool:
+def pins(device: torch.device) -> bool:
     """Pinned memory is CUDA's; without it a copy is waited for, and right all the same."""
     return device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 

@@ -119,6 +119,7 @@ class Loader:
         self._loaded: weakref.WeakValueDictionary[BackboneRef, LoadedBackbone] = weakref.WeakValueDictionary()
         self._under_way: dict[BackboneRef, asyncio.Task[LoadedBackbone]] = {}
         self._tidying: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def load(self, name: str, version: int | None, batcher: Batcher) -> Served:
         """Reads, compiles and tries a version (None: the latest)."""
@@ -143,6 +144,9 @@ class Loader:
         return served
 
     def close(self) -> None:
+        self._closed = True
+        if self._tidying is not None:
+            self._tidying.cancel()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._work.close()
         self._puller.shutdown(wait=False, cancel_futures=True)
@@ -230,7 +234,7 @@ class Loader:
             loop.call_soon_threadsafe(self._tidy, batcher)
 
     def _tidy(self, batcher: Batcher) -> None:
-        if self._tidying is None or self._tidying.done():
+        if not self._closed and (self._tidying is None or self._tidying.done()):
             self._tidying = asyncio.create_task(self._give_back(batcher))
 
     async def _give_back(self, batcher: Batcher) -> None:

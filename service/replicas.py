@@ -19,14 +19,16 @@ import torch
 
 from models.classifier import Preprocessing
 from models.errors import ModelError, OutOfMemory
+from models.images import stack
 from models.runtime import Runtime, is_device_lost, is_out_of_memory, memory, steps_up_to
 from service.batcher import Batcher
 from service.errors import DeviceLost, NotReady, ServiceError
+from service.forward import pins
 
 log = logging.getLogger(__name__)
 
-# A device that takes longer for one step of loading hangs. A GPU compiles and measures in seconds, in minutes where it is busy. A CPU hardly
-# hangs, and may be slow: the largest networks of timm are converted for OpenVINO and measured in minutes on two cores.
+# A device that takes longer for one step of loading hangs. A GPU compiles and measures in seconds, in minutes where it is busy. A CPU
+# hardly hangs, and may be slow: the largest networks of timm are converted for OpenVINO and measured in minutes on two cores.
 HANGS_AFTER_S = {"cuda": 600.0, "cpu": 3600.0}
 BUSY = ("busy or unavailable", "exclusive")  # another process has the GPU to itself
 Result = TypeVar("Result")
@@ -176,7 +178,7 @@ def explained(error: Exception, device: torch.device) -> Exception:
     if isinstance(error, RuntimeError) and any(text in str(error) for text in BUSY):
         return NotReady(f"{device} is taken by another process; end that process, or run `nvidia-smi -c DEFAULT`")
     if is_device_lost(error, device):
-        return DeviceLost(f"{device} stopped working; the server is about to restart")
+        return DeviceLost(f"{device} stopped working; try again later")
     return error
 
 
@@ -188,6 +190,6 @@ def _free(device: torch.device) -> str:
 
 
 def _run(runtime: Runtime, size: int, shape: Preprocessing) -> None:
-    """A batch of black images, to its end."""
-    pixels = torch.zeros(size, shape.height, shape.width, shape.channels, dtype=torch.uint8).permute(0, 3, 1, 2)
-    runtime(pixels).sum().item()
+    """A batch of black images, to its end; from pinned memory, of which the first batches then find enough."""
+    image = torch.zeros(shape.height, shape.width, shape.channels, dtype=torch.uint8).permute(2, 0, 1)
+    runtime(stack([image] * size, pinned=pins(runtime.device))).sum().item()

@@ -345,3 +345,11 @@ async def test_the_memory_of_a_swapped_backbone_goes_back_to_the_gpu(store: Mode
         before = gpu.calls.count("empty_cache")
         await engine.activate("a", second_version(store))
         await until(lambda: gpu.calls.count("empty_cache") > before)
+
+
+async def test_a_backbone_that_goes_with_the_server_leaves_nothing_to_do(store: ModelStore) -> None:
+    async with serving(store, models=("a",)) as engine:
+        loader = engine.catalogue._loader
+        batcher = engine.batcher
+    loader._tidy(batcher)
+    assert loader._tidying is None
