@@ -122,7 +122,7 @@ def _first_line(said: object) -> str:
 def _causes(sentence: str) -> Iterator[GpuProblem]:
     """The likely causes of no visible GPU, the most certain first. `sentence`: what torch says."""
     if torch.version.cuda is None:
-        remedy = "install the CUDA build of torch (`make setup`), or use --device cpu"
+        remedy = "install the CUDA build of torch (`make setup TORCH=cuda`), or use --device cpu"
         yield GpuProblem("torch_without_cuda", "this torch is built without CUDA", remedy)
     if "too old" in sentence:
         needed = OLDEST_DRIVER.get(str(torch.version.cuda).partition(".")[0])
