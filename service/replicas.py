@@ -174,12 +174,16 @@ def explained(error: Exception, device: torch.device) -> Exception:
     if isinstance(error, ModelError | ServiceError):
         return error
     if is_out_of_memory(error, device):
-        return OutOfMemory(f"{device} has not enough memory{_free(device)}; free some: {str(error).splitlines()[0]}")
+        return OutOfMemory(f"{device} has not enough memory{_free(device)}; free some: {_first_line(error)}")
     if isinstance(error, RuntimeError) and any(text in str(error) for text in BUSY):
         return NotReady(f"{device} is taken by another process; end that process, or run `nvidia-smi -c DEFAULT`")
     if is_device_lost(error, device):
         return DeviceLost(f"{device} stopped working; try again later")
     return error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _free(device: torch.device) -> str:
