@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from models.errors import OutOfMemory
 from models.files import replace
 from models.training.handover import EXIT_DISK_FULL
 from service.answers import Sample
@@ -190,7 +191,7 @@ def on_tell(scene: Scene, monkeypatch: pytest.MonkeyPatch, level: str, act: Call
     monkeypatch.setattr(scene.worker, "note", noted)
 
 
-BUSY = [QueueFull("many wait"), NotReady("loading"), DeadlineExceeded("slow")]
+BUSY = [QueueFull("many wait"), NotReady("loading"), DeadlineExceeded("slow"), OutOfMemory("the GPU is full")]
 
 
 def test_a_busy_server_activates_it_a_little_later(scene: Scene) -> None:
