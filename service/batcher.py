@@ -124,8 +124,9 @@ class Batcher:
         return self._by_device[device].lost
 
     def is_busy(self, device: torch.device) -> bool:
-        """Whether its thread computes now."""
-        return self._by_device[device].busy_since is not None
+        """Whether its thread computes now; a device that is not served on has none."""
+        worker = self._by_device.get(device)
+        return worker is not None and worker.busy_since is not None
 
     def states(self, hangs_after_s: float) -> dict[torch.device, DeviceState]:
         """Of each device; it hangs if one batch has taken longer than so many seconds."""
