@@ -227,6 +227,10 @@ class Batcher:
             self._changed.notify_all()
         self.fail_waiting(DeviceLost("the server is shutting down"))
 
+    def is_busy(self, device: torch.device) -> bool:
+        """Whether the thread of this device computes now."""
+        return any(worker.busy_since is not None for worker in self.workers if worker.device == device)
+
     def fail_waiting(self, error: Exception) -> None:
         with self._changed:
             waiting = [item for queue in self._queues for item in queue.items]
@@ -279,9 +283,9 @@ class DeviceThread(threading.Thread):
         try:
             return self._forward(queue, items)
         except Exception as error:
-            if is_device_lost(error):
+            if is_device_lost(error, self.device):
                 raise DeviceLost(f"{self.device} stopped working; the server is about to restart") from error
-            out_of_memory = is_out_of_memory(error)
+            out_of_memory = is_out_of_memory(error, self.device)
             log.warning("%s: a batch of %d failed on %s: %r", queue.name, len(items), self.device, error)
         # Outside the except block: its traceback would keep the failed batch's tensors in memory.
         if out_of_memory and self.device.type == "cuda":
