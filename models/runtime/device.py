@@ -1,13 +1,11 @@
 """Which devices there are, and what they gain from."""
 
 import logging
-import math
-import os
 import re
-from pathlib import Path
 
 import torch
 
+from models import cgroup
 from models.errors import DeviceUnavailable
 from models.runtime.gpus import gpus
 from models.runtime.options import Precision
@@ -16,7 +14,7 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of a GPU's free memory, for training beside a server
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two processors; "max 100000" is no limit
+CPU_QUOTA = cgroup.ROOT / "cpu.max"  # of a container; models/cgroup.py has the other places
 
 
 def devices(name: str) -> list[torch.device]:
@@ -28,17 +26,14 @@ def devices(name: str) -> list[torch.device]:
         return [torch.device("cpu")]
     if not re.fullmatch(r"auto|cuda(:[0-9]+)?", name):
         raise DeviceUnavailable(f"unknown device {name!r}; it is auto, cpu, cuda, or cuda:N")
-    usable, problems = gpus()
+    usable, problems = gpus(torch.device(name) if ":" in name else None)  # a GPU that is not asked for is left alone
     if name == "auto":
         for device, problem in problems.items():
             log.warning(f"{device} is not used: {problem}" if usable else f"running on the CPU: {problem}")
         return usable or [torch.device("cpu")]
-    concerned = [problem for device, problem in problems.items() if "cuda" in (name, device) or device == name]
-    if concerned:
-        raise DeviceUnavailable(f"device {name} cannot be used: {'; '.join(map(str, concerned))}")
-    if name != "cuda" and torch.device(name) not in usable:
-        raise DeviceUnavailable(f"no device {name}: there are {len(usable) + len(problems)}, numbered from 0")
-    return usable if name == "cuda" else [torch.device(name)]
+    if problems:
+        raise DeviceUnavailable(f"device {name} cannot be used: {'; '.join(map(str, problems.values()))}")
+    return usable
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,10 +85,5 @@ def leave_memory(device: torch.device) -> None:
 
 
 def cpu_count() -> int:
-    """Processors that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, math.ceil(int(quota) / int(period))))
+    """Cores that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
+    return cgroup.cpu_count(CPU_QUOTA.parent)

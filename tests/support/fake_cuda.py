@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from models import architectures
@@ -30,6 +30,7 @@ from models.classifier import Backbone, BackboneRef
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
+_EMPTY = torch.empty
 
 
 # Their fake versions take tensors of several dtypes, which the real ones refuse.
@@ -84,7 +85,7 @@ class FakeGpu:
 
     def backbone(self, name: str) -> Backbone:
         """An architecture without its last layer, with fake tensors on the CPU, as `faked` would give the store's. It has no `map`."""
-        with unset_fake_temporarily():
+        with _disable_current_modes(), mock.patch.object(torch, "empty", _EMPTY):  # as `skeleton` knows it
             preprocessing = architectures.preprocessing_of(name, 3)
             module = skeleton(name, preprocessing).eval().requires_grad_(False)
         _apply(module, self._on_cpu)
@@ -94,7 +95,7 @@ class FakeGpu:
             return Backbone(ref, module, module(images).shape[1])
 
     def _on_cpu(self, meta: Tensor) -> Tensor:
-        with unset_fake_temporarily():
+        with _disable_current_modes():
             empty = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
         return FakeTensor(self.mode, empty, torch.device("cpu"))
 
@@ -157,7 +158,7 @@ class Crossings(TorchDispatchMode):
         """What `tensor.tolist()` answers."""
         if tensor.device.type == "cuda":
             self.all.append(Crossing("tolist", "cpu", True, tuple(tensor.shape)))
-        with unset_fake_temporarily():
+        with _disable_current_modes():
             return torch.ones(tuple(tensor.shape), dtype=tensor.dtype).tolist()
 
 
@@ -237,7 +238,7 @@ def _patches(gpu: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
     yield Tensor, "pin_memory", _either(lambda t, *args: gpu.pin(t.clone()), Tensor.pin_memory)
     yield Tensor, "is_pinned", _either(lambda t, *args: gpu.is_pinned(t), Tensor.is_pinned)
     yield Tensor, "backward", _either(_backward, Tensor.backward)
-    yield torch, "empty", _pinning(gpu, torch.empty)
+    yield torch, "empty", _pinning(gpu, _EMPTY)
 
 
 def _counted(gpu: FakeGpu, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
