@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from models.errors import DatasetError
-from models.records import to_json
+from models.records import read_record, to_json
 from models.training import child
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
-from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
+from models.training.handover import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
 from models.training.process import explain
 from models.training.request import Event, FinetuneRequest
+from service.jobs.trainer import visible_gpus
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
 DONE = Result(status="succeeded", model="pets", version=1, deployment="activate")
@@ -53,6 +54,39 @@ def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
     result = work(folder, lambda *given, **named: DONE, print, never)
     assert result.error is not None
     assert (result.error.code, result.error.message) == ("invalid_dataset", NO_DATASET)
+
+
+def test_an_order_for_a_gpu_fails_where_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    order = read_record(folder / JOB, Order)
+    (folder / JOB).write_bytes(to_json(order.model_copy(update={"device": "cuda"})))
+    for result in (
+        work(folder, lambda *given, **named: DONE, print, never),
+        rehearsal(folder, lambda *a, **n: {}, print),
+    ):
+        assert result.error is not None
+        assert result.error.code == "device_unavailable"
+        assert "CUDA_VISIBLE_DEVICES" in result.error.message
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("device", "server", "trainer"),
+    [
+        pytest.param("cpu", {}, {VISIBLE: ""}, id="cpu"),
+        pytest.param("cpu", {VISIBLE: "0,1"}, {VISIBLE: ""}, id="cpu beside GPUs"),
+        pytest.param("auto", {}, {}, id="auto"),
+        pytest.param("cuda", {VISIBLE: "2,3"}, {}, id="all that the server sees"),
+        pytest.param("cuda:1", {}, {VISIBLE: "1"}, id="by number"),
+        pytest.param("cuda:1", {VISIBLE: "2, 5"}, {VISIBLE: "5"}, id="by the server's list"),
+        pytest.param("cuda:1", {VISIBLE: "GPU-8a, GPU-b1,GPU-c2"}, {VISIBLE: "GPU-b1"}, id="by UUID"),
+        pytest.param("cuda:3", {VISIBLE: "2,5"}, {VISIBLE: ""}, id="not there"),
+    ],
+)
+def test_a_trainer_sees_the_gpus_of_the_setting(device: str, server: dict[str, str], trainer: dict[str, str]) -> None:
+    assert visible_gpus(device, server) == trainer
 
 
 def test_the_run_gets_what_the_order_says(folder: Path) -> None:
@@ -196,13 +230,22 @@ def test_events_and_nothing_else_on_stdout_and_stop_on_stdin(folder: Path) -> No
     assert (result.model, result.stop_reason) == ("pets", "stopped")
 
 
-def test_a_full_disk_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", ["disk", "device"])
+def test_a_full_disk_and_a_lost_gpu_are_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
     """In this process: `main` leaves its descriptors and signals alone."""
-    full = Result(status="failed", error=explain(OSError(errno.ENOSPC, "No space left on device")))
+    error: Exception = OSError(errno.ENOSPC, "No space left on device")
+    if failure == "device":
+        error = RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert "(CUDA error: unspecified launch failure)" in explain(error).message
+    full = Result(status="failed", error=explain(error))
     for name, stand_in in {"die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
         monkeypatch.setattr(child, name, stand_in)
     monkeypatch.setattr(child, "work", lambda *given: full)
-    assert child.main(tmp_path) == EXIT_DISK_FULL
+    assert child.main(tmp_path) == (EXIT_DISK_FULL if failure == "disk" else EXIT_DEVICE_LOST)
     assert not list(tmp_path.iterdir())
 
 

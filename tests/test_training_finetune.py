@@ -192,7 +192,7 @@ def test_a_second_head_on_the_same_images_computes_no_features(
     trained: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained.run(name="first", base="colours")
-    monkeypatch.setattr("models.training.features._Forward", None)
+    monkeypatch.setattr("models.training.features.Extractor", None)
     assert trained.run(name="second", base="colours").head_sha256 == first.head_sha256
 
 
@@ -535,7 +535,7 @@ def test_what_the_server_is_to_be_asked(trained: Workshop) -> None:
     config = trained.store.config("colours", 1)
     image = decode(sample.image, config.backbones[0].preprocessing)
     expected = trained.store.load("colours", 1).probabilities([image[None]])[0]
-    torch.testing.assert_close(torch.tensor(sample.probabilities), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(list(sample.probabilities.values())), expected, atol=1e-4, rtol=0)
 
 
 # The gate
@@ -579,7 +579,7 @@ def test_a_version_of_another_split_may_have_seen_the_images(trained: Workshop) 
 def test_without_a_single_image_to_ask_the_server_nothing_is_served(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.training.comparison.PARITY_BYTES", 0)
+    monkeypatch.setattr("models.training.parity.PARITY_BYTES", 0)
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "manual"
     assert "nobody knows" in (result.reason or "")
@@ -602,6 +602,27 @@ def test_a_version_that_answers_differently_from_the_store_is_rejected(
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "rejected"
     assert "other probabilities than in training" in (result.reason or "")
+
+
+# The device
+
+
+def test_memory_of_a_gpu_is_bounded_before_anything_is_read(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server beside the trainer has room to grow."""
+    asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
+    chosen = list[torch.device]()
+
+    def bound(device: torch.device) -> None:
+        chosen.append(device)
+        raise TrainingError("bounded")
+
+    monkeypatch.setattr(finetune, "devices", lambda name: [torch.device(name)])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(finetune, "leave_memory", bound)
+    monkeypatch.setattr("models.training.dataset.load", lambda *args, **rest: pytest.fail("read"))
+    with pytest.raises(TrainingError, match="bounded"):
+        finetune.prepare(asked, trained.store, lambda event: None, None, trained.root, device="cuda:1")
+    assert chosen == [torch.device("cuda", 1)]
 
 
 # Dry run, and what cannot be

@@ -26,6 +26,7 @@ PARITY, RUN = "parity.json", "run.json"
 # The same for all that is not there and all that is not allowed, so that it tells nothing of what lies outside.
 NO_DATASET = "there is no dataset at that path: give the relative path of a folder, an archive or a table under the datasets folder"
 EXIT_DISK_FULL = 28  # ENOSPC: there is no result.json; the job can go on from its checkpoint once there is space
+EXIT_DEVICE_LOST = 4  # as the server's: nor is there a result; a new process may use the GPU again
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
 Deployment = Literal["activate", "rejected", "manual", "never"]
@@ -38,6 +39,9 @@ class Order(Record):
     weights: Path  # the model store
     cache: Path  # of features, shared by all jobs
     threads: int = Field(ge=1)  # CPU threads of a computation
+    device: Literal["auto", "cuda"] = (
+        "auto"  # cuda: without a usable GPU the run fails. The environment says which the trainer sees
+    )
 
 
 def published(store: "ModelStore", name: str, run: str) -> ModelConfig | None:
@@ -68,11 +72,15 @@ class Result(Record):
 
 
 class ParitySample(Record):
-    """A held-out image and the probabilities, by class, that the new version has for it."""
+    """A held-out image, its features by each backbone of the new version, and the probabilities that its head gives for them.
+
+    features: float32 in the machine's byte order, computed by the float32 original on the CPU: every engine is compared with that.
+    """
 
     name: str
     image: Base64Bytes
-    probabilities: tuple[float, ...]
+    features: tuple[Base64Bytes, ...]
+    probabilities: dict[str, float]  # by class
 
 
 class ParitySamples(Record):

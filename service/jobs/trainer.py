@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,16 +41,38 @@ def order_of(settings: Settings, request: FinetuneRequest) -> Order:
         weights=settings.weights.resolve(),
         cache=(settings.data / "features").resolve(),
         threads=settings.trainer_cores,
+        device="cuda" if settings.device.startswith("cuda") else "auto",
     )
 
 
-class TrainerProcess:
-    """A process of a session of its own: ended as a group, with whatever it started. It ends when its stdin does."""
+def visible_gpus(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment that shows a trainer the GPUs of the setting `device`, and no others.
 
-    def __init__(self, threads: int, command: Sequence[str] = TRAINER) -> None:
+    `cuda:1` is the second that the server itself sees: where CUDA_VISIBLE_DEVICES lists some, by index or by UUID, the second of these.
+    """
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    index = device.partition(":")[2]
+    if not index:
+        return {}
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return {"CUDA_VISIBLE_DEVICES": index}
+    entries = [entry.strip() for entry in listed.split(",")]
+    return {"CUDA_VISIBLE_DEVICES": entries[int(index)] if int(index) < len(entries) else ""}
+
+
+class TrainerProcess:
+    """A process of a session of its own: ended as a group, with whatever it started. It ends when its stdin does.
+
+    `device`: the setting; the process sees the GPUs that this names.
+    """
+
+    def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         # A thread that waits for work is to sleep: the server needs the core.
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        environment |= visible_gpus(device, os.environ)
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             command,
             stdin=subprocess.PIPE,
@@ -158,8 +180,8 @@ class TrainerProcess:
 class Trainers:
     """Starts trainers, and keeps a spare one for a while: what training imports takes seconds, which the next job is spared."""
 
-    def __init__(self, threads: int, command: Sequence[str] = TRAINER) -> None:
-        self._threads, self._command = threads, command
+    def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
+        self._threads, self._command, self._device = threads, command, device
         self._lock = threading.Lock()
         self._spare: TrainerProcess | None = None
         self._timer: threading.Timer | None = None
@@ -170,7 +192,7 @@ class Trainers:
         if spare is not None and spare.returncode is None:
             return spare
         self._end(spare)
-        return TrainerProcess(self._threads, self._command)
+        return TrainerProcess(self._threads, self._command, self._device)
 
     def prepare(self) -> None:
         """Makes sure that there is a spare one for the next SPARE_S seconds, if the system lets it start. It dies with the calling
@@ -179,7 +201,7 @@ class Trainers:
         if spare is None or spare.returncode is not None:
             self._end(spare)
             try:
-                spare = TrainerProcess(self._threads, self._command)
+                spare = TrainerProcess(self._threads, self._command, self._device)
             except OSError as error:  # no failure of the job that is under way
                 log.warning("no spare trainer: %s", error)
                 return
