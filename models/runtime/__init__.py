@@ -3,17 +3,20 @@
 from models.runtime.allocator import trim_allocator, tune_allocator
 from models.runtime.compiler import Runtime, compile_backbone
 from models.runtime.device import cpu_count, devices, is_device_lost, is_out_of_memory, memory, pick_device
+from models.runtime.gpus import GpuProblem, gpu_problem
 from models.runtime.options import Agreement, Candidate, Options, RuntimeInfo
 
 __all__ = [
     "Agreement",
     "Candidate",
+    "GpuProblem",
     "Options",
     "Runtime",
     "RuntimeInfo",
     "compile_backbone",
     "cpu_count",
     "devices",
+    "gpu_problem",
     "is_device_lost",
     "is_out_of_memory",
     "memory",
