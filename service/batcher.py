@@ -279,9 +279,9 @@ class DeviceThread(threading.Thread):
         try:
             return self._forward(queue, items)
         except Exception as error:
-            if is_device_lost(error):
+            if is_device_lost(error, self.device):
                 raise DeviceLost(f"{self.device} stopped working; the server is about to restart") from error
-            out_of_memory = is_out_of_memory(error)
+            out_of_memory = is_out_of_memory(error, self.device)
             log.warning("%s: a batch of %d failed on %s: %r", queue.name, len(items), self.device, error)
         # Outside the except block: its traceback would keep the failed batch's tensors in memory.
         if out_of_memory and self.device.type == "cuda":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
+from models.runtime import failures
 from service.batcher import BackboneQueue, Batcher, Output, apply_parts
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.metrics import Metrics
@@ -209,7 +210,9 @@ async def test_a_wrong_number_of_rows_is_an_error_not_a_mix_up() -> None:
 
 
 @pytest.mark.abuse("G6")
-async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
+async def test_a_lost_device_fails_what_waits_and_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "device_works", lambda device: False)
+
     def fail(pixels: Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -224,7 +227,21 @@ async def test_a_lost_device_fails_what_waits_and_what_comes() -> None:
             await submit(2)
 
 
-async def test_every_device_has_a_replica_and_one_may_be_lost() -> None:
+async def test_an_error_of_a_device_that_works_is_the_images_own() -> None:
+    def fail(pixels: Tensor) -> None:
+        if 7 in pixels:
+            raise torch.AcceleratorError("CUDA error: invalid argument")
+
+    runtime = FakeRuntime(fail=fail)
+    async with batching(runtime) as (submit, _, _):
+        with pytest.raises(InferenceFailed):
+            await submit(7)
+        await submit(1)
+
+
+async def test_every_device_has_a_replica_and_one_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "device_works", lambda device: device == CPU)
+
     def fail(pixels: Tensor) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 

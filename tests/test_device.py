@@ -1,4 +1,4 @@
-"""Which devices there are, what their errors mean, and the allocator."""
+"""Which devices there are, and the allocator."""
 
 import os
 import subprocess
@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_driver import Card, with_gpus
 
 from models import runtime
 from models.errors import DeviceUnavailable
 from models.runtime import device
-
-
-def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +25,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     ],
 )
 def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected: list[str]) -> None:
-    with_gpus(monkeypatch, gpus)
+    with_gpus(monkeypatch, *[Card()] * gpus)
     assert [str(device) for device in runtime.devices(name)] == expected
     assert str(runtime.pick_device(name)) == expected[0]
 
@@ -37,15 +33,15 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected
 @pytest.mark.parametrize(
     ("name", "gpus", "message"),
     [
-        pytest.param("cuda", 0, "no CUDA device is visible", id="no-gpu"),
-        pytest.param("cuda:0", 0, "no device cuda:0", id="no-gpu-0"),
+        pytest.param("cuda", 0, "device cuda cannot be used: there is no NVIDIA driver; install", id="no-gpu"),
+        pytest.param("cuda:0", 0, "device cuda:0 cannot be used: there is no NVIDIA driver", id="no-gpu-0"),
         pytest.param("cuda:2", 2, "there are 2, numbered from 0", id="too-few"),
         pytest.param("tpu", 2, "unknown device 'tpu'", id="unknown"),
         pytest.param("cuda:x", 2, "unknown device 'cuda:x'", id="not-a-number"),
     ],
 )
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str) -> None:
-    with_gpus(monkeypatch, gpus)
+    with_gpus(monkeypatch, *[Card()] * gpus)
     with pytest.raises(DeviceUnavailable, match=message):
         runtime.devices(name)
 
@@ -61,9 +57,38 @@ def test_a_trainer_leaves_a_fifth_of_a_gpus_free_memory(monkeypatch: pytest.Monk
 
 
 def test_a_fall_back_to_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    with_gpus(monkeypatch, 0)
+    with_gpus(monkeypatch)
     runtime.devices("auto")
-    assert "running on the CPU" in caplog.text
+    assert "running on the CPU: there is no NVIDIA driver; install" in caplog.text
+
+
+BROKEN = Card(error=torch.AcceleratorError("CUDA error: out of memory"))
+
+
+def test_one_unusable_gpu_of_an_automatic_set_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_gpus(monkeypatch, Card(), BROKEN, Card())
+    assert [str(device) for device in runtime.devices("auto")] == ["cuda:0", "cuda:2"]
+    assert "cuda:1 is not used: no memory is free on cuda:1; end the process" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "usable"), [("cuda", False), ("cuda:1", False), ("cuda:0", True)])
+def test_an_unusable_gpu_that_is_named_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, usable: bool) -> None:
+    with_gpus(monkeypatch, Card(), BROKEN)
+    if usable:
+        assert [str(device) for device in runtime.devices(name)] == [name]
+    else:
+        with pytest.raises(DeviceUnavailable, match="no memory is free on cuda:1"):
+            runtime.devices(name)
+
+
+def test_where_every_gpu_is_unusable_the_cpu_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_gpus(monkeypatch, BROKEN, BROKEN)
+    assert [str(device) for device in runtime.devices("auto")] == ["cpu"]
+    assert caplog.text.count("running on the CPU: no memory is free") == 2
 
 
 @pytest.mark.parametrize(
@@ -79,24 +104,6 @@ def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(device, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
     assert runtime.cpu_count() == expected
-
-
-@pytest.mark.parametrize(
-    ("error", "out_of_memory", "lost"),
-    [
-        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), True, False, id="cuda-memory"),
-        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), True, False, id="cpu-memory"),
-        pytest.param(RuntimeError("Exception from src/core: std::bad_alloc"), True, False, id="openvino-memory"),
-        pytest.param(MemoryError(), True, False, id="python-memory"),
-        pytest.param(RuntimeError("CUDA error: device-side assert triggered"), False, True, id="assert"),
-        pytest.param(torch.AcceleratorError("an illegal memory access was encountered"), False, True, id="access"),
-        pytest.param(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False, id="shapes"),
-        pytest.param(ValueError("CUDA error"), False, False, id="another"),
-    ],
-)
-def test_what_an_error_means(error: BaseException, out_of_memory: bool, lost: bool) -> None:
-    assert runtime.is_out_of_memory(error) is out_of_memory
-    assert runtime.is_device_lost(error) is lost
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of glibc's malloc")

@@ -127,7 +127,7 @@ def test_a_device_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, sections = examined("--device", "cuda:7")
     assert (code, set(problems(sections))) == (1, {"torch"})
-    assert "no device cuda:7" in problems(sections)["torch"][0]
+    assert "device cuda:7 cannot be used" in problems(sections)["torch"][0]
 
 
 def test_a_setting_that_is_refused_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

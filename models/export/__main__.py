@@ -21,7 +21,7 @@ MEMORY_PER_BYTE = 8  # measured: 3.3 bytes for each byte of a float32 network; h
 def main(weights: str, name: str, version: str, file_format: str, out: str) -> dict[str, object]:
     from models.errors import ModelError
     from models.export.files import FORMATS, export
-    from models.runtime.device import is_out_of_memory
+    from models.runtime.failures import is_out_of_memory
     from models.store import ModelStore
 
     [wanted] = [known for known in FORMATS if known == file_format]

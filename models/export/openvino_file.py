@@ -9,7 +9,7 @@ import torch
 from models.classifier import Classifier
 from models.errors import ExportError
 from models.export.graph import EXAMPLES, GraphInput, ProbabilityGraph
-from models.runtime.device import is_out_of_memory
+from models.runtime.failures import is_out_of_memory
 from models.runtime.openvino_engine import import_openvino, openvino_version
 
 

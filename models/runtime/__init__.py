@@ -2,7 +2,8 @@
 
 from models.runtime.allocator import trim_allocator, tune_allocator
 from models.runtime.compiler import Runtime, compile_backbone
-from models.runtime.device import cpu_count, devices, is_device_lost, is_out_of_memory, memory, pick_device
+from models.runtime.device import cpu_count, devices, memory, pick_device
+from models.runtime.failures import device_works, is_device_lost, is_out_of_memory
 from models.runtime.gpus import GpuProblem, gpu_problem
 from models.runtime.options import Agreement, Candidate, Options, RuntimeInfo
 
@@ -15,6 +16,7 @@ __all__ = [
     "RuntimeInfo",
     "compile_backbone",
     "cpu_count",
+    "device_works",
     "devices",
     "gpu_problem",
     "is_device_lost",

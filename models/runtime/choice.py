@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from models.classifier import BackboneRef, Preprocessing, Record
-from models.runtime.device import cpu_count, is_out_of_memory
+from models.runtime.device import cpu_count
+from models.runtime.failures import is_out_of_memory
 from models.runtime.openvino_engine import openvino_version
 from models.runtime.options import Candidate, EngineName, Options, Precision
 
@@ -97,7 +98,7 @@ def _warm(engine: Callable[[Tensor], Tensor], device: torch.device, pixels: Tens
     try:
         return seconds_of(engine, device, pixels)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error, device):
             raise
         return math.inf
 

@@ -19,7 +19,8 @@ from models.classifier import Backbone
 from models.errors import DeviceUnavailable
 from models.runtime.allocator import trim_allocator
 from models.runtime.choice import Choice, choose, circumstances, measure, read_choice, write_choice
-from models.runtime.device import cpu_count, gains_from_bfloat16, is_device_lost
+from models.runtime.device import cpu_count, gains_from_bfloat16
+from models.runtime.failures import is_device_lost
 from models.runtime.openvino_engine import OpenVinoEngine, converted_folder, openvino_version
 from models.runtime.options import Agreement, Candidate, EngineName, Options, Precision, RuntimeInfo
 from models.runtime.probe import Probe
@@ -186,7 +187,7 @@ class _Workbench:
         try:
             built = self._build(plan)
         except Exception as error:  # a converter or a kernel that does not know this network
-            if is_device_lost(error):
+            if is_device_lost(error, self.device):
                 raise
             return f"{type(error).__name__}: {error}"[:500]
         if built.agreement.max_difference <= TOLERANCE[plan.precision]:

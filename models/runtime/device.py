@@ -1,13 +1,15 @@
-"""Which devices there are, what they gain from, and what their errors mean."""
+"""Which devices there are, and what they gain from."""
 
 import logging
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from models.errors import DeviceUnavailable
+from models.runtime.gpus import gpus
 
 log = logging.getLogger(__name__)
 
@@ -15,54 +17,32 @@ SHARE = 0.8  # of a GPU's free memory, for training beside a server
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two processors; "max 100000" is no limit
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc", "cublas_status_alloc_failed")
-DEVICE_LOST = (
-    "cuda error",
-    "cudnn error",
-    "device-side assert",
-    "illegal memory access",
-    "unspecified launch failure",
-    "uncorrectable ecc error",
-)
-
 
 def devices(name: str) -> list[torch.device]:
-    """`auto`: every visible GPU, or else the CPU. `cuda`: every visible GPU. `cuda:1`, `cpu`: that one.
+    """`auto`: every GPU that works, or else the CPU. `cuda`: every visible GPU. `cuda:1`, `cpu`: that one.
 
-    Raises DeviceUnavailable for a device that is not there, and for a name that is none.
+    Raises DeviceUnavailable for a GPU that cannot be used, and for a name that is none.
     """
     if name == "cpu":
         return [torch.device("cpu")]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto" and count == 0:
-        log.warning("no CUDA device is visible: running on the CPU")
-        return [torch.device("cpu")]
-    if name in ("auto", "cuda"):
-        if count == 0:
-            raise DeviceUnavailable(f"no CUDA device is visible ({_why_no_cuda()}); use --device cpu or auto")
-        return [torch.device("cuda", index) for index in range(count)]
-    return [_numbered(name, count)]
+    if not re.fullmatch(r"auto|cuda(:[0-9]+)?", name):
+        raise DeviceUnavailable(f"unknown device {name!r}; it is auto, cpu, cuda, or cuda:N")
+    usable, problems = gpus()
+    if name == "auto":
+        for device, problem in problems.items():
+            log.warning(f"{device} is not used: {problem}" if usable else f"running on the CPU: {problem}")
+        return usable or [torch.device("cpu")]
+    concerned = [problem for device, problem in problems.items() if "cuda" in (name, device) or device == name]
+    if concerned:
+        raise DeviceUnavailable(f"device {name} cannot be used: {'; '.join(map(str, concerned))}")
+    if name != "cuda" and torch.device(name) not in usable:
+        raise DeviceUnavailable(f"no device {name}: there are {len(usable) + len(problems)}, numbered from 0")
+    return usable if name == "cuda" else [torch.device(name)]
 
 
 def pick_device(name: str) -> torch.device:
     """The first of `devices(name)`: for a command that uses one."""
     return devices(name)[0]
-
-
-def _numbered(name: str, count: int) -> torch.device:
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not index.isdecimal():
-        raise DeviceUnavailable(f"unknown device {name!r}; it is auto, cpu, cuda, or cuda:N")
-    if int(index) >= count:
-        there = f"there are {count}, numbered from 0" if count else f"no CUDA device is visible ({_why_no_cuda()})"
-        raise DeviceUnavailable(f"no device {name}: {there}")
-    return torch.device("cuda", int(index))
-
-
-def _why_no_cuda() -> str:
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    return "no driver, no GPU, or CUDA_VISIBLE_DEVICES hides it"
 
 
 def gains_from_bfloat16(device: torch.device) -> bool:
@@ -99,17 +79,3 @@ def cpu_count() -> int:
     except (OSError, ValueError):
         return available
     return available if quota == "max" else max(1, min(available, math.ceil(int(quota) / int(period))))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The device, or the machine, had not enough memory for this batch; a smaller one may fit."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """The device is of no more use to this process: every later call would fail as well."""
-    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
-        return False
-    return isinstance(error, torch.AcceleratorError) or any(text in str(error).lower() for text in DEVICE_LOST)

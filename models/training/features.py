@@ -25,7 +25,8 @@ from torch import Tensor
 from models import files, tensors
 from models.classifier import Backbone
 from models.errors import TrainingError, WeightsError
-from models.runtime.device import gains_from_bfloat16, is_out_of_memory
+from models.runtime.device import gains_from_bfloat16
+from models.runtime.failures import is_out_of_memory
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
 from models.training.progress import Progress, Stop, never, silent
@@ -129,7 +130,7 @@ class _Forward:
         try:
             return torch.cat([self._batch(part) for part in torch.split(pixels, self.batch_size)])
         except (RuntimeError, MemoryError) as error:
-            if self.batch_size == 1 or not is_out_of_memory(error):
+            if self.batch_size == 1 or not is_out_of_memory(error, self.engine.device):
                 raise
             return None
 

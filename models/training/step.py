@@ -123,7 +123,7 @@ class Stepper:
                 total += loss.detach() / share
                 right += hits
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, self.device):
                 raise
             return None
         return Taken(total, right)

@@ -1,0 +1,86 @@
+"""What an error on a device means: too little memory, a lost device, or the batch's own fault.
+
+plainly memory -> a smaller batch may fit        ambiguous -> the device is asked how much memory is free
+anything else  -> the device is asked to compute: a lost one cannot, one that computes had an error of this batch alone
+"""
+
+import torch
+
+MEMORY_TEXTS = (
+    "out of memory",
+    "not enough memory",
+    "insufficient memory",
+    "allocate memory",
+    "failed to allocate",
+    "memory allocation",
+    "memoryallocation",
+    "bad alloc",
+    "alloc failed",
+    "allocation failed",
+)
+# CUDA's libraries say this when memory is gone, and for other reasons too.
+AMBIGUOUS_TEXTS = (
+    "status not initialized",
+    "status internal error",
+    "status execution failed",
+    "find an engine",
+    "no valid engine",
+    "no execution plans",
+    "unhandled cuda error",
+)
+ORDINARY = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, ImportError)
+# CUDA's libraries create handles of up to 200 MB, and a convolution's workspace is often more.
+LITTLE_BYTES, LITTLE_SHARE = 256 * 2**20, 0.05
+
+
+def is_out_of_memory(error: BaseException, device: torch.device | None = None) -> bool:
+    """The device, or the machine, had not enough memory for this batch; a smaller one may fit.
+
+    device: the GPU that is asked how much is free where the error does not say; without it such an error does not count as memory.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower().replace("_", " ")
+    if any(said in text for said in MEMORY_TEXTS):
+        return True
+    return device is not None and any(said in text for said in AMBIGUOUS_TEXTS) and has_little_memory(device)
+
+
+def has_little_memory(device: torch.device) -> bool:
+    """Less than 256 MB or 5 % of a GPU's memory is free; False for the CPU, and for a GPU that does not answer."""
+    if device.type != "cuda":
+        return False
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return False
+    return free < max(LITTLE_BYTES, LITTLE_SHARE * total)
+
+
+def is_device_lost(error: BaseException, device: torch.device) -> bool:
+    """The device is of no more use to this process: every later call would fail as well.
+
+    The device is asked, because CUDA reports an error of one batch in the same words as one that stays. It may hang while it is asked:
+    in a device thread `/health/live` notices, as it does for a batch that hangs.
+    """
+    if isinstance(error, ORDINARY) or is_out_of_memory(error):
+        return False
+    return not device_works(device)
+
+
+def device_works(device: torch.device) -> bool:
+    """A tiny computation succeeds, or fails because the memory is full.
+
+    Tried twice, because CUDA reports an earlier asynchronous error at the next call; only a sticky one is reported at every call.
+    """
+    return _computes(device) or _computes(device)
+
+
+def _computes(device: torch.device) -> bool:
+    try:
+        torch.ones(1, device=device).sum().item()
+    except Exception as error:
+        return is_out_of_memory(error)
+    return True
