@@ -5,10 +5,10 @@ UV := $(BIN)/uv
 STAMP := .venv/.ready
 ARGS ?=
 
-.PHONY: help setup serve test soak check lint types contracts lock clean
+.PHONY: help setup serve test soak gpu-check check lint types contracts lock clean
 
 help:
-	@echo "make setup | serve | test | soak | check | lock | clean"
+	@echo "make setup | serve | test | soak | gpu-check | check | lock | clean"
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600 $(ARGS)
+
+gpu-check: $(STAMP)
+	@exec $(BIN)/imago doctor --gpu $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
