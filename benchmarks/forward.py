@@ -19,11 +19,11 @@ from benchmarks import rig
 from models import architectures
 from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
 from models.runtime import Options, compile_backbone, pick_device, tune_allocator
-from models.runtime.device import gains_from_bfloat16
+from models.runtime.device import half_precisions
 from models.runtime.openvino_engine import openvino_version
 
 NETWORKS = ("resnet18", "resnet50", "densenet121", "inception_v3")
-BATCHES = (1, 4, 16)
+BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 16, 64, 256)}
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Cell:
     faults: list[int] = field(default_factory=list)  # pages faulted in, per forward pass
 
     def measure(self, pixels: Tensor, seconds: float) -> None:
-        self.run(pixels)
+        self.run(pixels).cpu()  # a GPU is done, and not only asked
         passes, start = 0, (time.perf_counter(), time.process_time(), faults())
         while passes == 0 or time.perf_counter() - start[0] < seconds:
             self.run(pixels).cpu()
@@ -70,14 +70,14 @@ def backbone_of(name: str) -> Backbone:
 
 
 def contenders(backbone: Backbone, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Plain torch first, then every engine in float32, and in bfloat16 where the device gains from it."""
+    """Plain torch first, then every engine in float32, and in the 16-bit precisions that the device gains from."""
     engines = ["torch", "openvino"] if device.type == "cpu" and openvino_version() else ["torch"]
-    precisions = ["float32", "bfloat16"] if gains_from_bfloat16(device) else ["float32"]
+    precisions = ["float32", *half_precisions(device)]
     compiled: dict[str, Callable[[Tensor], Tensor]] = {
         f"{engine} {precision}": compile_backbone(
             backbone,
             device,
-            Options(engine=engine, precision=precision, max_batch=max(BATCHES)),  # type: ignore[arg-type]
+            Options(engine=engine, precision=precision, max_batch=max(BATCHES[device.type])),  # type: ignore[arg-type]
         )
         for engine in engines
         for precision in precisions
@@ -95,7 +95,7 @@ def contenders(backbone: Backbone, device: torch.device) -> dict[str, Callable[[
 def compare(name: str, device: torch.device, rounds: int, seconds: float) -> list[dict[str, Any]]:
     backbone = backbone_of(name)
     runs = contenders(backbone, device)
-    cells = [Cell(contender, batch, run) for batch in BATCHES for contender, run in runs.items()]
+    cells = [Cell(contender, batch, run) for batch in BATCHES[device.type] for contender, run in runs.items()]
     for done in range(rounds):
         for cell in cells:
             cell.measure(pixels_of(backbone.ref.preprocessing, cell.batch), seconds)

@@ -3,8 +3,8 @@
     python -m benchmarks.heads [--quick] [--heads 100] [--network resnet18] [--rounds N] [--seconds S]
 
 Two servers on two stores that hold the same backbone, one with a single head of ten classes and one with a hundred such heads;
-requests name the models in turn. The servers take turns at 32 connections; the ratio of throughputs is the median over the rounds,
-memory is that after the load.
+requests name the models in turn. The servers take turns at 32 connections on a CPU, 256 on a GPU; the ratio of throughputs is the median
+over the rounds, memory is that after the load.
 """
 
 from pathlib import Path
@@ -36,15 +36,17 @@ def publish_heads(weights: Path, architecture: str, count: int) -> None:
         store.activate(name, store.publish(name, [ref], head, [f"class {i}" for i in range(CLASSES)]).version)
 
 
-def compare(one: rig.Server, many: rig.Server, count: int, rounds: int, seconds: float) -> dict[str, Any]:
+def compare(
+    one: rig.Server, many: rig.Server, count: int, rounds: int, seconds: float, connections: int
+) -> dict[str, Any]:
     images = rig.photographs()
     loads = {"one": (one, names(1)), "many": (many, names(count))}
     rates: dict[str, list[float]] = {which: [] for which in loads}
     for server, models in loads.values():
-        server.load(images, 32, seconds / 2, models)  # warm
+        server.load(images, connections, seconds / 2, models)  # warm
     for number in range(rounds):
         for which, (server, models) in loads.items():
-            rates[which].append(server.load(images, 32, seconds, models).images_per_second)
+            rates[which].append(server.load(images, connections, seconds, models).images_per_second)
         rig.say(f"round {number + 1}: {rates['one'][-1]} with one head, {rates['many'][-1]} with {count}")
     memory = {which: round(server.memory_mb(), 1) for which, (server, _) in loads.items()}
     return {
@@ -62,17 +64,28 @@ def main() -> None:
     parser.add_argument("--network", default="resnet18")
     args = parser.parse_args()
     rounds, seconds = args.rounds or (1 if args.quick else 5), args.seconds or (2 if args.quick else 10)
-    machine = rig.machine()
+    machine, device = rig.machine(), rig.in_child(rig.first_device)
+    connections = rig.CONNECTIONS[device.partition(":")[0]]
     with rig.store_of() as one_root, rig.store_of() as many_root:
         rig.in_child(publish_heads, one_root / "weights", args.network, 1)
         rig.in_child(publish_heads, many_root / "weights", args.network, args.heads)
+        flags = ("--device", device, *rig.MANY_CONNECTIONS)
         shared = ("--data", str(one_root / "data"))  # one measurement of the backbone, one choice for both servers
         with (
-            rig.serving(rig.imago(one_root), "/health/ready", one_root / "serve.log") as one,
-            rig.serving([*rig.imago(many_root), *shared], "/health/ready", many_root / "serve.log") as many,
+            rig.serving(rig.imago(one_root, *flags), "/health/ready", one_root / "serve.log") as one,
+            rig.serving(rig.imago(many_root, *flags, *shared), "/health/ready", many_root / "serve.log") as many,
         ):
-            found = compare(one, many, args.heads, rounds, seconds)
-    rig.finish({"benchmark": "heads", "machine": machine, "network": args.network, "heads": args.heads, **found})
+            found = compare(one, many, args.heads, rounds, seconds, connections)
+    rig.finish(
+        {
+            "benchmark": "heads",
+            "machine": machine,
+            "device": device,
+            "network": args.network,
+            "heads": args.heads,
+            **found,
+        }
+    )
 
 
 if __name__ == "__main__":

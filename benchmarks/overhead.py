@@ -62,8 +62,12 @@ def ask(server: rig.Server, image: bytes, seconds: float) -> dict[str, float]:
 
 
 def measure(root: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    image, rows = rig.noise(32), []
-    with rig.serving(rig.imago(root), "/health/ready", root / "serve.log") as server, limit_of(root, NETWORK) as limit:
+    image, rows, device = rig.noise(32), [], rig.in_child(rig.first_device)
+    command = rig.imago(root, "--device", device)
+    with (
+        rig.serving(command, "/health/ready", root / "serve.log") as server,
+        limit_of(root, NETWORK, device) as limit,
+    ):
         ask(server, image, seconds / 2)  # warm
         for _ in range(rounds):
             row = ask(server, image, seconds)

@@ -28,12 +28,15 @@ from typing import Any
 import psutil
 from PIL import Image
 
+from models.cgroup import cpu_count
 from service.bench import Load, Report, run
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = "imagenet-samples.zip"
 READY_S = 900.0  # the imagenet group compiles and measures six networks at its first start
 STOP_S = 30.0
+CONNECTIONS = {"cpu": 32, "cuda": 256}  # at full load: enough to fill the largest batch
+MANY_CONNECTIONS = ("--max-client-connections", "1024")  # all come from one address
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -78,6 +81,14 @@ def in_child(function: Any, *args: Any) -> Any:
     """Calls a function in a process of its own, so that this one, which generates the load, never imports torch."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def first_device() -> str:
+    """`cpu` or `cuda:0`: what a benchmark uses on any machine, by IMAGO_DEVICE. Imports torch: for `in_child`."""
+    from models.runtime import pick_device
+    from service.settings import Settings
+
+    return str(pick_device(Settings.load().device))
 
 
 def publish_random(weights: Path, names: Sequence[str], save_to: Path | None = None) -> None:
@@ -267,7 +278,7 @@ def machine() -> dict[str, Any]:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": model[0].partition(": ")[2] if model else "unknown",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
     }
 

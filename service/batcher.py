@@ -227,6 +227,10 @@ class Batcher:
             self._changed.notify_all()
         self.fail_waiting(DeviceLost("the server is shutting down"))
 
+    def is_busy(self, device: torch.device) -> bool:
+        """Whether the thread of this device computes now."""
+        return any(worker.busy_since is not None for worker in self.workers if worker.device == device)
+
     def fail_waiting(self, error: Exception) -> None:
         with self._changed:
             waiting = [item for queue in self._queues for item in queue.items]

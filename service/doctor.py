@@ -4,6 +4,7 @@ What fails in a section is one of its problems, and never the end of the rest. T
 No key is shown: secrets are masked where they stand, and wherever a message might quote them.
 """
 
+import math
 import os
 import platform
 import re
@@ -13,20 +14,27 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from pydantic import SecretStr
 
+from models import cgroup
 from service.settings import PREFIX, Settings, SettingsError
+
+if TYPE_CHECKING:
+    import torch
 
 OPTIONAL = ("openvino", "opentelemetry-sdk", "psycopg")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-LIMITS = {"cpu quota": "/sys/fs/cgroup/cpu.max", "memory limit": "/sys/fs/cgroup/memory.max"}  # of a container
+MEMORY_LIMIT = cgroup.ROOT / "memory.max"  # of a container
+PCI = Path("/sys/bus/pci/devices")
+NVIDIA, DISPLAY = "0x10de", "0x03"  # a PCI device's vendor, and how the class of a GPU begins
+MEANT = ("torch_without_cuda", "gpu_hidden")  # codes of a GpuProblem that somebody may have chosen
 MIN_FREE_MB = 256  # below it uploads and jobs are refused
 SERVER_S, GPU_S, DATABASE_S = 5, 20, 5
 MASK = "********"
@@ -34,11 +42,12 @@ MASK = "********"
 
 @dataclass
 class Section:
-    """What was found of one thing, and what is wrong with it."""
+    """What was found of one thing. `problems` are wrong, `warnings` may be meant so."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def examine(flags: Mapping[str, Any]) -> Iterator[Section]:
@@ -57,7 +66,7 @@ def examine(flags: Mapping[str, Any]) -> Iterator[Section]:
             section.problems.append(f"{type(error).__name__}: {error}")
         if name == "settings" and refused is not None:
             section.problems.append(refused)
-        yield Section(name, _masked(section.facts, secrets), _masked(section.problems, secrets))
+        yield Section(name, *(_masked(lines, secrets) for lines in (section.facts, section.problems, section.warnings)))
 
 
 # Sections
@@ -79,27 +88,48 @@ def _machine(section: Section, settings: Settings) -> None:
     cpu = dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     memory = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     section.facts["processor"] = cpu.get("model name", platform.machine())
-    section.facts["cores"] = f"{os.cpu_count()}, of which this process may use {len(os.sched_getaffinity(0))}"
+    section.facts["cores"] = f"{os.cpu_count()}, of which this process may use {cgroup.cpu_count()}"
     section.facts["flags"] = " ".join(flag for flag in CPU_FLAGS if flag in cpu.get("flags", "").split())
     section.facts["load"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
     section.facts["memory"] = f"{int(memory['MemTotal']) >> 10} MB, {int(memory['MemAvailable']) >> 10} MB available"
-    section.facts |= {name: Path(path).read_text().strip() for name, path in LIMITS.items() if Path(path).exists()}
+    if (quota := cgroup.cpu_quota()) != math.inf:
+        section.facts["cpu quota"] = f"{quota:g} cores"
+    if MEMORY_LIMIT.exists():
+        section.facts["memory limit"] = MEMORY_LIMIT.read_text().strip()
 
 
 def _gpus(section: Section, settings: Settings) -> None:
-    """By the driver's own tool, which works where torch does not."""
-    if (tool := shutil.which("nvidia-smi")) is None:
+    """By the driver's own tool, which works where torch does not; without it by the PCI bus."""
+    section.facts |= {f"card {address}": "NVIDIA" for address in _cards()}
+    if shutil.which("nvidia-smi") is None:
         section.facts["nvidia-smi"] = "not found: no NVIDIA driver, or not shown to this container"
         return
-    columns = "index,name,driver_version,memory.total,memory.used"
-    asked = [tool, f"--query-gpu={columns}", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, timeout=GPU_S, check=False)  # noqa: S603
-    if said.returncode:
-        section.problems.append(f"nvidia-smi fails: {(said.stdout + said.stderr).strip()}")
-        return
-    for line in said.stdout.splitlines():
-        index, name, driver, total, used = line.split(", ")
+    for index, name, driver, total, used in _nvidia_smi("gpu", "index,name,driver_version,memory.total,memory.used"):
         section.facts[f"GPU {index}"] = f"{name}, driver {driver}, {total}, {used} used"
+    for pid, name, used in _nvidia_smi("compute-apps", "pid,process_name,used_memory"):
+        section.facts[f"process {pid}"] = f"{name} uses {used} of GPU memory"
+
+
+def _nvidia_smi(what: str, columns: str) -> list[list[str]]:
+    """Rows of a query to the driver's tool; none where the tool is not there. Raises RuntimeError with what it says."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return []
+    asked = [tool, f"--query-{what}={columns}", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, timeout=GPU_S, check=False)  # noqa: S603
+    if answer.returncode:
+        raise RuntimeError(f"nvidia-smi fails: {(answer.stdout + answer.stderr).strip()}")
+    return [line.split(", ") for line in answer.stdout.splitlines()]
+
+
+def _cards() -> list[str]:
+    """PCI addresses of NVIDIA's GPUs. They are there without a driver, and in a container that is shown none."""
+    found = []
+    for device in sorted(PCI.glob("*")):
+        with suppress(OSError):
+            kind = (device / "class").read_text()
+            if (device / "vendor").read_text().strip() == NVIDIA and kind.startswith(DISPLAY):
+                found.append(device.name)
+    return found
 
 
 def _settings(section: Section, settings: Settings) -> None:
@@ -182,18 +212,58 @@ def _torch(section: Section, settings: Settings) -> None:
     import torch
     import torchvision  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  (its operators fit this torch, or it fails here)
 
-    from models.runtime import devices, memory
-
     section.facts["CUDA of this torch"] = torch.version.cuda or "none"
+    if torch.version.cuda is not None:
+        section.facts["GPU architectures"] = torch._C._cuda_getArchFlags()
     section.facts["threads"] = torch.get_num_threads()
-    for device in devices(settings.device):
-        torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device)).sum().item()
-        about = "computes"
-        if (found := memory(device)) is not None:
-            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            about += f", {torch.cuda.get_device_name(device)}, capability {capability}, "
-            about += f"{found[0] >> 20} of {found[1] >> 20} MB in use"
-        section.facts[str(device)] = about
+    for device in _devices(section, settings):
+        section.facts[str(device)] = _computes(device)
+
+
+def _computes(device: "torch.device") -> str:
+    """The device's name and memory, after a small product. Raises what torch raises."""
+    import torch
+
+    from models.runtime import memory
+
+    torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device)).sum().item()
+    used = memory(device)
+    if used is None:
+        return "computes"
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    name = torch.cuda.get_device_name(device)
+    return f"computes, {name}, capability {capability}, {used[0] >> 20} of {used[1] >> 20} MB in use"
+
+
+def _devices(section: Section, settings: Settings) -> "list[torch.device]":
+    """Those that `imago serve` would use. Raises DeviceUnavailable for a GPU that is asked for and cannot be used.
+
+    With `auto` such a GPU is a problem where the driver shows it, a warning where that may be meant, a fact where there is no card.
+    """
+    import torch
+
+    from models.runtime import devices
+    from models.runtime.gpus import gpus
+
+    if settings.device != "auto":
+        return devices(settings.device)
+    usable, unusable = gpus()
+    for name, problem in unusable.items():
+        line = f"{name} is not used: {problem}" if usable else f"the server runs on the CPU: {problem}"
+        if problem.code not in MEANT and _driver_shows_gpus():
+            section.problems.append(line)
+        elif _driver_shows_gpus() or _cards():
+            section.warnings.append(f"{line}. IMAGO_DEVICE=cpu says that this is meant")
+        else:
+            section.facts["GPU"] = f"none: {problem.cause}"
+    return usable or [torch.device("cpu")]
+
+
+def _driver_shows_gpus() -> bool:
+    try:
+        return bool(_nvidia_smi("gpu", "index"))
+    except (RuntimeError, OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _store(section: Section, settings: Settings) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -124,7 +125,9 @@ class Loader:
         head = await loop.run_in_executor(self._readers, self._store.load_head, config)
         layers = [*head.layers] if head.config.kind != "feature_sum" else [None] * len(head.layers)
         backbones = tuple(
-            await asyncio.gather(*(self._backbone(r, layer) for r, layer in zip(config.backbones, layers, strict=True)))
+            await asyncio.gather(
+                *(self._backbone(r, layer, batcher) for r, layer in zip(config.backbones, layers, strict=True))
+            )
         )
         heads = {device: head if device.type == "cpu" else deepcopy(head).to(device) for device in self._devices}
         parts = tuple(HeadPart(heads, member) for member in range(len(backbones)))
@@ -178,7 +181,7 @@ class Loader:
                 f"the store has no model {name!r}: run `imago models pull {name}`, or set pull_missing"
             ) from None
 
-    async def _backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+    async def _backbone(self, ref: BackboneRef, layer: nn.Module | None, batcher: Batcher) -> LoadedBackbone:
         """The backbone in memory, or loaded now, or the load that is under way already.
 
         `layer` turns features into scores, by which the compiled backbone is compared with the original.
@@ -186,12 +189,12 @@ class Loader:
         if (loaded := self._loaded.get(ref)) is not None:
             return loaded
         if ref not in self._under_way:
-            task = asyncio.create_task(self._load_backbone(ref, layer))
+            task = asyncio.create_task(self._load_backbone(ref, layer, batcher))
             self._under_way[ref] = task
             task.add_done_callback(lambda _: self._under_way.pop(ref, None))
         return await asyncio.shield(self._under_way[ref])
 
-    async def _load_backbone(self, ref: BackboneRef, layer: nn.Module | None) -> LoadedBackbone:
+    async def _load_backbone(self, ref: BackboneRef, layer: nn.Module | None, batcher: Batcher) -> LoadedBackbone:
         loop = asyncio.get_running_loop()
         started = time.monotonic()
         log.info("%s: reading", ref.key)
@@ -200,7 +203,14 @@ class Loader:
         options = self._settings.runtime_options()
         compiled = await asyncio.gather(
             *(
-                loop.run_in_executor(self._compilers, compile_backbone, backbone, device, options, layer)
+                loop.run_in_executor(
+                    self._compilers,
+                    partial(compile_backbone, is_serving=partial(batcher.is_busy, device)),
+                    backbone,
+                    device,
+                    options,
+                    layer,
+                )
                 for device in self._devices
             )
         )

@@ -1,7 +1,6 @@
 """Every knob, its unit, its default. A flag wins over an `IMAGO_*` environment variable, that over `.env`, that over the default."""
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -221,13 +220,20 @@ class Settings(BaseSettings):
 
     @property
     def decoders(self) -> int:
-        """Threads that decode: as many as this process has cores, unless told."""
-        return self.decode_threads or len(os.sched_getaffinity(0))
+        """Threads that decode images: by default one per core that this process may use."""
+        return self.decode_threads or _cores()
 
     @property
     def trainer_cores(self) -> int:
-        """Threads that a training run computes with: half of this process's cores, at least one, unless told."""
-        return self.trainer_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        """CPU threads of a training job: by default half of the cores that this process may use, at least one."""
+        return self.trainer_threads or max(1, _cores() // 2)
+
+
+def _cores() -> int:
+    """Cores by affinity and container quota. Imports torch, so it is called when a setting needs it."""
+    from models.runtime.device import cpu_count
+
+    return cpu_count()
 
 
 def _refuse_unknown(variables: Mapping[str, Any] | Iterable[str], fields: set[str], where: str) -> None:

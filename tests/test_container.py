@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,22 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PAGE = (ROOT / "docs" / "docker-kubernetes.md").read_text()
 
 
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads Compose's tag `!reset` as None."""
+
+
+Loader.add_constructor("!reset", lambda loader, node: None)
+
+
+def service_of(name: str) -> Any:
+    """The service `imago` in a compose file, with the defaults of its variables."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / name).read_text())
+    return yaml.load(text, Loader)["services"]["imago"]
+
+
 @pytest.fixture(scope="module")
 def compose() -> Any:
-    """The service in compose.yaml, with the defaults of its variables."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
-    return yaml.safe_load(text)["services"]["imago"]
+    return service_of("compose.yaml")
 
 
 @pytest.mark.abuse("J18")
@@ -79,6 +91,60 @@ def test_the_page_says_the_same_for_docker_run(compose: Any) -> None:
     wanted += [f"--stop-timeout {compose['stop_grace_period'].removesuffix('s')}", "/var/lib/imago/datasets:ro"]
     wanted += [f"-e TMPDIR={compose['environment']['TMPDIR']}"]
     assert [flag for flag in wanted if flag not in said] == []
+
+
+# GPUs
+
+
+def test_compose_reserves_every_gpu_and_fails_where_none_works(compose: Any) -> None:
+    [device] = compose["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert compose["environment"]["IMAGO_DEVICE"] == "cuda"
+
+
+def test_compose_has_shared_memory_for_nccl(compose: Any) -> None:
+    assert compose["shm_size"] == "1g"
+    assert "--shm-size 1g" in PAGE
+
+
+def test_the_page_names_the_device_for_docker_run() -> None:
+    (run,) = re.findall(r"\$ docker run (.*?)```", PAGE, re.DOTALL)
+    assert "--gpus all" in run
+    assert "-e IMAGO_DEVICE=cuda" in run
+
+
+def test_the_override_for_a_cpu_reserves_no_gpu(compose: Any) -> None:
+    override = service_of("deploy/compose.cpu.yaml")
+    merged = {**compose, **override, "environment": {**compose["environment"], **override["environment"]}}
+    assert merged["deploy"] is None
+    assert merged["build"]["args"] == {"TORCH": "cpu"}
+    assert merged["environment"]["IMAGO_DEVICE"] == "cpu"
+    assert merged["image"] != compose["image"]  # the two variants do not replace each other
+
+
+def image_environment() -> dict[str, str]:
+    """What ENV sets in the final image."""
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    lines = re.findall(r"^ENV ((?:.*\\\n)*.*)$", final, re.MULTILINE)
+    return dict(pair.split("=", 1) for line in lines for pair in shlex.split(line.replace("\\\n", " ")))
+
+
+def test_the_image_asks_for_the_driver_that_its_cuda_needs() -> None:
+    """torch's CUDA 13 runs on every driver of CUDA 13, from 580 on."""
+    [version] = re.findall(r"^cuda-toolkit==(\d+)\.", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    environment = image_environment()
+    assert environment["NVIDIA_REQUIRE_CUDA"] == f"cuda>={version}.0"
+    assert environment["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+
+
+def test_the_image_takes_no_gpu_by_itself() -> None:
+    """A pod without a GPU would see them all where nvidia is the default runtime; so does an image with CUDA_VERSION alone."""
+    assert image_environment().keys().isdisjoint({"NVIDIA_VISIBLE_DEVICES", "CUDA_VERSION", "NVIDIA_DISABLE_REQUIRE"})
+
+
+def test_compiled_kernels_are_kept_where_the_image_can_write() -> None:
+    environment = image_environment()
+    assert environment["CUDA_CACHE_PATH"].startswith(f"{environment['IMAGO_DATA']}/")
 
 
 @pytest.mark.abuse("J18")

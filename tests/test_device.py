@@ -92,6 +92,33 @@ def test_where_every_gpu_is_unusable_the_cpu_computes(
 
 
 @pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        pytest.param((6, 1), (), id="pascal"),
+        pytest.param((7, 0), ("float16",), id="volta"),
+        pytest.param((7, 5), ("float16",), id="turing"),
+        pytest.param((8, 0), ("float16", "bfloat16"), id="ampere"),
+        pytest.param((12, 0), ("float16", "bfloat16"), id="blackwell"),
+    ],
+)
+def test_a_gpu_computes_16_bits_by_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: tuple[str, ...]
+) -> None:
+    with_gpus(monkeypatch, Card(capability))
+    assert device.half_precisions(torch.device("cuda", 0)) == expected
+
+
+def test_float32_on_a_gpu_is_not_tf32() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        device.use_ieee_float32()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):  # as training does
+            pass
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
     ("quota", "expected"),
     [
         pytest.param("max 100000", 4, id="none"),

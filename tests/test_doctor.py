@@ -1,6 +1,7 @@
 """`imago doctor`: what it finds, what it says is wrong, and what it never shows."""
 
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
 from live_server import weights as weights
 from pydantic import SecretStr
 
@@ -128,6 +131,194 @@ def test_a_device_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch
     code, sections = examined("--device", "cuda:7")
     assert (code, set(problems(sections))) == (1, {"torch"})
     assert "device cuda:7 cannot be used" in problems(sections)["torch"][0]
+
+
+# GPUs
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)."
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu=index) echo 0 ;;
+  --query-gpu=*) echo "0, Tesla V100-SXM2-16GB, 550.54.15, 16384 MiB, 15000 MiB" ;;
+  *) echo "4711, /usr/bin/python3, 14500 MiB" ;;
+esac
+"""
+
+
+def has_driver(monkeypatch: pytest.MonkeyPatch, script: str = NVIDIA_SMI) -> None:
+    """The driver's tool is installed."""
+    Path("bin").mkdir()
+    Path("bin/nvidia-smi").write_text(script)
+    Path("bin/nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:{os.environ['PATH']}")
+
+
+def has_card(monkeypatch: pytest.MonkeyPatch, vendor: str = "0x10de", kind: str = "0x030200") -> None:
+    """The PCI bus shows one."""
+    device = Path("pci/0000:17:00.0")
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(f"{vendor}\n")
+    (device / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(doctor, "PCI", Path("pci"))
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither a card nor a driver's tool, also where the tests run on a machine with a GPU."""
+    which = shutil.which
+    monkeypatch.setattr(doctor, "PCI", tmp_path / "no-bus")
+    monkeypatch.setattr(shutil, "which", lambda name: which(name) if Path("bin").exists() else None)
+
+
+def torch_section(*words: str) -> tuple[int, dict[str, Any]]:
+    code, sections = examined(*words)
+    assert set(problems(sections)) <= {"torch"}
+    return code, sections["torch"]
+
+
+def file_of(tmp_path: Path, name: str) -> Path:
+    (tmp_path / "dev").mkdir(exist_ok=True)
+    (tmp_path / "dev" / name).touch()
+    return tmp_path
+
+
+def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_gpu(monkeypatch, NO_DRIVER, tmp_path, library=False)
+
+
+def old_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_gpu(monkeypatch, TOO_OLD, tmp_path)
+
+
+def closed_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_gpu(monkeypatch, "No CUDA GPUs are available", file_of(tmp_path, "nvidiactl"))
+    access = os.access  # root may open everything
+    monkeypatch.setattr(os, "access", lambda path, mode: "/dev/" not in str(path) and access(path, mode))
+
+
+def old_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_gpus(monkeypatch, Card((7, 0)))
+
+
+def full_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_gpus(monkeypatch, Card(error=torch.OutOfMemoryError("CUDA out of memory")))
+
+
+def taken_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    with_gpus(monkeypatch, Card(error=torch.AcceleratorError(text)))
+
+
+CAUSES = [
+    pytest.param(no_driver, ("there is no NVIDIA driver", "install one"), id="no driver"),
+    pytest.param(old_driver, ("too old for CUDA 13.2", "580 or later"), id="driver too old"),
+    pytest.param(closed_files, ("no permission", "group"), id="no permission"),
+    pytest.param(old_card, ("sm_70", "sm_75, sm_80", "another GPU"), id="card too old"),
+    pytest.param(full_card, ("no memory is free", "nvidia-smi"), id="memory taken"),
+    pytest.param(taken_card, ("taken by another process", "nvidia-smi -c DEFAULT"), id="exclusive"),
+]
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize(("machine", "said"), CAUSES)
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "auto"])
+def test_a_gpu_that_cannot_be_used_is_a_problem_with_cause_and_remedy(
+    device: str,
+    machine: Callable[[pytest.MonkeyPatch, Path], None],
+    said: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """With `auto` where the driver's own tool shows the card: the server would run on the CPU."""
+    has_driver(monkeypatch)
+    machine(monkeypatch, tmp_path)
+    code, section = torch_section("--device", device)
+    assert code == 1
+    [problem] = section["problems"]
+    assert [words for words in said if words not in problem] == []
+    assert ("runs on the CPU" in problem) == (device == "auto")
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_asked_for_and_is_not_there_is_a_problem(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_driver(monkeypatch, tmp_path)
+    code, section = torch_section("--device", device)
+    assert (code, len(section["problems"])) == (1, 1)
+
+
+@pytest.mark.usefixtures("no_card")
+def test_a_card_without_a_driver_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    has_card(monkeypatch)
+    no_driver(monkeypatch, tmp_path)
+    code, section = torch_section("--device", "auto")
+    assert (code, section["problems"]) == (0, [])
+    [warning] = section["warnings"]
+    assert "the server runs on the CPU: there is no NVIDIA driver; install one" in warning
+    assert run("--device", "auto").stdout.splitlines()[-1] == "no problems found, 1 warning"
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize(
+    ("variable", "cuda"), [pytest.param("", "13.2", id="hidden"), pytest.param(None, None, id="torch without CUDA")]
+)
+def test_what_may_be_meant_is_a_warning(
+    variable: str | None, cuda: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    has_driver(monkeypatch)
+    without_gpu(monkeypatch, "No CUDA GPUs are available", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    code, section = torch_section("--device", "auto")
+    assert (code, section["problems"], len(section["warnings"])) == (0, [], 1)
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize(
+    ("vendor", "kind"),
+    [pytest.param("0x8086", "0x030000", id="another maker"), pytest.param("0x10de", "0x020000", id="no GPU")],
+)
+def test_a_machine_without_a_card_has_nothing_wrong(
+    vendor: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    has_card(monkeypatch, vendor, kind)
+    no_driver(monkeypatch, tmp_path)
+    code, section = torch_section("--device", "auto")
+    assert (code, section["problems"], section["warnings"]) == (0, [], [])
+    assert section["facts"]["GPU"] == "none: there is no NVIDIA driver"
+
+
+@pytest.mark.usefixtures("no_card")
+def test_one_of_two_gpus_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_driver(monkeypatch)
+    with_gpus(monkeypatch, Card(), Card((7, 0)))
+    monkeypatch.setattr(doctor, "_computes", lambda device: "computes")
+    code, section = torch_section("--device", "auto")
+    assert (code, section["facts"]["cuda:0"]) == (1, "computes")
+    [problem] = section["problems"]
+    assert problem.startswith("cuda:1 is not used: cuda:1 (Tesla T1000, sm_70) is too old")
+
+
+@pytest.mark.usefixtures("no_card")
+def test_what_the_driver_shows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_driver(monkeypatch)
+    has_card(monkeypatch)
+    facts = examined()[1]["GPUs"]["facts"]
+    assert facts == {
+        "card 0000:17:00.0": "NVIDIA",
+        "GPU 0": "Tesla V100-SXM2-16GB, driver 550.54.15, 16384 MiB, 15000 MiB used",
+        "process 4711": "/usr/bin/python3 uses 14500 MiB of GPU memory",
+    }
+
+
+@pytest.mark.usefixtures("no_card")
+def test_a_driver_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_driver(monkeypatch, "#!/bin/sh\necho No devices were found\nexit 6\n")
+    code, sections = examined()
+    assert (code, problems(sections)) == (1, {"GPUs": ["RuntimeError: nvidia-smi fails: No devices were found"]})
 
 
 def test_a_setting_that_is_refused_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

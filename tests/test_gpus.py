@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,27 @@ def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert code == "driver_too_old"
     assert f"the NVIDIA driver 570.86.15 is too old for CUDA {cuda}; install" in text
     assert needed in text
+
+
+def test_the_warning_of_is_available_counts_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_gpu(monkeypatch, NONE, machine(tmp_path))
+
+    def is_available() -> bool:
+        warnings.warn(f"CUDA initialization: {TOO_OLD}", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    assert said(gpu_problem())[0] == "driver_too_old"
+
+
+def test_a_gpu_that_says_nothing_of_itself_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, Card())
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    assert said(gpu_problem())[0] == "gpu_broken"
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,29 @@ def test_the_pod_has_the_mounts_of_compose() -> None:
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in CONTAINER["volumeMounts"]}
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["imago"]
     volumes = [volume.split(":") for volume in compose["volumes"]]
-    assert mounts == {"/tmp": False} | {volume[1]: volume[2:] == ["ro"] for volume in volumes}
-    assert CONTAINER["env"] == [{"name": "TMPDIR", "value": compose["environment"]["TMPDIR"]}]
+    assert mounts == {"/tmp": False, "/dev/shm": False} | {volume[1]: volume[2:] == ["ro"] for volume in volumes}
+    assert environment_of(CONTAINER)["TMPDIR"] == compose["environment"]["TMPDIR"]
+
+
+def environment_of(container: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
+def test_a_gpu_that_is_requested_must_work() -> None:
+    assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert environment_of(CONTAINER)["IMAGO_DEVICE"] == "cuda"
+
+
+def test_the_device_plugin_alone_hands_out_gpus() -> None:
+    """Where nvidia is the default runtime, a container that says nothing else may get every GPU."""
+    assert environment_of(INIT) == {"NVIDIA_VISIBLE_DEVICES": "void"}
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment_of(CONTAINER)
+
+
+def test_there_is_shared_memory_for_nccl() -> None:
+    [mount] = [mount for mount in CONTAINER["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    [volume] = [volume for volume in POD["volumes"] if volume["name"] == mount["name"]]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
 
 
 @pytest.mark.abuse("J18")

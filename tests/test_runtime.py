@@ -181,6 +181,28 @@ def test_bfloat16_probabilities_stay_within_the_stated_bound(
         torch.testing.assert_close(head(compiled(pixels[:size])), alone[:size], rtol=0, atol=BFLOAT16_BOUND)
 
 
+def test_float16_is_closer_than_bfloat16() -> None:
+    off = {
+        precision: compile_backbone(make_backbone(), CPU, forced("torch", precision=precision)).info.agreement
+        for precision in ("float16", "bfloat16")
+    }
+    assert 0 < 4 * off["float16"].max_difference < off["bfloat16"].max_difference
+    assert off["float16"].max_difference < compiler.TOLERANCE["float16"] / 4
+
+
+@pytest.mark.parametrize("scale", [pytest.param(1e6, id="overflow"), pytest.param(1e-8, id="underflow")])
+def test_a_network_beyond_the_range_of_float16_does_not_run_in_it(scale: float) -> None:
+    def scaled(channels: int) -> nn.Module:
+        network = nn.Sequential(nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        for parameter in network.parameters():
+            parameter.data.mul_(scale)
+        return network
+
+    backbone = make_backbone(scaled)
+    assert compile_backbone(backbone, CPU, forced("torch", precision="float16")).info.precision == "float32"
+    assert compile_backbone(backbone, CPU, forced("torch", precision="bfloat16")).info.precision == "bfloat16"
+
+
 def test_a_precision_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiler.TOLERANCE, "bfloat16", 1e-6)
     info = compile_backbone(make_backbone(), CPU, forced("torch", precision="bfloat16")).info

@@ -9,6 +9,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from models.classifier import BackboneRef, Preprocessing, Record
 from models.runtime.device import cpu_count
-from models.runtime.failures import is_out_of_memory
+from models.runtime.failures import is_device_lost, is_out_of_memory
 from models.runtime.openvino_engine import openvino_version
 from models.runtime.options import Candidate, EngineName, Options, Precision
 
@@ -31,14 +32,21 @@ LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the batc
 LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 TINY_PIXELS = 64 * 64  # images up to this size go in batches twice as large
 BUSY = 1.5  # load average per processor
+NOISE = 0.05  # rates closer than this are equal
+EXACTNESS: dict[Precision, int] = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of a number's mantissa
+DISTURBED = 0.1  # share of passes; below it, the first image of another model that was loaded meanwhile does not count
 RUNS = 3  # of each batch size; the fastest counts
 RUNS_SECONDS = 0.3  # ... fewer where they take longer
+
+
+Engine = Callable[[Tensor], Tensor]
 
 
 class Choice(Record):
     """The engine that won, the batch size recommended, and the figures of all.
 
-    busy: whether the machine had other work while they were measured, so that batches seem slower than they are.
+    busy: whether the machine, or the device, had other work while they were measured, so that batches seem slower than they are.
+    out_of_memory: whether memory ran out while they were measured, so that they say more about that moment than about the engines.
     """
 
     engine: EngineName
@@ -46,28 +54,59 @@ class Choice(Record):
     max_batch: int
     candidates: tuple[Candidate, ...]
     busy: bool = False
+    out_of_memory: bool = False
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass
+class Trial:
+    """One engine's measurement: images a second by batch size, and the error that ended it.
+
+    disturbed: passes at whose end `is_serving` said that the device computes for others.
+    """
+
+    engine: Engine
+    is_serving: Callable[[], bool] = never
+    rates: dict[int, float] = field(default_factory=dict)
+    error: str | None = None
+    out_of_memory: bool = False
+    passes: int = 0
+    disturbed: int = 0
 
 
 def measure(
-    engines: Sequence[Callable[[Tensor], Tensor]], device: torch.device, shape: Preprocessing
-) -> list[dict[int, float]]:
+    engines: Sequence[Engine], device: torch.device, shape: Preprocessing, is_serving: Callable[[], bool] = never
+) -> list[Trial]:
     """Images a second of each engine by batch size: 1, 2, 4 and so on, while a larger batch still pays for one of them.
 
-    The engines take turns, so that whatever else the machine does disturbs all of them.
+    The engines take turns, so that whatever else the machine does disturbs all of them. An engine whose batch fails ends there; only a
+    lost device raises.
     """
-    rates: list[dict[int, float]] = [{} for _ in engines]
-    going = list(range(len(engines)))
+    trials = [Trial(engine, is_serving) for engine in engines]
+    going = trials
     for size in _sizes(device, shape):
         pixels = torch.randint(0, 256, (size, shape.height, shape.width, shape.channels), dtype=torch.uint8)
-        seconds = _fastest([engines[i] for i in going], device, pixels.permute(0, 3, 1, 2))
-        for i, elapsed in zip(going, seconds, strict=True):
-            if math.isfinite(elapsed):
-                rates[i][size] = round(size / elapsed, 1)
+        seconds = _fastest(going, device, pixels.permute(0, 3, 1, 2))
+        for trial, elapsed in zip(going, seconds, strict=True):
+            if trial.error is None:
+                trial.rates[size] = round(size / elapsed, 1)
         longest = LONGEST_BATCH_SECONDS[device.type]
-        going = [i for i, s in zip(going, seconds, strict=True) if s < longest and not _stalled(rates[i])]
+        going = [
+            trial
+            for trial, elapsed in zip(going, seconds, strict=True)
+            if trial.error is None and elapsed < longest and not _stalled(trial.rates)
+        ]
         if not going:
             break
-    return rates
+    return trials
+
+
+def was_disturbed(trials: Sequence[Trial]) -> bool:
+    """Whether the device served others for so long that the rates say less of the engines."""
+    return sum(trial.disturbed for trial in trials) > DISTURBED * sum(trial.passes for trial in trials)
 
 
 def _sizes(device: torch.device, shape: Preprocessing) -> list[int]:
@@ -81,40 +120,55 @@ def _stalled(rates: dict[int, float]) -> bool:
     return len(figures) > 2 and max(figures[-2:]) * ENOUGH < max(figures[:-2])
 
 
-def _fastest(engines: Sequence[Callable[[Tensor], Tensor]], device: torch.device, pixels: Tensor) -> list[float]:
-    """Seconds of one forward pass of each engine; infinite where this batch does not fit into memory."""
-    best = [_warm(engine, device, pixels) for engine in engines]
+def _fastest(trials: Sequence[Trial], device: torch.device, pixels: Tensor) -> list[float]:
+    """Seconds of one forward pass of each engine; a trial whose pass fails gets an error."""
+    best = [_tried(trial, device, pixels) for trial in trials]
     start = time.perf_counter()
     for _ in range(RUNS):
-        if time.perf_counter() - start > RUNS_SECONDS * len(engines):
+        if time.perf_counter() - start > RUNS_SECONDS * len(trials):
             break
-        for i, engine in enumerate(engines):
-            if best[i] < LONGEST_BATCH_SECONDS[device.type] * 4:
-                best[i] = min(best[i], seconds_of(engine, device, pixels))
+        for i, trial in enumerate(trials):
+            if trial.error is None and best[i] < LONGEST_BATCH_SECONDS[device.type] * 4:
+                best[i] = min(best[i], _tried(trial, device, pixels))
     return best
 
 
-def _warm(engine: Callable[[Tensor], Tensor], device: torch.device, pixels: Tensor) -> float:
+def _tried(trial: Trial, device: torch.device, pixels: Tensor) -> float:
+    """Seconds of one pass; infinity, and an error in the trial, where it fails."""
     try:
-        return seconds_of(engine, device, pixels)
-    except RuntimeError as error:
-        if not is_out_of_memory(error, device):
+        return seconds_of(trial.engine, device, pixels)
+    except Exception as error:
+        if is_device_lost(error, device):
             raise
+        trial.out_of_memory = is_out_of_memory(error, device)
+        trial.error = f"{len(pixels)} images: {type(error).__name__}: {error}"[:500]
         return math.inf
+    finally:
+        trial.passes += 1
+        trial.disturbed += trial.is_serving()
 
 
-def seconds_of(engine: Callable[[Tensor], Tensor], device: torch.device, pixels: Tensor) -> float:
+def seconds_of(engine: Engine, device: torch.device, pixels: Tensor) -> float:
+    """Seconds of one pass to its end, and of nothing that was started before it or elsewhere."""
+    synchronize(device)
     start = time.perf_counter()
     engine(pixels)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for what this thread's stream computes there, and not for the streams of others, such as the one that serves."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
-    """The best of those without an error: alone in its batch and in the best batch count alike."""
+    """The best of those without an error: alone in its batch and in the best batch count alike. Of equally fast ones the most exact."""
     able = [candidate for candidate in candidates if candidate.error is None]
-    best = max(able, key=lambda candidate: candidate.rates[1] * max(candidate.rates.values()))
+    fastest = max(map(_speed, able))
+    close = [candidate for candidate in able if _speed(candidate) >= (1 - NOISE) * fastest]
+    best = max(close, key=lambda candidate: (EXACTNESS[candidate.precision], _speed(candidate)))
     return Choice(
         engine=best.engine,
         precision=best.precision,
@@ -122,6 +176,11 @@ def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
         candidates=tuple(candidates),
         busy=machine_is_busy(),
     )
+
+
+def _speed(candidate: Candidate) -> float:
+    """Images a second: the geometric mean of those alone in their batch and of the best batch size."""
+    return math.sqrt(candidate.rates[1] * max(candidate.rates.values()))
 
 
 def machine_is_busy() -> bool:
@@ -141,7 +200,9 @@ def recommended_batch(rates: dict[int, float], shortest_s: float, largest: int) 
     return size
 
 
-def circumstances(ref: BackboneRef, device: torch.device, options: Options) -> dict[str, Any]:
+def circumstances(
+    ref: BackboneRef, device: torch.device, options: Options, plans: Sequence[tuple[EngineName, Precision]]
+) -> dict[str, Any]:
     """All that a choice depends on: the machine, the network's shape, and what is forced. Its weights do not matter."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
@@ -152,6 +213,7 @@ def circumstances(ref: BackboneRef, device: torch.device, options: Options) -> d
         "output": ref.output,
         "crop": ref.preprocessing.crop,
         "channels": ref.preprocessing.channels,
+        "plans": [" ".join(plan) for plan in plans],
         "engine": options.engine,
         "precision": options.precision,
         "memory_format": options.memory_format,
@@ -168,12 +230,12 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def read_choice(cache_dir: Path, key: dict[str, Any]) -> Choice | None:
+def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], bool] = never) -> Choice | None:
     """The choice made earlier under the same circumstances; None where there is none, it cannot be read, or it was made on a
-    busy machine and this moment is a better one."""
+    busy machine or device and this moment is a better one."""
     try:
         choice = Choice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
-        return None if choice.busy and not machine_is_busy() else choice
+        return None if choice.busy and not (machine_is_busy() or is_serving()) else choice
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:

@@ -5,9 +5,12 @@ what may run it here -> built -> compared with the float32 original -> measured 
 """
 
 import logging
+import math
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import Backbone
-from models.errors import DeviceUnavailable
+from models.errors import DeviceUnavailable, InferenceFailed, OutOfMemory
 from models.runtime.allocator import trim_allocator
-from models.runtime.choice import Choice, choose, circumstances, measure, read_choice, write_choice
-from models.runtime.device import cpu_count, gains_from_bfloat16
-from models.runtime.failures import is_device_lost
+from models.runtime.choice import (
+    Choice,
+    Trial,
+    choose,
+    circumstances,
+    measure,
+    never,
+    read_choice,
+    was_disturbed,
+    write_choice,
+)
+from models.runtime.device import cpu_count, half_precisions
+from models.runtime.failures import is_device_lost, is_out_of_memory
+from models.runtime.footprint import does_not_fit, release_cached_memory
 from models.runtime.openvino_engine import OpenVinoEngine, converted_folder, openvino_version
 from models.runtime.options import Agreement, Candidate, EngineName, Options, Precision, RuntimeInfo
 from models.runtime.probe import Probe
@@ -28,7 +42,9 @@ from models.runtime.torch_engine import TorchEngine
 
 log = logging.getLogger(__name__)
 
-TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}  # of the largest feature
+# Of the largest feature. Measured on EfficientNet-Lite0 to Lite2 with their ImageNet weights: float32 2e-6, float16 0.003 to 0.006,
+# bfloat16 0.027 to 0.048, six to ten times as much. So float16 is never refused for rounding where bfloat16 is taken.
+TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 Engine = TorchEngine | OpenVinoEngine
 Source = Literal["measured", "cached", "forced"]
@@ -42,6 +58,13 @@ class Plan(NamedTuple):
 
 
 LAST_RESORT = Plan("torch", "float32")
+
+
+class Failed(NamedTuple):
+    """Why a plan cannot be used for a network, and whether too little memory is the reason."""
+
+    reason: str
+    out_of_memory: bool = False
 
 
 class Built(NamedTuple):
@@ -72,23 +95,46 @@ class Runtime:
 
 
 def compile_backbone(
-    backbone: Backbone, device: torch.device, options: Options | None = None, layer: nn.Module | None = None
+    backbone: Backbone,
+    device: torch.device,
+    options: Options | None = None,
+    layer: nn.Module | None = None,
+    is_serving: Callable[[], bool] = never,
 ) -> Runtime:
     """Builds, compares, measures (or reads the earlier choice) and warms up. The runtime keeps nothing of the caller's module.
 
     layer: the last layer of a classifier on this backbone, to report top-1 agreement.
-    Raises DeviceUnavailable where a forced engine cannot run at all.
+    is_serving: whether another thread computes on this device now; what is measured beside it is measured again later.
+    Raises DeviceUnavailable where a forced engine cannot run at all, OutOfMemory where one image does not fit, and the device's own
+    error where it is lost.
     """
-    start = time.perf_counter()
     options = options or Options()
+    try:
+        with own_stream(device):
+            return _compiled(backbone, device, options, layer, is_serving)
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error, device):
+            raise
+        log.warning("%s: out of memory on %s: %s", backbone.ref.key, device, error)
+    # Outside the except block: its traceback would keep the failed engine's tensors in memory.
+    release_cached_memory(device)
+    raise does_not_fit(backbone, device, plans_for(device, options)[0].precision)
+
+
+def _compiled(
+    backbone: Backbone, device: torch.device, options: Options, layer: nn.Module | None, is_serving: Callable[[], bool]
+) -> Runtime:
+    start = time.perf_counter()
     torch.set_num_threads(options.threads or cpu_count())  # torch itself looks at no container's quota
-    workbench = _Workbench(backbone, device, options, Probe(backbone, layer))
-    built, choice, source = workbench.decide()
+    probe = Probe(backbone, layer)
+    built, choice, source = _Workbench(backbone, device, options, probe, is_serving).decide()
     engine = built.engine
     max_batch = options.max_batch or choice.max_batch
-    engine.release_memory()  # of the largest batch that was tried
+    if device.type == "cpu" or not is_serving():  # a GPU's cache is that of serving too
+        engine.release_memory()  # of the largest batch that was tried
     trim_allocator()
-    workbench.probe.warm_up(engine, max_batch)
+    if device.type == "cpu":  # what a GPU prepares for a batch size belongs to the thread that serves
+        probe.warm_up(engine, max_batch)
     info = RuntimeInfo(
         engine=engine.name,
         precision=engine.precision,
@@ -108,20 +154,36 @@ def compile_backbone(
     return Runtime(engine, info)
 
 
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Within, this thread computes on a stream of its own, so that it neither waits for the one that serves nor holds it up.
+
+    At the end all is computed, so that other streams may use it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 def plans_for(device: torch.device, options: Options) -> list[Plan]:
-    """What is worth trying on this device, under what is forced."""
-    precision: Precision = "bfloat16" if gains_from_bfloat16(device) else "float32"
-    if options.precision != "auto":
-        precision = options.precision
+    """What is worth trying on this device, under what is forced. Where none of them can be used, LAST_RESORT is."""
     runs_openvino = device.type == "cpu" and openvino_version() is not None
     if options.engine == "openvino" and not runs_openvino:
         cause = (
             "it is not installed: pip install 'imago[openvino]'" if device.type == "cpu" else "it runs on the CPU only"
         )
         raise DeviceUnavailable(f"engine openvino cannot run on {device}: {cause}")
+    engines: list[EngineName] = ["torch", "openvino"] if runs_openvino else ["torch"]
     if options.engine != "auto":
-        return [Plan(options.engine, precision)]
-    return [Plan("torch", precision)] + ([Plan("openvino", precision)] if runs_openvino else [])
+        engines = [options.engine]
+    precisions: Sequence[Precision] = half_precisions(device) or ("float32",)
+    if options.precision != "auto":
+        precisions = [options.precision]
+    return [Plan(engine, precision) for engine in engines for precision in precisions]
 
 
 @dataclass(frozen=True)
@@ -132,67 +194,102 @@ class _Workbench:
     device: torch.device
     options: Options
     probe: Probe
+    is_serving: Callable[[], bool] = never
 
     def decide(self) -> tuple[Built, Choice, Source]:
         plans = plans_for(self.device, self.options)
-        key = circumstances(self.backbone.ref, self.device, self.options)
+        key = circumstances(self.backbone.ref, self.device, self.options, plans)
         cache_dir = self.options.cache_dir
-        choice = read_choice(cache_dir, key) if cache_dir else None
+        choice = read_choice(cache_dir, key, self.is_serving) if cache_dir else None
         if choice is None and len(plans) == 1 and self.options.max_batch is not None:
             choice = Choice(
                 **plans[0]._asdict(), max_batch=self.options.max_batch, candidates=()
             )  # nothing is left to measure
         if choice is not None:
-            built = self._built(Plan(choice.engine, choice.precision))
+            built, choice = self._chosen(choice, plans)
             return built, choice, "cached" if self.options.engine == "auto" else "forced"
         with _measuring:
             built, choice = self._measured(plans)
-        if cache_dir:
+        if cache_dir and not choice.out_of_memory:
             write_choice(cache_dir, key, choice)
         return built, choice, "measured" if self.options.engine == "auto" else "forced"
 
     def _measured(self, plans: list[Plan]) -> tuple[Built, Choice]:
         outcomes = {plan: self._attempt(plan) for plan in plans}
-        able = {plan: built for plan, built in outcomes.items() if isinstance(built, Built)}
-        able = able or {LAST_RESORT: self._build(LAST_RESORT)}
+        able = {plan: outcome for plan, outcome in outcomes.items() if isinstance(outcome, Built)}
+        failed = {plan: outcome for plan, outcome in outcomes.items() if isinstance(outcome, Failed)}
+        able = able or {LAST_RESORT: self._last_resort(failed)}
         shape = self.backbone.ref.preprocessing
-        rates = measure([built.engine for built in able.values()], self.device, shape)
-        tried = [Candidate(engine=p.engine, precision=p.precision, rates=r) for p, r in zip(able, rates, strict=True)]
-        failed = [
-            Candidate(engine=p.engine, precision=p.precision, error=e)
-            for p, e in outcomes.items()
-            if isinstance(e, str)
-        ]
-        choice = choose([*tried, *failed], self.device)
-        return able[Plan(choice.engine, choice.precision)], choice
+        measured = measure([built.engine for built in able.values()], self.device, shape, self.is_serving)
+        trials = dict(zip(able, measured, strict=True))
+        failed |= {plan: Failed(str(t.error), t.out_of_memory) for plan, t in trials.items() if not t.rates}
+        tried = {plan: trial for plan, trial in trials.items() if trial.rates}
+        if not tried:
+            raise self._cannot_run(failed)
+        candidates = [_candidate(plan, trial) for plan, trial in tried.items()]
+        choice = choose([*candidates, *map(_failed_candidate, failed, failed.values())], self.device)
+        best = Plan(choice.engine, choice.precision)
+        notes = {
+            "max_batch": min(choice.max_batch, max(tried[best].rates)) if tried[best].error else choice.max_batch,
+            "busy": choice.busy or was_disturbed(measured),
+            "out_of_memory": any(f.out_of_memory for f in failed.values()) or any(t.out_of_memory for t in measured),
+        }
+        return able[best], choice.model_copy(update=notes)
 
-    def _built(self, plan: Plan) -> Built:
-        outcome = self._attempt(plan)
-        return outcome if isinstance(outcome, Built) else self._build(LAST_RESORT)
+    def _last_resort(self, failed: dict[Plan, Failed]) -> Built:
+        """float32 by torch, however far it is from the original. Not where memory ran out: it wants as much, or twice as much."""
+        if any(failure.out_of_memory for failure in failed.values()):
+            raise self._cannot_run(failed)
+        return self._build(LAST_RESORT)
 
-    def _attempt(self, plan: Plan) -> Built | str:
+    def _cannot_run(self, failed: dict[Plan, Failed]) -> InferenceFailed:
+        if any(failure.out_of_memory for failure in failed.values()):
+            return does_not_fit(self.backbone, self.device, next(iter(failed)).precision)
+        reasons = "; ".join(f"{plan.engine} {plan.precision}: {failure.reason}" for plan, failure in failed.items())
+        return InferenceFailed(f"{self.backbone.ref.key} cannot compute one image on {self.device}: {reasons}")
+
+    def _chosen(self, choice: Choice, plans: list[Plan]) -> tuple[Built, Choice]:
+        """The choice made earlier, or, where it does not do for these weights, the next plan, with the reason among the candidates."""
+        failed: dict[Plan, Failed] = {}
+        for plan in dict.fromkeys((Plan(choice.engine, choice.precision), *plans)):
+            outcome = self._attempt(plan)
+            if isinstance(outcome, Built):
+                return outcome, _with_failed(choice, failed)
+            failed[plan] = outcome
+        return self._last_resort(failed), _with_failed(choice, failed)
+
+    def _attempt(self, plan: Plan) -> Built | Failed:
         """The engine, or the reason why this plan cannot be used for this network."""
         converted = self._converted() if plan.engine == "openvino" else None
         from_disk = converted is not None and converted.is_dir()
         outcome = self._try(plan)
-        if isinstance(outcome, str) and converted is not None and from_disk:
-            log.warning("converting %s again, because the file on disk is no good: %s", self.backbone.ref.key, outcome)
+        if isinstance(outcome, Failed) and converted is not None and from_disk:
+            log.warning(
+                "converting %s again, because the file on disk is no good: %s", self.backbone.ref.key, outcome.reason
+            )
             shutil.rmtree(converted, ignore_errors=True)
             outcome = self._try(plan)
-        if isinstance(outcome, str):
-            log.warning("%s cannot run by %s in %s: %s", self.backbone.ref.key, *plan, outcome)
+        if isinstance(outcome, Failed):
+            log.warning("%s cannot run by %s in %s: %s", self.backbone.ref.key, *plan, outcome.reason)
         return outcome
 
-    def _try(self, plan: Plan) -> Built | str:
+    def _try(self, plan: Plan) -> Built | Failed:
         try:
             built = self._build(plan)
         except Exception as error:  # a converter or a kernel that does not know this network
-            if is_device_lost(error, self.device):
+            out_of_memory = is_out_of_memory(error, self.device)
+            # Another plan wants as much of a GPU's memory, or twice as much. On a CPU another engine may want less.
+            if is_device_lost(error, self.device) or (out_of_memory and self.device.type == "cuda"):
                 raise
-            return f"{type(error).__name__}: {error}"[:500]
-        if built.agreement.max_difference <= TOLERANCE[plan.precision]:
+            return Failed(f"{type(error).__name__}: {error}"[:500], out_of_memory)
+        difference = built.agreement.max_difference
+        if difference <= TOLERANCE[plan.precision]:
             return built
-        return f"differs from float32 by {built.agreement.max_difference:.2g} of the largest feature"
+        if math.isinf(difference):
+            return Failed(f"its features in {plan.precision} are not finite numbers")
+        return Failed(
+            f"differs from float32 by {difference:.2g} of the largest feature; the limit is {TOLERANCE[plan.precision]:g}"
+        )
 
     def _build(self, plan: Plan) -> Built:
         options = self.options
@@ -207,3 +304,17 @@ class _Workbench:
 
     def _converted(self) -> Path | None:
         return converted_folder(self.options.cache_dir, self.backbone) if self.options.cache_dir else None
+
+
+def _candidate(plan: Plan, trial: Trial) -> Candidate:
+    return Candidate(engine=plan.engine, precision=plan.precision, rates=trial.rates)
+
+
+def _failed_candidate(plan: Plan, failed: Failed) -> Candidate:
+    return Candidate(engine=plan.engine, precision=plan.precision, error=failed.reason)
+
+
+def _with_failed(choice: Choice, failed: dict[Plan, Failed]) -> Choice:
+    others = [c for c in choice.candidates if Plan(c.engine, c.precision) not in failed]
+    candidates = (*others, *map(_failed_candidate, failed, failed.values()))
+    return choice.model_copy(update={"candidates": candidates})

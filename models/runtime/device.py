@@ -1,21 +1,20 @@
 """Which devices there are, and what they gain from."""
 
 import logging
-import math
-import os
 import re
-from pathlib import Path
 
 import torch
 
+from models import cgroup
 from models.errors import DeviceUnavailable
 from models.runtime.gpus import gpus
+from models.runtime.options import Precision
 
 log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of a GPU's free memory, for training beside a server
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two processors; "max 100000" is no limit
+CPU_QUOTA = cgroup.ROOT / "cpu.max"  # of a container; models/cgroup.py has the other places
 
 
 def devices(name: str) -> list[torch.device]:
@@ -53,6 +52,23 @@ def gains_from_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def half_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """The 16-bit precisions that are computed natively there, the more exact one first; others are no faster than float32."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return ("float16", "bfloat16") if capability >= (8, 0) else ("float16",) if capability >= (7, 0) else ()
+    return ("bfloat16",) if gains_from_bfloat16(device) else ()
+
+
+def use_ieee_float32() -> None:
+    """Switches TF32 off in this process: float32 on a GPU then has 24 bits, as on a CPU. By default cuDNN rounds to 11.
+
+    By the settings that torch.backends.cudnn.flags() saves and restores; it refuses those of single operators.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def memory(device: torch.device) -> tuple[int, int] | None:
     """Bytes in use there, by all processes, and bytes in all; None for the CPU, and where the device does not say."""
     if device.type != "cuda":
@@ -72,10 +88,5 @@ def leave_memory(device: torch.device) -> None:
 
 
 def cpu_count() -> int:
-    """Processors that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, math.ceil(int(quota) / int(period))))
+    """Cores that this process may use: its affinity mask, and a container's quota, which torch does not look at."""
+    return cgroup.cpu_count(CPU_QUOTA.parent)

@@ -83,7 +83,7 @@ def gpus() -> Gpus:
 
 def _problem_of(device: torch.device) -> GpuProblem | None:
     try:
-        return _within(ANSWER_S, lambda: _too_old(device) or _tried(device))
+        return _within(ANSWER_S, lambda: _tried(device))
     except TimeoutError:
         return _no_answer(str(device))
 
@@ -98,26 +98,26 @@ def _no_answer(who: str) -> GpuProblem:
 
 def _count() -> int | GpuProblem:
     """GPUs that CUDA shows, or why it shows none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same sentence as that of init()
-        if torch.cuda.is_available():
-            return torch.cuda.device_count()
-        return next(_causes(_sentence()))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                return torch.cuda.device_count()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            sentence = "CUDA starts and shows no GPU"
+        except Exception as error:  # AssertionError where torch is built without CUDA
+            sentence = _first_line(error)
+        return next(_causes("; ".join([sentence, *(_first_line(warning.message) for warning in said)])))
 
 
-def _sentence() -> str:
-    """Why CUDA does not start, in torch's own words."""
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # AssertionError where torch is built without CUDA
-        return str(error).split("\n")[0]
-    return "CUDA starts and shows no GPU"
+def _first_line(said: object) -> str:
+    return str(said).partition("\n")[0]
 
 
 def _causes(sentence: str) -> Iterator[GpuProblem]:
     """The likely causes of no visible GPU, the most certain first. `sentence`: what torch says."""
     if torch.version.cuda is None:
-        remedy = "install the CUDA build of torch (`make setup`), or use --device cpu"
+        remedy = "install the CUDA build of torch (`make setup TORCH=cuda`), or use --device cpu"
         yield GpuProblem("torch_without_cuda", "this torch is built without CUDA", remedy)
     if "too old" in sentence:
         needed = OLDEST_DRIVER.get(str(torch.version.cuda).partition(".")[0])
@@ -207,11 +207,17 @@ def _capability(arch: str) -> tuple[int, int]:
 def _tried(device: torch.device) -> GpuProblem | None:
     """A tiny computation: it needs a context, memory and a kernel."""
     try:
-        torch.ones(1, device=device).sum().item()
-    except RuntimeError as error:
-        sentence = str(error).split("\n")[0]
-    else:
-        return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own lines about a card that is too old
+            if (problem := _too_old(device)) is not None:
+                return problem
+            torch.ones(1, device=device).sum().item()
+    except Exception as error:
+        return _broken(device, _first_line(error))
+    return None
+
+
+def _broken(device: torch.device, sentence: str) -> GpuProblem:
     text = sentence.lower()
     if "out of memory" in text:
         remedy = "end the process that holds it (`nvidia-smi` lists them), or use another GPU"

@@ -58,7 +58,10 @@ class Agreement(Record):
 
 
 class RuntimeInfo(Record):
-    """How a backbone runs, for `GET /models`. `source`: measured now, cached from an earlier measurement, or forced by a setting."""
+    """How a backbone runs, for `GET /models`. `source`: measured now, cached from an earlier measurement, or forced by a setting.
+
+    float32: what float32 means on the device. `ieee`: 24 bits, on a GPU too, where TF32 (11 bits) is off.
+    """
 
     engine: EngineName
     precision: Precision
@@ -71,3 +74,4 @@ class RuntimeInfo(Record):
     candidates: tuple[Candidate, ...]
     agreement: Agreement
     compile_seconds: float
+    float32: Literal["ieee"] = "ieee"

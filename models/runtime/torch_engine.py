@@ -5,8 +5,10 @@ from torch import Tensor
 
 from models.classifier import Backbone
 from models.explain import upright
+from models.runtime.device import use_ieee_float32
 from models.runtime.folding import fold_batch_norm
 from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
+from models.runtime.steps import batch_step, padded
 
 FORMATS: dict[MemoryFormat, torch.memory_format] = {
     "channels_last": torch.channels_last,
@@ -15,7 +17,10 @@ FORMATS: dict[MemoryFormat, torch.memory_format] = {
 
 
 class TorchEngine:
-    """uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's is left as it was."""
+    """uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's is left as it was.
+
+    pads: whether a batch is filled up to one of BATCH_STEPS, which a GPU gains from. The answer has N rows in any case.
+    """
 
     name: EngineName = "torch"
 
@@ -33,6 +38,9 @@ class TorchEngine:
         self.dtype = DTYPES[precision]
         self.format = FORMATS[memory_format]
         self.map = backbone.map
+        self.pads = device.type == "cuda"
+        if device.type == "cuda":
+            use_ieee_float32()
         self.module = module.to(device, self.dtype).to(memory_format=self.format)
         self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
         self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
@@ -40,10 +48,9 @@ class TorchEngine:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         self._own_threads()
-        x = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.format)
-        x = x.float().sub_(self.mean).div_(self.std)  # as models.classifier.normalise
+        x = self._on_device(pixels).float().sub_(self.mean).div_(self.std)  # as models.classifier.normalise
         features: Tensor = self.module(x.to(self.dtype))
-        return features.float()
+        return features[: len(pixels)].float()
 
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
@@ -55,12 +62,18 @@ class TorchEngine:
         finally:
             hook.remove()
         with torch.inference_mode():
-            return features, upright(kept[-1], len(pixels)).float()
+            maps = upright(kept[-1], batch_step(len(pixels)) if self.pads else len(pixels))
+            return features, maps[: len(pixels)].float()
 
     def release_memory(self) -> None:
         """Gives back the activations of the largest batch so far."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _on_device(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, C, H, W), or more images where the batch is filled up."""
+        x = padded(pixels, self.device) if self.pads else pixels.to(self.device, non_blocking=True)
+        return x.contiguous(memory_format=self.format)
 
     def _own_threads(self) -> None:
         """The number of threads belongs to the calling thread, and another part of the process may have set its own."""

@@ -46,7 +46,8 @@ def command(
 ) -> None:
     """Look at everything that a report of a bug needs: versions, machine, GPUs, settings, folders, jobs, server, torch, store.
 
-    It takes the settings of `imago serve`, changes nothing, and shows no key. Exit code 1 if something is wrong.
+    It takes the settings of `imago serve`, changes nothing, and shows no key. Lines marked ! are problems, with which the
+    exit code is 1; lines marked ? are warnings.
 
     With --gpu it runs every part of Imago on the GPU, with a temporary store. Exit code 0: all checks passed; 1: a check failed; 3: no GPU
     can be used; 4: nothing failed, and not all checks ran.
@@ -64,7 +65,7 @@ def command(
             show(section)
     problems = sum(len(section.problems) for section in sections)
     if json_to is None:
-        click.echo(f"\n{problems or 'no'} problem{'' if problems == 1 else 's'} found")
+        click.echo(f"\n{problems or 'no'} problem{'' if problems == 1 else 's'} found{warnings_of(sections)}")
     else:
         write(json.dumps(document(sections), indent=2), json_to)
     raise SystemExit(1 if problems else 0)
@@ -75,12 +76,23 @@ def show(section: "Section") -> None:
     width = max(map(len, section.facts), default=0)
     for name, value in section.facts.items():
         click.echo(f"  {name:{width}}  {value}")
+    for warning in section.warnings:
+        click.echo(f"  ? {warning}")
     for problem in section.problems:
         click.echo(f"  ! {problem}")
 
 
+def warnings_of(sections: "list[Section]") -> str:
+    """ ", 2 warnings", or nothing."""
+    count = sum(len(section.warnings) for section in sections)
+    return f", {count} warning{'' if count == 1 else 's'}" if count else ""
+
+
 def document(sections: "list[Section]") -> dict[str, Any]:
-    found = {section.name: {"facts": section.facts, "problems": section.problems} for section in sections}
+    found = {
+        section.name: {"facts": section.facts, "warnings": section.warnings, "problems": section.problems}
+        for section in sections
+    }
     return {"ok": not any(section.problems for section in sections), "sections": found}
 
 
@@ -108,7 +120,7 @@ def check_gpu(
         checks = selected(names)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    how = Run(rehearse, dataset.resolve() if dataset else None, gpu_number(device))
+    how = Run(rehearse, dataset.resolve() if dataset else None, None if rehearse else gpu_number(device))
     table_on_stderr = json_to == STDOUT
     click.echo(report.header(checks, rehearse), err=table_on_stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the document is printed all the same

@@ -20,16 +20,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from models import architectures
+from models.backbones import skeleton
 from models.classifier import Backbone, BackboneRef
-from models.explain import find_map, probe
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
+_EMPTY = torch.empty
 
 
 # Their fake versions take tensors of several dtypes, which the real ones refuse.
@@ -83,13 +84,20 @@ class FakeGpu:
         return _apply(module, self.mode.from_tensor)
 
     def backbone(self, name: str) -> Backbone:
-        """An architecture without its last layer, as the store loads one, with fake tensors."""
-        with unset_fake_temporarily():
-            network = architectures.create(name)
-            module = network.backbone.eval().requires_grad_(False)
-            ref = BackboneRef(architecture=name, sha256="0" * 64, preprocessing=network.preprocessing)
-            _, mapped = find_map(module, probe(network.preprocessing, 1))
-        return Backbone(ref, self.faked(module), network.feature_dim, mapped)
+        """An architecture without its last layer, with fake tensors on the CPU, as `faked` would give the store's. It has no `map`."""
+        with _disable_current_modes(), mock.patch.object(torch, "empty", _EMPTY):  # as `skeleton` knows it
+            preprocessing = architectures.preprocessing_of(name, 3)
+            module = skeleton(name, preprocessing).eval().requires_grad_(False)
+        _apply(module, self._on_cpu)
+        ref = BackboneRef(architecture=name, sha256="0" * 64, preprocessing=preprocessing)
+        with torch.inference_mode():
+            images = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width)
+            return Backbone(ref, module, module(images).shape[1])
+
+    def _on_cpu(self, meta: Tensor) -> Tensor:
+        with _disable_current_modes():
+            empty = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        return FakeTensor(self.mode, empty, torch.device("cpu"))
 
     def pin(self, tensor: Tensor) -> Tensor:
         self.pinned.add(tensor.untyped_storage()._cdata)
@@ -150,7 +158,7 @@ class Crossings(TorchDispatchMode):
         """What `tensor.tolist()` answers."""
         if tensor.device.type == "cuda":
             self.all.append(Crossing("tolist", "cpu", True, tuple(tensor.shape)))
-        with unset_fake_temporarily():
+        with _disable_current_modes():
             return torch.ones(tuple(tensor.shape), dtype=tensor.dtype).tolist()
 
 
@@ -230,7 +238,7 @@ def _patches(gpu: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
     yield Tensor, "pin_memory", _either(lambda t, *args: gpu.pin(t.clone()), Tensor.pin_memory)
     yield Tensor, "is_pinned", _either(lambda t, *args: gpu.is_pinned(t), Tensor.is_pinned)
     yield Tensor, "backward", _either(_backward, Tensor.backward)
-    yield torch, "empty", _pinning(gpu, torch.empty)
+    yield torch, "empty", _pinning(gpu, _EMPTY)
 
 
 def _counted(gpu: FakeGpu, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:

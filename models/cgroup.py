@@ -1,0 +1,61 @@
+"""CPU cores that this process may use: its affinity, and the quota of its container or systemd unit. Does not import torch."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")  # lines of "0::/imago.service", in version 1 "3:cpu,cpuacct:/docker/4f2a"
+
+
+def cpu_count(root: Path = ROOT) -> int:
+    """Cores of the affinity mask, or of the quota where that is less: 2 for a quota of one and a half. `root`: see `cpu_quota`."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return available if quota == math.inf else max(1, min(available, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = ROOT) -> float:
+    """The smallest limit, in cores, of this process's control group and the groups above it; infinity where there is none.
+
+    `root`: where the groups of version 2 are mounted; those of version 1 are in its folder `cpu`.
+    """
+    paths = _group_paths()
+    unified = (_unified_quota(group) for group in _groups(root, paths.get("", "/")))
+    v1 = (_v1_quota(group) for group in _groups(root / "cpu", paths.get("cpu", "/")))
+    return min([math.inf, *unified, *v1])
+
+
+def _group_paths() -> dict[str, str]:
+    """The path of this process's group by controller; "" is version 2."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split(":", 2) for line in lines if line.count(":") >= 2)
+    return {controller: path for _, controllers, path in fields for controller in controllers.split(",")}
+
+
+def _groups(root: Path, path: str) -> Iterator[Path]:
+    """The folders from this process's group up to the root. In a container some are not mounted: only the root is sure to be there."""
+    group = Path(path.strip("/"))
+    yield from (root / folder for folder in (group, *group.parents) if ".." not in folder.parts)
+
+
+def _unified_quota(group: Path) -> float:
+    """`cpu.max`: "200000 100000" is two processors; "max 100000" is no limit."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _v1_quota(group: Path) -> float:
+    """`cpu.cfs_quota_us` and `cpu.cfs_period_us`; a quota of -1 is no limit."""
+    try:
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    except (OSError, ValueError):
+        return math.inf
+    return quota / period if quota > 0 else math.inf

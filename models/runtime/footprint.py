@@ -1,0 +1,64 @@
+"""The memory that a backbone needs on a device, and the error that names it."""
+
+import torch
+from torch import Tensor, nn
+
+from models.classifier import Backbone, Preprocessing, normalise
+from models.errors import OutOfMemory
+from models.runtime.options import DTYPES, Precision
+
+MB = 2**20
+
+
+def does_not_fit(backbone: Backbone, device: torch.device, precision: Precision) -> OutOfMemory:
+    """The error of a backbone for which a device has too little memory: what it needs for one image, what is free, what to do."""
+    size = DTYPES[precision].itemsize
+    weights = size * sum(tensor.numel() for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
+    image = size * activations(backbone.module, backbone.ref.preprocessing)
+    needed = (
+        f"{backbone.ref.key} does not fit into the memory of {device}: it needs about {_mb(weights + image)} MB in {precision} "
+        f"({_mb(weights)} MB for its weights, {_mb(image)} MB for one image)"
+    )
+    if device.type != "cuda":
+        return OutOfMemory(f"{needed}; free memory, or serve fewer or smaller models")
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return OutOfMemory(f"{needed}; free GPU memory, or serve fewer or smaller models")
+    return OutOfMemory(
+        f"{needed} of GPU memory, and {free // MB} MB of {total // MB} MB are free; end other processes on that GPU "
+        "(`nvidia-smi` lists them), serve fewer or smaller models, or use another device"
+    )
+
+
+def _mb(size: int) -> int:
+    return -(-size // MB)
+
+
+@torch.inference_mode()
+def activations(module: nn.Module, shape: Preprocessing) -> int:
+    """Numbers that one image keeps in memory at once: the inputs and outputs of the largest layer, and as many for what is kept beside it.
+
+    An estimate, by a forward pass on the CPU.
+    """
+    largest = 0
+
+    def look(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        largest = max(largest, sum(tensor.numel() for tensor in (*inputs, output) if isinstance(tensor, Tensor)))
+
+    layers = [layer for layer in module.modules() if not [*layer.children()]]
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        pixels = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
+        module(normalise(pixels, shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 2 * largest
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Gives what torch keeps of freed GPU memory back to the driver. Other threads' next batches allocate anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
