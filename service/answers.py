@@ -1,7 +1,7 @@
 """What the engine answers, and what it remembers of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ from models.errors import ModelError
 
 @dataclass(frozen=True)
 class Sample:
-    """An image's bytes, and the probabilities by class index that they are known to get."""
+    """An image's bytes, their features by each backbone's float32 original, (D,) each, and the probabilities by class that the head gives
+    for these."""
 
     name: str
     data: bytes
-    probabilities: Sequence[float]
+    features: Sequence[Tensor]
+    probabilities: Mapping[str, float]
 
 
 Explain = Literal["grid", "overlay"]  # a heat map as numbers, or as a picture too

@@ -22,6 +22,7 @@ from models.download import Progress
 from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
+from service import parity
 from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
 from service.batcher import Batcher, Output, Part
 from service.catalogue import Catalogue
@@ -42,9 +43,6 @@ Image = (
 )  # a file, or (C, height, width) that was preprocessed already: uint8, or float32 as `normalise` makes it
 
 HANGS_AFTER_S = 60.0  # a batch may take so long at least before its device counts as lost
-# Largest difference of a probability between training, in float32, and serving. A head of few images moves by 0.06 where features have
-# 8 bits of precision; wrong classes or another preprocessing move some image by far more.
-PARITY = {"float32": 0.05, "float16": 0.1, "bfloat16": 0.2}
 
 
 @dataclass(frozen=True)
@@ -351,8 +349,8 @@ class Engine:
         await self.catalogue.sync()
 
     async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
-        """Swaps a version in, once it has been tried: each of `samples` must get the probabilities that it is said to have, from its
-        bytes on. Raises ModelNotFound, NameConflict and WeightsError; then everything is as it was."""
+        """Swaps a version in, once it has been tried: each of `samples` must get the features and probabilities that it is said to
+        have, from its bytes on. Raises ModelNotFound, NameConflict and WeightsError; then everything is as it was."""
         return await self.catalogue.activate(name, version, partial(self._compare, samples))
 
     async def rollback(self, name: str) -> ModelStatus:
@@ -379,14 +377,21 @@ class Engine:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
-        bound = max(PARITY[info.precision] for backbone in served.backbones for info in backbone.infos.values())
-        [scores] = await self._scores([s.data for s in samples], [served], Terms())
-        for sample, found in zip(samples, scores.results, strict=True):
-            if isinstance(found, ModelError):
-                raise WeightsError(f"{sample.name}, an image of its training, is refused here: {found}")
-            off = float((found[0] - torch.tensor(sample.probabilities)).abs().max())
-            if off > bound:
-                raise WeightsError(f"{sample.name} gets other probabilities here than in training: by up to {off:.3f}")
+        wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
+        slots: list[tuple[LoadedBackbone, int]] = []
+        for backbone, part in zip(served.backbones, served.parts, strict=True):
+            wanted[backbone].append(part)
+            slots.append((backbone, len(wanted[backbone]) - 1))
+        values = []
+        for sample, row in zip(samples, await self._rows([s.data for s in samples], wanted, Terms()), strict=True):
+            if isinstance(row, ModelError):
+                raise WeightsError(f"{sample.name}, an image of its training, is refused here: {row}")
+            values.append(row.values)
+        features = [torch.stack([of_one[backbone][0] for of_one in values]) for backbone in served.backbones]
+        answered = torch.cat(
+            [served.probabilities([one[backbone][slot] for backbone, slot in slots]) for one in values]
+        )
+        parity.check(samples, served, features, answered)
 
 
 def _features(features: Tensor) -> Tensor:

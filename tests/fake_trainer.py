@@ -42,7 +42,7 @@ def end(**fields: Any) -> None:
 def good(**fields: Any) -> None:
     (folder / "report.json").write_text('{"schema": 1}')
     (folder / "report.html").write_text("<!doctype html><title>report</title>")
-    sample = {"name": "cat/1.jpg", "image": "aW1hZ2U=", "probabilities": [1.0]}
+    sample = {"name": "cat/1.jpg", "image": "aW1hZ2U=", "features": ["AACAPw=="], "probabilities": {"cat": 1.0}}
     (folder / "parity.json").write_text(json.dumps({"samples": [sample]}))
     tell("publish", 1.0)
     end(**{"model": request["name"], "version": 2, "deployment": "activate", "effective": {"lr": 0.1}, **fields})

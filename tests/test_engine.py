@@ -30,7 +30,7 @@ from models.errors import (
 )
 from models.reference import Conformal, Neighbourhood, Reference
 from models.store import ModelStore
-from service.answers import Answer, Prediction, Sample, Wanted
+from service.answers import Answer, Prediction, Wanted
 from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull
@@ -483,32 +483,6 @@ async def test_what_is_not_in_the_store_is_not_activated(store: ModelStore, name
     async with serving(store) as engine:
         with pytest.raises(ModelNotFound, match=said):
             await engine.activate(name, 7)
-
-
-@pytest.mark.parametrize(
-    ("precision", "off", "accepted"),
-    [
-        pytest.param("float32", 0.0, True, id="equal"),
-        pytest.param("float32", 0.1, False, id="different"),
-        pytest.param("bfloat16", 0.1, True, id="as different as 8 bits are"),
-        pytest.param("bfloat16", 0.3, False, id="different in 8 bits"),
-    ],
-)
-async def test_a_version_answers_as_in_training_or_is_not_activated(
-    store: ModelStore, precision: str, off: float, accepted: bool
-) -> None:
-    version = add_head(store, "a", store.config("a").backbones[0], 84, classes=2, seed=5, activate=False)
-    classifier, data = store.load("a", version), picture(3)
-    pixels = images.decode(data, classifier.backbones[0].ref.preprocessing)[None]
-    first, second = classifier.probabilities([pixels])[0].tolist()
-    samples = [Sample("bee.png", data, [first - off, second + off])]
-    async with serving(store, precision=precision) as engine:
-        if accepted:
-            assert (await engine.activate("a", version, samples)).version == version
-            return
-        with pytest.raises(WeightsError, match=r"bee\.png gets other probabilities .* 0\.[1-3]"):
-            await engine.activate("a", version, samples)
-        assert store.serving().models["a"] == 1
 
 
 async def test_a_model_that_the_setting_leaves_out_is_not_activated(store: ModelStore) -> None:

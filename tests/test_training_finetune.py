@@ -192,7 +192,7 @@ def test_a_second_head_on_the_same_images_computes_no_features(
     trained: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained.run(name="first", base="colours")
-    monkeypatch.setattr("models.training.features._Forward", None)
+    monkeypatch.setattr("models.training.features.Extractor", None)
     assert trained.run(name="second", base="colours").head_sha256 == first.head_sha256
 
 
@@ -535,7 +535,7 @@ def test_what_the_server_is_to_be_asked(trained: Workshop) -> None:
     config = trained.store.config("colours", 1)
     image = decode(sample.image, config.backbones[0].preprocessing)
     expected = trained.store.load("colours", 1).probabilities([image[None]])[0]
-    torch.testing.assert_close(torch.tensor(sample.probabilities), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(list(sample.probabilities.values())), expected, atol=1e-4, rtol=0)
 
 
 # The gate

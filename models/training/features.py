@@ -25,15 +25,18 @@ from torch import Tensor
 from models import files, tensors
 from models.classifier import Backbone
 from models.errors import TrainingError, WeightsError
-from models.runtime.device import gains_from_bfloat16
-from models.runtime.failures import is_out_of_memory
+from models.runtime.compiler import TOLERANCE
+from models.runtime.device import half_precisions
+from models.runtime.failures import is_device_lost, is_out_of_memory
 from models.runtime.options import Precision
+from models.runtime.probe import Probe
 from models.runtime.torch_engine import TorchEngine
 from models.training.progress import Progress, Stop, never, silent
 
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+BATCH = 64  # images
 SHARD_BYTES = 64 * 2**20
 SHARD_S = 30.0  # of work that a kill may cost
 KEY_BYTES = 16
@@ -58,8 +61,9 @@ class FeatureCache:
         pixels: Tensor,
         digests: Sequence[bytes],
         *,
-        batch_size: int = 64,
+        batch_size: int = BATCH,
         device: torch.device = CPU,
+        precision: Precision = "float32",
         progress: Progress = silent,
         warn: Warn = log.warning,
         stop: Stop = never,
@@ -70,23 +74,20 @@ class FeatureCache:
         there on may differ in their last bits. `stop` is asked before each batch. However a pass ends, what it has computed is kept.
         Raises TrainingError where a feature is not finite, Stopped, and the device's own error where one image alone is too much.
         """
-        gains = device.type == "cuda" and gains_from_bfloat16(device)
-        precision: Precision = "bfloat16" if gains else "float32"
         shards = _Shards(self, _folder_name(backbone, precision), backbone.feature_dim, warn)
         places: dict[bytes, int] = {}  # of each digest in `known`; equal images are computed once
         inverse = torch.tensor([places.setdefault(digest, len(places)) for digest in digests], dtype=torch.int64)
         known = torch.empty(len(places), backbone.feature_dim)
         missing = shards.read(places, known)
         if missing:
-            engine = TorchEngine(backbone, device, precision, "channels_last", torch.get_num_threads())
-            forward = _Forward(engine, batch_size, warn)
+            extract = Extractor(backbone, device, precision, batch_size, warn)
             first = {digest: row for row, digest in reversed(list(enumerate(digests)))}
             try:
                 for start in range(0, len(missing), batch_size):
                     if stop():
                         raise Stopped
                     batch = missing[start : start + batch_size]
-                    features = forward(pixels[[first[digest] for digest in batch]])
+                    features = extract(pixels[[first[digest] for digest in batch]])
                     known[[places[digest] for digest in batch]] = features
                     shards.add(batch, features)
                     progress(1 - (len(missing) - start - len(batch)) / len(places))
@@ -102,15 +103,42 @@ def _folder_name(backbone: Backbone, precision: Precision) -> str:
     return f"{ref.sha256[:16]}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
-class _Forward:
+def feature_precision(backbone: Backbone, device: torch.device) -> Precision:
+    """The precision of training features on this device: the first of a GPU's fast ones that agrees with float32, as in serving.
+
+    On the CPU float32: features are computed once, and stay exact.
+    """
+    fast = half_precisions(device) if device.type == "cuda" else ()
+    probe = Probe(backbone, None) if fast else None
+    for precision in fast:
+        try:
+            agreement = probe.agreement(Extractor(backbone, device, precision)) if probe else None
+        except (TrainingError, RuntimeError) as error:  # NaN; a kernel that does not know this network
+            if is_device_lost(error, device):
+                raise
+            log.info("%s: no features in %s: %s", backbone.ref.key, precision, error)
+            continue
+        if agreement and agreement.max_difference <= TOLERANCE[precision]:
+            return precision
+    return "float32"
+
+
+class Extractor:
     """uint8 (n, C, H, W) -> float32 (n, D) on the CPU, in batches of one size, which is halved for good whenever memory runs out.
 
     A batch that is smaller is filled up: with batches of one size an image's features are the same to the bit whatever batch it is in,
     and so is the head of a run that was resumed.
     """
 
-    def __init__(self, engine: TorchEngine, batch_size: int, warn: Warn) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        precision: Precision,
+        batch_size: int = BATCH,
+        warn: Warn = log.warning,
+    ) -> None:
+        self.engine = TorchEngine(backbone, device, precision, "channels_last", torch.get_num_threads())
         self.batch_size = batch_size
         self.warn = warn
 
@@ -124,6 +152,14 @@ class _Forward:
                 "the backbone gives NaN or infinity for some images; use another base, or pull or train this one again"
             )
         return features
+
+    def rows(self, pixels: Tensor, rows: Tensor, progress: Progress = silent) -> Tensor:
+        """The features of the images at `rows` (n,) of uint8 (N, C, H, W), batch by batch."""
+        features = []
+        for start in range(0, len(rows), BATCH):
+            features.append(self(pixels[rows[start : start + BATCH]]))
+            progress(min(1.0, (start + BATCH) / len(rows)))
+        return torch.cat(features)
 
     def _tried(self, pixels: Tensor) -> Tensor | None:
         """None where memory ran out and a smaller batch may fit."""

@@ -26,6 +26,7 @@ from models.training.fitting import Trained
 from models.training.handover import Result, published
 from models.training.job import Clock, Job, Run
 from models.training.lineage import seen_before
+from models.training.parity import parity as parity_of
 from models.training.pictures import thumbnails, training_batch
 from models.training.progress import Stop, never
 from models.training.remember import reference_of
@@ -67,7 +68,7 @@ def run(
             report = make_report(job, trained, calibration, choice, compared)
         with job.clock.phase("publish"):
             config = _publish(job, trained, report, reference_of(job, trained))
-            parity = comparison.parity(job, trained, config)
+            parity = parity_of(job, trained, config)
     deployment, reason = comparison.decide(request, compared, parity)
     progress(Event("publish", 1.0, message=reason))
     report = report.model_copy(update={"version": config.version, "parity": parity, "timings": _rounded(job.clock)})

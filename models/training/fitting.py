@@ -21,7 +21,7 @@ from models.training.batches import Sample, first_images, spread
 from models.training.calibrate import Calibration
 from models.training.evaluate import outputs
 from models.training.feature_sum import fit_sum
-from models.training.features import Stopped
+from models.training.features import Extractor, Stopped
 from models.training.freezing import fresh_stages, initialise_anew, stages
 from models.training.handover import StopReason
 from models.training.head import Fit, fit
@@ -125,6 +125,7 @@ def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequ
             progress=job.tell("features"),
             warn=lambda message: job.progress(Event("features", 0.0, message=message)),
             device=job.device,
+            precision=job.precision(backbone),
             stop=job.is_to_end,
         )
     except Stopped:
@@ -239,14 +240,13 @@ def _head_first(job: Job, changed: Backbone | None) -> nn.Linear:
 
 def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
     """Computed once for each set of rows that is asked for."""
-    module = backbone.module.to(memory_format=torch.channels_last).to(job.device)
+    extract = Extractor(backbone, job.device, job.precision(backbone))
     known: dict[bytes, Tensor] = {}
 
     def features(rows: Tensor) -> list[Tensor]:
         key = rows.numpy().tobytes()
         if key not in known:
-            shape, tell = backbone.ref.preprocessing, job.tell("evaluate")
-            known[key] = outputs(module, job.data.pixels, rows, shape, progress=tell)
+            known[key] = extract.rows(job.data.pixels, rows, job.tell("evaluate"))
         return [known[key]]
 
     return features

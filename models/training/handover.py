@@ -68,11 +68,15 @@ class Result(Record):
 
 
 class ParitySample(Record):
-    """A held-out image and the probabilities, by class, that the new version has for it."""
+    """A held-out image, its features by each backbone of the new version, and the probabilities that its head gives for them.
+
+    features: float32 in the machine's byte order, computed by the float32 original on the CPU: every engine is compared with that.
+    """
 
     name: str
     image: Base64Bytes
-    probabilities: tuple[float, ...]
+    features: tuple[Base64Bytes, ...]
+    probabilities: dict[str, float]  # by class
 
 
 class ParitySamples(Record):

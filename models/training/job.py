@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from models import files
-from models.classifier import Preprocessing, Record
+from models.classifier import Backbone, BackboneRef, Preprocessing, Record
 from models.errors import DatasetError
 from models.records import read_record, to_json
+from models.runtime.options import Precision
 from models.store import ModelStore
 from models.training import dataset
 from models.training.bases import Base
 from models.training.dataset import Dataset
-from models.training.features import FeatureCache
+from models.training.features import FeatureCache, feature_precision
 from models.training.handover import RUN
 from models.training.progress import Progress, Stop
 from models.training.request import Budget, Effective, Event, FinetuneRequest, Mode, Phase
@@ -82,6 +83,7 @@ class Job:
     device: torch.device
     began: float = field(default_factory=time.monotonic)
     _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
+    _precisions: dict[BackboneRef, Precision] = field(default_factory=dict)
 
     @property
     def held_out(self) -> Tensor:
@@ -105,6 +107,12 @@ class Job:
 
     def tell(self, phase: Phase) -> Progress:
         return lambda done: self.progress(Event(phase, done))
+
+    def precision(self, backbone: Backbone) -> Precision:
+        """Of a stored backbone's features on this run's device."""
+        if backbone.ref not in self._precisions:
+            self._precisions[backbone.ref] = feature_precision(backbone, self.device)
+        return self._precisions[backbone.ref]
 
     def pixels(self, preprocessing: Preprocessing) -> tuple[Tensor, tuple[bytes, ...]]:
         """All images under another preprocessing, uint8 (N, C, H, W), and their digests; decoded again where need be."""

@@ -17,6 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from models.errors import ModelError
 from models.files import replace
 from models.records import read_record, to_json
@@ -266,7 +269,11 @@ def _samples(path: Path) -> list[Sample]:
     if not path.exists():
         return []
     found = ParitySamples.model_validate_json(path.read_bytes()).samples
-    return [Sample(sample.name, sample.image, sample.probabilities) for sample in found]
+    return [Sample(one.name, one.image, [_vector(data) for data in one.features], one.probabilities) for one in found]
+
+
+def _vector(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
 
 _DISK_FULL = ("disk_full", "the disk was full for a day; free some space and start the job again")

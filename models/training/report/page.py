@@ -108,7 +108,7 @@ def _attention(report: Report) -> Markup:
     """What a reader must know before believing the figures."""
     notes = [report.verdict.reason] if report.verdict else []
     if report.parity and not report.parity.agrees:
-        notes.append(f"The server answers otherwise than the trainer did, by up to {report.parity.max_difference:.2g}.")
+        notes.append(f"This version must not be served: read back from the store, {report.parity.reason}.")
     if report.history and not report.test:
         notes.append(
             "The validation images chose the epoch, so their accuracy flatters a little; a test part would not."

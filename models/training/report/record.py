@@ -7,6 +7,7 @@ from pydantic import Field
 
 from models.classifier import Record
 from models.data.samples import Part
+from models.runtime.options import Precision
 from models.training.audit import Audit
 from models.training.calibrate import Calibration
 from models.training.curve import LearningCurve
@@ -35,6 +36,19 @@ class Parity(Record):
     images: int
     max_difference: float  # of a probability
     agrees: bool
+    precision: Precision = "float32"  # of the features, in training and here
+    features: float = 0.0  # distance of an image's features from training's, see models/agreement.py
+    explained: float = 0.0  # the distance that the precision explains
+
+    @property
+    def reason(self) -> str:
+        """What does not agree."""
+        if self.features > self.explained:
+            return (
+                f"its backbone gives other features than in training: they differ by {self.features:.1%} of their length, and "
+                f"{self.precision} explains {self.explained:.1%}"
+            )
+        return f"it answers other probabilities than in training, by up to {self.max_difference:.3f}"
 
 
 class Batch(NamedTuple):
