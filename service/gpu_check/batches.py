@@ -4,8 +4,9 @@ import asyncio
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.runtime import Options, Runtime, compile_backbone
-from service.batcher import BackboneQueue, Batcher, Output, Part
+from service.batcher import BackboneQueue, Batcher
 from service.gpu_check.records import Measurement, problems
 from service.gpu_check.session import Session, random_backbone, random_pixels
-from service.loaded import HeadPart
 from service.metrics import Metrics
+
+Part = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
 
 HEADS = (1, 2, 100)
 IMAGES = 64
@@ -41,7 +43,7 @@ def heads(session: Session) -> Measurement:
             answered(batcher, queue, pixels, asked)  # once before it counts
             with waits(session) as heard:
                 outputs = answered(batcher, queue, pixels, asked)
-            batches = len({output.forward for output in outputs if isinstance(output, Output)})
+            batches = len({output.forward for output in outputs if not isinstance(output, BaseException)})
             milliseconds = session.milliseconds(lambda: answered(batcher, queue, pixels, asked), 3)  # noqa: B023
             figures[count] = {"waits": len(heard) / max(1, batches), "batches": batches, "ms": round(milliseconds, 2)}
     return judged(figures, images)
@@ -74,7 +76,7 @@ def out_of_memory_serving(session: Session) -> Measurement:
     with logged("service.batcher") as log, batching(session, runtime) as (batcher, queue):
         outputs = answered(batcher, queue, pixels, [[_features] for _ in range(images)], start=True)
         failures = sorted({repr(output)[:160] for output in outputs if isinstance(output, BaseException)})
-        batches = [output.forward.images for output in outputs if isinstance(output, Output)]
+        batches = [output.forward.images for output in outputs if not isinstance(output, BaseException)]
         figures: dict[str, Any] = {
             "answered": len(batches),
             "largest_batch": max(batches, default=0),
@@ -109,10 +111,10 @@ def batching(session: Session, runtime: Runtime) -> Iterator[tuple[Batcher, Back
 
 def answered(
     batcher: Batcher, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Sequence[Part]], start: bool = False
-) -> list[Output | BaseException]:
-    """An answer for each image (N, C, H, W). `start`: the device begins when all of them wait."""
+) -> list[Any]:
+    """An Output or an exception for each image (N, C, H, W). `start`: the device begins when all of them wait."""
 
-    async def go() -> list[Output | BaseException]:
+    async def go() -> list[Any]:
         deadline = time.monotonic() + DEADLINE_S
         tasks = [
             asyncio.create_task(batcher.submit(queue, image, asked, deadline))
@@ -158,9 +160,9 @@ def logged(name: str) -> Iterator[list[str]]:
         logging.getLogger(name).removeHandler(handler)
 
 
-def _head(session: Session, features: int) -> HeadPart:
+def _head(session: Session, features: int) -> Part:
     head = Head(HeadConfig(layers=(LayerConfig(in_features=features),)), CLASSES).eval().requires_grad_(False)
-    return HeadPart({session.device: head.to(session.device)}, 0)
+    return partial(head.to(session.device).part, 0)
 
 
 def _features(features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from service.gpu_check.records import Measurement, problems
 from service.gpu_check.server import Server, default_store, serving
 from service.gpu_check.session import Session
 
-IMAGES = 60  # of each class
+IMAGES = 120  # of each class
 JOB_S = 90.0
 UNSEEN = 8  # images of each class that the job has not seen
 NAME = "gpu-check"
