@@ -239,6 +239,22 @@ async def test_an_error_of_a_device_that_works_is_the_images_own() -> None:
         await submit(1)
 
 
+async def test_a_device_is_busy_while_its_thread_computes() -> None:
+    runtime, metrics = FakeRuntime(), Metrics()
+    batcher = Batcher([CPU], metrics)
+    queue = BackboneQueue("fake", {CPU: runtime}, 100, 10**6, metrics)
+    assert not batcher.is_busy(CPU)
+    runtime.gate.clear()
+    task = asyncio.create_task(batcher.submit(queue, image(1), [identity], time.monotonic() + 5))
+    batcher.start()
+    assert await asyncio.to_thread(runtime.entered.wait, 5)
+    assert batcher.is_busy(CPU)
+    assert not batcher.is_busy(torch.device("cuda", 0))
+    runtime.gate.set()
+    await task
+    batcher.close()
+
+
 async def test_every_device_has_a_replica_and_one_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "device_works", lambda device: device == CPU)
 

@@ -11,11 +11,11 @@ from fake_driver import Card, with_gpus
 
 from models import runtime
 from models.errors import DeviceUnavailable
-from models.runtime import device
+from models.runtime import device, gpus
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "expected"),
+    ("name", "count", "expected"),
     [
         pytest.param("auto", 0, ["cpu"], id="auto-without-gpu"),
         pytest.param("auto", 2, ["cuda:0", "cuda:1"], id="auto-with-gpus"),
@@ -24,14 +24,14 @@ from models.runtime import device
         pytest.param("cpu", 2, ["cpu"], id="cpu"),
     ],
 )
-def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected: list[str]) -> None:
-    with_gpus(monkeypatch, *[Card()] * gpus)
+def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, count: int, expected: list[str]) -> None:
+    with_gpus(monkeypatch, *[Card()] * count)
     assert [str(device) for device in runtime.devices(name)] == expected
     assert str(runtime.pick_device(name)) == expected[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "message"),
+    ("name", "count", "message"),
     [
         pytest.param("cuda", 0, "device cuda cannot be used: there is no NVIDIA driver; install", id="no-gpu"),
         pytest.param("cuda:0", 0, "device cuda:0 cannot be used: there is no NVIDIA driver", id="no-gpu-0"),
@@ -40,8 +40,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected
         pytest.param("cuda:x", 2, "unknown device 'cuda:x'", id="not-a-number"),
     ],
 )
-def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str) -> None:
-    with_gpus(monkeypatch, *[Card()] * gpus)
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str, count: int, message: str) -> None:
+    with_gpus(monkeypatch, *[Card()] * count)
     with pytest.raises(DeviceUnavailable, match=message):
         runtime.devices(name)
 
@@ -81,6 +81,14 @@ def test_an_unusable_gpu_that_is_named_is_an_error(monkeypatch: pytest.MonkeyPat
     else:
         with pytest.raises(DeviceUnavailable, match="no memory is free on cuda:1"):
             runtime.devices(name)
+
+
+def test_a_gpu_that_is_not_asked_for_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    with_gpus(monkeypatch, Card(), Card())
+    monkeypatch.setattr(gpus, "_tried", lambda device: tried.append(str(device)))
+    runtime.devices("cuda:1")
+    assert tried == ["cuda:1"]
 
 
 def test_where_every_gpu_is_unusable_the_cpu_computes(

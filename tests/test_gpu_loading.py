@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.classifier import Backbone
 from models.errors import OutOfMemory
-from models.runtime import Options, RuntimeInfo, choice, compile_backbone, compiler, failures
+from models.runtime import Options, RuntimeInfo, choice, compile_backbone, compiler, failures, footprint
 from models.runtime.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
@@ -234,6 +234,18 @@ def test_memory_that_runs_out_names_what_is_needed_and_free(
     assert gpu.built == ["float16"]  # no other precision, which needs as much or twice as much
     assert not (tmp_path / "engines").exists()
     assert gpu.calls[-1] == "empty_cache"
+
+
+def test_the_machines_own_memory_is_not_the_gpus(gpu: Gpu) -> None:
+    gpu.errors = {("float16", 0): RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")}
+    with pytest.raises(OutOfMemory, match="does not fit into this machine's memory"):
+        compiled()
+
+
+def test_the_memory_needed_is_weights_and_the_largest_layer() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    shape = make_backbone().ref.preprocessing
+    assert footprint.activations(network, shape) == 2 * (2 * 64 * 16 * 16)  # the ReLU's input and output
 
 
 @pytest.mark.parametrize("at", [3, 4, -3])

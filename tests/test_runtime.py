@@ -296,6 +296,10 @@ def test_the_fastest_engine_without_an_error_is_chosen() -> None:
     fast = Candidate(engine="openvino", precision="float32", rates={1: 100.0, 2: 60.0})
     assert choice.choose([slow, fast], CPU).engine == "openvino"
     assert choice.choose([slow, failed], CPU).engine == "torch"
+    unmeasured = Candidate(engine="openvino", precision="float32")
+    assert choice.choose([slow, unmeasured], CPU).engine == "torch"
+    with pytest.raises(ValueError, match="no candidate has a rate"):
+        choice.choose([unmeasured, failed], CPU)
 
 
 def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

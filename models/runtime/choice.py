@@ -164,8 +164,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
-    """The best of those without an error: alone in its batch and in the best batch count alike. Of equally fast ones the most exact."""
-    able = [candidate for candidate in candidates if candidate.error is None]
+    """The fastest of those with rates and without an error; alone in its batch and in the best batch count alike. Of equally fast ones
+    the most exact."""
+    able = [candidate for candidate in candidates if candidate.error is None and candidate.rates]
+    if not able:
+        raise ValueError("no candidate has a rate")
     fastest = max(map(_speed, able))
     close = [candidate for candidate in able if _speed(candidate) >= (1 - NOISE) * fastest]
     best = max(close, key=lambda candidate: (EXACTNESS[candidate.precision], _speed(candidate)))
@@ -180,7 +183,8 @@ def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
 
 def _speed(candidate: Candidate) -> float:
     """Images a second: the geometric mean of those alone in their batch and of the best batch size."""
-    return math.sqrt(candidate.rates[1] * max(candidate.rates.values()))
+    rates = candidate.rates
+    return math.sqrt(rates[min(rates)] * max(rates.values()))
 
 
 def machine_is_busy() -> bool:

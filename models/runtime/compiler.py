@@ -33,7 +33,7 @@ from models.runtime.choice import (
     write_choice,
 )
 from models.runtime.device import cpu_count, half_precisions
-from models.runtime.failures import is_device_lost, is_out_of_memory
+from models.runtime.failures import is_device_lost, is_host_memory, is_out_of_memory
 from models.runtime.footprint import does_not_fit, release_cached_memory
 from models.runtime.openvino_engine import OpenVinoEngine, converted_folder, openvino_version
 from models.runtime.options import Agreement, Candidate, EngineName, Options, Precision, RuntimeInfo
@@ -116,9 +116,10 @@ def compile_backbone(
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error, device):
             raise
         log.warning("%s: out of memory on %s: %s", backbone.ref.key, device, error)
+        short = torch.device("cpu") if is_host_memory(error) else device
     # Outside the except block: its traceback would keep the failed engine's tensors in memory.
     release_cached_memory(device)
-    raise does_not_fit(backbone, device, plans_for(device, options)[0].precision)
+    raise does_not_fit(backbone, short, plans_for(device, options)[0].precision)
 
 
 def _compiled(

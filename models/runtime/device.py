@@ -26,17 +26,14 @@ def devices(name: str) -> list[torch.device]:
         return [torch.device("cpu")]
     if not re.fullmatch(r"auto|cuda(:[0-9]+)?", name):
         raise DeviceUnavailable(f"unknown device {name!r}; it is auto, cpu, cuda, or cuda:N")
-    usable, problems = gpus()
+    usable, problems = gpus(torch.device(name) if ":" in name else None)  # a GPU that is not asked for is left alone
     if name == "auto":
         for device, problem in problems.items():
             log.warning(f"{device} is not used: {problem}" if usable else f"running on the CPU: {problem}")
         return usable or [torch.device("cpu")]
-    concerned = [problem for device, problem in problems.items() if "cuda" in (name, device) or device == name]
-    if concerned:
-        raise DeviceUnavailable(f"device {name} cannot be used: {'; '.join(map(str, concerned))}")
-    if name != "cuda" and torch.device(name) not in usable:
-        raise DeviceUnavailable(f"no device {name}: there are {len(usable) + len(problems)}, numbered from 0")
-    return usable if name == "cuda" else [torch.device(name)]
+    if problems:
+        raise DeviceUnavailable(f"device {name} cannot be used: {'; '.join(map(str, problems.values()))}")
+    return usable
 
 
 def pick_device(name: str) -> torch.device:

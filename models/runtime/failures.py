@@ -48,6 +48,11 @@ def is_out_of_memory(error: BaseException, device: torch.device | None = None) -
     return device is not None and any(said in text for said in AMBIGUOUS_TEXTS) and has_little_memory(device)
 
 
+def is_host_memory(error: BaseException) -> bool:
+    """Of an error that is memory: the machine had too little, not its GPU."""
+    return isinstance(error, MemoryError) or "cpuallocator" in str(error).lower()
+
+
 def has_little_memory(device: torch.device) -> bool:
     """Less than 256 MB or 5 % of a GPU's memory is free; False for the CPU, and for a GPU that does not answer."""
     if device.type != "cuda":

@@ -15,8 +15,9 @@ def does_not_fit(backbone: Backbone, device: torch.device, precision: Precision)
     size = DTYPES[precision].itemsize
     weights = size * sum(tensor.numel() for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
     image = size * activations(backbone.module, backbone.ref.preprocessing)
+    place = f"the memory of {device}" if device.type == "cuda" else "this machine's memory"
     needed = (
-        f"{backbone.ref.key} does not fit into the memory of {device}: it needs about {_mb(weights + image)} MB in {precision} "
+        f"{backbone.ref.key} does not fit into {place}: it needs about {_mb(weights + image)} MB in {precision} "
         f"({_mb(weights)} MB for its weights, {_mb(image)} MB for one image)"
     )
     if device.type != "cuda":
@@ -39,7 +40,7 @@ def _mb(size: int) -> int:
 def activations(module: nn.Module, shape: Preprocessing) -> int:
     """Numbers that one image keeps in memory at once: the inputs and outputs of the largest layer, and as many for what is kept beside it.
 
-    An estimate, by a forward pass on the CPU.
+    An estimate, by a forward pass on the CPU; of as many layers as fit there.
     """
     largest = 0
 
@@ -52,6 +53,8 @@ def activations(module: nn.Module, shape: Preprocessing) -> int:
     try:
         pixels = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
         module(normalise(pixels, shape))
+    except (RuntimeError, MemoryError):  # the machine has too little memory as well
+        return 2 * largest
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 Code = Literal[
     "torch_without_cuda",
     "gpu_hidden",
+    "no_such_gpu",
     "no_driver",
     "driver_too_old",
     "no_permission",
@@ -68,8 +69,8 @@ def gpu_problem() -> GpuProblem | None:
     return None if usable else next(iter(problems.values()))
 
 
-def gpus() -> Gpus:
-    """Tries every visible GPU; see `gpu_problem`."""
+def gpus(only: torch.device | None = None) -> Gpus:
+    """Tries every visible GPU, or only the one that is named; see `gpu_problem`."""
     try:
         count = _within(ANSWER_S, _count)
     except TimeoutError:
@@ -77,6 +78,10 @@ def gpus() -> Gpus:
     if isinstance(count, GpuProblem):
         return Gpus([], {"cuda": count})
     devices = [torch.device("cuda", index) for index in range(count)]
+    if only is not None and only not in devices:
+        remedy = f"there are {count}, numbered from 0"
+        return Gpus([], {str(only): GpuProblem("no_such_gpu", f"there is no GPU {only}", remedy)})
+    devices = devices if only is None else [only]
     problems = {str(device): problem for device in devices if (problem := _problem_of(device)) is not None}
     return Gpus([device for device in devices if str(device) not in problems], problems)
 
