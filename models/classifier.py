@@ -300,7 +300,7 @@ class Classifier:
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (N, C, H, W) on any device -> float32 of the same shape, `(x / 255 - mean) / std`."""
-    mean, std = _mean_and_std(preprocessing, pixels.device)
+    mean, std = mean_and_std(preprocessing, pixels.device)
     return (pixels.float() - mean) / std
 
 
@@ -311,7 +311,7 @@ def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def unscaled(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Normalised float32 (..., C, H, W) -> pixels as float32, which may lie between or beyond 0..255."""
-    mean, std = _mean_and_std(preprocessing, images.device)
+    mean, std = mean_and_std(preprocessing, images.device)
     return images * std + mean
 
 
@@ -320,7 +320,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _mean_and_std(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_and_std(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     """(C, 1, 1) each, of pixels."""
     mean, std = (
         torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std)

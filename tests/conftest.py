@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs of this machine from tests and from what they start, before torch looks, unless `-m` asks for the tests of a GPU."""
+    if config.option.markexpr not in ("gpu", "gpu or soak"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real images: `IMAGO_TEST_DATA`, or `shared/data` beside the checkout. The test skips where there is none."""

@@ -312,6 +312,21 @@ def test_a_spare_trainer_that_has_died_or_waited_too_long(tmp_path: Path, monkey
     trainers.take().end(0.0)
 
 
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda:1", "GPU-b"), ("cuda", "GPU-a,GPU-b")])
+def test_a_trainer_and_a_spare_one_see_the_gpus_of_the_setting(
+    monkeypatch: pytest.MonkeyPatch, device: str, seen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    trainers = Trainers(1, ("/usr/bin/env",), device)
+    trainers.prepare()
+    for process in (trainers.take(), trainers.take()):
+        lines = b""
+        while data := os.read(process._process.stdout.fileno(), 65536):  # type: ignore[union-attr]
+            lines += data
+        assert f"CUDA_VISIBLE_DEVICES={seen}" in lines.decode().splitlines()
+        process.end(0.0)
+
+
 # Restarts. They come last: the queue is a singleton, so these close that of the tests above.
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from models.errors import DatasetError
-from models.records import to_json
+from models.records import read_record, to_json
 from models.training import child
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
 from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
-from models.training.process import explain
+from models.training.process import explain, visible_gpus
 from models.training.request import Event, FinetuneRequest
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
@@ -53,6 +53,39 @@ def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
     result = work(folder, lambda *given, **named: DONE, print, never)
     assert result.error is not None
     assert (result.error.code, result.error.message) == ("invalid_dataset", NO_DATASET)
+
+
+def test_an_order_for_a_gpu_fails_where_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    order = read_record(folder / JOB, Order)
+    (folder / JOB).write_bytes(to_json(order.model_copy(update={"device": "cuda"})))
+    for result in (
+        work(folder, lambda *given, **named: DONE, print, never),
+        rehearsal(folder, lambda *a, **n: {}, print),
+    ):
+        assert result.error is not None
+        assert result.error.code == "device_unavailable"
+        assert "CUDA_VISIBLE_DEVICES" in result.error.message
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("device", "server", "trainer"),
+    [
+        pytest.param("cpu", {}, {VISIBLE: ""}, id="cpu"),
+        pytest.param("cpu", {VISIBLE: "0,1"}, {VISIBLE: ""}, id="cpu beside GPUs"),
+        pytest.param("auto", {}, {}, id="auto"),
+        pytest.param("cuda", {VISIBLE: "2,3"}, {}, id="all that the server sees"),
+        pytest.param("cuda:1", {}, {VISIBLE: "1"}, id="by number"),
+        pytest.param("cuda:1", {VISIBLE: "2, 5"}, {VISIBLE: "5"}, id="by the server's list"),
+        pytest.param("cuda:1", {VISIBLE: "GPU-8a, GPU-b1,GPU-c2"}, {VISIBLE: "GPU-b1"}, id="by UUID"),
+        pytest.param("cuda:3", {VISIBLE: "2,5"}, {VISIBLE: ""}, id="not there"),
+    ],
+)
+def test_a_trainer_sees_the_gpus_of_the_setting(device: str, server: dict[str, str], trainer: dict[str, str]) -> None:
+    assert visible_gpus(device, server) == trainer
 
 
 def test_the_run_gets_what_the_order_says(folder: Path) -> None:

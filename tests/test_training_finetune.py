@@ -579,7 +579,7 @@ def test_a_version_of_another_split_may_have_seen_the_images(trained: Workshop) 
 def test_without_a_single_image_to_ask_the_server_nothing_is_served(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.training.comparison.PARITY_BYTES", 0)
+    monkeypatch.setattr("models.training.parity.PARITY_BYTES", 0)
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "manual"
     assert "nobody knows" in (result.reason or "")

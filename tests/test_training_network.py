@@ -1,3 +1,4 @@
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from models.errors import TrainingError
 from models.training import network as whole
 from models.training.auxiliary import Auxiliary
 from models.training.checkpoint import previous
-from models.training.network import History
+from models.training.network import History, Trainer, deterministic
 from models.training.progress import never
 from models.training.request import Budget, EarlyStopping, Effective, Event
 
@@ -268,3 +269,37 @@ def test_training_accuracy_rises_as_it_learns(tmp_path: Path, recipe: dict[str, 
 
 def test_mixed_images_have_no_training_accuracy(tmp_path: Path) -> None:
     assert train(tiny(), tmp_path / "c.pt", settings(2, mixup=0.2)).train_accuracies == [None, None]
+
+
+# On a GPU
+
+
+def trainer() -> Trainer:
+    return Trainer(tiny(), DATA, PREPROCESSING, settings(), lambda event: None)
+
+
+def test_on_a_gpu_deterministic_algorithms_are_taken_and_their_warnings_are_no_noise() -> None:
+    on_gpu = trainer()
+    on_gpu.device = torch.device("cuda")
+    with on_gpu.ready():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        warnings.warn("max_pool2d_backward does not have a deterministic implementation", UserWarning, stacklevel=1)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with trainer().ready():
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_was_chosen_before_is_restored_after_a_failure() -> None:
+    with pytest.raises(RuntimeError), deterministic():
+        raise RuntimeError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_resumed_run_keeps_its_best_weights_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_after(1, tiny(), tmp_path / "checkpoint.pt", settings(epochs=2))
+    resumed = trainer()
+    resumed.settings = settings(epochs=2)
+    resumed.device = torch.device("meta")  # what is loaded there has no values
+    history = resumed.resume(tmp_path / "checkpoint.pt")
+    assert {value.device.type for value in history.best.values()} == {"cpu"}

@@ -1,12 +1,18 @@
-from typing import Any
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.classifier import Backbone, BackboneRef, Preprocessing
 from models.errors import TrainingError
-from models.training import select
+from models.training import choosing, rehearsal, select
+from models.training.bases import Base
 from models.training.head import Validation, cross_validate
+from models.training.job import Job
 from models.training.request import FinetuneRequest, effective
 from models.training.select import Candidate, Choice, choose
 
@@ -69,3 +75,36 @@ def test_stopped_it_tries_one_strength_of_each(monkeypatch: pytest.MonkeyPatch) 
 def test_none_under_the_limit_names_the_fastest() -> None:
     with pytest.raises(TrainingError, match=r"0\.5: the fastest, poor, takes 1\.0 ms"):
         chosen(0.5)
+
+
+class Lazy:
+    """A backbone's runtime that answers at once, and computes while it is waited for."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+
+@pytest.fixture
+def computing_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What waiting for the GPU takes."""
+    seconds = 0.02
+    monkeypatch.setattr("models.runtime.choice.synchronize", lambda device: time.sleep(seconds))
+    return seconds
+
+
+def test_the_latency_is_that_of_the_answer_and_not_of_asking(
+    monkeypatch: pytest.MonkeyPatch, computing_s: float, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(choosing, "compile_backbone", lambda *args: Lazy())
+    ref = BackboneRef(architecture="tiny", sha256="0" * 64, preprocessing=Preprocessing(resize=8, crop=8))
+    backbone = Backbone(ref, torch.nn.Identity(), 4)
+    assert choosing.latency_ms(backbone, torch.device("cuda")) >= 1000 * computing_s
+
+
+def test_a_dry_run_times_the_arithmetic_of_the_run_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, computing_s: float
+) -> None:
+    monkeypatch.setattr(rehearsal, "_extractor", lambda job, base: Lazy())
+    base = Base(name="a", version=None, architecture="lenet5", preprocessing=Preprocessing(resize=8, crop=8), ref=None)
+    job = cast("Job", SimpleNamespace(mode="head", device=torch.device("cuda")))
+    assert rehearsal.seconds_per_image(job, base) >= computing_s / rehearsal.IMAGES

@@ -124,3 +124,44 @@ def test_the_rate_is_a_share_of_the_peak(optimizer: str) -> None:
     assert torch.equal(flat(module), before)
     stepper(module, settings(optimizer=optimizer)).step(IMAGES, LABELS, 1.0)
     assert not torch.equal(flat(module), before)
+
+
+def two_groups(optimizer: str, tell: Callable[[str], None] = print) -> Stepper:
+    module = network()
+    groups = [{"params": list(part.parameters()), "peak": 0.1} for part in (module[0], module[2])]
+    return Stepper(module, None, groups, settings(optimizer=optimizer), None, tell)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("at", [1, 2], ids=["first group", "second group"])
+def test_out_of_memory_in_the_optimisers_step_repeats_it_for_that_group_alone(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, at: int
+) -> None:
+    plain, told = two_groups(optimizer), list[str]()
+    plain.step(IMAGES, LABELS, 1.0)
+    other = two_groups(optimizer, told.append)
+    step, calls = other.optimizer.step, list[int]()
+
+    def once() -> None:
+        calls.append(len(other.optimizer.param_groups))
+        if len(calls) == at:  # the group's state is half made when memory runs out
+            other.optimizer.state[other.optimizer.param_groups[0]["params"][0]]["step"] = torch.tensor(7.0)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        step()
+
+    monkeypatch.setattr(other.optimizer, "step", once)
+    other.step(IMAGES, LABELS, 1.0)
+    assert calls == [1, 1, 1]
+    assert len(other.optimizer.param_groups) == 2
+    assert torch.equal(flat(other.whole), flat(plain.whole))
+    assert "out of memory in the optimiser's step" in told[0]
+
+
+def test_an_optimiser_whose_state_never_fits_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    stepper = two_groups("adamw")
+    monkeypatch.setattr(stepper.optimizer, "step", refuse)
+    with pytest.raises(OutOfMemory, match="the optimiser adamw: take sgd"):
+        stepper.step(IMAGES, LABELS, 1.0)

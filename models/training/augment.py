@@ -55,6 +55,11 @@ def augment(pixels: Tensor, mirrored: Tensor, settings: Effective, part: Part | 
     return jitter(warped, part) if preset == "standard" else warped
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`; the copy to a GPU is queued there, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
     """All of uint8 (N, C, H, W), changed: uint8 again, and the 16-byte hash of each. Follows from seed and number (from 1)."""
     with torch.random.fork_rng(devices=[]):
@@ -92,7 +97,8 @@ def light(pixels: Tensor, flip: Tensor, part: Part | None = None) -> Tensor:
     rows = _mirrored(torch.arange(height) + _shifts(part or n, height), height)  # (N, H)
     columns = _mirrored(torch.arange(width) + _shifts(part or n, width), width)  # (N, W)
     columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    images, rows, columns = (index.to(pixels.device) for index in (torch.arange(n)[:, None, None], rows, columns))
+    rows, columns = sent(torch.cat([rows, columns], dim=1), pixels.device).tensor_split([height], dim=1)
+    images = torch.arange(n, device=pixels.device)[:, None, None]
     return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # one gather
 
 
@@ -107,9 +113,12 @@ def flips(images: int, seed: int, epoch: int) -> Tensor:
 
 def flip(pixels: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
     """Left and right, and up and down, changed where the two, bool (N,), say so."""
-    for which, axis in ((mirrored, 3), (upside_down, 2)):
-        if which.any():
-            pixels = torch.where(which.to(pixels.device).view(-1, 1, 1, 1), pixels.flip(axis), pixels)
+    drawn = torch.stack([mirrored, upside_down])
+    if not drawn.any():
+        return pixels
+    for which, axis, some in zip(sent(drawn, pixels.device), (3, 2), drawn.any(dim=1).tolist(), strict=True):
+        if some:
+            pixels = torch.where(which.view(-1, 1, 1, 1), pixels.flip(axis), pixels)
     return pixels
 
 
@@ -138,7 +147,7 @@ def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upsid
     aspect = pixels.shape[2] / pixels.shape[3]  # coordinates are of -1 to 1 on both axes
     turned = [cos * width, -sin * height * aspect, x, sin * width / aspect, cos * height, y]
     matrices = torch.stack(turned, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices.to(pixels.device), list(pixels.shape), align_corners=False)
+    grid = F.affine_grid(sent(matrices, pixels.device), list(pixels.shape), align_corners=False)
     values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
@@ -146,7 +155,8 @@ def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upsid
 def jitter(images: Tensor, part: Part | None = None) -> Tensor:
     """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
     n = part or len(images)
-    factors = [_uniform(n, 1 - JITTER, 1 + JITTER).to(images.device).view(-1, 1, 1, 1) for _ in range(3)]
+    drawn = torch.stack([_uniform(n, 1 - JITTER, 1 + JITTER) for _ in range(3)])
+    factors = sent(drawn, images.device).view(3, -1, 1, 1, 1)
     images = images * factors[0]
     images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, factors[1])
     return torch.lerp(_gray(images), images, factors[2]).clamp_(0, 255)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.classifier import Preprocessing, denormalise, normalise
-from models.training.augment import SEED_STEP, augment, flips, mix
+from models.classifier import Preprocessing, denormalise, mean_and_std
+from models.training.augment import SEED_STEP, augment, flips, mix, sent
 from models.training.dataset import Dataset
 from models.training.ranks import ALONE, Ranks
 from models.training.request import Effective
@@ -54,6 +54,8 @@ class Batches:
         self.device = device
         self.ranks = ranks
         self.pixels = self._pixels()
+        self.labels = data.labels.to(device)
+        self.mean, self.std = mean_and_std(preprocessing, device)
         count = len(data.rows["train"])
         self.images = min(settings.batch_size * settings.accumulate, count)
         self.steps = count // self.images  # what is left over waits for the next shuffle
@@ -73,11 +75,13 @@ class Batches:
         part = self.ranks.part(len(rows), mixed)
         if part:
             rows, mirrored = rows[part.places], mirrored[part.places]
-        pixels = self.pixels[rows.to(self.pixels.device)].to(self.device)
-        images = normalise(augment(pixels, mirrored, self.settings, part), self.preprocessing)
+        on_device = sent(rows, self.device)
+        lie_there = self.pixels.device == self.device
+        pixels = self.pixels[on_device] if lie_there else sent(self.pixels[rows], self.device)
+        images = (augment(pixels, mirrored, self.settings, part).float() - self.mean) / self.std
         if epoch <= round(self.settings.small_until * self.settings.epochs):
             images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
-        labels = self.data.labels[rows].to(self.device)
+        labels = self.labels[on_device]
         if mixed:
             images, labels = mix(images, labels, len(self.data.classes), self.settings)
         if mixed and part:

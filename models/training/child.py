@@ -133,12 +133,15 @@ def _prepare(folder: Path) -> tuple["Order", "ModelStore"]:
 
     from models.errors import DatasetError
     from models.records import read_record
+    from models.runtime import devices
     from models.store import ModelStore
     from models.training.handover import JOB, NO_DATASET, Order
 
     order = read_record(folder / JOB, Order)
     if os.path.realpath(order.request.dataset) != str(order.request.dataset):  # a link has come since the server looked
         raise DatasetError(NO_DATASET)
+    if order.device == "cuda":
+        devices("cuda")  # DeviceUnavailable, and not a run on the CPU that takes days
     torch.set_num_threads(order.threads)
     return order, ModelStore(order.weights)
 

@@ -5,7 +5,6 @@ mode scratch    several architectures, each trained on every fold, see `cross_va
 """
 
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from models.classifier import Backbone
 from models.runtime import Options, compile_backbone
+from models.runtime.choice import seconds_of
 from models.training.cross_validation import choose_architecture, discard
 from models.training.fitting import cached_features
 from models.training.job import Job
@@ -63,9 +63,4 @@ def latency_ms(backbone: Backbone, device: torch.device) -> float:
     """Milliseconds for one image through the runtime that would serve it, without decoding."""
     runtime, shape = compile_backbone(backbone, device, Options()), backbone.ref.preprocessing
     pixels = torch.full((1, shape.channels, shape.height, shape.width), 127, dtype=torch.uint8)
-    seconds = []
-    for _ in range(SHOTS):
-        started = time.perf_counter()
-        runtime(pixels)
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
+    return 1000 * statistics.median(seconds_of(runtime, device, pixels) for _ in range(SHOTS))

@@ -5,6 +5,7 @@ audit and split -> cached features of frozen backbones and a head, or the whole 
 """
 
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -49,15 +50,17 @@ def run(
     job_dir: Path,
     cache: Path,
     stop: Stop = never,
+    device: str = "auto",
 ) -> Result:
     """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
 
     A run that was killed goes on when it is asked for again with the same `job_dir`. `stop` may become true: then the best so far is
-    published. Raises ModelNotFound, ArchitectureNotFound (base), DatasetError, TrainingError, OSError.
+    published. Raises ModelNotFound, ArchitectureNotFound (base), DatasetError, TrainingError, OSError, and DeviceUnavailable where
+    `device`, as the setting of that name, cannot be used.
     """
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
-        job = prepare(request, store, progress, job_dir, cache, stop)
+        job = prepare(request, store, progress, job_dir, cache, stop, device)
         job, choice = choose_base(job)
         torch.manual_seed(job.settings.seed)  # the same weights, whether folds were trained before or by a killed run
         trained = fitting.train(job)
@@ -94,8 +97,14 @@ def prepare(
     folder: Path | None,
     cache: Path,
     stop: Stop = never,
+    device: str = "auto",
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
+    there = devices(device)
+    if there[0].type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with buffers of its own
+        torch.cuda.set_device(there[0])
+    leave_memory(there[0])
     clock, begun = Clock(), Run.read(folder) if folder else None
     with clock.phase("audit"):
         bases = begun.bases if begun else bases_of(request, store)
@@ -113,8 +122,6 @@ def prepare(
         progress(Event("audit", 1.0, message=f"skipped {file.path}: {file.reason}"))
     for warning in data.audit.warnings:
         progress(Event("audit", 1.0, message=warning))
-    there = devices("auto")
-    leave_memory(there[0])
     mode = _mode(request, data, there[0])
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     if len(bases) == 1 and mode != "head":

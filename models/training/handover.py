@@ -38,6 +38,9 @@ class Order(Record):
     weights: Path  # the model store
     cache: Path  # of features, shared by all jobs
     threads: int = Field(ge=1)  # CPU threads of a computation
+    device: Literal["auto", "cuda"] = (
+        "auto"  # cuda: without a usable GPU the run fails. The environment says which the trainer sees
+    )
 
 
 def published(store: "ModelStore", name: str, run: str) -> ModelConfig | None:

@@ -9,6 +9,7 @@ Everything random follows from seed and epoch, and every decision from the histo
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -172,6 +173,8 @@ class Trainer:
         """Within, the network may be trained: what is hooked into it for that is gone afterwards."""
         with ExitStack() as stack:
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+            if self.device.type == "cuda":
+                stack.enter_context(deterministic())
             if self.aux:
                 stack.enter_context(self.aux.listening(self.network[0]))
             if self.settings.gradient_checkpointing:
@@ -281,7 +284,7 @@ class Trainer:
         checkpoints.save(path, state)
 
     def resume(self, path: Path) -> History:
-        found = checkpoints.load(path, self.device)
+        found = checkpoints.load(path, torch.device("cpu"))  # the best weights stay there; the parts copy theirs
         if found is None:
             return History()
         state, file = found
@@ -329,6 +332,19 @@ class Trainer:
             return None
         labels = self.data.labels[self.data.rows["train"]]
         return class_weights(labels, len(self.data.classes))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within, torch takes the deterministic one of its algorithms, where an operation has one."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*determinis", UserWarning)  # one a step: docs/training.md names them
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:

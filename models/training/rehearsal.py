@@ -1,6 +1,5 @@
 """A dry run: what a run would be made of, and about how long it would take."""
 
-import time
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models import architectures
 from models.classifier import Preprocessing, normalise
 from models.runtime import tune_allocator
+from models.runtime.choice import seconds_of
 from models.store import ModelStore
 from models.training.bases import Base
 from models.training.cross_validation import epochs_of
+from models.training.features import Extractor
 from models.training.finetune import prepare
 from models.training.job import Job
 from models.training.pictures import odd_ones
@@ -24,9 +26,16 @@ IMAGES = 8  # of the batch that is timed
 BACKWARD = 3.0  # a training step over a forward pass
 OVERHEAD_S = 3.0  # fitting, evaluating and publishing a head
 
+Forward = Callable[[Tensor], Tensor]
+
 
 def dry_run(
-    request: FinetuneRequest, store: ModelStore, progress: Callable[[Event], None], *, cache: Path
+    request: FinetuneRequest,
+    store: ModelStore,
+    progress: Callable[[Event], None],
+    *,
+    cache: Path,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """The audit with pictures, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and
     nothing is written.
@@ -34,7 +43,7 @@ def dry_run(
     Raises what `run` would raise up to the training.
     """
     tune_allocator()
-    job, selects = prepare(request, store, progress, None, cache), request.selects_architecture
+    job, selects = prepare(request, store, progress, None, cache, device=device), request.selects_architecture
     return {
         "audit": job.data.audit.model_dump(mode="json"),
         "pictures": {
@@ -67,18 +76,30 @@ def estimate(job: Job) -> dict[str, float]:
     return {name: round(seconds, 1) for name, seconds in {**phases, "total": sum(phases.values())}.items()}
 
 
-@torch.inference_mode()
 def seconds_per_image(job: Job, base: Base) -> float:
-    """Of a forward pass in training's arithmetic."""
-    shape = base.preprocessing
+    """Of a forward pass in the arithmetic of this run: of its features, or of the network that it trains."""
+    forward = _extractor(job, base) if job.mode == "head" else _trained(job, base)
+    images = _grey(base.preprocessing)
+    seconds_of(forward, job.device, images)  # the first pass allocates and plans
+    return seconds_of(forward, job.device, images) / IMAGES
+
+
+def _extractor(job: Job, base: Base) -> Forward:
+    backbone = job.store.load_backbone(base.stored)
+    return Extractor(backbone, job.device, job.precision(backbone), IMAGES).engine
+
+
+def _trained(job: Job, base: Base) -> Forward:
     module = _network(job, base).eval().to(memory_format=torch.channels_last).to(job.device)
-    images = normalise(_grey(shape).to(job.device), shape).contiguous(memory_format=torch.channels_last)
-    module(images[:1])
-    started = time.perf_counter()
-    module(images)
-    if job.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / IMAGES
+    dtype = getattr(torch, job.settings.precision)
+
+    @torch.inference_mode()
+    def forward(pixels: Tensor) -> Tensor:
+        images = normalise(pixels.to(job.device), base.preprocessing).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(job.device.type, dtype, enabled=dtype is not torch.float32):
+            return module(images)  # type: ignore[no-any-return]
+
+    return forward
 
 
 def _network(job: Job, base: Base) -> torch.nn.Module:

@@ -4,8 +4,8 @@ images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> gr
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ class Stepper:
         while taken is None:
             self._halve(images)
             taken = self._gradients(images, labels, share)
-        self.scaler.step(self.optimizer)
+        self._move_weights()
         self.scaler.update()
         loss, right = self.ranks.sums(*taken)
         return Taken(loss / self.ranks.count, right)
@@ -127,6 +127,54 @@ class Stepper:
                 raise
             return None
         return Taken(total, right)
+
+    def _move_weights(self) -> None:
+        """The optimiser's step, one group of weights after the other.
+
+        A group that runs out of memory does so while its state is allocated, which is in the first step and before any of its weights
+        has moved: that state is dropped, cached memory freed, and the group tried once more. The scaler of float16 makes one step of
+        all, which is not tried again.
+        """
+        if self.scaler.is_enabled():
+            with self._explained():
+                self.scaler.step(self.optimizer)
+            return
+        groups, optimizer = self.optimizer.param_groups, self.optimizer
+        try:
+            for group in groups:
+                optimizer.param_groups = [group]
+                known = set(optimizer.state)
+                try:
+                    optimizer.step()
+                    continue
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error, self.device):
+                        raise
+                for parameter in set(optimizer.state) - known:
+                    del optimizer.state[parameter]
+                self._free_memory()
+                self.tell("out of memory in the optimiser's step: cached memory is freed, and the step done again")
+                with self._explained():
+                    optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raises OutOfMemory where memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, self.device):
+                raise
+            raise OutOfMemory(
+                f"not enough memory for the state of the optimiser {self.settings.optimizer}: take sgd, which keeps half as much as "
+                "adam and adamw, a smaller network, or freeze a part of it (freeze_until)"
+            ) from None
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
@@ -164,8 +212,7 @@ class Stepper:
         self.micro = max(self.least, min(self.micro, len(images)) // 2)
         if self.ranks.count > 1:
             raise Halved(self.micro)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_memory()
         self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
 
 

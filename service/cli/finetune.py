@@ -36,7 +36,7 @@ REQUEST = (
     "channels",
     "accept_precision",
 )
-SETTINGS = ("weights", "data", "trainer_threads")
+SETTINGS = ("weights", "data", "device", "trainer_threads")
 BUDGET = tuple(Budget.model_fields)
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
@@ -89,7 +89,11 @@ def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
     use_cores(settings)
     with progress("finetune", "%") as update:
         return dry_run(
-            request, ModelStore(settings.weights), lambda event: tell(event, update), cache=settings.data / "features"
+            request,
+            ModelStore(settings.weights),
+            lambda event: tell(event, update),
+            cache=settings.data / "features",
+            device=settings.device,
         )
 
 
@@ -102,7 +106,7 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     store, folder = ModelStore(settings.weights), folder_of(request, settings.data / "finetune", fresh)
     with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
         told, cache = partial(tell, update=update), settings.data / "features"
-        result = run(request, store, told, job_dir=folder, cache=cache, stop=stop)
+        result = run(request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device)
     forget(folder)
     report = Report.model_validate_json((folder / REPORT).read_bytes())
     click.echo(report.model_dump_json(indent=2) if as_json else summary(report))

@@ -71,7 +71,7 @@ class Jobs:
     def __init__(self, settings: Settings, engine: Engine, store: ModelStore, trainer: Sequence[str] = TRAINER) -> None:
         self.settings, self.engine, self.store = settings, engine, store
         self.folders = settings.data / "jobs"
-        self._trainers = Trainers(settings.trainer_cores, trainer)
+        self._trainers = Trainers(settings.trainer_cores, trainer, settings.device)
         self._pool = ThreadPoolExecutor(8, "jobs")
         self._opening: asyncio.Future[Opened] | None = None
         self._resuming: asyncio.Task[None] | None = None

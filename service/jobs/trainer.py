@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from models.training.handover import Order
+from models.training.process import visible_gpus
 from models.training.request import FinetuneRequest
 from service.datasets import resolve
 from service.settings import Settings
@@ -41,16 +42,21 @@ def order_of(settings: Settings, request: FinetuneRequest) -> Order:
         weights=settings.weights.resolve(),
         cache=(settings.data / "features").resolve(),
         threads=settings.trainer_cores,
+        device="cuda" if settings.device.startswith("cuda") else "auto",
     )
 
 
 class TrainerProcess:
-    """A process of a session of its own: ended as a group, with whatever it started. It ends when its stdin does."""
+    """A process of a session of its own: ended as a group, with whatever it started. It ends when its stdin does.
 
-    def __init__(self, threads: int, command: Sequence[str] = TRAINER) -> None:
+    `device`: the setting; the process sees the GPUs that this names.
+    """
+
+    def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         # A thread that waits for work is to sleep: the server needs the core.
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        environment |= visible_gpus(device, os.environ)
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             command,
             stdin=subprocess.PIPE,
@@ -158,8 +164,8 @@ class TrainerProcess:
 class Trainers:
     """Starts trainers, and keeps a spare one for a while: what training imports takes seconds, which the next job is spared."""
 
-    def __init__(self, threads: int, command: Sequence[str] = TRAINER) -> None:
-        self._threads, self._command = threads, command
+    def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
+        self._threads, self._command, self._device = threads, command, device
         self._lock = threading.Lock()
         self._spare: TrainerProcess | None = None
         self._timer: threading.Timer | None = None
@@ -170,7 +176,7 @@ class Trainers:
         if spare is not None and spare.returncode is None:
             return spare
         self._end(spare)
-        return TrainerProcess(self._threads, self._command)
+        return TrainerProcess(self._threads, self._command, self._device)
 
     def prepare(self) -> None:
         """Makes sure that there is a spare one for the next SPARE_S seconds, if the system lets it start. It dies with the calling
@@ -179,7 +185,7 @@ class Trainers:
         if spare is None or spare.returncode is not None:
             self._end(spare)
             try:
-                spare = TrainerProcess(self._threads, self._command)
+                spare = TrainerProcess(self._threads, self._command, self._device)
             except OSError as error:  # no failure of the job that is under way
                 log.warning("no spare trainer: %s", error)
                 return
