@@ -60,6 +60,14 @@ def test_a_full_gpu_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "1.0 GB are free" in measured.problems[0]
 
 
+def test_an_exclusive_gpu_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "gpu_problem", lambda: None)
+    monkeypatch.setattr(facts, "nvidia_smi", lambda device, columns: {"compute_mode": "Exclusive_Process"})
+    with fake_cuda():
+        measured = facts.facts(on_gpu(tmp_path))
+    assert "nvidia-smi -c DEFAULT" in measured.problems[0]
+
+
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str, again: str = "") -> None:
     """A tool of that name, first in PATH, which notes what it is asked for."""
     tool = folder / "bin" / "nvidia-smi"

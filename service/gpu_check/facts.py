@@ -33,13 +33,20 @@ def facts(session: Session) -> Measurement:
     if (problem := gpu_problem()) is not None:
         return Measurement(no_gpu=str(problem), figures=figures)
     figures |= gpu_facts(session.device)
-    free_gb = figures["memory_free_gb"]
+    free_gb, mode = figures["memory_free_gb"], figures["nvidia_smi"].get("compute_mode", "Default")
     return Measurement(
         summary=f"{figures['gpu']}, sm_{''.join(map(str, figures['capability']))}, driver {figures['driver']}, "
         f"{free_gb} of {figures['memory_gb']} GB free, torch {torch.__version__}",
         figures=figures,
         problems=problems(
-            (free_gb >= FREE_GB, f"{free_gb} GB are free: end the other processes on the GPU (`nvidia-smi` lists them)")
+            (
+                free_gb >= FREE_GB,
+                f"{free_gb} GB are free: end the other processes on the GPU (`nvidia-smi` lists them)",
+            ),
+            (
+                not mode.startswith("Exclusive"),
+                "the compute mode is exclusive, and a server and its job share the GPU: run `nvidia-smi -c DEFAULT`",
+            ),
         ),
     )
 

@@ -14,7 +14,7 @@ LIMITS_MB = (20, 300, 900)
 
 
 def out_of_memory_loading(session: Session) -> Measurement:
-    """VGG-13, 530 MB in float32, with 20, 300 and 900 MB; then with all there is."""
+    """VGG-13, 516 MB in float32, with 20, 300 and 900 MB; then with all there is."""
     if not session.on_gpu:
         return Measurement(skipped="needs a GPU")
     backbone = random_backbone("vgg13")

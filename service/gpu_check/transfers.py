@@ -18,7 +18,7 @@ def transfers(session: Session) -> Measurement:
     if not session.on_gpu:
         return Measurement(skipped="needs a GPU")
     target = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=session.device)
-    pageable = torch.zeros(BATCH_BYTES, dtype=torch.uint8)
+    pageable = torch.full((BATCH_BYTES,), 7, dtype=torch.uint8)  # every page written, or none is read
     pinned = torch.empty(BATCH_BYTES, dtype=torch.uint8, pin_memory=True)
     features = torch.empty(256, 2048, device=session.device)
     kept = torch.empty(256, 2048, pin_memory=True)
