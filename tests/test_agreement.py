@@ -20,11 +20,12 @@ from training_data import coloured, folder
 
 from models import architectures
 from models.agreement import CEILING, FLOOR, allowed, distances
-from models.classifier import Classifier, Head, ModelConfig, Preprocessing
+from models.classifier import Backbone, Classifier, Head, ModelConfig, Preprocessing
 from models.errors import WeightsError
 from models.store import ModelStore
 from models.training import finetune
 from models.training.comparison import Compared, decide
+from models.training.features import FeatureCache
 from models.training.finetune import FinetuneRequest
 from models.training.fitting import Trained
 from models.training.handover import PARITY, Result
@@ -185,6 +186,28 @@ def test_every_mode_deploys_in_bfloat16(tmp_path: Path, request_: dict[str, Any]
     assert (run.result.deployment, run.parity.precision, run.parity.agrees) == (deployment, "bfloat16", True)
 
 
+def test_versions_of_two_precisions_are_compared_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose features overflow in float16 has others than the one it is compared with."""
+    store = ModelStore(tmp_path / "weights")
+    network = architectures.create("lenet5", 3)
+    ref = store.put_backbone("lenet5", network.backbone.eval(), Preprocessing(resize=36, crop=32))
+    store.publish("colours", [ref], Head.of(network.layer), ["blue", "green", "red"])
+    store.activate("colours", 1)
+    own = {"lenet5": "float32"}
+    precision_of = lambda backbone, device: own.get(backbone.ref.architecture, "bfloat16")  # noqa: E731
+    monkeypatch.setattr("models.training.job.feature_precision", precision_of)
+    computed, features = list[str](), FeatureCache.features
+
+    def noted(self: FeatureCache, backbone: Backbone, *args: Any, **options: Any) -> Any:
+        computed.append(f"{backbone.ref.architecture} {options['precision']}")
+        return features(self, backbone, *args, **options)
+
+    monkeypatch.setattr(FeatureCache, "features", noted)
+    run = train(tmp_path, "float32")
+    assert computed == ["preact_resnet bfloat16", "lenet5 float32", "preact_resnet float32"]
+    assert run.result.verdict is not None
+
+
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda spoil: spoil.__name__)
 def test_a_wrong_version_is_rejected(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
@@ -199,6 +222,12 @@ def test_a_wrong_version_is_rejected(
 
 
 # The server's check
+
+
+@pytest.fixture(autouse=True)
+def few_probe_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 take seconds in float16 on a CPU."""
+    monkeypatch.setattr("models.runtime.probe.IMAGES", 4)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from models.files import replace
-from models.training.handover import EXIT_DISK_FULL
+from models.training.handover import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 from service.answers import Sample
 from service.errors import DeadlineExceeded, Internal, NotReady, QueueFull
 from service.jobs import worker as module
@@ -112,6 +112,18 @@ def test_killed_before_its_first_epoch_it_fails_and_nothing_is_activated(scene: 
     scene.worker.deploy("a")
     assert job.error is not None
     assert (job.status, job.error.code, job.version, job.deployment) == ("failed", "trainer_crashed", None, None)
+
+
+def test_a_lost_gpu_is_no_end_unless_it_stays_lost(scene: Scene) -> None:
+    assert scene.train(Trainer(EXIT_DEVICE_LOST, 1), Trainer(EXIT_DEVICE_LOST), Trainer(result=DONE)).phase == "deploy"
+    assert "the trainer ended by a GPU that failed; it goes on from its checkpoint" in scene.messages()
+
+
+def test_a_gpu_that_stays_lost_fails_the_job_with_the_cause(scene: Scene) -> None:
+    job = scene.train(*(Trainer(EXIT_DEVICE_LOST) for _ in range(3)))
+    assert job.error is not None
+    assert (job.status, job.error.code) == ("failed", "device_lost")
+    assert "nvidia-smi" in job.error.message
 
 
 @pytest.mark.abuse("J10")

@@ -20,7 +20,7 @@ from models.errors import DatasetError
 from models.records import read_record, to_json
 from models.training import child
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
-from models.training.handover import DRY_RUN, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
+from models.training.handover import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
 from models.training.process import explain, visible_gpus
 from models.training.request import Event, FinetuneRequest
 
@@ -229,13 +229,22 @@ def test_events_and_nothing_else_on_stdout_and_stop_on_stdin(folder: Path) -> No
     assert (result.model, result.stop_reason) == ("pets", "stopped")
 
 
-def test_a_full_disk_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", ["disk", "device"])
+def test_a_full_disk_and_a_lost_gpu_are_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
     """In this process: `main` leaves its descriptors and signals alone."""
-    full = Result(status="failed", error=explain(OSError(errno.ENOSPC, "No space left on device")))
+    error: Exception = OSError(errno.ENOSPC, "No space left on device")
+    if failure == "device":
+        error = RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert "(CUDA error: unspecified launch failure)" in explain(error).message
+    full = Result(status="failed", error=explain(error))
     for name, stand_in in {"die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
         monkeypatch.setattr(child, name, stand_in)
     monkeypatch.setattr(child, "work", lambda *given: full)
-    assert child.main(tmp_path) == EXIT_DISK_FULL
+    assert child.main(tmp_path) == (EXIT_DISK_FULL if failure == "disk" else EXIT_DEVICE_LOST)
     assert not list(tmp_path.iterdir())
 
 

@@ -284,3 +284,37 @@ def test_progress_rises_to_one(tmp_path: Path, backbone: Backbone) -> None:
 
 def test_no_images_have_no_features(tmp_path: Path, backbone: Backbone) -> None:
     assert ask(tmp_path, backbone, []).shape == (0, 6)
+
+
+# The precision on a GPU
+
+
+@pytest.mark.parametrize(
+    ("off", "taken"),
+    [
+        pytest.param({"float16": 0.001, "bfloat16": 0.01}, "float16", id="the more exact first"),
+        pytest.param({"float16": TrainingError("NaN"), "bfloat16": 0.01}, "bfloat16", id="float16 overflows"),
+        pytest.param({"float16": RuntimeError("no kernel for Half"), "bfloat16": 0.01}, "bfloat16", id="no kernel"),
+        pytest.param({"float16": 0.5, "bfloat16": 0.5}, "float32", id="neither agrees"),
+        pytest.param({}, "float32", id="an old GPU"),
+    ],
+)
+def test_features_on_a_gpu_are_in_the_first_precision_that_agrees(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, off: dict[str, Any], taken: str
+) -> None:
+    class Rounded:
+        def __init__(self, backbone: Backbone, device: torch.device, precision: str) -> None:
+            self.off = off[precision]
+
+        def __call__(self, pixels: Tensor) -> Tensor:
+            if isinstance(self.off, Exception):
+                raise self.off
+            features: Tensor = backbone.module(normalise(pixels, PREPROCESSING))
+            rounded: Tensor = features * (1 + self.off)
+            return rounded
+
+    monkeypatch.setattr(module, "half_precisions", lambda device: tuple(off))
+    monkeypatch.setattr(module, "Extractor", Rounded)
+    monkeypatch.setattr(module, "is_device_lost", lambda error, device: False)
+    assert module.feature_precision(backbone, torch.device("cuda")) == taken
+    assert module.feature_precision(backbone, torch.device("cpu")) == "float32"

@@ -604,6 +604,27 @@ def test_a_version_that_answers_differently_from_the_store_is_rejected(
     assert "other probabilities than in training" in (result.reason or "")
 
 
+# The device
+
+
+def test_memory_of_a_gpu_is_bounded_before_anything_is_read(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server beside the trainer has room to grow."""
+    asked = FinetuneRequest(dataset=trained.photos, name="new", base="colours")
+    chosen = list[torch.device]()
+
+    def bound(device: torch.device) -> None:
+        chosen.append(device)
+        raise TrainingError("bounded")
+
+    monkeypatch.setattr(finetune, "devices", lambda name: [torch.device(name)])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(finetune, "leave_memory", bound)
+    monkeypatch.setattr("models.training.dataset.load", lambda *args, **rest: pytest.fail("read"))
+    with pytest.raises(TrainingError, match="bounded"):
+        finetune.prepare(asked, trained.store, lambda event: None, None, trained.root, device="cuda:1")
+    assert chosen == [torch.device("cuda", 1)]
+
+
 # Dry run, and what cannot be
 
 

@@ -74,14 +74,14 @@ def be_modest() -> None:
 def main(
     folder: Path | None = None, run: Run | None = None, rehearse: DryRun | None = None, *, dry_run: bool = False
 ) -> int:
-    """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended, EXIT_DISK_FULL
-    without one where the disk is full.
+    """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended, without one
+    EXIT_DISK_FULL where the disk is full and EXIT_DEVICE_LOST where the GPU is lost.
 
     Without a folder it gets ready, and waits until stdin names one; nothing is done where stdin ends instead.
     """
     die_with_parent()  # before any import, which takes its time once this process is modest
     _end_orphaned()
-    from models.training.handover import EXIT_DISK_FULL
+    from models.training.handover import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 
     events = _take_stdout()
     if folder is None:
@@ -98,6 +98,8 @@ def main(
     result = work(folder, run or _run, reporter, stop.is_set)
     if result.error is not None and result.error.code == "disk_full":
         return EXIT_DISK_FULL  # and no result: the server begins again once there is space
+    if result.error is not None and result.error.code == "device_lost":
+        return EXIT_DEVICE_LOST  # a new process goes on from the checkpoint
     return _hand_over(folder, result)
 
 

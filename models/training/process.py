@@ -52,9 +52,25 @@ def explain(error: BaseException) -> "Failure":
         return Failure(code="disk_full", message="the disk is full; free some space and start the job again")
     if isinstance(error, ModelError):
         return Failure(code=error.code, message=str(error))
+    if _has_lost_its_gpu(error):
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        return Failure(
+            code="device_lost",
+            message=f"the GPU failed and computes no more for this process ({cause}); the same run goes on from its last "
+            "checkpoint in a new process; nvidia-smi and the kernel's log (Xid) say more",
+        )
     return Failure(
         code="internal", message=f"{type(error).__name__} in the trainer; trainer.log in its folder says where"
     )
+
+
+def _has_lost_its_gpu(error: BaseException) -> bool:
+    import torch
+
+    from models.runtime import is_device_lost
+
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and is_device_lost(error, torch.device("cuda", torch.cuda.current_device()))
 
 
 def ran_out_of_disk(error: BaseException) -> bool:

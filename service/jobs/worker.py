@@ -24,7 +24,17 @@ from models.errors import ModelError
 from models.files import replace
 from models.records import read_record, to_json
 from models.store import ModelStore
-from models.training.handover import EXIT_DISK_FULL, JOB, PARITY, RESULT, RUN, ParitySamples, Result, published
+from models.training.handover import (
+    EXIT_DEVICE_LOST,
+    EXIT_DISK_FULL,
+    JOB,
+    PARITY,
+    RESULT,
+    RUN,
+    ParitySamples,
+    Result,
+    published,
+)
 from models.training.request import FinetuneRequest
 from service.answers import Sample
 from service.errors import DeadlineExceeded, JobNotFound, NotReady, QueueFull, ServiceError, TrainerUnavailable
@@ -163,12 +173,20 @@ class Worker:
         """False if that was once too often. Raises DiskFull."""
         if returncode == EXIT_DISK_FULL:
             raise DiskFull(reached)
-        how, crashes = signal_name(returncode), self.table.crashed(id, reached)
+        crashes, lost = self.table.crashed(id, reached), returncode == EXIT_DEVICE_LOST
+        how = "a GPU that failed" if lost else signal_name(returncode)
         if crashes < MAX_CRASHES:
             self._tell(id, "warning", f"the trainer ended by {how}; it goes on from its checkpoint")
             return True
-        hint = "; memory may have run out: take a smaller batch_size or base" if how == "SIGKILL" else ""
-        return self._fail(id, "trainer_crashed", f"the trainer ended {crashes} times, at last by {how}{hint}")
+        if lost:
+            hint = "; trainer.log in the job's folder, nvidia-smi and the kernel's log (Xid) say more"
+        else:
+            hint = "; memory may have run out: take a smaller batch_size or base" if how == "SIGKILL" else ""
+        return self._fail(
+            id,
+            "device_lost" if lost else "trainer_crashed",
+            f"the trainer ended {crashes} times, at last by {how}{hint}",
+        )
 
     def _settle(self, id: str, folder: Path) -> None:
         """From what is in the folder to what is in the table."""
