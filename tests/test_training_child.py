@@ -21,8 +21,9 @@ from models.records import read_record, to_json
 from models.training import child
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
 from models.training.handover import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
-from models.training.process import explain, visible_gpus
+from models.training.process import explain
 from models.training.request import Event, FinetuneRequest
+from service.jobs.trainer import visible_gpus
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
 DONE = Result(status="succeeded", model="pets", version=1, deployment="activate")

@@ -7,7 +7,7 @@ import ctypes
 import errno
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,23 +20,6 @@ def die_with_parent() -> None:
     """Asks the kernel to kill this process when its parent ends. The end of stdin covers a parent that ended before."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def visible_gpus(device: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment that shows a trainer the GPUs of the setting `device`, and no others.
-
-    `cuda:1` is the second that the server itself sees: where CUDA_VISIBLE_DEVICES lists some, by index or by UUID, the second of these.
-    """
-    if device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    index = device.partition(":")[2]
-    if not index:
-        return {}
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return {"CUDA_VISIBLE_DEVICES": index}
-    entries = [entry.strip() for entry in listed.split(",")]
-    return {"CUDA_VISIBLE_DEVICES": entries[int(index)] if int(index) < len(entries) else ""}
 
 
 def explain(error: BaseException) -> "Failure":

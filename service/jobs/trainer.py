@@ -13,13 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from models.training.handover import Order
-from models.training.process import visible_gpus
 from models.training.request import FinetuneRequest
 from service.datasets import resolve
 from service.settings import Settings
@@ -44,6 +43,23 @@ def order_of(settings: Settings, request: FinetuneRequest) -> Order:
         threads=settings.trainer_cores,
         device="cuda" if settings.device.startswith("cuda") else "auto",
     )
+
+
+def visible_gpus(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment that shows a trainer the GPUs of the setting `device`, and no others.
+
+    `cuda:1` is the second that the server itself sees: where CUDA_VISIBLE_DEVICES lists some, by index or by UUID, the second of these.
+    """
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    index = device.partition(":")[2]
+    if not index:
+        return {}
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return {"CUDA_VISIBLE_DEVICES": index}
+    entries = [entry.strip() for entry in listed.split(",")]
+    return {"CUDA_VISIBLE_DEVICES": entries[int(index)] if int(index) < len(entries) else ""}
 
 
 class TrainerProcess:
