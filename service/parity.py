@@ -1,4 +1,4 @@
-"""May a version be served here? Its answers to the sample images of its training are compared with what the trainer found.
+"""Checks a version before it is served: its answers to the sample images of its training must be those of the trainer.
 
     features by this server's engine  ~  the float32 original's     as far as the engine's own measured agreement explains
     the stored head on the original's features  =  the trainer's probabilities     } the same float32 head
