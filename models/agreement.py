@@ -1,4 +1,4 @@
-"""How far two computations of the same features may lie apart: training's, serving's, and the float32 original's.
+"""Limits for the distance between computations of the same features: training's, serving's, and the float32 original's.
 
 The distance of two feature vectors is the length of their difference over the typical length, so it does not depend on the network's
 scale, and rounding, which is spread over all features, counts little beside another image, crop, colour order or backbone.
@@ -12,7 +12,11 @@ FLOOR = 1e-3  # float32 on another device, or in another order of summation: 2.5
 # (docs/decisions.md).
 MARGIN = 4.0
 CEILING = 0.25  # whatever was measured: other preprocessing moves an image by 0.35 to 1
-HEAD_TOLERANCE = 1e-4  # of a probability: the same float32 head on the same features
+# The same float32 head on the same features. Two swapped classes that no image shows move small probabilities alone: these are
+# compared by their logarithms.
+HEAD_TOLERANCE = 1e-4  # of a probability
+HEAD_LOG_TOLERANCE = 0.01  # of its natural logarithm
+SMALLEST = 1e-30  # probabilities below it are equal: the next 8 decades underflow
 
 
 def distances(features: Tensor, expected: Tensor) -> Tensor:
@@ -28,3 +32,10 @@ def distances(features: Tensor, expected: Tensor) -> Tensor:
 def allowed(max_difference: float) -> float:
     """The distance from the float32 original's features that an engine with this measured `Agreement.max_difference` explains."""
     return min(max(MARGIN * max_difference, FLOOR), CEILING)
+
+
+def heads_agree(found: Tensor, expected: Tensor) -> Tensor:
+    """Probabilities (n, C) and (n, C) of the same features -> bool (n,): whether one head gave both. False where one is NaN."""
+    off = (found - expected).abs().amax(dim=1)
+    ratio = (found.clamp_min(SMALLEST).log() - expected.clamp_min(SMALLEST).log()).abs().amax(dim=1)
+    return (off <= HEAD_TOLERANCE) & (ratio <= HEAD_LOG_TOLERANCE)

@@ -42,7 +42,7 @@ MASK = "********"
 
 @dataclass
 class Section:
-    """What was found of one thing. `problems` are wrong, `warnings` may be meant so."""
+    """Facts about one subject. `problems` are wrong, `warnings` may be intended."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""May a version be served here? Its answers to the sample images of its training are compared with what the trainer found.
+"""Checks a version before it is served: its answers to the sample images of its training must be those of the trainer.
 
     features by this server's engine  ~  the float32 original's     as far as the engine's own measured agreement explains
     the stored head on the original's features  =  the trainer's probabilities     } the same float32 head
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.agreement import HEAD_TOLERANCE, allowed, distances
+from models.agreement import allowed, distances, heads_agree
 from models.errors import WeightsError
 from service.answers import Sample
 from service.loaded import LoadedBackbone, Served
@@ -45,6 +45,8 @@ def _check_features(samples: Sequence[Sample], backbone: LoadedBackbone, found: 
 
 
 def _check_probabilities(samples: Sequence[Sample], found: Tensor, right: Tensor) -> None:
-    for sample, off in zip(samples, (found - right).abs().amax(dim=1).tolist(), strict=True):
-        if not off <= HEAD_TOLERANCE:
+    for sample, agrees, off in zip(
+        samples, heads_agree(found, right).tolist(), (found - right).abs().amax(dim=1).tolist(), strict=True
+    ):
+        if not agrees:
             raise WeightsError(f"{sample.name} gets other probabilities here than in training: by up to {off:.3g}")

@@ -19,7 +19,7 @@ from torch import nn
 from training_data import coloured, folder
 
 from models import architectures
-from models.agreement import CEILING, FLOOR, allowed, distances
+from models.agreement import CEILING, FLOOR, allowed, distances, heads_agree
 from models.classifier import Backbone, Classifier, Head, ModelConfig, Preprocessing
 from models.errors import WeightsError
 from models.store import ModelStore
@@ -221,6 +221,36 @@ def test_a_wrong_version_is_rejected(
     assert "than in training" in found.reason
 
 
+def slightly_rescaled(classifier: Classifier) -> Classifier:
+    """Within the rounding of bfloat16."""
+    return preprocessed(classifier, std=tuple(1.01 * value for value in classifier.backbones[0].ref.preprocessing.std))
+
+
+def not_a_number(classifier: Classifier) -> Classifier:
+    next(classifier.backbones[0].module.parameters()).data.view(-1)[0] = torch.nan
+    return classifier
+
+
+def of_another_width(classifier: Classifier) -> Classifier:
+    network = architectures.create("lenet5", 3)
+    ref = classifier.backbones[0].ref.model_copy(update={"architecture": "lenet5"})
+    return replace(classifier, backbones=(Backbone(ref, network.backbone.eval(), 84),), head=Head.of(network.layer))
+
+
+@pytest.mark.parametrize("spoil", [slightly_rescaled, not_a_number, of_another_width], ids=lambda spoil: spoil.__name__)
+def test_a_version_whose_original_is_not_that_of_training_is_rejected(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
+) -> None:
+    load = ModelStore.load
+    monkeypatch.setattr(ModelStore, "load", lambda *args: spoil(load(*args)))
+    job, trained, config = run.gate
+    with ARITHMETIC[run.root.name.rstrip("0")]():
+        found = parity(replace(job, folder=tmp_path), trained, config)
+    assert decide(job.request, Compared(None, None, ""), found)[0] == "rejected"
+    assert "its backbone gives other features than in training" in found.reason
+    assert Parity.model_validate_json(found.model_dump_json()) == found
+
+
 # The server's check
 
 
@@ -305,3 +335,12 @@ def test_the_distance_is_a_share_of_the_typical_length() -> None:
 
 def test_what_is_allowed_follows_from_what_was_measured() -> None:
     assert [allowed(off) for off in (0.0, 0.01, 0.2, float("inf"))] == [FLOOR, 0.04, CEILING, CEILING]
+
+
+def test_two_swapped_classes_that_no_image_shows_are_seen() -> None:
+    right = torch.tensor([[0.99998, 1e-5, 9e-6, 1e-6]])
+    assert heads_agree(right, right).tolist() == [True]
+    assert heads_agree(right * (1 + 1e-5), right).tolist() == [True]
+    assert heads_agree(right[:, [0, 2, 1, 3]], right).tolist() == [False]
+    assert heads_agree(right * torch.nan, right).tolist() == [False]
+    assert heads_agree(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1e-38]])).tolist() == [True]

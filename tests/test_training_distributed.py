@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from fake_driver import Card, with_gpus
 from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
@@ -161,6 +162,21 @@ def test_what_was_frozen_can_be_told_afterwards(tmp_path: Path, monkeypatch: pyt
         "0.stem.0.weight",
         "0.stem.0.bias",
     ]
+
+
+def test_a_gpu_that_cannot_be_used_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old card for the screens comes first."""
+    trained_on: list[tuple[torch.device, ...]] = []
+
+    def train_elsewhere(plan: distributed.Plan, folder: Path, *rest: Any) -> None:
+        trained_on.append(plan.devices)
+        torch.save(vars(History(losses=[1.0], best=plan.network.state_dict())), folder / distributed.HISTORY)
+
+    monkeypatch.setattr(distributed, "_run", train_elsewhere)
+    with_gpus(monkeypatch, Card((6, 1)), Card(), Card(), Card())
+    asked = replace(settings(2), devices=2)
+    distributed.train(tiny(), DATA, PREPROCESSING, asked, RULE, FREE, tmp_path / "c.pt", print)
+    assert trained_on == [(torch.device("cuda", 1), torch.device("cuda", 2))]
 
 
 @pytest.mark.parametrize(

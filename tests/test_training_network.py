@@ -279,13 +279,16 @@ def trainer() -> Trainer:
 
 
 def test_on_a_gpu_deterministic_algorithms_are_taken_and_their_warnings_are_no_noise() -> None:
+    options: Any = torch.utils.deterministic
     on_gpu = trainer()
     on_gpu.device = torch.device("cuda")
     with on_gpu.ready():
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not options.fill_uninitialized_memory  # it costs a kernel for each new tensor
         warnings.warn("max_pool2d_backward does not have a deterministic implementation", UserWarning, stacklevel=1)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert options.fill_uninitialized_memory
     with trainer().ready():
         assert not torch.are_deterministic_algorithms_enabled()
 

@@ -86,7 +86,7 @@ class Lazy:
 
 @pytest.fixture
 def computing_s(monkeypatch: pytest.MonkeyPatch) -> float:
-    """What waiting for the GPU takes."""
+    """Seconds of waiting for the GPU."""
     seconds = 0.02
     monkeypatch.setattr("models.runtime.choice.synchronize", lambda device: time.sleep(seconds))
     return seconds

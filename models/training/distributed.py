@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from models.classifier import Preprocessing
 from models.errors import TrainingError
 from models.runtime import tune_allocator
+from models.runtime.device import devices as usable_devices
 from models.runtime.device import leave_memory
 from models.training.auxiliary import Auxiliary
 from models.training.dataset import Dataset
@@ -83,11 +84,11 @@ def train(
     aux: Auxiliary | None = None,
     devices: Sequence[torch.device] = (),
 ) -> History:
-    """As `network.train`, on `devices`, by default the first GPUs of as many as the settings say; leaves the network on the CPU.
+    """As `network.train`, on `devices`, by default the first usable GPUs, as many as the settings say; leaves the network on the CPU.
 
     Raises what that raises, and TrainingError where one of the processes is gone.
     """
-    devices = devices or [torch.device("cuda", index) for index in range(settings.devices)]
+    devices = devices or usable_devices("auto")[: settings.devices]
     network.cpu()
     torch.cuda.empty_cache()  # what computed the features has left it to this process
     threads = max(1, torch.get_num_threads() // len(devices))

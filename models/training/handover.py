@@ -26,7 +26,7 @@ PARITY, RUN = "parity.json", "run.json"
 # The same for all that is not there and all that is not allowed, so that it tells nothing of what lies outside.
 NO_DATASET = "there is no dataset at that path: give the relative path of a folder, an archive or a table under the datasets folder"
 EXIT_DISK_FULL = 28  # ENOSPC: there is no result.json; the job can go on from its checkpoint once there is space
-EXIT_DEVICE_LOST = 4  # as the server's: nor is there a result; a new process may use the GPU again
+EXIT_DEVICE_LOST = 4  # as the server's; there is no result.json either: a new process may use the GPU again
 
 StopReason = Literal["early_stopping", "budget", "stopped"]
 Deployment = Literal["activate", "rejected", "manual", "never"]

@@ -338,13 +338,17 @@ class Trainer:
 def deterministic() -> Iterator[None]:
     """Within, torch takes the deterministic one of its algorithms, where an operation has one."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic  # a module whose one attribute has no type
+    fills = options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    options.fill_uninitialized_memory = False  # one more kernel for each new tensor
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*determinis", UserWarning)  # one a step: docs/training.md names them
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        options.fill_uninitialized_memory = fills
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -3,9 +3,11 @@
     training's features   by training's engine, from the run's own pixels and backbone         A
     read again            by the same kind of engine, from the file's bytes and the store      B
     original              float32 on the CPU, from the same bytes and the store                R
+    training's original   float32 on the CPU, from the run's own pixels and backbone           T
 
-B and R share backbone and pixels, so their distance is what the engine's precision explains: A may lie twice as far from B, since each
-lies so far from R. The heads are compared on A, in float32. The server compares its own engine with R.
+R must equal T, so that another preprocessing or backbone is refused whatever the precision. B and R share backbone and pixels, so their
+distance is what the engine's precision explains: A may lie twice as far from B, since each lies so far from R. The heads are compared on
+A, in float32. The server compares its own engine with R.
 """
 
 from base64 import b64encode
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from models import files
-from models.agreement import CEILING, FLOOR, HEAD_TOLERANCE, distances
-from models.classifier import Classifier, ModelConfig, normalise
+from models.agreement import CEILING, FLOOR, distances, heads_agree
+from models.classifier import Backbone, Classifier, ModelConfig, normalise
 from models.data.samples import UNREADABLE
 from models.data.sources import open_source
 from models.errors import ImageError
@@ -36,7 +38,9 @@ def parity(job: Job, trained: Trained, config: ModelConfig) -> Parity:
     """Compares the stored version with the trained one on some held-out images, and leaves these in the job's folder for the server."""
     stored = job.store.load(config.name, config.version)
     rows, contents, pixels = _read_again(job, stored)
-    original = [b.module(normalise(p, b.ref.preprocessing)) for b, p in zip(stored.backbones, pixels, strict=True)]
+    original = [_original(b, p) for b, p in zip(stored.backbones, pixels, strict=True)]
+    if len(rows) and (farthest := _from_training(job, trained, rows, original)) > FLOOR:
+        return Parity(images=len(rows), max_difference=1.0, agrees=False, features=farthest, explained=FLOOR)
     expected = trained.head.probabilities(*original)
     paths = [job.data.paths[row] for row in rows.tolist()]
     samples = tuple(
@@ -52,6 +56,22 @@ def parity(job: Job, trained: Trained, config: ModelConfig) -> Parity:
     if not samples:
         return Parity(images=0, max_difference=0.0, agrees=False)
     return _compared(job, trained, stored, rows, pixels, original)
+
+
+def _original(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Features (n, D) in float32 on the CPU of uint8 (n, C, H, W)."""
+    features: Tensor = backbone.module(normalise(pixels, backbone.ref.preprocessing))
+    return features
+
+
+def _from_training(job: Job, trained: Trained, rows: Tensor, original: list[Tensor]) -> float:
+    """The largest distance of an image's original features from those of the run's own pixels and backbones; 1 where one is NaN."""
+    farthest = 0.0
+    for backbone, found in zip(trained.backbones, original, strict=True):
+        pixels, _ = job.pixels(backbone.ref.preprocessing)
+        off = distances(found, _original(backbone, pixels[rows]))
+        farthest = max(farthest, float(off.nan_to_num(nan=1.0).max()))
+    return farthest
 
 
 def _read_again(job: Job, stored: Classifier) -> tuple[Tensor, dict[str, bytes], list[Tensor]]:
@@ -91,11 +111,10 @@ def _compared(
         if off / within >= farthest / explained:  # the backbone that says most
             farthest, explained, precision = off, within, extract.engine.precision
     answered = trained.probabilities(rows)
-    head = float((stored.head.probabilities(*in_training) - answered).abs().max())
     return Parity(
         images=len(rows),
         max_difference=float((stored.head.probabilities(*again) - answered).abs().max()),
-        agrees=agrees and head <= HEAD_TOLERANCE,
+        agrees=agrees and bool(heads_agree(stored.head.probabilities(*in_training), answered).all()),
         precision=precision,
         features=farthest,
         explained=explained,

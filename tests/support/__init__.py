@@ -1,1 +1,1 @@
-"""What several test files share: pretended and simulated GPUs, emulated arithmetic."""
+"""Shared by several test files: pretended and simulated GPUs, emulated arithmetic."""

@@ -68,7 +68,7 @@ class Crossing:
 
 @dataclass
 class FakeGpu:
-    """What the pretended GPU answers. `calls` names the functions of torch.cuda that were called, in their order."""
+    """Answers of the pretended GPU. `calls` names the functions of torch.cuda that were called, in their order."""
 
     mode: FakeTensorMode
     capability: tuple[int, int] = (9, 0)
@@ -155,7 +155,7 @@ class Crossings(TorchDispatchMode):
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
     def listed(self, tensor: Tensor) -> Any:
-        """What `tensor.tolist()` answers."""
+        """Stands for the answer of `tensor.tolist()`."""
         if tensor.device.type == "cuda":
             self.all.append(Crossing("tolist", "cpu", True, tuple(tensor.shape)))
         with _disable_current_modes():

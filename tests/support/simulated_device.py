@@ -100,7 +100,7 @@ def as_error(error: Exception | str) -> Exception:
 
 
 class SimulatedRuntime:
-    """What compile_backbone gives for a SimulatedGpu: uint8 (N, C, H, W) -> float32 (N, D), the mean of each image in every column."""
+    """Stands for a compiled backbone: uint8 (N, C, H, W) -> float32 (N, D), the mean of each image in every column."""
 
     def __init__(self, gpu: SimulatedGpu, dim: int) -> None:
         self.gpu, self.dim, self.device, self.max_batch = gpu, dim, gpu.device, gpu.max_batch

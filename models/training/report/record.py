@@ -42,7 +42,7 @@ class Parity(Record):
 
     @property
     def reason(self) -> str:
-        """What does not agree."""
+        """The difference that is too large."""
         if self.features > self.explained:
             return (
                 f"its backbone gives other features than in training: they differ by {self.features:.1%} of their length, and "
