@@ -153,10 +153,14 @@ def test_a_check_that_skips_itself_leaves_a_run_complete() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_interrupted_run_has_a_document(count: int) -> None:
-    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    document = ran(*[fake("hangs"), fake("passes")][:count])
-    interrupt.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        document = ran(*[fake("hangs"), fake("passes")][:count])
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [(result.status, result.summary) for result in document.checks] == [("skipped", "interrupted")] * count
     assert document.verdict == "incomplete"
 

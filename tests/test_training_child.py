@@ -18,10 +18,11 @@ import torch
 
 from models.errors import DatasetError
 from models.records import read_record, to_json
-from models.training import child
+from models.training import child, finetune
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
 from models.training.handover import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
 from models.training.process import explain
+from models.training.rehearsal import dry_run
 from models.training.request import Event, FinetuneRequest
 from service.jobs.trainer import visible_gpus
 
@@ -60,10 +61,7 @@ def test_an_order_for_a_gpu_fails_where_there_is_none(folder: Path, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     order = read_record(folder / JOB, Order)
     (folder / JOB).write_bytes(to_json(order.model_copy(update={"device": "cuda"})))
-    for result in (
-        work(folder, lambda *given, **named: DONE, print, never),
-        rehearsal(folder, lambda *a, **n: {}, print),
-    ):
+    for result in (work(folder, finetune.run, print, never), rehearsal(folder, dry_run, print)):
         assert result.error is not None
         assert result.error.code == "device_unavailable"
         assert "CUDA_VISIBLE_DEVICES" in result.error.message
@@ -100,7 +98,7 @@ def test_the_run_gets_what_the_order_says(folder: Path) -> None:
     assert work(folder, run, print, never) == DONE
     torch.set_num_threads(threads)
     paths = {"job_dir": folder, "cache": folder / "cache", "weights": folder / "weights"}
-    assert given == {**paths, "stop": never, "name": "pets", "threads": 1}
+    assert given == {**paths, "stop": never, "name": "pets", "threads": 1, "device": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +170,7 @@ from models.training.child import be_modest, main
 from models.training.handover import Result
 from models.training.request import Event
 
-def run(request, store, progress, *, job_dir, cache, stop):
+def run(request, store, progress, *, job_dir, cache, stop, device):
     print("a library's chatter")
     progress(Event("train", 0.5, epoch=1))
     while not stop():

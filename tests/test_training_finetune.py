@@ -17,7 +17,7 @@ from PIL import Image
 from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
-from models.errors import ArchitectureNotFound, DatasetError, ModelNotFound, TrainingError
+from models.errors import ArchitectureNotFound, DatasetError, DeviceUnavailable, ModelNotFound, TrainingError
 from models.images import decode, stack
 from models.packaged import PACKAGES
 from models.runtime import devices
@@ -96,6 +96,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Workshop:
 @pytest.fixture
 def workshop(tmp_path: Path, photos: Path) -> Workshop:
     return Workshop(tmp_path, photos)
+
+
+# Where a run goes on
+
+
+def test_a_run_that_began_on_a_gpu_does_not_go_on_on_the_cpu(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    request = {"base": "lenet5", "mode": "scratch", "hyperparameters": QUICK}
+    workshop.ask(stop=True, **request)
+    begun = Run.read(workshop.root / "jobs" / "colours")
+    assert begun is not None
+    begun.model_copy(update={"on_gpu": True}).write(workshop.root / "jobs" / "colours")
+    with pytest.raises(DeviceUnavailable, match="CUDA_VISIBLE_DEVICES"):
+        workshop.ask(stop=True, **request)
 
 
 # What a version keeps of its data

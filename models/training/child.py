@@ -49,6 +49,7 @@ class Run(Protocol):
         job_dir: Path,
         cache: Path,
         stop: Callable[[], bool],
+        device: str,
     ) -> "Result": ...
 
 
@@ -56,7 +57,13 @@ class DryRun(Protocol):
     """`models.training.rehearsal.dry_run`: the audit, the split and the estimate, fit for JSON."""
 
     def __call__(
-        self, request: "FinetuneRequest", store: "ModelStore", progress: Callable[["Event"], None], *, cache: Path
+        self,
+        request: "FinetuneRequest",
+        store: "ModelStore",
+        progress: Callable[["Event"], None],
+        *,
+        cache: Path,
+        device: str,
     ) -> dict[str, Any]: ...
 
 
@@ -109,7 +116,7 @@ def work(folder: Path, run: Run, progress: Callable[["Event"], None], stop: Call
 
     try:
         order, store = _prepare(folder)
-        return run(order.request, store, progress, job_dir=folder, cache=order.cache, stop=stop)
+        return run(order.request, store, progress, job_dir=folder, cache=order.cache, stop=stop, device=order.device)
     except Exception as error:
         traceback.print_exc()
         return Result(status="failed", error=explain(error))
@@ -122,7 +129,7 @@ def rehearsal(folder: Path, dry_run: DryRun, progress: Callable[["Event"], None]
 
     try:
         order, store = _prepare(folder)
-        found = dry_run(order.request, store, progress, cache=order.cache)
+        found = dry_run(order.request, store, progress, cache=order.cache, device=order.device)
         replace(folder / DRY_RUN, json.dumps(found, allow_nan=False).encode())
         return Result(status="succeeded")
     except Exception as error:
@@ -135,15 +142,12 @@ def _prepare(folder: Path) -> tuple["Order", "ModelStore"]:
 
     from models.errors import DatasetError
     from models.records import read_record
-    from models.runtime import devices
     from models.store import ModelStore
     from models.training.handover import JOB, NO_DATASET, Order
 
     order = read_record(folder / JOB, Order)
     if os.path.realpath(order.request.dataset) != str(order.request.dataset):  # a link has come since the server looked
         raise DatasetError(NO_DATASET)
-    if order.device == "cuda":
-        devices("cuda")  # DeviceUnavailable, and not a run on the CPU that takes days
     torch.set_num_threads(order.threads)
     return order, ModelStore(order.weights)
 

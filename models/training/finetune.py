@@ -100,12 +100,14 @@ def prepare(
     device: str = "auto",
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
-    there = devices(device)
+    begun = Run.read(folder) if folder else None
+    # A run that began on a GPU does not go on for days on a CPU: without a usable GPU it fails and says why.
+    there = devices("cuda" if device == "auto" and begun is not None and begun.on_gpu else device)
     if there[0].type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with buffers of its own
         torch.cuda.set_device(there[0])
     leave_memory(there[0])
-    clock, begun = Clock(), Run.read(folder) if folder else None
+    clock = Clock()
     with clock.phase("audit"):
         bases = begun.bases if begun else bases_of(request, store)
         data = dataset.load(
@@ -126,7 +128,8 @@ def prepare(
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     if len(bases) == 1 and mode != "head":
         fitting.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
-    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases)
+    on_gpu = there[0].type == "cuda"
+    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu)
     run.check(data)
     if folder:
         run.write(folder)

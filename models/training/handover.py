@@ -39,8 +39,8 @@ class Order(Record):
     weights: Path  # the model store
     cache: Path  # of features, shared by all jobs
     threads: int = Field(ge=1)  # CPU threads of a computation
-    device: Literal["auto", "cuda"] = (
-        "auto"  # cuda: without a usable GPU the run fails. The environment says which the trainer sees
+    device: Literal["auto", "cpu", "cuda"] = (
+        "auto"  # see models.runtime.devices; the environment says which GPUs it sees
     )
 
 

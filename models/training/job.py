@@ -47,6 +47,7 @@ class Run(Record):
     dataset_sha256: str
     bases: tuple[Base, ...]
     choice: Choice | None = None  # among the bases, once it is made
+    on_gpu: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> "Run | None":

@@ -41,7 +41,7 @@ def order_of(settings: Settings, request: FinetuneRequest) -> Order:
         weights=settings.weights.resolve(),
         cache=(settings.data / "features").resolve(),
         threads=settings.trainer_cores,
-        device="cuda" if settings.device.startswith("cuda") else "auto",
+        device="cuda" if settings.device.startswith("cuda") else "cpu" if settings.device == "cpu" else "auto",
     )
 
 
