@@ -179,19 +179,29 @@ async def test_a_device_that_hangs_while_a_version_is_tried_does_not_hold_up_the
         hanging.held.clear()
 
 
-@pytest.mark.parametrize("at", ["compile", "probe"])
+@pytest.mark.parametrize("error", [LOST, RuntimeError("a kernel that does not know the network")])
+async def test_memory_missing_on_one_device_is_a_reason_to_try_again(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, error: Exception | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    first, second = SimulatedGpu(0), SimulatedGpu(1)
+    first.fail_to_compile(error, times=2)
+    second.fail_to_compile(out_of_memory())
+    async with on_gpus(store, first, second, ready=False) as engine:
+        with pytest.raises(NotReady, match="cuda:1 has not enough memory"):
+            await engine.wait_ready(10)
+        await until(lambda: engine.ready)
+    assert "loading failed on cuda:0: " in caplog.text
+
+
 async def test_a_load_that_loses_one_device_is_tried_again_on_the_others(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch, at: str
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the server stays live, because a device works, and never becomes ready."""
     monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
     first, second = SimulatedGpu(0), SimulatedGpu(1)
-    if at == "compile":
-        first.fail_to_compile(LOST)
-        second.fail_to_compile(out_of_memory())
-    else:
-        for gpu in (first, second):
-            gpu.fail(at=len(steps_up_to(64)) + 1, error=LOST)
+    for gpu in (first, second):
+        gpu.fail(at=len(steps_up_to(64)) + 1, error=LOST)  # the probe, on the one that takes it
     async with on_gpus(store, first, second, ready=False) as engine:
         with pytest.raises(NotReady, match="stopped working"):
             await engine.wait_ready(10)
