@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -167,6 +167,11 @@ class Batcher:
         """Whether a device is left for it."""
         return not self._closed and any(not self._by_device[device].lost for device in queue.runtimes)
 
+    @property
+    def computes(self) -> bool:
+        """Whether a device is left."""
+        return not self._closed and not all(worker.lost for worker in self.workers)
+
     def _idle(self, queue: BackboneQueue) -> list["DeviceThread"]:
         return [worker for worker in self.workers if worker.idle and worker.device in queue.runtimes]
 
@@ -183,12 +188,17 @@ class Batcher:
                 queues = [queue for queue in self._queues if worker.device in queue.runtimes]
                 if worker.calls and not (worker.called and queues):
                     worker.called = True
-                    return worker.calls.popleft()
+                    for queue in queues:  # it may have been woken for one of these
+                        self._wake_one(queue)
+                    call = worker.calls.popleft()
+                    worker.under_way = [call.future]
+                    return call
                 worker.called = False
                 if not queues:
                     worker.wait()
-                elif items := self._cut(min(queues, key=lambda q: q.items[0].turn), worker):
-                    return items
+                elif batch := self._cut(min(queues, key=lambda q: q.items[0].turn), worker):
+                    worker.under_way = [item.future for item in batch[1]]
+                    return batch
         return None
 
     def _cut(self, queue: BackboneQueue, worker: "DeviceThread") -> tuple[BackboneQueue, list[Item]] | None:
@@ -227,13 +237,17 @@ class Batcher:
         return not any(worker.is_alive() for worker in self.workers)
 
     def lose(self, device: torch.device, error: DeviceLost) -> None:
-        """The device computes no more in this process, as its own thread found or one that loads: what only it could answer fails."""
+        """The device computes no more in this process, as its own thread found or one that loads: what only it could answer fails,
+        and what it computes now, because its thread may never come back."""
+        worker = self._by_device[device]
         with self._lock:
-            known, self._by_device[device].lost = self.is_lost(device), True
+            known, worker.lost = worker.lost, True
             self._wake_all()
+            under_way, worker.under_way = worker.under_way, ()
         if not known:
             cause = f" ({error.__cause__})".split("\n")[0] if error.__cause__ else ""
             log.critical("%s is lost: %s%s", device, error, cause)
+        resolve(under_way, [error] * len(under_way))
         self._fail_waiting(error)
 
     def _wake_all(self) -> None:
@@ -269,6 +283,7 @@ class DeviceThread(threading.Thread):
         self._waits = False
         self.woken = False
         self.calls: deque[Call] = deque()
+        self.under_way: Sequence[asyncio.Future[Any]] = ()  # of the batch or the call that it is in
         self.called = False  # the last work was a call, so that a batch goes next
 
     def state(self, hangs_after_s: float) -> DeviceState:
@@ -292,11 +307,13 @@ class DeviceThread(threading.Thread):
 
     def run(self) -> None:
         if self.device.type == "cuda":
+            self.busy_since = time.monotonic()
             with suppress(RuntimeError, AssertionError):  # a device that does not work shows in the first batch
                 torch.cuda.set_device(self.device)  # pinned memory and caches are those of the thread's current device
+            self.busy_since = None
         with torch.inference_mode():
             while self._step():
-                self.busy_since = None
+                self.busy_since, self.under_way = None, ()
 
     def _step(self) -> bool:
         """One batch or one call; False once there is no more. Its locals go with it: a thread that waits keeps no backbone in memory."""

@@ -30,13 +30,13 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory; doubled each time
+RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory or lost a device; doubled each time
 T = TypeVar("T")
 Check = Callable[[Served], Awaitable[None]]
 
 
 class Failure(NamedTuple):
-    """Why a model is not served. `passing`: what it lacked another process may free, so that the load is tried again."""
+    """Why a model is not served. `passing`: another try may succeed, because what it lacked may be freed, or another device is left."""
 
     reason: str
     passing: bool = False
@@ -273,7 +273,7 @@ class Catalogue:
         try:
             return await work
         except (ModelError, ServiceError) as error:
-            failure = self._failures[name] = Failure(str(error), isinstance(error, OutOfMemory | NotReady))
+            failure = self._failures[name] = Failure(str(error), self._may_pass(error))
             log.error("%s could not be loaded: %s", name, error)
             if failure.passing and name not in self._retries:
                 self._retries[name] = asyncio.create_task(self._retry(name))
@@ -284,6 +284,10 @@ class Catalogue:
             self._loading.discard(name)
         return None
 
+    def _may_pass(self, error: Exception) -> bool:
+        """Another try may succeed: memory is free then, or it goes to the devices that are left."""
+        return isinstance(error, OutOfMemory | NotReady) or (isinstance(error, DeviceLost) and self.batcher.computes)
+
     async def _retry(self, name: str) -> None:
         """Loads it again, later and later, until it serves, fails for another reason, or is not to be served any more."""
         delay_s = RETRY_FIRST_S
@@ -291,19 +295,26 @@ class Catalogue:
             while True:
                 self._retried_at[name] = time.monotonic() + delay_s
                 await asyncio.sleep(delay_s)
-                async with self._sync_lock:
-                    plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
-                    if name not in plan.names:
-                        self._failures.pop(name, None)
-                    elif not self._is_current(name, plan):
-                        self._loading.add(name)
-                        await self._swap_in(name, plan)
-                        self._announce()
-                    if name not in self._failures or not self._failures[name].passing:
-                        return
+                try:
+                    await self._try_again(name)
+                except (OSError, ModelError) as error:
+                    log.warning("%s is not tried again now, because the store cannot be read: %s", name, error)
+                if name not in self._failures or not self._failures[name].passing:
+                    return
                 delay_s = min(2 * delay_s, RETRY_LONGEST_S)
         finally:
             del self._retries[name], self._retried_at[name]
+
+    async def _try_again(self, name: str) -> None:
+        """Raises OSError and ModelError where the store cannot be read."""
+        async with self._sync_lock:
+            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+            if name not in plan.names:
+                self._failures.pop(name, None)
+            elif not self._is_current(name, plan):
+                self._loading.add(name)
+                await self._swap_in(name, plan)
+                self._announce()
 
     def _error(self, name: str) -> str | None:
         if (failure := self._failures.get(name)) is None:

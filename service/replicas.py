@@ -65,7 +65,8 @@ class DeviceWork:
     async def replicas(
         self, compile_for: Callable[[torch.device], Runtime], shape: Preprocessing, batcher: Batcher
     ) -> Replicas:
-        """Compiled and warm on every device that is not lost. Raises the first device's error where it fails on all."""
+        """Compiled and warm on every device that is not lost. Where it fails on all, raises one of the errors: that of a device
+        without memory, or taken by another process, before others."""
         devices = self.usable(batcher)
         outcomes = await asyncio.gather(
             *(self._replica(partial(compile_for, device), device, shape, batcher) for device in devices),
@@ -81,7 +82,10 @@ class DeviceWork:
             else:
                 runtimes[device] = outcome
         if not runtimes:
-            raise next(iter(failures.values()))
+            for name, error in failures.items():
+                log.error("loading failed on %s: %s", name, error)
+            errors = sorted(failures.values(), key=lambda error: not isinstance(error, OutOfMemory | NotReady))
+            raise errors[0]  # one after which another try may succeed, if there is one
         for name, error in failures.items():
             log.error("loading failed on %s, and the other devices serve: %s", name, error)
         return Replicas(runtimes, {name: str(error) for name, error in failures.items()})

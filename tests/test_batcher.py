@@ -376,6 +376,73 @@ async def test_a_call_that_loses_its_device_fails_what_waits(monkeypatch: pytest
     assert answers(got) == [0, DeviceLost, DeviceLost]
 
 
+async def test_a_batch_under_way_fails_when_its_device_is_lost_meanwhile() -> None:
+    """As one that hangs, and whose thread never comes back."""
+    runtime = FakeRuntime()
+    async with batching(runtime) as (submit, _, _):
+        batcher = submit.batcher  # type: ignore[attr-defined]
+        first = await held(runtime, submit)
+        batcher.lose(CPU, DeviceLost("cpu hangs in a batch"))
+        with pytest.raises(DeviceLost, match="hangs in a batch"):
+            await asyncio.wait_for(first, 2)
+
+
+async def test_a_call_under_way_fails_when_its_device_is_lost_meanwhile() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(5)
+
+    async with batching(FakeRuntime()) as (submit, _, _):
+        batcher = submit.batcher  # type: ignore[attr-defined]
+        call = asyncio.create_task(batcher.call(CPU, work))
+        assert await asyncio.to_thread(begun.wait, 5)
+        batcher.lose(CPU, DeviceLost("cpu hangs in a call"))
+        try:
+            with pytest.raises(DeviceLost, match="hangs in a call"):
+                await asyncio.wait_for(call, 2)
+        finally:
+            go_on.set()
+
+
+async def test_an_idle_device_takes_what_another_leaves_for_a_call() -> None:
+    """Both are idle; the first is woken for an image, and finds a call that goes before it."""
+    go_on = threading.Event()
+    first, second = FakeRuntime(), FakeRuntime()
+    async with two_idle_devices(first, second) as (batcher, queue):
+        with batcher._lock:
+            [image_] = await at_once(batcher, queue, 1)
+            call = asyncio.create_task(batcher.call(CPU, partial(go_on.wait, 5)))
+            await asyncio.sleep(0)
+        try:
+            assert answers([await asyncio.wait_for(image_, 2)]) == [0]
+        finally:
+            go_on.set()
+        await call
+    assert (first.batches, second.batches) == ([], [1])
+
+
+async def test_a_device_that_hangs_before_its_first_batch_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudaSetDevice` makes a context, and that may hang as a batch may."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def set_device(device: torch.device) -> None:
+        begun.set()
+        go_on.wait(5)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    batcher = Batcher([torch.device("cuda", 0)], Metrics())
+    batcher.start()
+    assert await asyncio.to_thread(begun.wait, 5)
+    assert [*batcher.states(0.0).values()] == ["hangs"]
+    go_on.set()
+    while not batcher.workers[0].idle:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert [*batcher.states(0.0).values()] == ["works"]
+    batcher.close()
+
+
 async def test_the_backbone_that_waited_longest_goes_first() -> None:
     metrics = Metrics()
     batcher = Batcher([CPU], metrics)

@@ -37,6 +37,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, count: int, expecte
         pytest.param("cuda:0", 0, "device cuda:0 cannot be used: there is no NVIDIA driver", id="no-gpu-0"),
         pytest.param("cuda:2", 2, "there are 2, numbered from 0", id="too-few"),
         pytest.param("tpu", 2, "unknown device 'tpu'", id="unknown"),
+        pytest.param("cuda:01", 2, "unknown device 'cuda:01'", id="leading-zero"),
+        pytest.param("cuda:99999999999", 2, "unknown device 'cuda:99999999999'", id="too-long"),
+        pytest.param("cuda:999", 2, "there are 2, numbered from 0", id="far-too-few"),
         pytest.param("cuda:x", 2, "unknown device 'cuda:x'", id="not-a-number"),
     ],
 )

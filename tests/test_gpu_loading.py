@@ -1,6 +1,7 @@
 """A backbone is compiled for a GPU that computes on the CPU and raises what a test asks for: precision, memory, streams."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,20 @@ def test_nothing_waits_for_the_whole_device(gpu: Gpu) -> None:
 def test_freed_memory_is_left_alone_while_the_gpu_serves(gpu: Gpu, serving: bool) -> None:
     compile_backbone(make_backbone(), CUDA, Options(threads=1), is_serving=lambda: serving)
     assert ("empty_cache" in gpu.calls) is not serving
+
+
+def test_a_measurement_that_hangs_on_another_gpu_does_not_hold_up_this_one(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "OTHER_MEASUREMENT_S", 0.05, raising=False)
+    loaded: list[RuntimeInfo] = []
+    thread = threading.Thread(target=lambda: loaded.append(compiled()), daemon=True)
+    with compiler._measuring:
+        thread.start()
+        thread.join(10)
+        assert len(loaded) == 1
+    assert compiler._measuring.acquire(timeout=1)
+    compiler._measuring.release()
 
 
 def test_what_was_measured_beside_serving_is_measured_again(gpu: Gpu, tmp_path: Path) -> None:

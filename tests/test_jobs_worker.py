@@ -11,7 +11,7 @@ from models.errors import OutOfMemory
 from models.files import replace
 from models.training.handover import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 from service.answers import Sample
-from service.errors import DeadlineExceeded, Internal, NotReady, QueueFull
+from service.errors import DeadlineExceeded, DeviceLost, Internal, NotReady, QueueFull
 from service.jobs import worker as module
 from service.jobs.events import EVENTS, Tail
 from service.jobs.job import Job
@@ -203,7 +203,13 @@ def on_tell(scene: Scene, monkeypatch: pytest.MonkeyPatch, level: str, act: Call
     monkeypatch.setattr(scene.worker, "note", noted)
 
 
-BUSY = [QueueFull("many wait"), NotReady("loading"), DeadlineExceeded("slow"), OutOfMemory("the GPU is full")]
+BUSY = [
+    QueueFull("many wait"),
+    NotReady("loading"),
+    DeadlineExceeded("slow"),
+    OutOfMemory("the GPU is full"),
+    DeviceLost("broken"),
+]
 
 
 def test_a_busy_server_activates_it_a_little_later(scene: Scene) -> None:

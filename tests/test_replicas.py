@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from service.answers import Prediction
 from service.engine import Engine
 from service.errors import DeviceLost, NotReady
 from service.health import why_no_gpu
+from service.plan import plan_serving
 
 ONLY_A: dict[str, Any] = {"models": ("a",), "device": "cuda"}
 
@@ -151,8 +153,63 @@ async def test_a_device_that_hangs_beside_others_is_lost(store: ModelStore, monk
         await until(lambda: engine.device_states()["cuda:0"] == "lost")
         assert isinstance((await engine.predict([picture(2)]))[0].results[0], Prediction)
         assert engine.live
+        with pytest.raises(DeviceLost, match="cuda:0 hangs in a batch"):
+            await asyncio.wait_for(request, 5)
         first.held.clear()
-        await request
+
+
+async def test_a_device_that_hangs_while_a_version_is_tried_does_not_hold_up_the_others(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.health.WATCH_S", 0.01)
+    monkeypatch.setattr(replicas.DeviceWork, "_warm_up", AsyncMock())  # so that the probe alone hangs
+    first, second = SimulatedGpu(0), SimulatedGpu(1)
+    async with on_gpus(store, first, second) as engine:
+        engine._health._hangs_after_s = lambda: 0.05
+        first.held.set()
+        second.held.set()
+        loading = asyncio.create_task(engine.activate("a", second_version(store)))
+        await until(lambda: [gpu for gpu in (first, second) if gpu.hanging()])
+        [hanging] = [gpu for gpu in (first, second) if gpu.hanging()]
+        with pytest.raises(DeviceLost, match="hangs in a batch"):
+            await asyncio.wait_for(loading, 5)
+        (second if hanging is first else first).held.clear()
+        await asyncio.wait_for(engine.activate("a", 2), 5)
+        assert engine.model("a").version == 2
+        hanging.held.clear()
+
+
+@pytest.mark.parametrize("error", [LOST, RuntimeError("a kernel that does not know the network")])
+async def test_memory_missing_on_one_device_is_a_reason_to_try_again(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, error: Exception | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    first, second = SimulatedGpu(0), SimulatedGpu(1)
+    first.fail_to_compile(error, times=2)
+    second.fail_to_compile(out_of_memory())
+    async with on_gpus(store, first, second, ready=False) as engine:
+        with pytest.raises(NotReady, match="cuda:1 has not enough memory"):
+            await engine.wait_ready(10)
+        await until(lambda: engine.ready)
+    assert "loading failed on cuda:0: " in caplog.text
+
+
+async def test_a_load_that_loses_one_device_is_tried_again_on_the_others(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the server stays live, because a device works, and never becomes ready."""
+    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    first, second = SimulatedGpu(0), SimulatedGpu(1)
+    for gpu in (first, second):
+        gpu.fail(at=len(steps_up_to(64)) + 1, error=LOST)  # the probe, on the one that takes it
+    async with on_gpus(store, first, second, ready=False) as engine:
+        with pytest.raises(NotReady, match="stopped working"):
+            await engine.wait_ready(10)
+        for gpu in (first, second):
+            gpu._errors.clear()
+        assert engine.live
+        await until(lambda: engine.ready)
+        assert list(engine.device_states().values()).count("lost") == 1
 
 
 async def test_a_model_that_no_device_is_left_for_ends_the_server(store: ModelStore) -> None:
@@ -218,6 +275,26 @@ async def test_the_time_between_tries_doubles_to_a_limit(store: ModelStore, monk
         await until(lambda: engine.ready)
         monkeypatch.undo()
     assert [seconds for seconds in slept if seconds >= 5] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+
+async def test_a_store_that_cannot_be_read_for_a_moment_does_not_end_the_tries(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    plan, calls = plan_serving, []
+
+    def failing_once(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError("Stale file handle")
+        return plan(*given)
+
+    monkeypatch.setattr(catalogue, "plan_serving", failing_once)
+    gpu = SimulatedGpu()
+    gpu.fail_to_compile(out_of_memory())
+    async with on_gpus(store, gpu, ready=False) as engine:
+        await until(lambda: engine.ready)
+    assert len(calls) == 3
 
 
 async def test_what_is_not_to_be_served_any_more_is_not_tried_again(

@@ -50,6 +50,7 @@ Engine = TorchEngine | OpenVinoEngine
 Source = Literal["measured", "cached", "forced"]
 
 _measuring = threading.Lock()  # two measurements at once would measure each other
+OTHER_MEASUREMENT_S = 120.0  # waited for another one at most: it may hang, on another GPU
 
 
 class Plan(NamedTuple):
@@ -209,8 +210,12 @@ class _Workbench:
         if choice is not None:
             built, choice = self._chosen(choice, plans)
             return built, choice, "cached" if self.options.engine == "auto" else "forced"
-        with _measuring:
+        alone = _measuring.acquire(timeout=OTHER_MEASUREMENT_S)
+        try:
             built, choice = self._measured(plans)
+        finally:
+            if alone:
+                _measuring.release()
         if cache_dir and not choice.out_of_memory:
             write_choice(cache_dir, key, choice)
         return built, choice, "measured" if self.options.engine == "auto" else "forced"

@@ -24,7 +24,7 @@ def devices(name: str) -> list[torch.device]:
     """
     if name == "cpu":
         return [torch.device("cpu")]
-    if not re.fullmatch(r"auto|cuda(:[0-9]+)?", name):
+    if not re.fullmatch(r"auto|cuda(:(0|[1-9][0-9]{0,2}))?", name):
         raise DeviceUnavailable(f"unknown device {name!r}; it is auto, cpu, cuda, or cuda:N")
     usable, problems = gpus(torch.device(name) if ":" in name else None)  # a GPU that is not asked for is left alone
     if name == "auto":

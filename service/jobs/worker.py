@@ -37,7 +37,15 @@ from models.training.handover import (
 )
 from models.training.request import FinetuneRequest
 from service.answers import Sample
-from service.errors import DeadlineExceeded, JobNotFound, NotReady, QueueFull, ServiceError, TrainerUnavailable
+from service.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    JobNotFound,
+    NotReady,
+    QueueFull,
+    ServiceError,
+    TrainerUnavailable,
+)
 from service.jobs.events import EVENTS, append
 from service.jobs.job import Job
 from service.jobs.pace import Pace, Reached
@@ -260,12 +268,12 @@ class Worker:
         return "activated"
 
     def _activate_patiently(self, name: str, version: int, samples: Sequence[Sample]) -> None:
-        """That the server is busy says nothing against the model: tried again for a while."""
+        """That the server is busy, or has lost a GPU, says nothing against the model: tried again for a while, or after the restart."""
         ends = time.monotonic() + ACTIVATE_S
         while True:
             try:
                 return self._activate(name, version, samples)
-            except (QueueFull, NotReady, DeadlineExceeded, OutOfMemory) as error:
+            except (QueueFull, NotReady, DeadlineExceeded, OutOfMemory, DeviceLost) as error:
                 if time.monotonic() >= ends:
                     raise
                 log.info("%s@%d is activated later: %s", name, version, error)

@@ -56,6 +56,7 @@ class SimulatedGpu:
         self.calls: list[str] = []  # functions of torch.cuda that were asked about this or any GPU
         self.lost: Exception | None = None
         self.held = threading.Event()
+        self._hangs = False
         self._errors: dict[int, Exception] = {}
         self._compile_errors: list[Exception] = []
 
@@ -79,10 +80,16 @@ class SimulatedGpu:
         self.threads.add(threading.current_thread().name)
         self.batches.append(images)
         while self.held.is_set():
+            self._hangs = True
             time.sleep(0.002)
+        self._hangs = False
         time.sleep(self.base_s + images * self.per_image_s)
         if (error := self._errors.pop(len(self.batches), None)) is not None:
             self._raise(error)
+
+    def hanging(self) -> bool:
+        """A batch waits now."""
+        return self._hangs
 
     def check(self) -> None:
         """Any call to a lost device fails."""
