@@ -9,7 +9,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,9 @@ def plans_for(device: torch.device, options: Options) -> list[Plan]:
     engines: list[EngineName] = ["torch", "openvino"] if runs_openvino else ["torch"]
     if options.engine != "auto":
         engines = [options.engine]
-    precisions: Sequence[Precision] = half_precisions(device) or ("float32",)
+    half = half_precisions(device)
+    # A network too small to keep a GPU busy is as fast in float32, and of equally fast precisions the most exact one is taken.
+    precisions: Sequence[Precision] = half if half and device.type == "cpu" else (*half, "float32")
     if options.precision != "auto":
         precisions = [options.precision]
     return [Plan(engine, precision) for engine in engines for precision in precisions]
@@ -221,7 +223,9 @@ class _Workbench:
         return built, choice, "measured" if self.options.engine == "auto" else "forced"
 
     def _measured(self, plans: list[Plan]) -> tuple[Built, Choice]:
-        outcomes = {plan: self._attempt(plan) for plan in plans}
+        outcomes: dict[Plan, Built | Failed] = {}
+        for plan in plans:
+            outcomes[plan] = self._attempt_beside(outcomes, plan)
         able = {plan: outcome for plan, outcome in outcomes.items() if isinstance(outcome, Built)}
         failed = {plan: outcome for plan, outcome in outcomes.items() if isinstance(outcome, Failed)}
         able = able or {LAST_RESORT: self._last_resort(failed)}
@@ -263,6 +267,16 @@ class _Workbench:
                 return outcome, _with_failed(choice, failed)
             failed[plan] = outcome
         return self._last_resort(failed), _with_failed(choice, failed)
+
+    def _attempt_beside(self, outcomes: Mapping[Plan, Built | Failed], plan: Plan) -> Built | Failed:
+        """As `_attempt`; where memory runs out beside an engine that fits, that one is enough."""
+        try:
+            return self._attempt(plan)
+        except Exception as error:
+            fits = any(isinstance(outcome, Built) for outcome in outcomes.values())
+            if not fits or not is_out_of_memory(error, self.device):
+                raise
+            return Failed(f"{type(error).__name__}: {error}"[:500], out_of_memory=True)
 
     def _attempt(self, plan: Plan) -> Built | Failed:
         """The engine, or the reason why this plan cannot be used for this network."""
