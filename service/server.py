@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 EXIT_CUT_SHORT = 1  # requests were under way
 EXIT_DEVICE_LOST = 4  # 3 is uvicorn's: it could not start, the port being taken, say
+LOOK_S = 1.0  # how often a server that was not ready looks whether it is
 
 _IMPORTED_AT = time.monotonic()
 
@@ -118,7 +119,8 @@ class Server(uvicorn.Server):
             await self.engine.wait_ready()
         except NotReady as error:
             log.error("not ready: %s", error)
-            return
+            while not self.engine.ready:  # noqa: ASYNC110  (a load that lacked memory is tried again)
+                await asyncio.sleep(LOOK_S)
         except Exception:
             log.exception("not ready: the models could not be loaded")
             return

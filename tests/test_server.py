@@ -18,6 +18,7 @@ from service_fakes import GOOD, Service
 
 import service.server as server_module
 from service import protocol
+from service.errors import NotReady
 from service.server import Server, make_server, process_age_s
 from service.settings import Settings
 
@@ -364,6 +365,25 @@ async def test_the_log_says_where_it_listens_and_what_is_ready(
         await until(lambda: "s: pets" in caplog.text)
     assert f"listening on http://127.0.0.1:{port}" in caplog.text
     assert "s: pets" in caplog.text
+
+
+async def test_a_server_that_becomes_ready_later_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(server_module, "LOOK_S", 0.01)
+    service = small(tmp_path)
+
+    async def wait_ready(timeout_s: float | None = None) -> None:
+        raise NotReady("the GPU has no memory left; tried again in 5 s")
+
+    monkeypatch.setattr(service.engine, "wait_ready", wait_ready)
+    service.engine.is_ready = False
+    async with serving(service):
+        await until(lambda: "not ready: the GPU" in caplog.text)
+        assert "s: pets" not in caplog.text
+        service.engine.is_ready = True
+        await until(lambda: "s: pets" in caplog.text)
 
 
 def test_the_age_of_the_process_counts_from_before_any_import() -> None:
