@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -358,11 +359,19 @@ async def test_a_request_waits_for_one_step_of_a_model_that_is_warmed(store: Mod
     async with on_gpus(store, gpu) as engine:
         done = len(gpu.batches)
         loading = asyncio.create_task(engine.activate("a", second_version(store)))
-        await until(lambda: len(gpu.batches) > done)
+        await until(lambda: len(gpu.batches) > done + 1)  # the steps that follow have more than one image
+
+        def came(start: int) -> bool:
+            return bool(engine.batcher._queues) or 1 in gpu.batches[start:]
+
         for i in range(3):
             before = len(gpu.batches)
-            await engine.predict([picture(i)])
-            assert len(gpu.batches) <= before + 3  # the step under way, the request, and the step after it
+            gpu.held.set()
+            request = asyncio.create_task(engine.predict([picture(i)]))
+            await until(partial(came, before))
+            gpu.held.clear()
+            await request
+            assert 1 in gpu.batches[before : before + 3]  # after the step under way and at most one more
         await loading
 
 
