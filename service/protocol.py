@@ -177,7 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._linger_bytes <= 0:
                 self._close()
             return
-        self._waiting, self._fed = self._waiting[self._fed :] + data, 0
+        self._waiting, self._fed = self._waiting[self._fed :] + data if self._waiting else data, 0
         self._feed()
 
     def _feed(self) -> None:
@@ -190,10 +190,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._in_head and (self._owed or not (self._begun or self._begin()))
             ):
                 break
-            end = self._end_of_piece()
-            piece = self._waiting[self._fed : end]
-            self._fed = end
-            self._parse(piece)
+            start, self._fed = self._fed, self._end_of_piece()
+            self._parse(start, self._fed)
         else:
             self.loop.call_soon(self._feed)
         self._settle()
@@ -206,8 +204,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 return False
         self._unset_keepalive_if_required()
         self._begun, self._tail, self._overhead = True, b"", 0
-        if self._deadline is None:  # the first request has it since the connection was made
-            self._expect(self._guards.head_timeout_s, self._head_late)
         return True
 
     def _end_of_piece(self) -> int:
@@ -222,16 +218,18 @@ class GuardedProtocol(HttpToolsProtocol):
         found = self._waiting.find(EMPTY_LINE, start, most)
         return most if found < 0 else found + len(EMPTY_LINE)
 
-    def _parse(self, piece: bytes) -> None:
+    def _parse(self, start: int, end: int) -> None:
+        """Gives the parser one piece of what waits."""
         self._ended = False
         if self._in_head or self._left is None:
-            self._tail = piece[-3:] if len(piece) > 2 else (self._tail + piece)[-3:]
-            self._overhead += len(piece)
+            self._tail = (self._tail + self._waiting[max(start, end - 3) : end])[-3:]
+            self._overhead += end - start
         try:
-            self.parser.feed_data(piece)
-            self._take_body()
+            self.parser.feed_data(memoryview(self._waiting)[start:end])
+            if self._body:
+                self._take_body()
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(whole=upgrade.args[0] == len(piece))
+            self._ignore_upgrade(whole=upgrade.args[0] == end - start)
         except httptools.HttpParserError:
             self._body.clear()
             self._refuse_framing()
@@ -259,8 +257,6 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _take_body(self) -> None:
         """Passes on what a piece had of the body."""
-        if not self._body:
-            return
         data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._body_bytes += len(data)
@@ -275,13 +271,20 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def _settle(self) -> None:
-        """Pauses or resumes reading by what waits; arms the keep-alive timer where nothing does."""
-        self.flow.ahead = len(self._waiting) - self._fed > READ_AHEAD
-        if not self._pipelined.set(len(self._waiting) if self.flow.ahead else 0):
-            self.transport.abort()
-        if self.flow.ahead:
+        """Pauses or resumes reading by what waits, and starts the timer for what is to come."""
+        ahead = len(self._waiting) - self._fed > READ_AHEAD
+        if ahead or self.flow.ahead:
+            self.flow.ahead = ahead
+            if not self._pipelined.set(len(self._waiting) if ahead else 0):
+                self.transport.abort()
+        if ahead:
             self.flow.pause_reading()
             return
+        if self._deadline is None:
+            if not self._in_head:
+                self._expect_body()
+            elif self._begun:
+                self._expect(self._guards.head_timeout_s, self._head_late)
         if self._fed == len(self._waiting):
             self._waiting, self._fed = b"", 0
             if self._in_head and not self._owed and self.cycle is not None:
@@ -306,8 +309,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._guards.max_head:
+        if self._overhead > self._guards.max_head:
             self._refuse_head()
             raise ValueError("head too large")  # ends the parsing
         error = refusal_of(self.parser.get_http_version(), self.parser.get_method(), self.headers)
@@ -315,12 +317,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(error)
             raise ValueError(str(error))
         super().on_headers_complete()
+        self._expect_nothing()
         self._in_head = False
-        self._overhead, self._left = 0, length_of(self.headers)
+        self._overhead, self._body_bytes, self._left = 0, 0, length_of(self.headers)
         self._upgrading = self.parser.should_upgrade()
         uploading = (self.scope["method"], self.scope["path"]) in UPLOADS
         self._body_ends = math.inf if uploading else self.loop.time() + self._guards.body_timeout_s
-        self._expect_body()
 
     def on_message_complete(self) -> None:
         if self._upgrading:  # the parser's idea, not ours
@@ -347,7 +349,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._deadline = self.loop.call_later(seconds, late)
 
     def _expect_body(self) -> None:
-        self._body_bytes = 0
         span = min(BODY_SPAN_S, self._guards.body_timeout_s)
         self._expect(min(span, self._body_ends - self.loop.time()), partial(self._body_late, span))
 
@@ -363,6 +364,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.loop.time() >= self._body_ends:
             self._refuse(RequestTimeout(f"the request body did not arrive within {self._guards.body_timeout_s:g} s"))
         elif self._body_bytes >= span * BODY_RATE or self.flow.read_paused:  # we ourselves may be the slow one
+            self._body_bytes = 0
             self._expect_body()
         else:
             self._refuse(RequestTimeout(f"the request body comes slower than {BODY_RATE >> 10} KB/s"))
