@@ -8,7 +8,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from service.addresses import network_of
 from service.errors import Forbidden, TooManyAttempts, Unauthorized
 from service.settings import Settings
 
@@ -34,12 +34,12 @@ class Attempts:
 
     def check(self, address: str) -> None:
         """Raises TooManyAttempts."""
-        count, ends = self._bad.get(_network(address), (0, 0.0))
+        count, ends = self._bad.get(network_of(address), (0, 0.0))
         if count >= MAX_BAD_KEYS and (left := ends - time.monotonic()) > 0:
             raise TooManyAttempts("too many wrong keys came from this address; try again later", retry_after_s=left)
 
     def failed(self, address: str) -> None:
-        network, now = _network(address), time.monotonic()
+        network, now = network_of(address), time.monotonic()
         count, ends = self._bad.pop(network, (0, 0.0))
         self._bad[network] = (count + 1, ends) if ends > now else (1, now + BAD_KEYS_S)
         if len(self._bad) > MAX_ADDRESSES:
@@ -104,15 +104,6 @@ def admin_key_of(data: Path) -> str:
         file.write(secrets.token_urlsafe(32) + "\n")
     log.info("made an admin key in %s", path)
     return path.read_text().strip()
-
-
-def _network(address: str) -> str:
-    """Of IPv6 the /64, of which a client has all addresses to itself."""
-    try:
-        found = ip_address(address)
-    except ValueError:  # what a proxy has made up
-        return address[:64]
-    return str(int(found) >> 64) if isinstance(found, IPv6Address) and found.ipv4_mapped is None else address
 
 
 def _digest(key: str) -> bytes:

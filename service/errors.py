@@ -86,6 +86,12 @@ class HeadersTooLarge(ServiceError):
     code = "headers_too_large"
 
 
+class TransferCodingUnknown(ServiceError):
+    """A transfer coding other than chunked."""
+
+    code = "transfer_coding_unknown"
+
+
 class RequestTimeout(ServiceError):
     """A head or body that did not arrive in time."""
 
@@ -254,6 +260,7 @@ STATUS: dict[type[Exception], int] = {
     PayloadTooLarge: 413,
     HeadersTooLarge: 431,
     RequestTimeout: 408,
+    TransferCodingUnknown: 501,
     NotFound: 404,
     MethodNotAllowed: 405,
     Unauthorized: 401,

@@ -28,9 +28,11 @@ from service.app import create_app
 from service.auth import Keys
 from service.engine import Engine
 from service.errors import NotReady
+from service.guards import Guards
 from service.metrics import Metrics
 from service.middleware import LINGER_S, Traffic
-from service.protocol import GuardedProtocol, Guards
+from service.open_files import connections_within, raise_limit
+from service.protocol import GuardedProtocol
 from service.settings import Settings
 from service.traces import Traces
 
@@ -77,7 +79,8 @@ def exit_code_of(server: "Server") -> int:
 
 
 def make_server(settings: Settings, app: FastAPI, engine: Engine, traffic: Traffic) -> "Server":
-    protocol: Any = partial(GuardedProtocol, guards=Guards.of(settings))
+    connections, backlog = connections_within(raise_limit(), settings.max_connections)
+    protocol: Any = partial(GuardedProtocol, guards=Guards.of(settings, connections))
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -85,6 +88,8 @@ def make_server(settings: Settings, app: FastAPI, engine: Engine, traffic: Traff
         loop="uvloop",
         http=protocol,
         ws="none",
+        backlog=backlog,
+        timeout_keep_alive=settings.keep_alive_s,
         lifespan="on",
         log_config=None,
         access_log=False,  # the middleware writes one of its own
@@ -162,6 +167,9 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         log.info("shutting down: requests under way have %g s to finish", self.drain_seconds)
         ends = time.monotonic() + self.drain_seconds
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, GuardedProtocol):
+                connection.leave()
         answered = await self.engine.drain(self.drain_seconds)
         if not (answered and await self.traffic.ended(max(0.0, ends - time.monotonic()))):  # uploads that had begun
             log.error("requests were still under way after %g s", self.drain_seconds)

@@ -164,9 +164,24 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         60, gt=0, description="Seconds within which a request's body must arrive, or it gets 408"
     )
-    max_connections: int = Field(1024, ge=1, description="Most connections open at a time; those beyond are closed")
+    write_timeout_s: float = Field(
+        30, gt=0, description="Seconds within which a client must take bytes of its answer, or its connection is closed"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="Seconds that an idle connection stays open; longer than a proxy keeps its own"
+    )
+    max_connections: int = Field(
+        1024, ge=1, description="Most connections open at a time, less where the open-files limit is lower"
+    )
     max_client_connections: int = Field(
-        256, ge=1, description="Most connections from one address but `trusted_proxies`; those beyond are closed"
+        256,
+        ge=1,
+        description="Most connections from one address (IPv6: from one /64) but `trusted_proxies`, at most half of all",
+    )
+    max_held_mb: int = Field(
+        256,
+        ge=1,
+        description="Most megabytes of answers that clients have not read, with pipelined requests; half of it for one address",
     )
     max_head_kb: int = Field(
         32, ge=1, le=1024, description="Largest request head, in kilobytes; beyond it requests get 431"

@@ -19,6 +19,7 @@ from service_fakes import GOOD, Service
 import service.server as server_module
 from service import protocol
 from service.errors import NotReady
+from service.guards import Guards
 from service.server import Server, make_server, process_age_s
 from service.settings import Settings
 
@@ -214,7 +215,7 @@ async def test_beyond_so_many_connections_further_ones_are_closed(tmp_path: Path
 )
 def test_who_is_let_in(tmp_path: Path, address: str, let_in: bool) -> None:
     limits = {"max_connections": 9, "max_client_connections": 2, "trusted_proxies": "10.0.1.0/24"}
-    guards = protocol.Guards.of(Settings.load(weights=tmp_path, data=tmp_path, **limits))
+    guards = Guards.of(Settings.load(weights=tmp_path, data=tmp_path, **limits), 9)
     guards.connected.update({"10.0.0.1": 3, "10.0.0.2": 1, "10.0.1.9": 3})
     assert guards.lets_in(address) is let_in
     guards.connected.update({"10.0.0.3": 4})

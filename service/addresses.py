@@ -1,0 +1,25 @@
+"""Client addresses: which of them are one client, and which are proxies."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from ipaddress import IPv6Address, ip_address, ip_network
+
+
+def network_of(address: str) -> str:
+    """The client that an address belongs to: IPv6 addresses are grouped by /64, since one client has all of them."""
+    try:
+        found = ip_address(address)
+    except ValueError:  # a proxy can write anything into its header
+        return address[:64]
+    return str(int(found) >> 64) if isinstance(found, IPv6Address) and found.ipv4_mapped is None else address
+
+
+def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
+    """A function that tells whether an address is among addresses and networks; `*` is all."""
+    if "*" in trusted:
+        return lambda address: True
+    networks = []
+    for name in trusted:
+        with suppress(ValueError):  # uvicorn allows names that are no addresses
+            networks.append(ip_network(name, strict=False))
+    return lambda address: any(ip_address(address) in network for network in networks)
