@@ -115,6 +115,11 @@ def _network(address: str) -> str:
     return str(int(found) >> 64) if isinstance(found, IPv6Address) and found.ipv4_mapped is None else address
 
 
+def client_of(request: Request) -> str:
+    """Returns the client that a request counts for: its IPv4 address, or the /64 of its IPv6 address."""
+    return _network(_address(request))
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 

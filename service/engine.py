@@ -145,6 +145,7 @@ class Engine:
         k: int = 5,
         timeout_ms: int | None = None,
         wanted: Wanted = PLAIN,
+        client: str = "",
     ) -> list[Answer]:
         """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
@@ -154,7 +155,9 @@ class Engine:
         for served in bound:
             check(served, wanted)
         explain, deadline = wanted.explain, self._deadline(timeout_ms)
-        scored = await self._counted(files, bound, Terms(timeout_ms, explained=explain is not None, judged=True))
+        scored = await self._counted(
+            files, bound, Terms(timeout_ms, client=client, explained=explain is not None, judged=True)
+        )
         answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
         if explain is None:
             return answers
@@ -165,13 +168,18 @@ class Engine:
             ]
 
     async def infer(
-        self, images: Sequence[Image], served: Served, timeout_ms: int | None = None, head_start_s: float = 0.0
+        self,
+        images: Sequence[Image],
+        served: Served,
+        timeout_ms: int | None = None,
+        head_start_s: float = 0.0,
+        client: str = "",
     ) -> Scores:
         """The probabilities of all classes, by a version that `bind` gave. In the queue it is as if it had come `head_start_s` earlier.
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s))
+        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s, client))
         return scores
 
     def bind(self, name: str, version: int | None = None) -> Served:
@@ -238,10 +246,13 @@ class Engine:
             return joined()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, joined)
 
-    async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
+    async def embed(
+        self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None, client: str = ""
+    ) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
-        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, Terms(timeout_ms))
+        wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
+        rows = await self._rows(files, wanted, Terms(timeout_ms, client=client))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
