@@ -14,8 +14,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -25,6 +23,10 @@ from torch import Tensor
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
+from models.image_cost import DEFAULT_LIMITS, EARLY, ImageBytes, JpegCost, jpeg_cost, size_before_opening
+from models.image_cost import Limits as Limits
+from models.image_cost import NoRoom as NoRoom
+from models.image_cost import OutOfTime as OutOfTime
 
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
@@ -38,11 +40,6 @@ MAX_RESIZED = 8  # times the pixels that are shown: a longer picture is not resi
 
 OVERSHOOT = 26  # of 255: how far a resize in floats may go beyond white and black
 
-PIXEL_CEILING = 2 * 89_478_485  # where Pillow refuses on its own account
-MAX_READS = 100_000  # a photograph's header takes about 100; made of a million tiny segments, one would take 10 s
-MAX_SCANNED_PIXELS = (
-    700_000_000  # of a progressive JPEG, pixels times scans: about 2 s; a photograph has about 10 scans
-)
 PILLOW_WARNINGS = re.compile(r"PIL\b")
 
 # orientation: (axes swapped, mirrored in x, mirrored in y) in the file's own coordinates, and what turns the result upright
@@ -57,55 +54,18 @@ ORIENTATIONS = {
 }
 ORIENTATION_TAG = 0x0112
 
-# Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
-# beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
-EARLY = {"GIF": 1, "WEBP": 3}
-
+Size = tuple[float, float]
 Box = tuple[float, float, float, float]
 Hold = Callable[[int], AbstractContextManager[object]]  # is entered with the pixels that are about to be allocated
-
-
-class NoRoom(Exception):
-    """What a `Hold` raises when so many pixels do not fit beside those that others hold; nothing was allocated."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__(f"no room for {pixels:,} pixels now")
-        self.pixels = pixels
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is refused before it costs anything. JPEG and GIF cannot say sides longer than 65,535."""
-
-    max_bytes: int = 10 * 2**20
-    max_pixels: int = 50_000_000
-    max_side: int = 65_535
-
-    def __post_init__(self) -> None:
-        if self.max_pixels > PIXEL_CEILING:
-            raise ValueError(f"max_pixels is {self.max_pixels:,}; the decoder's own ceiling is {PIXEL_CEILING:,}")
-
-
-class _File(BytesIO):
-    """The bytes as a file that refuses to be read in too many small pieces."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise InvalidImage(
-                f"the image is cut into too many pieces: its first {self.tell():,} bytes take {MAX_READS:,} reads"
-            )
-        return super().read(size)
 
 
 def decode(
     data: bytes,
     preprocessing: Preprocessing,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
     extra_formats: frozenset[str] = frozenset(),
     hold: Hold = nullcontext,
+    deadline: float = math.inf,
 ) -> Tensor:
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
@@ -114,6 +74,7 @@ def decode(
     crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
+    `deadline`: of `time.monotonic()`; decoding ends within about a second of it, with `OutOfTime`.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
     _check_bytes(data, limits)
@@ -122,17 +83,23 @@ def decode(
     stage = "header"
     try:
         with ExitStack() as held:
-            if early := _size_before_opening(data, file_format):
-                _check_size(early, limits)
+            if early := size_before_opening(data, file_format):
+                limits.check(early)
                 held.enter_context(hold(EARLY[file_format] * math.prod(early)))
-            image = _open(data, file_format, limits)
+            file = ImageBytes(data, deadline)
+            image = _open(file, file_format, limits)
+            extent: Size = image.size
+            pixels = math.prod(image.size)
+            if file_format == "JPEG":
+                extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
             stage = "image data"
-            extent, pixels = _draft(image, preprocessing)
             if not early:
                 held.enter_context(hold(pixels))
+            file.check_time()
             image.load()
+            file.check_time()
             return _tensor(_cropped(image, extent, preprocessing))
-    except (ImageError, NoRoom):
+    except (ImageError, NoRoom, OutOfTime):
         raise
     except MemoryError as error:
         raise ImageTooLarge(f"not enough memory for this {_name(file_format)}; send a smaller image") from error
@@ -215,80 +182,28 @@ def _ignore_pillow_warnings() -> None:
         warnings.filterwarnings("ignore", module=PILLOW_WARNINGS.pattern)
 
 
-def _open(data: bytes, file_format: str, limits: Limits) -> Image.Image:
-    """The image with its header read and its size checked; no pixel is allocated yet, but for the formats of `EARLY`."""
+def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
+    """The image with its header read; no pixel is allocated yet, but for the formats of `EARLY`."""
     try:
-        image = Image.open(_File(data), formats=(file_format,))
+        image = Image.open(file, formats=(file_format,))
     except Image.DecompressionBombError as error:
         pixels = int(re.findall(r"\d+", str(error))[0])
         raise ImageTooLarge(f"the image has {pixels:,} pixels; the limit is {limits.max_pixels:,}") from error
-    _check_size(image.size, limits)
-    if image.info.get("progressive"):
-        _check_scans(data, image.width * image.height)
+    if file_format != "JPEG":
+        limits.check(image.size)
     return image
 
 
-def _size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None:
-    """What an opener of `EARLY` is about to allocate; None for the others, which read the header first."""
-    if file_format == "GIF":
-        return _first_frame(_File(data))
-    return _webp_canvas(data) if file_format == "WEBP" else None
-
-
-def _first_frame(file: BytesIO) -> tuple[int, int]:
-    """Right and bottom edge of a GIF's first frame."""
-    file.seek(10)
-    flags = file.read(1)[0]
-    file.seek(13 + (3 << (flags & 7) + 1 if flags & 128 else 0))
-    while (block := file.read(1)) not in (b",", b";", b""):
-        if block == b"!":
-            file.read(1)
-            while length := file.read(1)[0]:
-                file.seek(length, 1)
-    edges = file.read(8)
-    left, top, width, height = (int.from_bytes(edges[i : i + 2], "little") for i in (0, 2, 4, 6))
-    return left + width, top + height
-
-
-def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """Width and height in the first chunk of a WebP."""
-
-    def number(first: int, end: int) -> int:
-        return int.from_bytes(data[first:end], "little")
-
-    if data[12:16] == b"VP8X":
-        return number(24, 27) + 1, number(27, 30) + 1
-    if data[12:16] == b"VP8L":
-        sides = number(21, 25)  # 14 bits each
-        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
-    return number(26, 28) & 0x3FFF, number(28, 30) & 0x3FFF  # the top two bits are a scale that nobody uses
-
-
-def _check_scans(data: bytes, pixels: int) -> None:
-    """Every scan of a progressive JPEG passes over all its pixels, though it may be 75 bytes long: 200 KB could cost 15 s."""
-    scans = data.count(b"\xff\xda")
-    if scans * pixels > MAX_SCANNED_PIXELS:
-        raise InvalidImage(
-            f"a JPEG of {pixels:,} pixels in {scans:,} scans; the limit for its size is {MAX_SCANNED_PIXELS // pixels}"
-        )
-
-
-def _draft(image: Image.Image, preprocessing: Preprocessing) -> tuple[tuple[float, float], int]:
-    """Choose a JPEG's scale; returns the width and height of the picture in the pixels that `image` will have, and how many are decoded."""
+def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, limits: Limits) -> tuple[Size, int]:
+    """Choose a JPEG's scale, within the limits; returns the width and height of the picture in the pixels that `image` will have, and how
+    many pixels of 4 bytes are allocated."""
     wanted = int(DRAFT_FACTOR * max(preprocessing.resized))
-    full = image.width * image.height
-    draft = image.draft(None, (wanted, wanted))
-    # A progressive JPEG's coefficients are all in memory before the first pixel, whatever its scale.
-    pixels = full if image.info.get("progressive") else image.width * image.height
-    return (draft[1][2:] if draft else image.size), pixels
-
-
-def _check_size(size: tuple[int, int], limits: Limits) -> None:
-    width, height = size
-    if width * height > limits.max_pixels:
-        raise ImageTooLarge(f"{width} x {height} is {width * height:,} pixels; the limit is {limits.max_pixels:,}")
-    if max(size) > limits.max_side:
-        raise ImageTooLarge(f"the image is {width} x {height}; the limit is {limits.max_side:,} pixels a side")
+    full, draft = image.size, None
+    if not cost.lossless:  # it has no frequencies to leave out
+        draft = image.draft(None, (wanted, wanted))
+    pixels = image.width * image.height
+    limits.check(full, max(pixels, cost.samples // 3))
+    return (draft[1][2:] if draft else image.size), pixels + cost.samples // 2
 
 
 def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
@@ -301,7 +216,7 @@ def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
     return f"damaged {name}: its {stage} cannot be decoded"
 
 
-def _cropped(image: Image.Image, extent: tuple[float, float], preprocessing: Preprocessing) -> Image.Image:
+def _cropped(image: Image.Image, extent: Size, preprocessing: Preprocessing) -> Image.Image:
     """The upright, resized centre, RGB or L. Only what it shows is converted, resized and turned."""
     swapped, mirror_x, mirror_y, upright = ORIENTATIONS.get(_orientation(image), (False, False, False, None))
     width, height = extent
@@ -322,7 +237,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _resize(
     image: Image.Image,
-    extent: tuple[float, float],
+    extent: Size,
     axes: tuple[Axis, Axis],
     preprocessing: Preprocessing,
     columns_first: bool,
@@ -350,7 +265,7 @@ def _resize(
 
 
 def _resize_part(
-    image: Image.Image, extent: tuple[float, float], axes: tuple[Axis, Axis], preprocessing: Preprocessing
+    image: Image.Image, extent: Size, axes: tuple[Axis, Axis], preprocessing: Preprocessing
 ) -> Image.Image:
     """The same, without touching more of the picture than is shown."""
     (left, right), (top, bottom) = (axis.part(side) for axis, side in zip(axes, extent, strict=True))

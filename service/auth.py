@@ -106,6 +106,11 @@ def admin_key_of(data: Path) -> str:
     return path.read_text().strip()
 
 
+def client_of(request: Request) -> str:
+    """Returns the client that a request counts for: its IPv4 address, or the /64 of its IPv6 address."""
+    return network_of(_address(request))
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -26,6 +25,7 @@ from service import parity
 from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
 from service.batcher import Batcher, DeviceState
 from service.catalogue import Catalogue
+from service.decoding import DecodePool
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.explain import Explainer
 from service.forward import Part
@@ -66,9 +66,9 @@ class Engine:
         self.batcher = Batcher(self.devices, metrics)
         self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
-        self._formats = frozenset(settings.extra_formats)
-        self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6)
-        self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
+        self._formats = frozenset(name.upper() for name in settings.extra_formats)
+        self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6, max(1, settings.decoders - 1))
+        self._decoders = DecodePool(settings.decoders)
         self._explainer = Explainer(store, self._decoders)
         self.device_note = why_no_gpu(settings.device, self.devices)
         self._health = Health(self.batcher, self._hangs_after_s)
@@ -94,7 +94,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.catalogue.ready and not self.draining
+        return self.catalogue.ready and not self.draining and not self._decoders_stuck
 
     @property
     def live(self) -> bool:
@@ -109,8 +109,17 @@ class Engine:
     def _hangs_after_s(self) -> float:
         return max(HANGS_AFTER_S, 2 * self.settings.timeout_ms / 1000)
 
+    @property
+    def _decoders_stuck(self) -> bool:
+        """No thread has decoded anything for longer than a request may take."""
+        return self._decoders.stuck_s() > self.settings.timeout_ms / 1000
+
     def not_ready_reason(self) -> str:
-        return "the server is shutting down" if self.draining else self.catalogue.not_ready_reason()
+        if self.draining:
+            return "the server is shutting down"
+        if self._decoders_stuck:
+            return f"no thread is free to decode an image for {self._decoders.stuck_s():.0f} s"
+        return self.catalogue.not_ready_reason()
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new work and waits for what is under way; False if some of it was left after `grace_s`."""
@@ -126,7 +135,7 @@ class Engine:
         self.catalogue.close()
         self.batcher.close()
         self._explainer.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
 
     def join(self, timeout_s: float) -> bool:
         """Waits for the device threads to end after `close`; False if one still works after `timeout_s`.
@@ -145,6 +154,7 @@ class Engine:
         k: int = 5,
         timeout_ms: int | None = None,
         wanted: Wanted = PLAIN,
+        client: str = "",
     ) -> list[Answer]:
         """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
@@ -154,24 +164,31 @@ class Engine:
         for served in bound:
             check(served, wanted)
         explain, deadline = wanted.explain, self._deadline(timeout_ms)
-        scored = await self._counted(files, bound, Terms(timeout_ms, explained=explain is not None, judged=True))
+        scored = await self._counted(
+            files, bound, Terms(timeout_ms, client=client, explained=explain is not None, judged=True)
+        )
         answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
         if explain is None:
             return answers
         async with self._until(deadline):
             return [
-                await self._explainer.explained(answer, served, scores, explain)
+                await self._explainer.explained(answer, served, scores, explain, client)
                 for answer, served, scores in zip(answers, bound, scored, strict=True)
             ]
 
     async def infer(
-        self, images: Sequence[Image], served: Served, timeout_ms: int | None = None, head_start_s: float = 0.0
+        self,
+        images: Sequence[Image],
+        served: Served,
+        timeout_ms: int | None = None,
+        head_start_s: float = 0.0,
+        client: str = "",
     ) -> Scores:
         """The probabilities of all classes, by a version that `bind` gave. In the queue it is as if it had come `head_start_s` earlier.
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s))
+        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s, client))
         return scores
 
     def bind(self, name: str, version: int | None = None) -> Served:
@@ -213,7 +230,7 @@ class Engine:
         return [
             Scores(
                 served.config,
-                await self._joined(served, places, rows),
+                await self._joined(served, places, rows, terms.client),
                 timings,
                 _seen(served, rows),
                 _near(served, near, rows),
@@ -222,7 +239,11 @@ class Engine:
         ]
 
     async def _joined(
-        self, served: Served, places: Sequence[tuple[LoadedBackbone, int]], rows: Sequence["_Row | ModelError"]
+        self,
+        served: Served,
+        places: Sequence[tuple[LoadedBackbone, int]],
+        rows: Sequence["_Row | ModelError"],
+        client: str,
     ) -> list[Tensor | ModelError]:
         """The parts of each image joined to its probabilities. An ensemble's joining computes, and goes to the pool."""
 
@@ -236,12 +257,15 @@ class Engine:
 
         if len(places) == 1:
             return joined()
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, joined)
+        return await self._decoders.run(client, joined)
 
-    async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
+    async def embed(
+        self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None, client: str = ""
+    ) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
-        rows = await self._rows(files, {backbone: [_features] for backbone in served.backbones}, Terms(timeout_ms))
+        wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
+        rows = await self._rows(files, wanted, Terms(timeout_ms, client=client))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
@@ -289,7 +313,10 @@ class Engine:
         started, request = time.monotonic(), self.traces.request() if self.traces else None
         kinds = dict.fromkeys(backbone.ref.preprocessing for backbone in wanted)
         try:
-            pixels = dict(zip(kinds, await asyncio.gather(*(self._decode(data, kind) for kind in kinds)), strict=True))
+            decoding = (self._decode(data, kind, deadline, terms.client) for kind in kinds)
+            pixels = dict(zip(kinds, await asyncio.gather(*decoding), strict=True))
+        except images.OutOfTime:
+            return DeadlineExceeded("no answer in time")
         except ImageError as error:
             if self.traces:
                 self.traces.decoded(request, started, error)
@@ -331,18 +358,16 @@ class Engine:
         seen = {b: Seen(pixels[b.ref.preprocessing], o.map) for b, o in by_backbone.items()} if terms.explained else {}
         return _Row({b: output.values for b, output in by_backbone.items()}, timings, seen)
 
-    async def _decode(self, data: Image, preprocessing: Preprocessing) -> Tensor:
-        """An image -> uint8 (C, height, width), in the decode pool; while too many pixels are in memory it waits, until its deadline."""
-        loop = asyncio.get_running_loop()
+    async def _decode(self, data: Image, preprocessing: Preprocessing, deadline: float, client: str) -> Tensor:
+        """An image -> uint8 (C, height, width), in the decode pool; while too many pixels are in memory it waits. Raises OutOfTime."""
         if isinstance(data, Tensor):
             if data.dtype == torch.uint8:
                 return data
-            return await loop.run_in_executor(self._decoders, images.unnormalise, data, preprocessing)
+            return await self._decoders.run(client, partial(images.unnormalise, data, preprocessing))
+        work = partial(images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold, deadline)
         while True:
             try:
-                return await loop.run_in_executor(
-                    self._decoders, images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold
-                )
+                return await self._decoders.run(client, work)
             except images.NoRoom as full:
                 await self._pixels.room(full.pixels)
 

@@ -17,6 +17,7 @@ from models.classifier import Preprocessing
 from models.explain import GradCam, class_maps, heat_maps, overlay
 from models.store import ModelStore
 from service.answers import Answer, Explain, Explanation, Prediction, Scores, Seen
+from service.decoding import DecodePool
 from service.errors import NotProvided
 from service.loaded import LoadedBackbone, Served
 
@@ -26,7 +27,7 @@ GradCams = dict[tuple[int, int], Tensor]  # by the places of image and member: (
 class Explainer:
     """Used on one event loop. A network that Grad-CAM needed stays in memory as long as its backbone is served."""
 
-    def __init__(self, store: ModelStore, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, store: ModelStore, pool: DecodePool) -> None:
         self._store, self._pool = store, pool
         self._gradients = ThreadPoolExecutor(1, "explain")
         self._networks: WeakKeyDictionary[LoadedBackbone, GradCam] = WeakKeyDictionary()
@@ -34,7 +35,7 @@ class Explainer:
     def close(self) -> None:
         self._gradients.shutdown(wait=False, cancel_futures=True)
 
-    async def explained(self, answer: Answer, served: Served, scores: Scores, how: Explain) -> Answer:
+    async def explained(self, answer: Answer, served: Served, scores: Scores, how: Explain, client: str = "") -> Answer:
         """The answer with an explanation of each prediction. Raises NotProvided where a network has no map."""
         loop = asyncio.get_running_loop()
         gradients: GradCams = {}
@@ -43,7 +44,7 @@ class Explainer:
                 if one.map is None and isinstance(result, Prediction):
                     work = partial(self._grad_cam, served, member, one.pixels, result.indices)
                     gradients[image, member] = await loop.run_in_executor(self._gradients, work)
-        return await loop.run_in_executor(self._pool, _explained, answer, served, scores.seen, gradients, how)
+        return await self._pool.run(client, partial(_explained, answer, served, scores.seen, gradients, how))
 
     def _grad_cam(self, served: Served, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
         backbone = served.backbones[member]

@@ -15,11 +15,16 @@ from models.images import NoRoom
 log = logging.getLogger(__name__)
 
 
-class PixelBudget:
-    """At most `most` pixels at a time, or a single image that is larger. Small images pass large ones that wait, as long as they fit."""
+LARGE = 24_000_000  # pixels: such an image may take a thread for a second
 
-    def __init__(self, most: int) -> None:
+
+class PixelBudget:
+    """At most `most` pixels at a time, or a single image that is larger; at most `most_large` images of LARGE pixels and more, so that
+    small ones always find a thread. Small images pass large ones that wait, as long as they fit."""
+
+    def __init__(self, most: int, most_large: int = 1) -> None:
         self.most = self.left = most
+        self.large_left = most_large
         self._lock = threading.Lock()
         self._waiting: dict[asyncio.Future[None], int] = {}
 
@@ -29,7 +34,7 @@ class PixelBudget:
         with self._lock:
             if not self._fits(pixels):
                 raise NoRoom(pixels)
-            self.left -= pixels
+            self._change(-pixels)
         try:
             yield
         finally:
@@ -49,11 +54,16 @@ class PixelBudget:
                 self._waiting.pop(future, None)
 
     def _fits(self, pixels: int) -> bool:
-        return pixels <= self.left or self.left == self.most
+        return self.left == self.most or (pixels <= self.left and (pixels < LARGE or self.large_left > 0))
+
+    def _change(self, pixels: int) -> None:
+        self.left += pixels
+        if abs(pixels) >= LARGE:
+            self.large_left += 1 if pixels > 0 else -1
 
     def _give_back(self, pixels: int) -> None:
         with self._lock:
-            self.left += pixels
+            self._change(pixels)
             ready = [future for future, wanted in self._waiting.items() if self._fits(wanted)]
         for future in ready:
             try:

@@ -145,8 +145,8 @@ class Settings(BaseSettings):
     max_dataset_mb: int = Field(10_240, ge=1, description="Largest upload of a dataset, in megabytes")
     max_files: int = Field(32, ge=1, le=1000, description="Most images in one request")
     max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
-    max_image_megapixels: int = Field(  # at most what models.images.PIXEL_CEILING lets through
-        50, ge=1, le=178, description="Largest image, in millions of pixels"
+    max_image_megapixels: int = Field(  # at most what models.image_cost.PIXEL_CEILING lets through
+        50, ge=1, le=178, description="Largest image, in millions of pixels that are decoded: of a large JPEG, 1/64"
     )
     max_megapixels_in_flight: int = Field(
         200, ge=1, description="Most millions of pixels decoded at a time, over all requests; beyond it images wait"

@@ -77,6 +77,7 @@ class FakeEngine(Engine):
         self.draining = self.closed = self.cancelled = False
         self.is_ready = self.is_live = True
         self.asked: dict[str, Any] = {}
+        self.client = ""
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
         self.waiting = asyncio.Event()
@@ -120,8 +121,10 @@ class FakeEngine(Engine):
         k: int = 5,
         timeout_ms: int | None = None,
         wanted: Wanted = PLAIN,
+        client: str = "",
     ) -> list[Answer]:
         self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": timeout_ms}
+        self.client = client
         self.wanted = wanted
         await self._work()
         best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
@@ -131,8 +134,11 @@ class FakeEngine(Engine):
     def bind(self, name: str, version: int | None = None) -> Served:
         raise ModelNotFound("no model of that name is served")
 
-    async def embed(self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None) -> Embedding:
+    async def embed(
+        self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None, client: str = ""
+    ) -> Embedding:
         self.asked = {"model": model, "timeout_ms": timeout_ms}
+        self.client = client
         await self._work()
         return Embedding("pets", 1, [FAILURES.get(data, torch.tensor([0.5, 2.0])) for data in files], TIMINGS)
 

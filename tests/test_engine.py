@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import re
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -209,6 +210,32 @@ async def test_before_the_default_model_is_warm_the_engine_is_not_ready(store: M
     with pytest.raises(NotReady, match="loading"):
         await engine.predict([picture(1)])
     engine.close()
+
+
+@pytest.mark.abuse("A105")
+async def test_the_engine_is_not_ready_while_no_thread_can_decode(store: ModelStore) -> None:
+    gate = threading.Event()
+    async with serving(store, decode_threads=2, timeout_ms=50) as engine:
+        holders = [asyncio.create_task(engine._decoders.run(client, gate.wait)) for client in "ab"]
+        await asyncio.sleep(0.2)
+        assert not engine.ready
+        assert re.fullmatch(r"no thread is free to decode an image for \d s", engine.not_ready_reason())
+        gate.set()
+        await asyncio.gather(*holders)
+        assert engine.ready
+
+
+@pytest.mark.abuse("A102")
+async def test_an_image_whose_deadline_passes_while_it_is_decoded_is_late(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> torch.Tensor:
+        raise images.OutOfTime
+
+    monkeypatch.setattr(images, "decode", late)
+    async with serving(store) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict([picture(1), picture(2)], ["a"])
 
 
 async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

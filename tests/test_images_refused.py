@@ -196,7 +196,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(jpeg_of_segments, "too many pieces", id="jpeg of segments"),
         pytest.param(png_of_chunks, "too many pieces", id="png of chunks"),
         pytest.param(gif_of_blocks, "too many pieces", id="gif of blocks"),
-        pytest.param(jpeg_of_scans, "scans; the limit for its size is 175", id="jpeg of scans"),
+        pytest.param(jpeg_of_scans, "too many scans", id="jpeg of scans"),
         pytest.param(
             lambda: save(solid())[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(9**8))), "header", id="text"
         ),

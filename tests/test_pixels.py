@@ -9,7 +9,7 @@ from image_files import SMALL, photo, save
 
 from models.errors import InvalidImage
 from models.images import NoRoom, decode
-from service.pixels import PixelBudget
+from service.pixels import LARGE, PixelBudget
 
 MP = 10**6
 
@@ -29,6 +29,19 @@ def test_an_image_larger_than_all_of_it_goes_alone() -> None:
     with budget.hold(3 * MP), pytest.raises(NoRoom), budget.hold(1):
         pass
     assert budget.left == MP
+
+
+@pytest.mark.abuse("A602")
+def test_large_images_never_take_the_last_thread() -> None:
+    budget = PixelBudget(500 * MP, most_large=1)
+    with budget.hold(49 * MP):
+        with pytest.raises(NoRoom), budget.hold(LARGE):
+            pass
+        with budget.hold(LARGE - 1):
+            pass
+    with budget.hold(LARGE):
+        assert budget.large_left == 0
+    assert (budget.large_left, budget.left) == (1, 500 * MP)
 
 
 def test_what_fails_gives_back() -> None:

@@ -275,6 +275,12 @@ async def test_embed(http: httpx.AsyncClient) -> None:
     assert body["results"][1]["error"]["code"] == "invalid_image"
 
 
+@pytest.mark.parametrize("path", ["/predict", "/embed"])
+async def test_the_engine_gets_the_clients_address(http: httpx.AsyncClient, service: Service, path: str) -> None:
+    await http.post(path, content=GOOD, headers=JPEG)
+    assert service.engine.client == "127.0.0.1"
+
+
 async def test_embed_asks_one_model(http: httpx.AsyncClient) -> None:
     answer = await http.post("/embed?model=a&model=b", content=GOOD, headers=JPEG)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")

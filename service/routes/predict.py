@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from models.errors import ModelError
 from models.reference import NEAREST
 from service.answers import Embedding, Explain, Timings, Wanted, failed
-from service.auth import UserRoute
+from service.auth import UserRoute, client_of
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
 from service.middleware import encode
 from service.routes.upload import Upload, read_upload, while_connected
@@ -76,7 +76,7 @@ async def predict(request: Request) -> Response:
         raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
     timeout_ms = upload.whole_number("timeout_ms")
     state["exchange"].images = len(upload.images)
-    work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted)
+    work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted, client_of(request))
     answers = await while_connected(request, work)
     state["exchange"].models = [f"{answer.model}@{answer.version}" for answer in answers]
     bodies = [answer.document(upload.filenames) for answer in answers]
@@ -120,7 +120,8 @@ async def embed(request: Request) -> Response:
     upload = await read_upload(request, state["settings"], EMBED_FIELDS)
     model, timeout_ms = upload.one("model"), upload.whole_number("timeout_ms")
     state["exchange"].images = len(upload.images)
-    embedding = await while_connected(request, state["engine"].embed(upload.images, model, timeout_ms))
+    work = state["engine"].embed(upload.images, model, timeout_ms, client_of(request))
+    embedding = await while_connected(request, work)
     state["exchange"].models = [f"{embedding.model}@{embedding.version}"]
     content = _embeddings(embedding, upload.filenames)
     _raise_if_all_failed(embedding.results, len(upload.images), content)

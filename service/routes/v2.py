@@ -16,7 +16,7 @@ from models.store import ModelStore
 from service import encodings
 from service import v2_documents as documents
 from service.answers import Scores
-from service.auth import UserRoute, require_admin
+from service.auth import UserRoute, client_of, require_admin
 from service.engine import Image
 from service.errors import BadRequest
 from service.loaded import Served
@@ -93,7 +93,7 @@ async def infer(request: Request) -> Response:
     images = _images(inference, served)
     state["exchange"].images, state["exchange"].models = len(images), [f"{served.config.name}@{served.config.version}"]
     head_start_s = documents.HEAD_START_S.get(inference.priority, 0.0)
-    work = state["engine"].infer(images, served, inference.timeout_ms, head_start_s)
+    work = state["engine"].infer(images, served, inference.timeout_ms, head_start_s, client_of(request))
     return await _respond(request, inference, await while_connected(request, work))
 
 
