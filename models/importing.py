@@ -15,7 +15,7 @@ from models import architectures, bundle, tensors, torchserve
 from models.architectures import Network
 from models.archive import open_archive
 from models.checkpoints import Checkpoint, read_checkpoint, to_network
-from models.class_names import read_classes
+from models.class_names import complaint, read_classes
 from models.classifier import Head, ModelConfig
 from models.download import Progress
 from models.errors import DatasetError, WeightsError
@@ -76,6 +76,8 @@ def import_weights(
         raise WeightsError(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
+    if wrong := complaint(names):
+        raise WeightsError(f"{path.name} is refused: {wrong}")
     report(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     report(3, STEPS)
