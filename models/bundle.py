@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from models import tensors
-from models.archive import members_of, open_archive
+from models.archive import Archive, open_archive
 from models.backbones import WEIGHTS, skeleton
 from models.classifier import BackboneRef, Head, ModelConfig, Record
 from models.download import Progress
@@ -120,34 +120,32 @@ def import_bundle(
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def opened(path: Path) -> Iterator[Archive]:
     """A zip whose table of contents was checked. Raises WeightsError for one that is none, or would grow without bound."""
     try:
         with open_archive(path) as archive:
-            members = members_of(archive)
-            names = [member.filename for member in members]
-            if len(set(names)) != len(names):
+            if len(set(archive.names)) != len(archive.names):
                 raise WeightsError(f"{path.name} is refused: two of its members have the same name")
             yield archive
     except DatasetError as error:
         raise WeightsError(str(error)) from error
 
 
-def _manifest(archive: zipfile.ZipFile, path: Path) -> Manifest:
+def _manifest(archive: Archive, path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(read_member(archive, MANIFEST, MAX_RECORD, path))
     except ValidationError as error:
         raise WeightsError(f"{path.name} is refused: its {MANIFEST} is not that of an exported model") from error
     if (manifest.kind, manifest.format) != (KIND, FORMAT):
         raise WeightsError(f"{path.name} is refused: it is of another version of Imago; export it again with this one")
-    members = {member.filename for member in archive.infolist()} - {MANIFEST}
+    members = {*archive.names} - {MANIFEST}
     if strangers := members ^ manifest.files.keys():
         listed = tensors.listed(sorted(json.dumps(name) for name in strangers))
         raise WeightsError(f"{path.name} is damaged: its files are not those it names: {listed}; export it again")
     return manifest
 
 
-def _config(archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> ModelConfig:
+def _config(archive: Archive, manifest: Manifest, path: Path) -> ModelConfig:
     try:
         config = ModelConfig.model_validate_json(_read(archive, manifest, CONFIG, MAX_RECORD, path))
     except ValidationError as error:
@@ -161,7 +159,7 @@ def _config(archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> ModelCo
     return config
 
 
-def _head(archive: zipfile.ZipFile, manifest: Manifest, config: ModelConfig, path: Path) -> Head:
+def _head(archive: Archive, manifest: Manifest, config: ModelConfig, path: Path) -> Head:
     with torch.device("meta"):
         head = Head(config.head, len(config.classes))
     data = _read(archive, manifest, HEAD, _size_of(head) + tensors.MAX_HEADER, path)
@@ -171,7 +169,7 @@ def _head(archive: zipfile.ZipFile, manifest: Manifest, config: ModelConfig, pat
     return head.eval().requires_grad_(False)
 
 
-def _reference(archive: zipfile.ZipFile, manifest: Manifest, path: Path) -> Reference | None:
+def _reference(archive: Archive, manifest: Manifest, path: Path) -> Reference | None:
     name = next(filter(REFERENCE.fullmatch, manifest.files), None)
     if name is None:
         return None
@@ -189,7 +187,7 @@ def _size_of(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-def _read(archive: zipfile.ZipFile, manifest: Manifest, name: str, limit: int, path: Path) -> bytes:
+def _read(archive: Archive, manifest: Manifest, name: str, limit: int, path: Path) -> bytes:
     """A member whose hash is in the manifest. Raises WeightsError."""
     data = read_member(archive, name, limit, path)
     if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
@@ -197,15 +195,14 @@ def _read(archive: zipfile.ZipFile, manifest: Manifest, name: str, limit: int, p
     return data
 
 
-def read_member(archive: zipfile.ZipFile, name: str, limit: int, path: Path) -> bytes:
+def read_member(archive: Archive, name: str, limit: int, path: Path) -> bytes:
     """A member of at most `limit` bytes. Raises WeightsError."""
     try:
-        member = archive.getinfo(name)
-        if member.file_size > limit:
-            raise WeightsError(
-                f"{path.name} is refused: {name} has {member.file_size:,} bytes, expected at most {limit:,}"
-            )
-        return archive.read(member)
+        member = archive.member(name)
+        if member.size > limit:
+            raise WeightsError(f"{path.name} is refused: {name} has {member.size:,} bytes, expected at most {limit:,}")
+        with archive.open(member) as content:
+            return content.read()
     except KeyError as error:
         raise WeightsError(f"{path.name} is refused: it has no {name}") from error
     except WeightsError:

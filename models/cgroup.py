@@ -1,4 +1,4 @@
-"""CPU cores that this process may use: its affinity, and the quota of its container or systemd unit. Does not import torch."""
+"""CPU cores and memory that this process may use: its affinity, and the limits of its container or systemd unit. Does not import torch."""
 
 import math
 import os
@@ -25,6 +25,23 @@ def cpu_quota(root: Path = ROOT) -> float:
     unified = (_unified_quota(group) for group in _groups(root, paths.get("", "/")))
     v1 = (_v1_quota(group) for group in _groups(root / "cpu", paths.get("cpu", "/")))
     return min([math.inf, *unified, *v1])
+
+
+def memory_limit(root: Path = ROOT) -> int:
+    """Bytes of memory of the machine, or of the control group or one above it where that is less. `root`: see `cpu_quota`."""
+    paths = _group_paths()
+    files = [group / "memory.max" for group in _groups(root, paths.get("", "/"))]
+    files += [group / "memory.limit_in_bytes" for group in _groups(root / "memory", paths.get("memory", "/"))]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit in map(_number_in, files) if limit)])
+
+
+def _number_in(path: Path) -> int | None:
+    """None where there is no such file, or no limit in it."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max"
+        return None
 
 
 def _group_paths() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Class names as people keep them: one a line, a JSON list, or a JSON object by index or by name."""
 
 import json
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,24 @@ from models.errors import WeightsError
 
 MAX_BYTES = 16 * 2**20
 FORMS = '["ant", "bee"], {"0": "ant"}, {"ant": 0} or {"0": ["n02219486", "ant"]}'
+MAX_NAME = 255  # characters
+JOINERS = "\u200c\u200d"  # zero width, which Persian and emoji are written with
+
+
+def complaint(names: Iterable[str]) -> str | None:
+    """What is wrong with the first class name that is too long, or that cannot be printed; None where there is none."""
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME:
+            shown = f"{escaped(name)[:50]!r}... has {len(name):,} characters" if name else "is empty"
+            return f"the class name {shown}; a class name has 1 to {MAX_NAME}"
+        if not all(char.isprintable() or char in JOINERS or unicodedata.category(char) == "Zs" for char in name):
+            return f"the class name '{escaped(name)}' has characters that cannot be printed; rename the class"
+    return None
+
+
+def escaped(name: str) -> str:
+    """With what cannot be printed as escapes: `red\\x1b[31m`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
 def read_classes(path: Path) -> list[str]:

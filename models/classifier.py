@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from models.class_names import complaint
 from models.errors import WeightsError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -145,6 +146,8 @@ class ModelConfig(Record):
     def _consistent(self) -> "ModelConfig":
         if len(self.backbones) != len(self.head.layers):
             raise ValueError(f"{len(self.backbones)} backbones, but the head has {len(self.head.layers)} layers")
+        if wrong := complaint(self.classes):
+            raise ValueError(wrong)
         return self
 
 

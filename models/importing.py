@@ -13,11 +13,12 @@ from torch import Tensor
 
 from models import architectures, bundle, tensors, torchserve
 from models.architectures import Network
+from models.archive import open_archive
 from models.checkpoints import Checkpoint, read_checkpoint, to_network
-from models.class_names import read_classes
+from models.class_names import complaint, read_classes
 from models.classifier import Head, ModelConfig
 from models.download import Progress
-from models.errors import WeightsError
+from models.errors import DatasetError, WeightsError
 from models.store import ModelStore
 
 __all__ = ["fit", "import_model", "import_weights", "read_classes", "read_state"]
@@ -75,6 +76,8 @@ def import_weights(
         raise WeightsError(
             f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
         )
+    if wrong := complaint(names):
+        raise WeightsError(f"{path.name} is refused: {wrong}")
     report(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     report(3, STEPS)
@@ -96,13 +99,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _members(path: Path) -> list[str]:
-    """The names in a zip; none where it is no zip. Raises WeightsError for one that is cut off."""
+    """The names in a zip; none where it is no zip. Raises WeightsError for a damaged or hostile one."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        if path.suffix == ".zip" and path.is_file():
-            raise WeightsError(f"{path} is damaged or cut off: copy or export it again") from error
+        with open_archive(path) as archive:
+            return archive.names
+    except DatasetError as error:
+        if path.is_file() and (path.suffix == ".zip" or zipfile.is_zipfile(path)):
+            raise WeightsError(str(error)) from error
         return []
 
 

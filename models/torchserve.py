@@ -1,10 +1,10 @@
 """TorchServe's archives: a `.mar` is a zip with the weights, the class names, and code, of which nothing is executed."""
 
 import json
-import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from models.archive import Archive
 from models.bundle import read_member
 from models.checkpoints import Checkpoint, in_memory, read_tensors
 from models.class_names import parse_classes
@@ -20,10 +20,10 @@ def is_archive(names: list[str]) -> bool:
     return MANIFEST in names
 
 
-def read_archive(archive: zipfile.ZipFile, path: Path) -> Checkpoint:
+def read_archive(archive: Archive, path: Path) -> Checkpoint:
     """The weights and class names of an open archive. Raises WeightsError, also for one that holds code only."""
     model = _model(archive, path)
-    names = archive.namelist()
+    names = archive.names
     weights = model.get("serializedFile")
     if not isinstance(weights, str) or PurePosixPath(weights).name not in names:
         raise WeightsError(
@@ -40,7 +40,7 @@ def read_archive(archive: zipfile.ZipFile, path: Path) -> Checkpoint:
     return Checkpoint(state, classes=classes, lineage={"archive": _described(model)})
 
 
-def _model(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+def _model(archive: Archive, path: Path) -> dict[str, Any]:
     try:
         model = json.loads(read_member(archive, MANIFEST, MAX_TEXT, path))["model"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

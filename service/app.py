@@ -174,5 +174,7 @@ async def _invalid_request(request: Request, error: Exception) -> NoReturn:
             raise UnknownField("there is no field of that name", param=param) from None
         case "model_attributes_type" if param is None:  # or one that is not said to be JSON, and comes as bytes
             raise ValidationFailed("the body must be a JSON object, with Content-Type: application/json") from None
+        case "model_type" | "model_attributes_type":
+            raise ValidationFailed("must be a JSON object", param=param) from None
         case _:
             raise ValidationFailed(first["msg"], param=param) from None

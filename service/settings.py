@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
+from models.cgroup import memory_limit
+
 if TYPE_CHECKING:
     from models.images import Limits
     from models.runtime import Options
@@ -121,7 +123,8 @@ class Settings(BaseSettings):
     trainer_memory_mb: int | None = Field(
         None,
         ge=64,
-        description="Most memory of a fine-tuning job, in megabytes; beyond it the job fails. By default no limit",
+        description="Most memory of a fine-tuning job or a dry run, in megabytes; beyond it the job fails. By default three quarters "
+        "of what the machine or the container has",
     )
 
     # Admission
@@ -242,6 +245,11 @@ class Settings(BaseSettings):
     def trainer_cores(self) -> int:
         """CPU threads of a training job: by default half of the cores that this process may use, at least one."""
         return self.trainer_threads or max(1, _cores() // 2)
+
+    @property
+    def trainer_bytes(self) -> int:
+        """Memory that a training job may take: by default three quarters of what this process may use, so that the server has the rest."""
+        return self.trainer_memory_mb * 2**20 if self.trainer_memory_mb else memory_limit() * 3 // 4
 
 
 def _cores() -> int:

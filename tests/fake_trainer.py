@@ -78,6 +78,15 @@ def crash(times: int) -> None:
     good()
 
 
+def stopped(times: int) -> None:
+    tell("train", 0.1, epoch=1)
+    begun = len(list(folder.glob("stopped-*")))
+    if begun < times:
+        (folder / f"stopped-{begun}").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    good()
+
+
 def greedy() -> None:
     memory = bytearray(os.urandom(1)) * (200 * 2**20)
     tell("features", 0.5, message=f"holding {len(memory)} bytes")
@@ -87,6 +96,8 @@ def greedy() -> None:
 threading.Thread(target=listen, daemon=True).start()
 print("a warning of some library", file=sys.stderr)
 if json.loads(line)["dry_run"]:
+    if request["metadata"].get("do") == "greedy":
+        greedy()
     found = {"audit": {"images": 12}, "split": {"train": 12}, "mode": request["mode"], "bases": ["pets"]}
     found |= {"effective": {}, "estimate": {"total": 1.0}, "dataset": request["dataset"]}
     (folder / "dry_run.json").write_text(json.dumps(found))
@@ -104,6 +115,8 @@ match do:
         save()
     case "crash":
         crash(int(count))
+    case "stopped":
+        stopped(int(count))
     case "greedy":
         greedy()
     case "fail":

@@ -99,6 +99,20 @@ def test_a_single_core_trains_with_one_thread(tmp_path: Path) -> None:
     assert Settings.model_construct().trainer_cores == 1
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "limit"),
+    [
+        pytest.param(UNIT, {"system.slice/imago.service/memory.max": "1000\n"}, 1000, id="unit"),
+        pytest.param(UNIT, {"memory.max": "max\n", "system.slice/memory.max": "2000"}, 2000, id="nested"),
+        pytest.param(V1, {"memory/docker/4f2a/memory.limit_in_bytes": "3000"}, 3000, id="version 1"),
+    ],
+)
+def test_memory_is_that_of_the_container(tmp_path: Path, membership: str, files: dict[str, str], limit: int) -> None:
+    write(tmp_path, {"membership": membership, **files})
+    assert cgroup.memory_limit(tmp_path) == limit
+    assert cgroup.memory_limit(tmp_path / "none") > 2**28
+
+
 def test_counting_cores_imports_no_torch() -> None:
     program = "import sys, models.cgroup; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -24,7 +24,7 @@ from models.training.request import FinetuneRequest
 from service import datasets
 from service.answers import Sample
 from service.errors import IdempotencyMismatch, InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
-from service.jobs import Job, Jobs, trainer
+from service.jobs import Job, Jobs, stall, trainer, worker
 from service.jobs.trainer import Trainers
 from service.loaded import ModelStatus
 from service.settings import Settings
@@ -149,6 +149,28 @@ async def test_how_a_job_ends(jobs: Jobs, do: str, status: str, told: str) -> No
     outcome = f"{job.error.code}: {job.error.message}" if job.error else job.deployment
     assert job.status == status
     assert str(outcome).startswith(told)
+
+
+@pytest.mark.abuse("A1601")
+@pytest.mark.parametrize(("times", "status", "attempt"), [(1, "succeeded", 2), (3, "failed", 3)])
+async def test_a_trainer_that_stands_still_is_ended_and_begun_again(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, times: int, status: str, attempt: int
+) -> None:
+    monkeypatch.setattr(stall, "IDLE_S", 0.6)
+    monkeypatch.setattr(stall, "LOOK_S", 0.2)
+    monkeypatch.setattr(worker, "GRACE_S", 0.1)
+    created, _ = await jobs.create(wanting(f"stopped:{times}"))
+    job = await ended(jobs, created.id)
+    assert (job.status, job.attempt) == (status, attempt)
+    messages = [str(event.get("message")) for event in await jobs.events(created.id, 0, 100)]
+    assert "ended by the server: neither progress nor CPU time for 1 s; it goes on" in " ".join(messages)
+    assert job.error is None or job.error.code == "trainer_crashed"
+
+
+@pytest.mark.abuse("A903")
+async def test_a_dry_run_has_the_bound_on_memory_too(jobs: Jobs) -> None:
+    with pytest.raises(DatasetError, match="took more than the 100 MB that trainer_memory_mb allows"):
+        await jobs.dry_run(wanting("greedy"))
 
 
 async def test_a_crash_is_told_and_counts_as_an_attempt(jobs: Jobs) -> None:

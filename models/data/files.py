@@ -19,24 +19,40 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from models.archive import check_count, members_of, printable
+from models.archive import Archive, check_count, printable
 from models.data.samples import UNREADABLE
 from models.errors import DatasetError
 from models.images import Limits
 from models.paths import open_beneath
+from models.zip_directory import Member
 
 # Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
 LIMITS = Limits(max_bytes=64 * 2**20)
 MAX_DEPTH = 32  # folders in folders
+# What macOS, Windows, network disks and file systems leave in folders
+SYSTEM = frozenset(
+    {
+        "__MACOSX",
+        "Thumbs.db",
+        "desktop.ini",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "@eaDir",
+        "#recycle",
+        "lost+found",
+    }
+)
 DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
 class Files(ABC):
     """`names`: every file by its relative name, `/` between its parts, and every empty folder with a `/` at the end, each with the name
-    that the methods know it by. Hidden files and `__MACOSX` are left out. Several threads may read at once."""
+    that the methods know it by. Hidden files and what systems leave (`__MACOSX`, `Thumbs.db`) are left out. Several threads may read at
+    once."""
 
     label: str  # of the folder or archive, for messages
     closing: ExitStack  # what is to be closed at the end
+    notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
 
     @property
     @abstractmethod
@@ -109,25 +125,29 @@ class FolderFiles(Files):
 
 
 class ZipFiles(Files):
-    """Raises DatasetError for a table of contents that `members_of` refuses."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive, self.label, self.closing = archive, Path(archive.filename or "").name, ExitStack()
-        self._names = relative_names(member.filename for member in members_of(archive))
+    def __init__(self, archive: Archive) -> None:
+        self._archive, self.label, self.closing = archive, archive.path.name, ExitStack()
+        self._names, self.notes = relative_names(archive.names)
+        if guessed := [member.filename for member in archive.members if member.is_guessed]:
+            note = f"{len(guessed)} names are not UTF-8 and were read as code page 437, the first {guessed[0][:200]}"
+            self.notes += (f"{note}: pack the zip again with names in UTF-8",)
 
     @property
     def names(self) -> dict[str, str]:
         return self._names
 
     def open(self, file: str) -> IO[bytes]:
-        try:
-            return self._archive.open(file)
-        except KeyError:
-            raise FileNotFoundError("there is no such file in the zip") from None
+        return self._archive.open(self._member(file))
 
     def size(self, file: str) -> tuple[int, int]:
-        member = self._archive.getinfo(file)
-        return member.file_size, member.compress_size
+        member = self._member(file)
+        return member.size, member.packed
+
+    def _member(self, file: str) -> Member:
+        try:
+            return self._archive.member(file)
+        except KeyError:
+            raise FileNotFoundError("there is no such file in the zip") from None
 
 
 @contextmanager
@@ -176,22 +196,33 @@ def _scan(root: Path) -> list[str]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in SYSTEM
 
 
 # Archives
 
 
-def relative_names(members: Iterable[str]) -> dict[str, str]:
-    """As `Files.names`, of members whose names end in `/` where they are folders; a folder is empty where no other member lies in it."""
-    names = {_without_dots(member): member for member in members}
+def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """As `Files.names` and `notes`, of members whose names end in `/` where they are folders; a folder is empty where no other member
+    lies in it. Of several members with one name the last is kept."""
+    names: dict[str, str] = {}
+    twice: list[str] = []
+    for member in members:
+        name = plain_name(member)
+        if name in names and not name.endswith("/"):
+            twice.append(name)
+        names[name] = member
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
-    return {name: file for name, file in names.items() if name not in filled and not any(map(_hidden, name.split("/")))}
+    kept = {name: file for name, file in names.items() if name not in filled and not any(map(_hidden, name.split("/")))}
+    lost = f"{len(twice)} files have the name of another and are left out, the first {twice[0][:200]}" if twice else ""
+    return kept, (f"{printable(lost)}: only the last file of a name is read; give each its own",) if lost else ()
 
 
-def _without_dots(name: str) -> str:
-    """`./ant/1.jpg`, as `tar` and `zip` write it when told to pack `.`, -> `ant/1.jpg`."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
+def plain_name(name: str) -> str:
+    """`./ant/1.jpg`, as `tar` and `zip` write it when told to pack `.`, and `ant//1.jpg` -> `ant/1.jpg`. A backslash separates folders
+    where no slash does; beside one it is part of a character of another code page."""
+    parts = (name if "/" in name else name.replace("\\", "/")).split("/")
+    return "/".join([*(part for part in parts[:-1] if part not in ("", ".")), parts[-1] if parts[-1] != "." else ""])
 
 
 def _parents(names: Iterable[str]) -> set[str]:

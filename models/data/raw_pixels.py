@@ -24,6 +24,7 @@ from models.data.samples import Read
 from models.errors import DatasetError
 
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
+MAX_NAMES = 256
 BLOCK = 2**20  # bytes read at once
 STORED = 65_535  # bytes of a block that deflate stores as they are
 
@@ -142,6 +143,10 @@ def names_beside(files: Files, folder: str, candidates: tuple[str, ...]) -> tupl
         if there:
             path = posixpath.join(folder, there[0])
             lines = tuple(line.strip() for line in files.text(path).splitlines() if line.strip())
+            if len(lines) > MAX_NAMES:
+                raise DatasetError(
+                    f"{printable(path)} has {len(lines):,} lines; labels are bytes and have at most {MAX_NAMES} names"
+                )
             if len(set(lines)) < len(lines):
                 twice = next(line for line in lines if lines.count(line) > 1)
                 raise DatasetError(f"{printable(path)} names {twice[:100]!r} twice; give each label a name of its own")

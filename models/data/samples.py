@@ -1,14 +1,16 @@
 """The labelled images of a dataset, none read yet: the one form that every layout and format is turned into."""
 
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from lzma import LZMAError
 from operator import attrgetter
 from typing import Literal
 
 from models.archive import check_count
+from models.class_names import complaint, escaped
 from models.errors import DatasetError, TooFewClasses
 
 Part = Literal["train", "val", "test"]
@@ -70,7 +72,10 @@ def make_source(
     Raises TooFewClasses; DatasetError: too many images, or a class that the training part lacks.
     """
     check_count(len(items))
+    items = [_normal(item) for item in items]
     classes = tuple(sorted({item.class_name for item in items if item.part == "train"}))
+    if wrong := complaint(classes):
+        raise DatasetError(wrong)
     files = tuple(item for item in items if not item.path.endswith("/"))
     if len(classes) < 2:
         raise _too_few(classes, strays, labelled)
@@ -78,14 +83,25 @@ def make_source(
     strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in known})
     if strange:
         raise DatasetError(
-            f"{', '.join(strange[:MAX_NAMED])}: no such class in train/, which has {', '.join(classes[:10])}"
+            f"{_listed(strange[:MAX_NAMED])}: no such class in train/, which has {_listed(classes[:10])}"
             + (" ..." if len(classes) > 10 else "")
         )
     return Source(layout, files, classes, labelled, read, tuple(strays), tuple(notes))
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(escaped(name)[:100] for name in names)
+
+
+def _normal(item: Item) -> Item:
+    """With the class name in NFC: macOS writes `é` as two characters, others as one, and nobody sees a difference."""
+    if unicodedata.is_normalized("NFC", item.class_name):
+        return item
+    return replace(item, class_name=unicodedata.normalize("NFC", item.class_name))
+
+
 def _too_few(classes: tuple[str, ...], strays: Sequence[str], labelled: bool) -> TooFewClasses:
-    found = f"the dataset has {len(classes)} classes" + "".join(f" ({name})" for name in classes)
+    found = f"the dataset has {len(classes)} classes" + "".join(f" ({escaped(name)[:100]})" for name in classes)
     needed = "two labels" if labelled else "two folders, one per class, with images in them"
     beside = f"; {len(strays)} files lie outside class folders: {', '.join(strays[:MAX_NAMED])}" if strays else ""
     return TooFewClasses(f"{found}; it needs at least {needed}{beside}")

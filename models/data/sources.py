@@ -6,6 +6,7 @@ a .csv or .json      --its columns----------------------------> Source, of image
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -67,4 +68,5 @@ def open_source(path: Path) -> Iterator[Source]:
 @contextmanager
 def _recognised(files: Files) -> Iterator[Source]:
     with files.closing:
-        yield next(source for read in LAYOUTS if (source := read(files)) is not None)
+        source = next(source for read in LAYOUTS if (source := read(files)) is not None)
+        yield replace(source, notes=(*source.notes, *files.notes))

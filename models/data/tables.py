@@ -11,7 +11,7 @@ import csv
 import io
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, NamedTuple
 
@@ -22,6 +22,8 @@ from models.data.samples import PARTS, Item, Part, Source, by_path, make_source,
 from models.errors import DatasetError
 
 ONE_HOT = "_classes.csv"
+MAX_PATH = 4096  # characters, as Linux has it
+MAX_ROW = 2**20  # characters, in as many lines as it may take
 
 Row = Mapping[str, str]
 
@@ -78,14 +80,43 @@ def _table(name: str, content: IO[bytes]) -> Iterator[Table]:
     """Raises DatasetError where it is no CSV of UTF-8, also while its rows are read."""
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     try:
-        reader = csv.DictReader(text, strict=True, restval="", skipinitialspace=True)
+        lines = _Lines(text, name)
+        reader = csv.DictReader(lines, strict=True, restval="", skipinitialspace=True)
         columns = tuple(column.strip() for column in reader.fieldnames or ())
         reader.fieldnames = columns
-        yield Table(columns, ((f"{printable(name)}, line {reader.line_num}", row) for row in reader))
+        yield Table(columns, ((f"{printable(name)}, line {reader.line_num}", row) for row in lines.bounded(reader)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{printable(name)} cannot be read as a CSV in UTF-8: {error}") from error
     finally:
         text.detach()
+
+
+class _Lines:
+    """The lines of a text for csv, which would put a row of any number of fields and lines into memory."""
+
+    def __init__(self, text: io.TextIOWrapper, name: str) -> None:
+        self._text, self._name, self._left = text, name, MAX_ROW
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._left + 1)
+        self._left -= len(line)
+        if self._left < 0:
+            raise DatasetError(
+                f"{printable(self._name)} has a row of more than {MAX_ROW:,} characters; this is no table of images"
+            )
+        if not line:
+            raise StopIteration
+        return line
+
+    def bounded(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, each of which may have so many characters."""
+        self._left = MAX_ROW
+        for row in rows:
+            self._left = MAX_ROW
+            yield row
 
 
 def _counted(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
@@ -101,6 +132,8 @@ def _path_item(row: Row, place: str) -> Item:
     name, label = row["path"].strip().replace("\\", "/"), row["label"].strip()
     if not name or not label or "\0" in name:
         raise DatasetError(f"{place}: needs a path and a label")
+    if len(name) > MAX_PATH:
+        raise DatasetError(f"{place}: the path has {len(name):,} characters, and at most {MAX_PATH:,} are read")
     if leads_outside(name):
         raise DatasetError(
             f"{place}: {name[:200]!r} is refused; a path is relative to the CSV's folder and stays in it"
@@ -108,7 +141,8 @@ def _path_item(row: Row, place: str) -> Item:
     part = part_of((row.get("part") or "train").strip())
     if part is None:
         raise DatasetError(f"{place}: part is {', '.join(PARTS)} or empty, not {row['part'][:50]!r}")
-    return Item(posixpath.normpath(name), name, part, label)
+    path = posixpath.normpath(name)
+    return Item(path, path, part, label)
 
 
 def leads_outside(name: str) -> bool:

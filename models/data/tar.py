@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
-from models.archive import check_count, check_growth, check_name
+from models.archive import Window, check_count, check_growth, check_name
 from models.data.files import DAMAGED, Files, relative_names
 from models.errors import DatasetError
 
 BLOCK = 2**20  # bytes unpacked at once
-MAX_HEADER_BYTES = 2**14  # of one member; a long name takes 4 KiB
+MAX_HEADER_BYTES = 2**14  # of one member, all its headers together; a long name takes 4 KiB
+MAX_GLOBALS = 100  # keys of global headers, which tarfile copies for each member
 
 
 def is_tar(path: Path) -> bool:
@@ -59,6 +60,14 @@ def _unpack(path: Path, packed: IO[bytes], target: IO[bytes]) -> None:
     target.flush()
 
 
+class _Entry(NamedTuple):
+    """Where the content of a member lies in the unpacked archive."""
+
+    start: int
+    size: int
+    is_plain: bool  # a regular file, and not sparse
+
+
 class TarFiles(Files):
     """Links, pipes and devices are there by their names, and cannot be read."""
 
@@ -67,65 +76,62 @@ class TarFiles(Files):
         self._handle, total = content.fileno(), os.fstat(content.fileno()).st_size
         self._share = path.stat().st_size / max(1, total)  # of the bytes that are left when packed
         content.seek(0)
-        self._members: dict[str, tarfile.TarInfo] = {}
+        self._members: dict[str, _Entry] = {}
+        names: list[str] = []
         try:
-            with tarfile.open(fileobj=_Headers(content), mode="r:") as archive:  # type: ignore[call-overload]
-                for count, member in enumerate(archive, 1):
-                    check_count(count)
-                    self._add(member, path, total)
-                content.seek(archive.offset)  # tarfile ends without a word at a header that is none
-                if content.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError("no header")
+            for member in _members_of(content):
+                check_name(member.name, path)
+                if member.size < 0 or (member.isreg() and member.size > total - member.offset_data):
+                    raise tarfile.ReadError("a member ends behind the archive, or before it begins")
+                names.append(f"{member.name}/" if member.isdir() else member.name)
+                is_plain = member.isreg() and not member.issparse()
+                self._members[names[-1]] = _Entry(member.offset_data, member.size, is_plain)
+                check_count(len(names))
         except (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError) as error:
             raise DatasetError(f"{path.name} is damaged or cut off: copy or download it again") from error
-        self._names = relative_names(self._members)
-
-    def _add(self, member: tarfile.TarInfo, path: Path, total: int) -> None:
-        check_name(member.name, path)
-        if member.size < 0 or (member.isreg() and member.size > total - member.offset_data):
-            raise tarfile.ReadError("a member ends behind the archive, or before it begins")
-        self._members[f"{member.name}/" if member.isdir() else member.name] = member
+        self._names, self.notes = relative_names(names)
 
     @property
     def names(self) -> dict[str, str]:
         return self._names
 
     def open(self, file: str) -> IO[bytes]:
-        member = self._members.get(file)
-        if member is None:
+        entry = self._members.get(file)
+        if entry is None:
             raise FileNotFoundError("there is no such file in the archive")
-        if not member.isreg() or member.issparse():
+        if not entry.is_plain:
             raise OSError("a link, a pipe or a device, and no regular file")
-        return io.BufferedReader(_Window(self._handle, member.offset_data, member.size))
+        return io.BufferedReader(Window(self._handle, entry.start, entry.size))
 
     def size(self, file: str) -> tuple[int, int]:
         size = self._members[file].size
         return size, int(size * self._share)
 
 
+def _members_of(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Every member; none is kept. Raises ReadError where the headers of one, long names and sparse maps included, take too much."""
+    headers = _Headers(content)
+    with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
+        while (member := archive.next()) is not None:
+            yield member
+            archive.members.clear()  # tarfile keeps all it has seen, 1 KB each
+            if len(archive.pax_headers) > MAX_GLOBALS:
+                raise tarfile.ReadError("too many global headers")
+            headers.left = MAX_HEADER_BYTES
+        content.seek(archive.offset)  # tarfile ends without a word at a header that is none
+        if content.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError("no header")
+
+
 class _Headers:
-    """The file as tarfile reads it: no header may be so long that it costs memory or time."""
+    """The file as tarfile reads it: the headers of one member may not be so long that they cost memory or time."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
+        self.left = MAX_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES} bytes")
         return self._file.read(size)
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, read by its descriptor: several threads may have one each."""
-
-    def __init__(self, handle: int, start: int, size: int) -> None:
-        self._handle, self._at, self._end = handle, start, start + size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: "bytearray | memoryview") -> int:  # type: ignore[override]
-        data = os.pread(self._handle, min(len(target), self._end - self._at), self._at)
-        target[: len(data)] = data
-        self._at += len(data)
-        return len(data)

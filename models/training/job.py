@@ -120,7 +120,10 @@ class Job:
         if preprocessing == self.bases[0].preprocessing:
             return self.data.pixels, self.data.digests
         if preprocessing not in self._pixels:
-            self._pixels[preprocessing] = dataset.pixels(self.request.dataset, self.data, preprocessing)
+            alive = self.tell("features")
+            self._pixels[preprocessing] = dataset.pixels(
+                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0)
+            )
         return self._pixels[preprocessing]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
 from models.decisions import PRECISION
@@ -22,19 +22,46 @@ FOLDS, FOLD_EPOCHS = 3, 3  # of the choice among architectures, where the reques
 IMAGES_PER_DEVICE = 16  # of a batch, fewer of which keep no GPU busy
 
 
-class Hyperparameters(Record):
+# Of those that may be 0: below these they do nothing, and what computes with them underflows.
+LEAST = {
+    "weight_decay": 1e-12,
+    "label_smoothing": 1e-6,
+    "rotation": 0.01,
+    "mixup": 0.01,
+    "cutmix": 0.01,
+    "ema": 1e-6,
+    "small_until": 1e-6,
+    "test_fraction": 0.001,
+}
+
+
+class _Asked(Record):
+    """A part of a request: its numbers are finite, and those that may be 0 are not almost 0."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator(*LEAST, check_fields=False)
+    @classmethod
+    def _zero_or_enough(cls, given: float | None, info: ValidationInfo) -> float | None:
+        least = LEAST[str(info.field_name)]
+        if given and given < least:
+            raise ValueError(f"{info.field_name} is 0, or at least {least:g}")
+        return given
+
+
+class Hyperparameters(_Asked):
     """Each may be left out, or be "auto": then it follows from the mode and the number of training images, see `effective`."""
 
     epochs: int | None = Field(
         default=None, ge=1, le=10_000, description="Passes over the training images; in mode head, iterations of L-BFGS"
     )
     batch_size: int | None = Field(default=None, ge=2, le=8192, description="Images in one batch")
-    lr: float | None = Field(default=None, gt=0, le=10, description="Peak learning rate")
+    lr: float | None = Field(default=None, ge=1e-12, le=10, description="Peak learning rate")
     head_lr: float | None = Field(
-        default=None, gt=0, le=10, description="Peak learning rate of the last layer; otherwise as lr"
+        default=None, ge=1e-12, le=10, description="Peak learning rate of the last layer; otherwise as lr"
     )
     layer_decay: float | None = Field(
-        default=None, gt=0, le=1, description="Learning rate of each stage over that of the next one"
+        default=None, ge=1e-6, le=1, description="Learning rate of each stage over that of the next one"
     )
     weight_decay: float | None = Field(
         default=None, ge=0, le=10, description="Weight decay; in mode head, the one strength instead of a path of them"
@@ -75,7 +102,7 @@ class Hyperparameters(Record):
         description="This stage of the network and all after it are initialised anew instead of borrowed from the base",
     )
     thaw_every: int | None = Field(
-        default=None, ge=1, description="Epochs after which one more frozen stage trains, from the last"
+        default=None, ge=1, le=10_000, description="Epochs after which one more frozen stage trains, from the last"
     )
     precision: Precision | None = Field(
         default=None, description="Arithmetic of training; by default what the device gains by"
@@ -112,7 +139,7 @@ class Hyperparameters(Record):
         return {name: value for name, value in given.items() if value != "auto" or name not in cls.model_fields}
 
 
-class EarlyStopping(Record):
+class EarlyStopping(_Asked):
     """When a run of epochs ends before its last one.
 
     Prechelt 1998, Early stopping, but when?: GL is generalisation loss, PQ its quotient with progress, UP successive rises.
@@ -124,7 +151,7 @@ class EarlyStopping(Record):
     patience: int = Field(
         default=3, ge=1, le=1000, description="Epochs without a better loss; of up, strips in a row that rose"
     )
-    alpha: float = Field(default=5.0, gt=0, description="Threshold of gl (percent) and pq")
+    alpha: float = Field(default=5.0, ge=1e-6, le=1e6, description="Threshold of gl (percent) and pq")
     strip: int | None = Field(
         default=None, ge=1, le=100, description="Epochs of a strip, for pq and up; by default 2 to 5, an eighth of all"
     )
@@ -139,17 +166,21 @@ class EarlyStopping(Record):
         return self.model_copy(update={"strip": self.strip or max(2, min(5, epochs // 8))})
 
 
-class Budget(Record):
+class Budget(_Asked):
     """What a run may cost; where it is reached, the best so far is kept."""
 
-    max_seconds: float | None = Field(default=None, gt=0, description="Seconds after which the best so far is kept")
-    max_epochs: int | None = Field(default=None, ge=1, description="Epochs after which the best so far is kept")
+    max_seconds: float | None = Field(
+        default=None, ge=1e-6, le=1e9, description="Seconds after which the best so far is kept"
+    )
+    max_epochs: int | None = Field(
+        default=None, ge=1, le=10_000, description="Epochs after which the best so far is kept"
+    )
     max_latency_ms: float | None = Field(
-        default=None, gt=0, description="Base auto: most milliseconds that one image may take"
+        default=None, ge=1e-6, le=1e9, description="Base auto: most milliseconds that one image may take"
     )
 
 
-class FinetuneRequest(Record):
+class FinetuneRequest(_Asked):
     """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
     several models are an ensemble, of several architectures one is chosen, and "auto" chooses among the store's models."""
 
@@ -198,6 +229,13 @@ class FinetuneRequest(Record):
     channels: Literal[1, 3] = Field(
         default=3, description="Mode scratch: input channels; 1 for gray images, to which coloured ones are turned"
     )
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        if not isinstance(given, str | Path):
+            raise ValueError("dataset is a path, as text")
+        return given
 
     @field_validator("hyperparameters", mode="before")
     @classmethod

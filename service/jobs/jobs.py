@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from models.errors import DatasetError
 from models.files import locked, replace, staging, sweep
 from models.records import read_record, to_json
 from models.store import ModelStore
@@ -358,6 +359,9 @@ class Jobs:
                 process.events(0.1)
                 if self._leaving or left.is_set():
                     raise Draining("the server is shutting down")
+                if process.memory_bytes() > self.settings.trainer_bytes:
+                    limit = f"the {self.settings.trainer_bytes >> 20} MB that trainer_memory_mb allows"
+                    raise DatasetError(f"the dry run took more than {limit}; split the dataset, or raise the limit")
                 if time.monotonic() > ends:
                     raise DeadlineExceeded(f"the dry run took more than {DRY_RUN_S:.0f} s; start the job instead")
         finally:

@@ -144,6 +144,16 @@ class TrainerProcess:
             return 0
         return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
+    def cpu_seconds(self) -> float:
+        """CPU time of the process and of those it has started, as long as they run."""
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()  # from the third, the state, on
+                if int(fields[3]) == self._process.pid:  # its session
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def ask_to_stop(self) -> None:
         """It ends after its current step and keeps the best; may be asked more than once."""
         self._say("stop")

@@ -50,6 +50,7 @@ from service.jobs.events import EVENTS, append
 from service.jobs.job import Job
 from service.jobs.pace import Pace, Reached
 from service.jobs.queue import Interrupted
+from service.jobs.stall import Stall
 from service.jobs.table import JobTable
 from service.jobs.trainer import TrainerProcess, Trainers, order_of, signal_name
 from service.settings import Settings
@@ -169,20 +170,22 @@ class Worker:
         finally:
             process.end(GRACE_S)
         if too_much:
-            limit = f"the trainer took more than the {self.settings.trainer_memory_mb} MB that trainer_memory_mb allows"
+            limit = (
+                f"the trainer took more than the {self.settings.trainer_bytes >> 20} MB that trainer_memory_mb allows"
+            )
             return self._fail(
                 job.id, "out_of_memory", f"{limit}; take a smaller batch_size or base, or raise the limit"
             )
         if (folder / RESULT).exists() or self.table.wish(job.id).status != "running":
             return True
-        return self._crashed(job.id, process.returncode or 0, watch.reached)
+        return self._crashed(job.id, process.returncode or 0, watch.reached, watch.stalled)
 
-    def _crashed(self, id: str, returncode: int, reached: Reached) -> bool:
-        """False if that was once too often. Raises DiskFull."""
+    def _crashed(self, id: str, returncode: int, reached: Reached, stalled: str | None) -> bool:
+        """False if that was once too often. `stalled`: why it was ended. Raises DiskFull."""
         if returncode == EXIT_DISK_FULL:
             raise DiskFull(reached)
         crashes, lost = self.table.crashed(id, reached), returncode == EXIT_DEVICE_LOST
-        how = "a GPU that failed" if lost else signal_name(returncode)
+        how = stalled or ("a GPU that failed" if lost else signal_name(returncode))
         if crashes < MAX_CRASHES:
             self._tell(id, "warning", f"the trainer ended by {how}; it goes on from its checkpoint")
             return True
@@ -324,13 +327,15 @@ class Watch:
 
     def __init__(self, worker: Worker, job: Job, process: TrainerProcess) -> None:
         self._worker, self._job, self._process = worker, job, process
-        self._limit = (worker.settings.trainer_memory_mb or 0) * 2**20  # bytes; 0: none
+        self._limit = worker.settings.trainer_bytes
         self._pace = Pace(job.request["mode"], job.progress)
         self._phase: str | None = None
         self._looked = self._noted = 0.0  # monotonic seconds
         self._noted_at = 0.0  # which progress of the phase
         self._told = -1.0  # which progress of the job the table knows
         self._asked = self._prepared = False
+        self._stall = Stall(process)
+        self.stalled: str | None = None  # why it was ended
 
     @property
     def reached(self) -> Reached:
@@ -347,8 +352,11 @@ class Watch:
                 return False
             if self._worker.leaving():
                 raise Interrupted
-            if self._limit and self._process.memory_bytes() > self._limit:
+            if self._process.memory_bytes() > self._limit:
                 return True
+            if not ended and (stalled := self._stall.reason(events)):
+                self.stalled = f"the server: {stalled}"
+                return False
             if time.monotonic() - self._looked >= LOOK_S and not self._look():
                 return False
 

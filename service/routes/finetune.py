@@ -41,6 +41,7 @@ router = APIRouter(tags=["fine-tuning"], dependencies=[Depends(require_admin)], 
 POLL_S = 0.5  # how often a stream looks for news
 QUIET_S = 15.0  # a stream that has nothing to tell for so long sends a comment, lest somebody on the way closes it
 BATCH = 500  # events read at once
+MAX_CURSOR = 2**53 - 1  # the largest integer that JavaScript knows; SQL and Python's own counters end at 2**63
 # The report is one page without scripts; its pictures are data: URLs.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 
@@ -83,6 +84,7 @@ async def create_job(
 
 
 def _checked(key: str | None) -> str | None:
+    key = None if key is None else key.strip(" \t")  # blanks around a header's value are no part of it
     if key is not None and not re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?", key):
         raise ValidationFailed("an Idempotency-Key has 1 to 255 printable ASCII characters", param="Idempotency-Key")
     return key
@@ -129,7 +131,7 @@ async def list_events(
     id: Id,
     jobs: JobsDep,
     engine: EngineDep,
-    after: Annotated[int, Query(ge=0, description="The number of the last event that is known")] = 0,
+    after: Annotated[int, Query(ge=0, le=MAX_CURSOR, description="The number of the last event that is known")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Any:
     """Events with a number above `after`. With `Accept: text/event-stream` they are streamed as they come, and `event: end` is the

@@ -1,0 +1,111 @@
+"""A zip's central directory, read member by member: what it claims is bounded before it is believed.
+
+file --find_directory--> number and size that the end record claims --read_directory--> Member, one at a time
+
+`zipfile` parses the whole directory before anybody can count it. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+"""
+
+import struct
+import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+END = struct.Struct("<4s4H2LH")
+END_64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+ENTRY = struct.Struct("<4s6H3L5H2L")
+MAX_COMMENT = 2**16
+UTF8_FLAG = 0x800
+CODE_PAGE = "cp437"  # of names without the flag, by the specification
+
+
+class Directory(NamedTuple):
+    """Where the central directory lies, as the end record claims."""
+
+    start: int
+    size: int
+    entries: int
+    shift: int  # bytes before the archive, as of a program that unpacks itself
+
+
+class Member(NamedTuple):
+    """One entry. Sizes are claims."""
+
+    filename: str
+    is_guessed: bool  # the name is neither ASCII nor UTF-8, and was decoded by CODE_PAGE
+    flags: int
+    method: int
+    crc: int
+    packed: int  # bytes in the archive
+    size: int  # bytes of the content
+    offset: int  # of its local header in the file
+
+
+def find_directory(file: BinaryIO) -> Directory:
+    """Reads the end record, of zip64 too. Raises BadZipFile where there is none, or where it points outside the file."""
+    length = file.seek(0, 2)
+    tail_start = max(0, length - MAX_COMMENT - END.size)
+    file.seek(tail_start)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6", 0, max(0, len(tail) - END.size + 4))
+    if at < 0:
+        raise zipfile.BadZipFile("it is not a zip file, or cut off")
+    _, _, _, _, entries, size, offset, _ = END.unpack_from(tail, at)
+    end = tail_start + at
+    file.seek(max(0, end - LOCATOR.size - END_64.size))
+    before = file.read(LOCATOR.size + END_64.size)
+    if len(before) == LOCATOR.size + END_64.size and before[END_64.size :].startswith(b"PK\6\7"):
+        magic, _, _, _, _, _, _, entries, size, offset = END_64.unpack_from(before)
+        if magic != b"PK\6\6":
+            raise zipfile.BadZipFile("its zip64 record is damaged")
+        end -= LOCATOR.size + END_64.size
+    if size > end or offset > end - size:
+        raise zipfile.BadZipFile("its table of contents would lie outside the file")
+    return Directory(end - size, size, entries, end - size - offset)
+
+
+def read_directory(file: BinaryIO, directory: Directory) -> Iterator[Member]:
+    """Every entry, in the order of the table, until its bytes are used up. Raises BadZipFile."""
+    file.seek(directory.start)
+    left = directory.size
+    while left:
+        head = file.read(min(ENTRY.size, left))
+        if len(head) < ENTRY.size or not head.startswith(b"PK\1\2"):
+            raise zipfile.BadZipFile("its table of contents is damaged")
+        fields = ENTRY.unpack(head)
+        flags, method, crc, packed, size = fields[3], fields[4], *fields[7:10]
+        lengths, offset = fields[10:13], fields[16]
+        rest = file.read(min(sum(lengths), left - ENTRY.size))
+        if len(rest) < sum(lengths):
+            raise zipfile.BadZipFile("its table of contents is cut off")
+        left -= ENTRY.size + len(rest)
+        name, extra = rest[: lengths[0]], rest[lengths[0] : lengths[0] + lengths[1]]
+        size, packed, offset = _zip64(extra, size, packed, offset)
+        if offset + directory.shift + packed > directory.start:
+            raise zipfile.BadZipFile("a member would lie outside the file")
+        filename, is_guessed = _decoded(name.partition(b"\0")[0])
+        yield Member(filename, is_guessed, flags, method, crc, packed, size, offset + directory.shift)
+
+
+def _zip64(extra: bytes, *sizes: int) -> list[int]:
+    """The sizes, those of 0xFFFFFFFF replaced by what the extra field 1 holds."""
+    found = list(sizes)
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            wide, data = [i for i, size in enumerate(found) if size == 0xFFFFFFFF], extra[4 : 4 + length]
+            if len(data) < 8 * len(wide):
+                raise zipfile.BadZipFile("its zip64 sizes are damaged")
+            for i, (size,) in zip(wide, struct.iter_unpack("<Q", data[: 8 * len(wide)]), strict=True):
+                found[i] = size
+            break
+        extra = extra[4 + length :]
+    return found
+
+
+def _decoded(name: bytes) -> tuple[str, bool]:
+    """A name as UTF-8, whatever its flag says; many packers write UTF-8 and do not set it."""
+    try:
+        return name.decode(), False
+    except UnicodeDecodeError:
+        return name.decode(CODE_PAGE), True

@@ -1,0 +1,126 @@
+"""Names of files and classes that look alike, vanish, or cannot be printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hostile_zips import packed
+from pydantic import ValidationError
+from test_data_tar import packed as tarred
+from training_data import PREPROCESSING, coloured, folder
+
+from models.class_names import complaint
+from models.classifier import ModelConfig
+from models.data import tables
+from models.data.samples import Source
+from models.data.sources import open_source
+from models.errors import DatasetError
+from models.training.dataset import load
+
+
+def listed(path: Path) -> Source:
+    with open_source(path) as source:
+        return source
+
+
+ALIKE = {"./red/000.png": b"a", "red//001.png": b"b", "red\\002.png": b"c", "./red/./003.png": b"d"}
+
+
+@pytest.mark.abuse("A1605")
+@pytest.mark.parametrize("pack", [pytest.param(packed, id="zip"), pytest.param(tarred, id="tar")])
+def test_files_that_share_a_name_are_counted(tmp_path: Path, pack: object) -> None:
+    path = pack(tmp_path / "a", ALIKE | coloured(3))  # type: ignore[operator]
+    audit = load(path, PREPROCESSING, val_fraction=0.3, seed=0).audit
+    assert audit.files == 10
+    (warning,) = [each for each in audit.warnings if "have the name of another" in each]
+    assert warning.startswith("3 files have the name of another and are left out, the first red/000.png")
+
+
+@pytest.mark.abuse("A1605")
+def test_a_path_of_a_table_is_one_however_it_is_written(tmp_path: Path) -> None:
+    lines = "path,label\nimgs/./r0.png,red\nimgs/r0.png,red\nimgs//r0.png,red\nimgs/b0.png,blue\n"
+    source = listed(folder(tmp_path, {"t.csv": lines.encode(), "imgs/r0.png": b"", "imgs/b0.png": b""}) / "t.csv")
+    assert [item.path for item in source.items] == ["imgs/b0.png", "imgs/r0.png"]
+
+
+@pytest.mark.abuse("A1605")
+def test_names_in_utf_8_without_its_flag_and_of_other_code_pages(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.zip", {"Kaefer/1.png": b"", "Wespe/1.png": b"", "Bienen/1.png": b""})
+    content = path.read_bytes().replace(b"Kaefer", "Käfer".encode()).replace(b"Bienen", "猫狗犬".encode("gbk"))
+    path.write_bytes(content)
+    source = listed(path)
+    assert "Käfer" in source.classes
+    assert source.notes[0].startswith("1 names are not UTF-8 and were read as code page 437, the first ")
+
+
+def test_what_systems_leave_is_no_part_of_a_dataset(tmp_path: Path) -> None:
+    left = ("red/Thumbs.db", "blue/desktop.ini", "@eaDir/x/1.jpg", "#recycle/1.jpg", "lost+found/x", "red/@eaDir/1.jpg")
+    files = coloured(2) | dict.fromkeys(left, b"x")
+    assert len(listed(packed(tmp_path / "a.zip", files)).items) == 6
+    assert len(listed(folder(tmp_path / "d", files)).items) == 6
+
+
+# Classes
+
+
+@pytest.mark.abuse("A1606")
+def test_a_class_is_one_in_nfc_and_nfd(tmp_path: Path) -> None:
+    source = listed(packed(tmp_path / "a.zip", {"caf\u00e9/1.png": b"", "cafe\u0301/2.png": b"", "bar/1.png": b""}))
+    assert (source.classes, len(source.items)) == (("bar", "caf\u00e9"), 3)
+
+
+BAD = [
+    pytest.param("x" * 256, "has 256 characters", id="long"),
+    pytest.param("red\x1b[31m", r"'red\\x1b\[31m' has characters that cannot be printed", id="escape"),
+    pytest.param("red\nblue", r"'red\\nblue' has characters", id="newline"),
+    pytest.param("red\u202eder", r"'red\\u202eder' has characters", id="right to left"),
+]
+
+
+@pytest.mark.abuse("A1607")
+@pytest.mark.parametrize(("name", "message"), BAD)
+def test_a_class_that_cannot_be_printed_is_refused_in_one_line(tmp_path: Path, name: str, message: str) -> None:
+    export = [{"image": f"{label}.png", "choice": label} for label in (name, "bee")]
+    (tmp_path / "t.json").write_text(json.dumps(export))
+    with pytest.raises(DatasetError, match=message) as caught:
+        listed(tmp_path / "t.json")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.abuse("A1607")
+@pytest.mark.parametrize(("name", "message"), BAD)
+def test_nor_is_it_served_from_a_stored_config_or_a_bundle(name: str, message: str) -> None:
+    backbone = {"architecture": "lenet5", "sha256": "0" * 64, "preprocessing": PREPROCESSING}
+    config = {"name": "a", "version": 1, "classes": ["bee", name], "head": {"layers": [{"in_features": 84}]}}
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig.model_validate(config | {"backbones": [backbone], "head_sha256": "0" * 64})
+
+
+def test_names_of_all_scripts_are_printable() -> None:
+    assert complaint(["Käfer", "黒 猫", "می\u200cخواهم", "👩\u200d🔬", "a\u00a0b", "\\udcff"]) is None
+
+
+# Tables
+
+
+@pytest.mark.abuse("A904")
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param("a" * 2000 + ",red", id="one field"),
+        pytest.param('"a\nb",' * 400 + "red", id="fields of two lines"),
+        pytest.param("," * 2000, id="empty fields"),
+    ],
+)
+def test_a_row_of_a_table_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+    monkeypatch.setattr(tables, "MAX_ROW", 1000)
+    (tmp_path / "t.csv").write_text(f"path,label\n1.png,red\n{row}\n")
+    with pytest.raises(DatasetError, match="row of more than 1,000 characters"):
+        listed(tmp_path / "t.csv")
+
+
+@pytest.mark.abuse("A904")
+def test_a_path_of_a_table_has_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"path,label\n1.png,red\n{'a' * 5000},blue\n")
+    with pytest.raises(DatasetError, match="the path has 5,000 characters"):
+        listed(tmp_path / "t.csv")
