@@ -35,13 +35,15 @@ def values(size: int = SIZE) -> dict[str, str]:
         "surrogates": '"' + "\\ud83d\\ude00" * (size // 12) + '"',
         "one text": '"' + "x" * size + '"',
         "one integer": "9" * size,
+        "4000 digits": "9" * 4000,
+        "2**63": str(2**63),
         "big integers": filled("9" * 4000, size),
         "one fraction": "0." + "3" * size,
         "infinity": "1" + "0" * size + ".0",
         "deep lists": "[" * deep + "]" * deep,
         "200 deep": filled("[" * 200 + "]" * 200, size),
         "deep objects": '{"a":' * deep + "1" + "}" * deep,
-        "keys": "{" + ",".join(f'"{i}":1' for i in range(size // 10)) + "}",
+        "keys": "{" + ",".join(f'"{i}":1' for i in range(size // 12)) + "}",
         "one key often": filled('"a":1', size, "{", "}"),
         "blanks": " " * size + "1",
         "unclosed": filled("[", size, "", "", ""),
@@ -61,6 +63,25 @@ def json_bodies(
         others = json.dumps({k: v for k, v in required.items() if k != field})[1:-1]
         for name, value in some.items():
             yield f"{field}: {name}", f'{{{others}{"," if others else ""}"{field}:{value}}}'.encode()
+
+
+def infer_bodies(size: int) -> Iterator[tuple[str, bytes]]:
+    """Of the Open Inference Protocol: each value as each part of a request for one small image."""
+    for name, value in values(size).items():
+        for datatype in ("UINT8", "FP32", "BYTES"):
+            yield f"data of {datatype}: {name}", _inference(datatype, "[1,3,32,32]", value)
+        yield f"shape: {name}", _inference("UINT8", value, "[1]")
+        yield f"id: {name}", b'{"id":' + value.encode() + b"," + _inference("UINT8", "[1,3,32,32]", "[1]")[1:]
+        yield f"unknown: {name}", b'{"x":' + value.encode() + b"," + _inference("UINT8", "[1,3,32,32]", "[1]")[1:]
+        yield f"data beside the input: {name}", b'{"data":' + value.encode() + b"}"
+    width, height = size // 60 - 10, size // 82 - 10
+    yield "flat pixels", _inference("UINT8", f"[1,3,10,{width}]", "[" + ",".join("0" * 30 * width) + "]")
+    row = filled("[0,0,0]", 82)
+    yield "nested pixels", _inference("UINT8", f"[1,{height},10,3]", "[[" + ",".join([row] * height) + "]]")
+
+
+def _inference(datatype: str, shape: str, data: str) -> bytes:
+    return f'{{"inputs":[{{"name":"input","datatype":"{datatype}","shape":{shape},"data":{data}}}]}}'.encode()
 
 
 def multipart_bodies(size: int = SIZE) -> Iterator[tuple[str, bytes]]:
