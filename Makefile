@@ -10,10 +10,10 @@ endif
 STAMP := .venv/.ready$(patsubst %,-%,$(filter-out cuda,$(TORCH)))
 ARGS ?=
 
-.PHONY: help setup serve test soak gpu-check check lint types contracts lock clean
+.PHONY: help setup serve test soak attack gpu-check check lint types contracts lock clean
 
 help:
-	@echo "make setup | serve | test | soak | gpu-check | check | lock | clean"
+	@echo "make setup | serve | test | soak | attack | gpu-check | check | lock | clean"
 	@echo "make serve TORCH=cpu    without CUDA: 2.2 GB, not 7.0; TORCH=cuda goes back"
 
 setup: $(STAMP)
@@ -36,6 +36,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600 $(ARGS)
+
+attack: $(STAMP)
+	ATTACK_WATCH_ALL=1 PYTHONPATH=tests $(BIN)/pytest -p attack_report -m "soak or not soak" --timeout 3600 $(ARGS)
 
 gpu-check: $(STAMP)
 	@exec $(BIN)/imago doctor --gpu $(ARGS)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 access_log = logging.getLogger(ACCESS)
 
-SMALL_BODY = 2**20  # bytes: all that a route without images may be sent
+SMALL_BODY = 2**16  # bytes: all that a route without images may be sent. 1 MB of `[],` stops the event loop for 0.4 s
 IMAGE_PATHS = frozenset({"/predict", "/embed"})
 UPLOADS = frozenset({("POST", "/datasets")})  # their bodies go to the disk as they come
 INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")  # the Open Inference Protocol's
@@ -349,7 +349,8 @@ def _unforeseen(error: Exception) -> ServiceError:
 
 
 def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the request body is larger than {limit >> 20} MB")
+    size = f"{limit >> 20} MB" if limit >= 2**20 else f"{limit >> 10} KB"
+    return PayloadTooLarge(f"the request body is larger than {size}")
 
 
 async def _discard(receive: Receive, most: int) -> None:

@@ -129,6 +129,8 @@ class Server(uvicorn.Server):
         except Exception:
             log.exception("not ready: the models could not be loaded")
             return
+        app: Any = self.config.app
+        await asyncio.to_thread(app.openapi)  # is cached; the first request for it would stop the event loop for 0.15 s
         # What is in memory now stays: let no collection walk it again (a full one takes 0.1 s and more with torch imported).
         gc.collect()
         gc.freeze()

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from support import pulse
+from support.pulse import Pulse
 
 from models import architectures
 from models.classifier import Head
@@ -21,6 +23,9 @@ from models.store import ModelStore
 
 CLASSES = ["ant", "bee", "cat"]
 READY_S = 120.0
+WATCH_ALL = "ATTACK_WATCH_ALL"  # an environment variable
+PULSE = [str(Path(pulse.__file__))]
+running: "list[LiveServer]" = []  # `make attack` reads their figures after each test
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,7 @@ class LiveServer:
     url: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    pulse: Pulse
 
     @property
     def port(self) -> int:
@@ -68,18 +74,29 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(weights: Path, root: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[LiveServer]:
-    """Started, ready, and ended with SIGTERM; its log goes to a file, so that no pipe fills up."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--engine", "torch", "--device", "cpu"]
+def live_server(
+    weights: Path, root: Path, *flags: str, env: dict[str, str] | None = None, watched: bool = False
+) -> Iterator[LiveServer]:
+    """Started, ready, and ended with SIGTERM; its log goes to a file, so that no pipe fills up.
+
+    `watched`: `server.pulse` has the longest stall of the event loop; under `make attack` that of every server.
+    """
+    seen, log = Pulse(root / "pulse"), root / "serve.log"
+    program = [*PULSE, str(seen.path)] if watched or os.environ.get(WATCH_ALL) else ["-m", "service.cli"]
+    command = [sys.executable, *program, "serve", "--port", "0", "--engine", "torch", "--device", "cpu"]
     command += ["--weights", str(weights), "--data", str(root / "data"), *flags]
-    log = root / "serve.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})})
     try:
         address = _read_until(process, log, r"listening on ([^\s\"]+)")
         _read_until(process, log, r"ready in [\d.]+ s: (\w+)")
         httpx.get(address + "/health/ready").raise_for_status()
-        yield LiveServer(address, process, log)
+        server = LiveServer(address, process, log, seen)
+        running.append(server)
+        try:
+            yield server
+        finally:
+            running.remove(server)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     finally:

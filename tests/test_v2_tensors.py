@@ -66,11 +66,21 @@ def test_what_is_asked_of_the_answer() -> None:
 IMAGE = tensor("BYTES", (1,), data=["AA=="])
 
 
+def numeric(data: str) -> bytes:
+    """A request for two FP32 numbers, [[[[...]]]]."""
+    shape = (1, 1, 1, 2)
+    return body(tensor("FP32", shape, data=[[[[0]]]])).replace(b"0]]]]", data.encode() + b"]]]]")
+
+
 @pytest.mark.parametrize(
     ("content", "header_length", "message"),
     [
         pytest.param(b"{", None, "EOF", id="no JSON"),
-        pytest.param(b"[" * 5000, None, "recursion", id="deep"),
+        pytest.param(b"[" * 1000, None, "recursion", id="deep"),
+        pytest.param(b"[" * 5000, None, "more than 4112 values", id="deeper"),
+        pytest.param(b'{"data":[1],' * 17, None, "more than 16 times", id="data again and again"),
+        pytest.param(body(IMAGE | {"shape": [2**31]}), None, "inputs.0.shape.0", id="endless shape"),
+        pytest.param(body(IMAGE | {"shape": [1] * 9}), None, "inputs.0.shape", id="nine dimensions"),
         pytest.param(b'{"inputs": []}', None, "inputs: ", id="no input"),
         pytest.param(json.dumps({"inputs": [IMAGE, IMAGE]}).encode(), None, "inputs: ", id="two inputs"),
         pytest.param(body(IMAGE | {"name": "x"}), None, "'input'", id="another input"),
@@ -104,11 +114,17 @@ IMAGE = tensor("BYTES", (1,), data=["AA=="])
         pytest.param(body(tensor(shape=(1, 3, 1024), data=[1])), None, "have the shape", id="three dimensions"),
         pytest.param(body(tensor(shape=(1, 3, 0, 32), data=[])), None, "have the shape", id="empty"),
         pytest.param(body(tensor(data=[1, 2])), None, "tensor's shape", id="too few"),
-        pytest.param(body(tensor(shape=(1, 1, 1, 2), data=[[1], [1, 2]])), None, "unevenly", id="ragged"),
+        pytest.param(body(tensor(shape=(1, 1, 1, 2), data=[[1], [1, 2]])), None, "tensor's shape", id="ragged"),
         pytest.param(body(tensor(shape=(1, 1, 1, 1), data=[256])), None, "0 to 255", id="256"),
         pytest.param(body(tensor(shape=(1, 1, 1, 1), data=[1.5])), None, "no UINT8", id="fraction"),
         pytest.param(body(tensor("FP32", (1, 1, 1, 1), data=["1"])), None, "no FP32", id="text for a number"),
-        pytest.param(body(tensor("FP32", (1, 1, 1, 1), data=[10**30])), None, "no FP32", id="endless number"),
+        pytest.param(body(tensor("FP32", (1, 1, 1, 1), data=[10**400])), None, "no FP32", id="endless number"),
+        pytest.param(body(tensor(data=["x", 1])), None, "no UINT8", id="text among numbers"),
+        pytest.param(numeric("1,[2]"), None, "tensor's shape", id="a list among numbers"),
+        pytest.param(numeric("1,2").replace(b"[1,2", b"1[,2"), None, "without a comma", id="a bracket too late"),
+        pytest.param(numeric("1 2,3"), None, "no FP32", id="no comma"),
+        pytest.param(numeric(",2"), None, "no FP32", id="no number"),
+        pytest.param(numeric("0" * 100_000 + ",2"), None, "no FP32", id="a number of 100,000 digits"),
         pytest.param(b"x", 2, "but the body has 1 bytes", id="header beyond the body"),
         pytest.param(*binary("UINT8", (1, 3, 32, 32), b"x"), "takes 3072 bytes", id="short binary"),
         pytest.param(*binary("BYTES", (1,), b"\xff\xff\xff\xffx"), "longer than the tensor", id="long element"),
@@ -118,6 +134,23 @@ IMAGE = tensor("BYTES", (1,), data=["AA=="])
 def test_what_is_refused(content: bytes, header_length: int | None, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         parsed(content, header_length)
+
+
+def test_numbers_are_parsed_as_json_parses_them() -> None:
+    text = " 1e-3 ,\n-0.5E+2"
+    assert parsed(numeric(text)).images == pytest.approx(np.array([1e-3, -50.0], np.float32).reshape(1, 1, 1, 2))
+    many = np.linspace(-2, 2, 60_000, dtype=np.float32).reshape(2, 3, 100, 100)  # more than a piece
+    again = parsed(body(tensor("FP32", many.shape, data=many.tolist()))).images
+    assert np.array_equal(again, many)
+
+
+def test_only_the_data_of_the_input_counts() -> None:
+    content = body(tensor("FP32", (1, 1, 1, 2), data=[3, 4]), id='"data":[1,2]', parameters={"data": [5, 6]})
+    assert parsed(content).images == pytest.approx(np.array([3, 4], np.float32).reshape(1, 1, 1, 2))
+    escaped = content.replace(b'"data": [3', b'"d\\u0061ta": [3')
+    assert escaped != content
+    with pytest.raises(BadRequest, match="no FP32"):
+        parsed(escaped)
 
 
 def test_what_follows_the_json_is_as_long_as_the_json_says() -> None:
