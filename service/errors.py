@@ -117,6 +117,12 @@ class Unauthorized(ServiceError):
     code = "unauthorized"
 
 
+class Misdirected(ServiceError):
+    """A Host that is not this server's, as a web page sends whose name was made to resolve to this machine (DNS rebinding)."""
+
+    code = "misdirected_request"
+
+
 class Forbidden(ServiceError):
     """A valid key that does not reach this far."""
 
@@ -124,7 +130,7 @@ class Forbidden(ServiceError):
 
 
 class TooManyAttempts(ServiceError):
-    """More wrong keys than an address may send in a minute; for a while none of its keys is looked at."""
+    """More wrong keys from one address than are answered with a delay; a right key passes."""
 
     code = "too_many_attempts"
 
@@ -257,6 +263,7 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     MethodNotAllowed: 405,
     Unauthorized: 401,
+    Misdirected: 421,
     Forbidden: 403,
     TooManyAttempts: 429,
     JobNotFound: 404,

@@ -71,7 +71,7 @@ class LiveServer:
 def live_server(weights: Path, root: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[LiveServer]:
     """Started, ready, and ended with SIGTERM; its log goes to a file, so that no pipe fills up."""
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--engine", "torch", "--device", "cpu"]
-    command += ["--weights", str(weights), "--data", str(root / "data"), *flags]
+    command += ["--weights", str(weights), "--data", str(root / "data"), "--allowed-hosts", "*", *flags]
     log = root / "serve.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})})

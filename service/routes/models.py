@@ -16,7 +16,7 @@ from models.classifier import NAME_PATTERN, ModelConfig
 from models.errors import ModelError, ModelNotFound
 from models.export.files import ExportFormat
 from models.store import ModelStore
-from service.auth import require_admin
+from service.auth import AdminRoute, require_admin
 from service.engine import Engine
 from service.errors import ServiceError
 from service.loaded import ModelStatus
@@ -36,7 +36,9 @@ from service.schemas import (
 from service.state import EngineDep, ExportsDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
-admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+admin_router = APIRouter(
+    tags=["models: admin"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS
+)
 
 
 def _possible(name: str) -> str:
