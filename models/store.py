@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from models import files, tensors
@@ -28,11 +28,13 @@ from models.classifier import (
     Classifier,
     Head,
     ModelConfig,
+    ModelName,
     Preprocessing,
     Record,
+    VersionNumber,
 )
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
-from models.records import CONFIG, read_record, to_json
+from models.records import CONFIG, fault_of, read_record, to_sealed_json
 from models.reference import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
@@ -42,9 +44,9 @@ SERVING, SHIPPED = "serving.json", "shipped.json"
 class Serving(Record):
     """Which version of which model is served, what it replaced, and which model answers when none is named."""
 
-    default: str | None = None
-    models: dict[str, int] = Field(default_factory=dict)
-    previous: dict[str, int] = Field(default_factory=dict)
+    default: ModelName | None = None
+    models: dict[ModelName, VersionNumber] = Field(default_factory=dict)
+    previous: dict[ModelName, VersionNumber] = Field(default_factory=dict)
 
 
 class ModelStore:
@@ -97,10 +99,8 @@ class ModelStore:
 
     def load_reference(self, config: ModelConfig) -> Reference | None:
         """What the version keeps of its data; None where it keeps nothing. Raises WeightsError when the file is damaged."""
-        found = sorted(
-            self._folder(config.name, config.version).glob(REFERENCES), key=lambda path: path.stat().st_mtime
-        )
-        return read_reference(found[-1]) if found else None
+        found = [path for path in self._folder(config.name, config.version).glob(REFERENCES) if path.is_file()]
+        return read_reference(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
     def head_file(self, config: ModelConfig) -> Path:
         """The weights of the version's head."""
@@ -152,16 +152,19 @@ class ModelStore:
         if len(classes) != head.num_classes:
             raise WeightsError(f"{len(classes)} class names, but the head has {head.num_classes} classes")
         data = tensors.serialise(head.state_dict())
-        config = ModelConfig(
-            name=name,
-            version=1,  # until the lock is held
-            classes=tuple(classes),
-            backbones=tuple(backbones),
-            head=head.config,
-            head_sha256=hashlib.sha256(data).hexdigest(),
-            metrics=dict(metrics or {}),
-            lineage=dict(lineage or {}),
-        )
+        try:
+            config = ModelConfig(
+                name=name,
+                version=1,  # until the lock is held
+                classes=tuple(classes),
+                backbones=tuple(backbones),
+                head=head.config,
+                head_sha256=hashlib.sha256(data).hexdigest(),
+                metrics=dict(metrics or {}),
+                lineage=dict(lineage or {}),
+            )
+        except ValidationError as error:
+            raise WeightsError(f"{name} cannot be published: {fault_of(error)}") from error
         return self._publish(config, data, reference)
 
     def put_reference(self, config: ModelConfig, reference: Reference) -> None:
@@ -185,7 +188,7 @@ class ModelStore:
                 for ref in draft.backbones:
                     self.backbones.size(ref)  # raises where it is missing
                 config = draft.model_copy(update={"version": max(self._numbers(draft.name), default=0) + 1})
-                files.write(folder / CONFIG, to_json(config))
+                files.write(folder / CONFIG, to_sealed_json(config))
                 target = self._folder(config.name, config.version)
                 target.parent.mkdir(exist_ok=True)
                 files.move(folder, target)
@@ -248,7 +251,7 @@ class ModelStore:
     def _record(self, default: str | None, models: dict[str, int], previous: dict[str, int]) -> Serving:
         serving = Serving(default=default, models=models, previous=previous)
         files.sweep(self.root)
-        files.replace(self.root / SERVING, to_json(serving))
+        files.replace(self.root / SERVING, to_sealed_json(serving))
         return serving
 
     def _require_served(self, name: str) -> Serving:

@@ -12,6 +12,7 @@ from torch import nn
 from models import architectures, backbones
 from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, Tap, pooled
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
+from models.records import to_sealed_json
 from models.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
@@ -262,7 +263,7 @@ def test_a_damaged_backbone_is_replaced_when_it_is_put_again(store: ModelStore) 
 def test_a_namesake_is_not_overwritten(store: ModelStore) -> None:
     ref = put(store)
     config = store.backbones.folder(ref) / "config.json"
-    config.write_text(config.read_text().replace(ref.sha256, ref.sha256[:8] + "0" * 56))
+    config.write_bytes(to_sealed_json(ref.model_copy(update={"sha256": ref.sha256[:8] + "0" * 56})))
     with pytest.raises(WeightsError, match="another backbone"):
         put(store)
 
