@@ -86,7 +86,7 @@ class BackboneShelf:
     def _reserve(self, ref: BackboneRef) -> bool:
         """Whether this backbone is there, sound; then its hour of grace begins anew. Raises WeightsError for a namesake."""
         folder = self.folder(ref)
-        with files.locked(self.lock):
+        with files.writing(self.root.parent), files.locked(self.lock):
             if not folder.exists():
                 return False
             self._refuse_namesake(ref)
@@ -105,7 +105,7 @@ class BackboneShelf:
 
     def _write(self, ref: BackboneRef, data: bytes) -> None:
         folder = self.folder(ref)
-        with files.staging(self.root, self.lock) as draft:
+        with files.writing(self.root.parent), files.staging(self.root, self.lock) as draft:
             files.write(draft / WEIGHTS, data)
             files.write(draft / CONFIG, to_sealed_json(ref))
             with files.locked(self.lock):

@@ -5,13 +5,14 @@
     weights/serving.json                       Serving; before the first change of it, weights/shipped.json
 
 Nothing that is published is ever modified: files are written in a temporary folder, and one rename publishes it. Writers, in
-however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served.
+however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served: every method that
+writes raises ReadOnlyStore there.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class ModelStore:
                 path.unlink(missing_ok=True)
 
     def _publish(self, draft: ModelConfig, head: bytes, reference: Reference | None) -> ModelConfig:
-        with files.staging(self.models, self.lock) as folder:
+        with files.writing(self.root), files.staging(self.models, self.lock) as folder:
             files.write(folder / HEAD, head)
             if reference is not None:
                 name, data = to_file(reference)
@@ -205,20 +206,20 @@ class ModelStore:
         return Serving()
 
     def activate(self, name: str, version: int) -> Serving:
-        """Serves this version from the next sync on, and remembers the one it replaces. The first model is the default."""
+        """Serves this version from the next sync on, and remembers the one it replaces. Where none is served, it is the default."""
         with self._locked():
             self.config(name, version)
             serving = self.serving()
             replaced = serving.models.get(name, version)
             remembered = {name: replaced} if replaced != version else {}
             return self._record(
-                default=serving.default or name,
+                default=serving.default if serving.models else name,
                 models=serving.models | {name: version},
                 previous=serving.previous | remembered,
             )
 
     def deactivate(self, name: str) -> Serving:
-        """Stops serving a model; its versions stay. Where it was the default there is none until one is set."""
+        """Stops serving a model; its versions stay. Raises NameConflict for the default while others are served."""
         with self._locked():
             return self._forget(name)
 
@@ -263,6 +264,11 @@ class ModelStore:
 
     def _forget(self, name: str) -> Serving:
         serving = self._require_served(name)
+        if serving.default == name and len(serving.models) > 1:
+            raise NameConflict(
+                f"{name!r} is the default model: requests that name none would get another model's classes; "
+                f"`imago models default NAME` sets another one first"
+            )
         return self._record(
             default=None if serving.default == name else serving.default,
             models=_without(serving.models, name),
@@ -274,7 +280,8 @@ class ModelStore:
     def remove(self, name: str, version: int | None = None) -> None:
         """Removes a version, or the whole model, served or not; then the backbones that nothing stands on any more.
 
-        Raises NameConflict for a version that is served. A version's number is not given again while the model exists.
+        Raises NameConflict for a version that is served, and for the default model while others are. A version's number is not given
+        again while the model exists.
         """
         with self._locked():
             self._find(name, version)
@@ -325,8 +332,17 @@ class ModelStore:
 
     # Paths
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return files.locked(self.lock)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with files.writing(self.root), files.locked(self.lock):
+            yield
+
+    def check_writable(self) -> None:
+        """Tries to write. Raises ReadOnlyStore, so that nobody trains or loads for what could not be stored."""
+        with self._locked():
+            for folder in (self.root, self.models, self.backbones.root):
+                if folder.is_dir():
+                    files.try_write(folder)
 
     def _find(self, name: str, version: int | None) -> int:
         versions = self.versions(name)

@@ -233,6 +233,7 @@ STATUS: dict[type[Exception], int] = {
     model.UnsupportedImage: 415,
     model.ImageTooLarge: 413,
     model.WeightsError: 422,
+    model.ReadOnlyStore: 507,
     model.DownloadError: 502,
     model.ExportError: 422,
     model.InvalidName: 422,

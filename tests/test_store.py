@@ -317,9 +317,29 @@ def test_the_default_is_the_first_until_another_is_set(store: ModelStore) -> Non
         store.activate(name, 1)
     assert store.serving().default == "one"
     assert store.set_default("two").default == "two"
-    assert store.deactivate("two").model_dump() == {"default": None, "models": {"one": 1}, "previous": {}}
+    assert store.deactivate("one").model_dump() == {"default": "two", "models": {"two": 1}, "previous": {}}
     with pytest.raises(ModelNotFound, match="not served"):
-        store.set_default("two")
+        store.set_default("one")
+    assert store.deactivate("two").default is None
+
+
+@pytest.mark.abuse("A1401")
+def test_the_default_stays_while_others_are_served(store: ModelStore) -> None:
+    for name in ("one", "two"):
+        publish(store, name)
+        store.activate(name, 1)
+    for attempt in (store.deactivate, store.remove):
+        with pytest.raises(NameConflict, match=r"'one' is the default model.*imago models default NAME"):
+            attempt("one")
+    assert (store.versions("one"), store.serving().default) == ([1], "one")
+
+
+@pytest.mark.abuse("A1401")
+def test_without_a_default_activation_sets_none(store: ModelStore) -> None:
+    for name in ("one", "two"):
+        publish(store, name)
+    (store.root / "serving.json").write_text('{"models": {"two": 1}}')
+    assert store.activate("one", 1).default is None
 
 
 def test_what_a_folder_was_shipped_with_stands_until_the_first_change(store: ModelStore) -> None:

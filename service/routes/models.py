@@ -99,11 +99,12 @@ PULLED: dict[str, Any] = {
     response_class=StreamingResponse,
     responses={200: PULLED},
 )
-async def pull_model(body: Pull, engine: EngineDep) -> StreamingResponse:
+async def pull_model(body: Pull, engine: EngineDep, store: StoreDep) -> StreamingResponse:
     """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
     another version of its name did, and `warnings` where its licence is unknown or restricts use; or `event: error` with
     `{code, message}`. The download goes on where the client leaves."""
     await run_in_threadpool(_check_published, body.name)
+    await run_in_threadpool(store.check_writable)
     return StreamingResponse(pulling(engine, body.name, body.model), media_type="text/event-stream", headers=UNCACHED)
 
 
