@@ -63,8 +63,8 @@ def server_of(root: Path) -> Iterator[rig.Server]:
 
 # Slow clients
 
-HALF_A_HEAD = b"POST /predict HTTP/1.1\r\nHost: bench\r\nX-Slow: "
-HALF_A_BODY = b"POST /predict HTTP/1.1\r\nHost: bench\r\nContent-Length: 100000\r\n\r\n"
+HALF_A_HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+HALF_A_BODY = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
 MANNERS = (b"", HALF_A_HEAD, HALF_A_BODY)
 ADDRESSES = 4  # the server closes what comes beyond 256 connections from one
 

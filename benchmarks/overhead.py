@@ -23,7 +23,7 @@ from benchmarks.serve import latencies_ms, limit_of
 from service.bench import complete
 
 NETWORK = "lenet5"
-BARE = b"GET /health/live HTTP/1.1\r\nHost: bench\r\n\r\n"
+BARE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def answers(url: str, request: bytes, seconds: float) -> Iterator[tuple[float, bytes]]:
@@ -42,7 +42,9 @@ def answers(url: str, request: bytes, seconds: float) -> Iterator[tuple[float, b
 
 
 def post(image: bytes) -> bytes:
-    head = f"POST /predict HTTP/1.1\r\nHost: bench\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+    )
     return head.encode() + image
 
 

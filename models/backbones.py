@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import architectures, explain, files, tensors
 from models.classifier import Backbone, BackboneRef, Preprocessing, Tap
 from models.errors import WeightsError
-from models.records import CONFIG, read_record, to_json
+from models.records import CONFIG, read_record, to_sealed_json
 from models.timm_names import is_timm
 
 WEIGHTS = "model.safetensors"
@@ -52,8 +52,13 @@ class BackboneShelf:
         return path.stat().st_size
 
     def is_sound(self, ref: BackboneRef) -> bool:
-        """Whether the file is there and has its hash; reads it all."""
-        return tensors.has_hash(self.folder(ref) / WEIGHTS, ref.sha256)
+        """True where the weights are there and have their hash, and the record beside them is theirs; reads them all."""
+        try:
+            found = read_record(self.folder(ref) / CONFIG, BackboneRef)
+        except WeightsError:
+            return False
+        same = (found.architecture, found.sha256) == (ref.architecture, ref.sha256)
+        return same and tensors.has_hash(self.folder(ref) / WEIGHTS, ref.sha256)
 
     def put(
         self, architecture: str, weights: nn.Module | Mapping[str, Tensor], preprocessing: Preprocessing, half: bool
@@ -81,7 +86,7 @@ class BackboneShelf:
     def _reserve(self, ref: BackboneRef) -> bool:
         """Whether this backbone is there, sound; then its hour of grace begins anew. Raises WeightsError for a namesake."""
         folder = self.folder(ref)
-        with files.locked(self.lock):
+        with files.writing(self.root.parent), files.locked(self.lock):
             if not folder.exists():
                 return False
             self._refuse_namesake(ref)
@@ -100,9 +105,9 @@ class BackboneShelf:
 
     def _write(self, ref: BackboneRef, data: bytes) -> None:
         folder = self.folder(ref)
-        with files.staging(self.root, self.lock) as draft:
+        with files.writing(self.root.parent), files.staging(self.root, self.lock) as draft:
             files.write(draft / WEIGHTS, data)
-            files.write(draft / CONFIG, to_json(ref))
+            files.write(draft / CONFIG, to_sealed_json(ref))
             with files.locked(self.lock):
                 if folder.exists():  # damaged, or put by another process a moment ago: the same content either way
                     files.discard(folder)

@@ -27,7 +27,7 @@ from models.backbones import WEIGHTS, skeleton
 from models.classifier import BackboneRef, Head, ModelConfig, Record
 from models.download import Progress
 from models.errors import DatasetError, WeightsError
-from models.records import CONFIG, to_json
+from models.records import CONFIG, parse_record, to_json, to_sealed_json
 from models.records import MAX_BYTES as MAX_RECORD
 from models.reference import MAX_BYTES as MAX_FEATURES
 from models.reference import Reference, read_reference, to_file
@@ -52,7 +52,7 @@ class Manifest(Record):
 
 def write_bundle(store: ModelStore, config: ModelConfig, path: Path) -> None:
     """Writes the version to a new zip at `path`. Raises WeightsError where one of its files is damaged."""
-    content = {CONFIG: to_json(config)}
+    content = {CONFIG: to_sealed_json(config)}
     if (reference := store.load_reference(config)) is not None:
         name, content[name] = to_file(reference)
     sources = {HEAD: (store.head_file(config), config.head_sha256)}
@@ -146,12 +146,8 @@ def _manifest(archive: Archive, path: Path) -> Manifest:
 
 
 def _config(archive: Archive, manifest: Manifest, path: Path) -> ModelConfig:
-    try:
-        config = ModelConfig.model_validate_json(_read(archive, manifest, CONFIG, MAX_RECORD, path))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "the file"
-        raise WeightsError(f"{path.name} is refused: its {CONFIG} is not valid: {where}: {fault['msg']}") from error
+    data = _read(archive, manifest, CONFIG, MAX_RECORD, path)
+    config = parse_record(data, ModelConfig, f"{CONFIG} of {path.name}")
     expected = {CONFIG, HEAD, *(_member_of(ref) for ref in config.backbones)}
     others = [name for name in manifest.files if name not in expected]
     if expected - manifest.files.keys() or len(others) > 1 or not all(map(REFERENCE.fullmatch, others)):

@@ -15,13 +15,14 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from models.class_names import complaint
 from models.errors import WeightsError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+MAX_CLASSES, MAX_CLASS_NAME = 100_000, 1000  # ImageNet-21k has 21,841; characters
 
 
 class Record(BaseModel):
@@ -29,8 +30,16 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def check_without_hash(self) -> None:
+        """Raises ValueError for what is believed only of a record that has its hash."""
 
+
+ModelName = Annotated[str, Field(pattern=NAME_PATTERN)]
+VersionNumber = Annotated[int, Field(ge=1, le=999_999_999)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
+Mean = Annotated[float, Field(ge=-1000, le=1000)]  # of pixels in 0..1
+Std = Annotated[float, Field(ge=1e-5, le=1000)]
+ClassName = Annotated[str, Field(min_length=1, max_length=MAX_CLASS_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 CropMode = Literal["center", "squash", "border"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]  # Pillow's filters
 
@@ -49,8 +58,8 @@ class Preprocessing(Record):
     crop: Pixels | tuple[Pixels, Pixels]
     channels: Literal[1, 3] = 3
     interpolation: Interpolation = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[Mean, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Std, ...] = (0.229, 0.224, 0.225)
     crop_mode: CropMode = "center"
 
     @field_validator("resize", "crop", mode="after")
@@ -62,8 +71,6 @@ class Preprocessing(Record):
     def _consistent(self) -> "Preprocessing":
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std need {self.channels} values each")
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
         return self
 
     @property
@@ -88,10 +95,10 @@ class BackboneRef(Record):
     `output` names the module whose output, averaged over its positions, are the features; None: all of the network.
     """
 
-    architecture: str
+    architecture: str = Field(max_length=256)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     preprocessing: Preprocessing
-    output: str | None = None
+    output: str | None = Field(default=None, max_length=256)
 
     @property
     def key(self) -> str:
@@ -105,7 +112,7 @@ class LayerConfig(Record):
     map (N, in_features * P); a 1x1 convolution, ReLU, and the mean over the P positions."""
 
     kind: Literal["linear", "conv"] = "linear"
-    in_features: int = Field(ge=1)
+    in_features: int = Field(ge=1, le=2**24)
     bias: bool = True
 
 
@@ -117,10 +124,10 @@ class HeadConfig(Record):
     """
 
     kind: Literal["single", "mean", "feature_sum"] = "single"
-    layers: tuple[LayerConfig, ...] = Field(min_length=1)
-    hidden: int = Field(default=512, ge=1)
+    layers: tuple[LayerConfig, ...] = Field(min_length=1, max_length=100)
+    hidden: int = Field(default=512, ge=1, le=2**20)
     dropout: float = Field(default=0.5, ge=0, lt=1)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-4, le=1e4)
 
     @model_validator(mode="after")
     def _consistent(self) -> "HeadConfig":
@@ -132,11 +139,11 @@ class HeadConfig(Record):
 class ModelConfig(Record):
     """A version of a served model, as `config.json` says it."""
 
-    name: str = Field(pattern=NAME_PATTERN)
-    version: int = Field(ge=1)
-    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    classes: tuple[str, ...] = Field(min_length=1)
-    backbones: tuple[BackboneRef, ...] = Field(min_length=1)
+    name: ModelName
+    version: VersionNumber
+    created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    backbones: tuple[BackboneRef, ...] = Field(min_length=1, max_length=100)
     head: HeadConfig
     head_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     metrics: dict[str, Any] = {}
@@ -148,7 +155,14 @@ class ModelConfig(Record):
             raise ValueError(f"{len(self.backbones)} backbones, but the head has {len(self.head.layers)} layers")
         if wrong := complaint(self.classes):
             raise ValueError(wrong)
+        if not isinstance(self.lineage.get("command", ""), str):
+            raise ValueError("lineage.command is not text")
         return self
+
+    def check_without_hash(self) -> None:
+        """Names may repeat, as two of ImageNet's do in some publications; by hand it is a mistake."""
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: two have the same name")
 
 
 class ConvLayer(nn.Module):

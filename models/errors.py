@@ -52,6 +52,12 @@ class WeightsError(ModelError):
     code = "invalid_weights"
 
 
+class ReadOnlyStore(ModelError):
+    """The store cannot be written to: its folder is mounted read-only, or its permissions say so. Nothing was changed."""
+
+    code = "store_read_only"
+
+
 class DownloadError(ModelError):
     """Published weights could not be fetched, or were not what their name promises."""
 

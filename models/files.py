@@ -7,6 +7,7 @@
 A writer that dies leaves a `.tmp-` entry which nobody holds; the next writer sweeps it.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from models.errors import ReadOnlyStore
+
 TEMPORARY = ".tmp-"
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -28,6 +32,26 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Raises ReadOnlyStore where the system refuses to let the body write into the store at `root`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise ReadOnlyStore(
+            f"the model store {root} cannot be written to ({error.strerror}); mount it read-write, or change its permissions"
+        ) from error
+
+
+def try_write(folder: Path) -> None:
+    """Writes and removes an empty file. Raises OSError."""
+    probe = temporary(folder)
+    probe.touch()
+    probe.unlink()
 
 
 @contextmanager

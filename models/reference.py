@@ -159,7 +159,15 @@ def read_reference(path: Path) -> Reference:
     if path.name != f"reference-{_digest(data)}.safetensors":
         raise WeightsError(f"{path} is damaged; `imago models calibrate` writes it again")
     found = tensors.parse(data, path)
-    return Reference(Conformal(found["scores"], found["ranks"]), _neighbourhood(found), Decisions.read(found))
+    try:
+        conformal, near = Conformal(found["scores"], found["ranks"]), _neighbourhood(found)
+        if not 0 < conformal.scores.numel() == conformal.ranks.numel():
+            raise ValueError("scores without ranks")
+        if near is not None and (near.features.ndim != 2 or len(near.features) != len(near.names)):
+            raise ValueError("features without names")
+        return Reference(conformal, near, Decisions.read(found))
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise WeightsError(f"{path} is damaged; `imago models calibrate` writes it again") from error
 
 
 def _neighbourhood(found: Mapping[str, Tensor]) -> Neighbourhood | None:

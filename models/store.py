@@ -5,18 +5,19 @@
     weights/serving.json                       Serving; before the first change of it, weights/shipped.json
 
 Nothing that is published is ever modified: files are written in a temporary folder, and one rename publishes it. Writers, in
-however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served.
+however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served: every method that
+writes raises ReadOnlyStore there.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from models import files, tensors
@@ -28,11 +29,13 @@ from models.classifier import (
     Classifier,
     Head,
     ModelConfig,
+    ModelName,
     Preprocessing,
     Record,
+    VersionNumber,
 )
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
-from models.records import CONFIG, read_record, to_json
+from models.records import CONFIG, fault_of, read_record, to_sealed_json
 from models.reference import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
@@ -42,9 +45,9 @@ SERVING, SHIPPED = "serving.json", "shipped.json"
 class Serving(Record):
     """Which version of which model is served, what it replaced, and which model answers when none is named."""
 
-    default: str | None = None
-    models: dict[str, int] = Field(default_factory=dict)
-    previous: dict[str, int] = Field(default_factory=dict)
+    default: ModelName | None = None
+    models: dict[ModelName, VersionNumber] = Field(default_factory=dict)
+    previous: dict[ModelName, VersionNumber] = Field(default_factory=dict)
 
 
 class ModelStore:
@@ -97,10 +100,8 @@ class ModelStore:
 
     def load_reference(self, config: ModelConfig) -> Reference | None:
         """What the version keeps of its data; None where it keeps nothing. Raises WeightsError when the file is damaged."""
-        found = sorted(
-            self._folder(config.name, config.version).glob(REFERENCES), key=lambda path: path.stat().st_mtime
-        )
-        return read_reference(found[-1]) if found else None
+        found = [path for path in self._folder(config.name, config.version).glob(REFERENCES) if path.is_file()]
+        return read_reference(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
     def head_file(self, config: ModelConfig) -> Path:
         """The weights of the version's head."""
@@ -152,16 +153,19 @@ class ModelStore:
         if len(classes) != head.num_classes:
             raise WeightsError(f"{len(classes)} class names, but the head has {head.num_classes} classes")
         data = tensors.serialise(head.state_dict())
-        config = ModelConfig(
-            name=name,
-            version=1,  # until the lock is held
-            classes=tuple(classes),
-            backbones=tuple(backbones),
-            head=head.config,
-            head_sha256=hashlib.sha256(data).hexdigest(),
-            metrics=dict(metrics or {}),
-            lineage=dict(lineage or {}),
-        )
+        try:
+            config = ModelConfig(
+                name=name,
+                version=1,  # until the lock is held
+                classes=tuple(classes),
+                backbones=tuple(backbones),
+                head=head.config,
+                head_sha256=hashlib.sha256(data).hexdigest(),
+                metrics=dict(metrics or {}),
+                lineage=dict(lineage or {}),
+            )
+        except ValidationError as error:
+            raise WeightsError(f"{name} cannot be published: {fault_of(error)}") from error
         return self._publish(config, data, reference)
 
     def put_reference(self, config: ModelConfig, reference: Reference) -> None:
@@ -176,7 +180,7 @@ class ModelStore:
                 path.unlink(missing_ok=True)
 
     def _publish(self, draft: ModelConfig, head: bytes, reference: Reference | None) -> ModelConfig:
-        with files.staging(self.models, self.lock) as folder:
+        with files.writing(self.root), files.staging(self.models, self.lock) as folder:
             files.write(folder / HEAD, head)
             if reference is not None:
                 name, data = to_file(reference)
@@ -185,7 +189,7 @@ class ModelStore:
                 for ref in draft.backbones:
                     self.backbones.size(ref)  # raises where it is missing
                 config = draft.model_copy(update={"version": max(self._numbers(draft.name), default=0) + 1})
-                files.write(folder / CONFIG, to_json(config))
+                files.write(folder / CONFIG, to_sealed_json(config))
                 target = self._folder(config.name, config.version)
                 target.parent.mkdir(exist_ok=True)
                 files.move(folder, target)
@@ -202,20 +206,20 @@ class ModelStore:
         return Serving()
 
     def activate(self, name: str, version: int) -> Serving:
-        """Serves this version from the next sync on, and remembers the one it replaces. The first model is the default."""
+        """Serves this version from the next sync on, and remembers the one it replaces. Where none is served, it is the default."""
         with self._locked():
             self.config(name, version)
             serving = self.serving()
             replaced = serving.models.get(name, version)
             remembered = {name: replaced} if replaced != version else {}
             return self._record(
-                default=serving.default or name,
+                default=serving.default if serving.models else name,
                 models=serving.models | {name: version},
                 previous=serving.previous | remembered,
             )
 
     def deactivate(self, name: str) -> Serving:
-        """Stops serving a model; its versions stay. Where it was the default there is none until one is set."""
+        """Stops serving a model; its versions stay. Raises NameConflict for the default while others are served."""
         with self._locked():
             return self._forget(name)
 
@@ -248,7 +252,7 @@ class ModelStore:
     def _record(self, default: str | None, models: dict[str, int], previous: dict[str, int]) -> Serving:
         serving = Serving(default=default, models=models, previous=previous)
         files.sweep(self.root)
-        files.replace(self.root / SERVING, to_json(serving))
+        files.replace(self.root / SERVING, to_sealed_json(serving))
         return serving
 
     def _require_served(self, name: str) -> Serving:
@@ -260,6 +264,11 @@ class ModelStore:
 
     def _forget(self, name: str) -> Serving:
         serving = self._require_served(name)
+        if serving.default == name and len(serving.models) > 1:
+            raise NameConflict(
+                f"{name!r} is the default model: requests that name none would get another model's classes; "
+                f"`imago models default NAME` sets another one first"
+            )
         return self._record(
             default=None if serving.default == name else serving.default,
             models=_without(serving.models, name),
@@ -271,7 +280,8 @@ class ModelStore:
     def remove(self, name: str, version: int | None = None) -> None:
         """Removes a version, or the whole model, served or not; then the backbones that nothing stands on any more.
 
-        Raises NameConflict for a version that is served. A version's number is not given again while the model exists.
+        Raises NameConflict for a version that is served, and for the default model while others are. A version's number is not given
+        again while the model exists.
         """
         with self._locked():
             self._find(name, version)
@@ -322,8 +332,17 @@ class ModelStore:
 
     # Paths
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return files.locked(self.lock)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with files.writing(self.root), files.locked(self.lock):
+            yield
+
+    def check_writable(self) -> None:
+        """Tries to write. Raises ReadOnlyStore, so that nobody trains or loads for what could not be stored."""
+        with self._locked():
+            for folder in (self.root, self.models, self.backbones.root):
+                if folder.is_dir():
+                    files.try_write(folder)
 
     def _find(self, name: str, version: int | None) -> int:
         versions = self.versions(name)

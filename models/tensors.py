@@ -200,6 +200,6 @@ def listed(names: Iterable[str]) -> str:
 def has_hash(path: Path, sha256: str) -> bool:
     """Whether the file is there and has this hash."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     except OSError:
         return False

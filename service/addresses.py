@@ -6,12 +6,14 @@ from ipaddress import IPv6Address, ip_address, ip_network
 
 
 def network_of(address: str) -> str:
-    """The client that an address belongs to: IPv6 addresses are grouped by /64, since one client has all of them."""
+    """The client that an address belongs to: IPv6 clients are grouped by /64, and IPv4 within IPv6 counts as IPv4."""
     try:
         found = ip_address(address)
     except ValueError:  # a proxy can write anything into its header
         return address[:64]
-    return str(int(found) >> 64) if isinstance(found, IPv6Address) and found.ipv4_mapped is None else address
+    if not isinstance(found, IPv6Address):
+        return address
+    return str(found.ipv4_mapped or f"{int(found) >> 64:x}/64")
 
 
 def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:

@@ -74,7 +74,9 @@ def create_app(
         title="Imago",
         version=version("imago"),
         description=DESCRIPTION,
-        servers=[{"url": "/"}],
+        servers=[{"url": "."}],  # relative to the document: a proxy may serve it under a path of its own
+        docs_url=None,  # the page's router has a viewer of our own, which asks no other host
+        redoc_url=None,
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asking whether it is on costs 15 us a request
         redirect_slashes=False,  # a redirect would be built from the Host header

@@ -1,12 +1,13 @@
 """Who may do what. Keys are compared by their hashes, in constant time, and never logged."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import os
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,42 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 ADMIN_KEY_FILE = "admin.key"  # in the data folder, mode 0600
-MAX_BAD_KEYS, BAD_KEYS_S = 10, 60.0  # so many bad keys an address may send in so many seconds
+FREE_BAD_KEYS, BAD_KEYS_S = 10, 60.0  # wrong keys that an address may send in so many seconds and be answered at once
+DELAY_S = 1.0  # that the answer to each further one takes
+MAX_DELAYED = 32  # answers of one address that wait at a time; beyond them wrong keys get 429 at once
 MAX_ADDRESSES = 10_000  # that are remembered: about 2 MB
 
 
 class Attempts:
-    """Bad keys, by client address. After MAX_BAD_KEYS of them no key of that address is even looked at, until BAD_KEYS_S are over."""
+    """Counts wrong keys by client address, IPv6 by /64, and delays their answers. A right key is never counted, delayed or refused."""
 
     def __init__(self) -> None:
         self._bad: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and when they are forgotten
+        self._delayed: Counter[str] = Counter()
 
-    def check(self, address: str) -> None:
-        """Raises TooManyAttempts."""
-        count, ends = self._bad.get(network_of(address), (0, 0.0))
-        if count >= MAX_BAD_KEYS and (left := ends - time.monotonic()) > 0:
-            raise TooManyAttempts("too many wrong keys came from this address; try again later", retry_after_s=left)
-
-    def failed(self, address: str) -> None:
+    async def failed(self, address: str) -> None:
+        """Returns when the wrong key may be answered. Raises TooManyAttempts where too many answers wait already."""
         network, now = network_of(address), time.monotonic()
         count, ends = self._bad.pop(network, (0, 0.0))
-        self._bad[network] = (count + 1, ends) if ends > now else (1, now + BAD_KEYS_S)
+        count, ends = (count + 1, ends) if ends > now else (1, now + BAD_KEYS_S)
+        self._bad[network] = (count, ends)
         if len(self._bad) > MAX_ADDRESSES:
             self._bad.popitem(last=False)
+        if count > FREE_BAD_KEYS:
+            await self._delay(network)
+
+    async def _delay(self, network: str) -> None:
+        if self._delayed[network] >= MAX_DELAYED:
+            raise TooManyAttempts(
+                "too many wrong keys come from this address; send the right one", retry_after_s=DELAY_S
+            )
+        self._delayed[network] += 1
+        try:
+            await asyncio.sleep(DELAY_S)
+        finally:
+            self._delayed[network] -= 1
+            if not self._delayed[network]:
+                del self._delayed[network]
 
 
 class Keys:
@@ -61,15 +76,14 @@ class Keys:
         admin = settings.admin_key.get_secret_value() if settings.admin_key else admin_key_of(settings.data)
         return cls(admin, settings.api_key.get_secret_value() if settings.api_key else None)
 
-    def try_key(self, check: Callable[[str | None], None], key: str | None, address: str) -> None:
-        """`check_admin` or `check_user` of a key that came from this address. Raises TooManyAttempts too."""
-        if key is None:
-            return check(None)
-        self._attempts.check(address)
+    async def try_key(self, check: Callable[[str | None], None], key: str | None, address: str) -> None:
+        """Runs `check_admin` or `check_user` on a key that came from this address; a wrong one may be answered later. Raises
+        TooManyAttempts too."""
         try:
             check(key)
         except Unauthorized:
-            self._attempts.failed(address)
+            if key is not None:
+                await self._attempts.failed(address)
             raise
 
     def check_admin(self, key: str | None) -> None:
@@ -125,7 +139,7 @@ class _AdminKey(HTTPBearer):
     async def __call__(self, request: Request) -> None:  # type: ignore[override]
         credentials = await super().__call__(request)
         keys: Keys = request.state.keys
-        keys.try_key(keys.check_admin, credentials.credentials if credentials else None, _address(request))
+        await keys.try_key(keys.check_admin, credentials.credentials if credentials else None, _address(request))
 
 
 class _UserKey(HTTPBearer):
@@ -133,11 +147,28 @@ class _UserKey(HTTPBearer):
         keys: Keys = request.state.keys
         if keys.users_need_one:
             credentials = await super().__call__(request)
-            keys.try_key(keys.check_user, credentials.credentials if credentials else None, _address(request))
+            await keys.try_key(keys.check_user, credentials.credentials if credentials else None, _address(request))
 
 
 require_admin = _AdminKey(scheme_name="AdminKey", description="The admin key", auto_error=False)
 require_user = _UserKey(scheme_name="ApiKey", description="The API key, or the admin key", auto_error=False)
+
+
+class AdminRoute(APIRoute):
+    """Checks the admin key before the body is read: FastAPI itself reads and parses a body before it solves dependencies.
+
+    The routers depend on `require_admin` too, which puts the key into the OpenAPI document.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            await require_admin(request)
+            request.scope["state"]["exchange"].check_size()
+            return await handle(request)
+
+        return handler
 
 
 class UserRoute(APIRoute):
@@ -149,6 +180,7 @@ class UserRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def handler(request: Request) -> Response:
             await require_user(request)
+            request.scope["state"]["exchange"].check_size()
             response: Response = await self.endpoint(request)
             return response
 

@@ -58,8 +58,8 @@ def _distinct(configs: Iterable[ModelConfig], default: str) -> list[ModelConfig]
 
 
 def _accuracy(config: ModelConfig) -> float | None:
-    accuracy: float | None = config.metrics.get("acc@1")
-    return accuracy
+    accuracy = config.metrics.get("acc@1")
+    return float(accuracy) if isinstance(accuracy, int | float) else None
 
 
 def _stored(config: ModelConfig, store: ModelStore, default: str, rates: Mapping[str, float]) -> TrainingBase:

@@ -103,6 +103,8 @@ class Catalogue:
         if self.default in self._failures:
             return f"the default model {self.default!r} could not be loaded: {self._failures[self.default].reason}"
         if self.default is None and self._first_sync is not None and self._first_sync.done():
+            if self.served:
+                return "no default model is set: `imago models default NAME`, then POST /models/sync; or name a model"
             return "the store serves no model: pull, import or train one, then POST /models/sync"
         return "the default model is still loading"
 
@@ -169,7 +171,7 @@ class Catalogue:
     async def retire(self, name: str) -> None:
         """Takes a model out of service and out of memory; its versions stay in the store.
 
-        Raises ModelNotFound, and NameConflict where the setting `models` names it.
+        Raises ModelNotFound, ReadOnlyStore, and NameConflict where the setting `models` names it or it is the default beside others.
         """
         plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
         if self.settings.models and name in plan.names:
@@ -180,6 +182,7 @@ class Catalogue:
     async def _serve(
         self, name: str, version: int, record: Callable[[], object], check: Check = unchecked
     ) -> ModelStatus:
+        await asyncio.to_thread(self.store.check_writable)
         async with self._sync_lock:
             plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
             if self.settings.models and name not in plan.names:
@@ -189,7 +192,7 @@ class Catalogue:
             await asyncio.to_thread(record)
             self._failures.pop(name, None)
             self.served = {**self.served, name: served}
-            self.default = self.default or name
+            self.default = self.default or (await asyncio.to_thread(plan_serving, self.settings, self.store)).default
             self._announce()
         return self.model(name)
 

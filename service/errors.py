@@ -123,6 +123,12 @@ class Unauthorized(ServiceError):
     code = "unauthorized"
 
 
+class Misdirected(ServiceError):
+    """A Host that is not this server's, as a web page sends whose name was made to resolve to this machine (DNS rebinding)."""
+
+    code = "misdirected_request"
+
+
 class Forbidden(ServiceError):
     """A valid key that does not reach this far."""
 
@@ -130,7 +136,7 @@ class Forbidden(ServiceError):
 
 
 class TooManyAttempts(ServiceError):
-    """More wrong keys than an address may send in a minute; for a while none of its keys is looked at."""
+    """More wrong keys from one address than are answered with a delay; a right key passes."""
 
     code = "too_many_attempts"
 
@@ -233,6 +239,7 @@ STATUS: dict[type[Exception], int] = {
     model.UnsupportedImage: 415,
     model.ImageTooLarge: 413,
     model.WeightsError: 422,
+    model.ReadOnlyStore: 507,
     model.DownloadError: 502,
     model.ExportError: 422,
     model.InvalidName: 422,
@@ -264,6 +271,7 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     MethodNotAllowed: 405,
     Unauthorized: 401,
+    Misdirected: 421,
     Forbidden: 403,
     TooManyAttempts: 429,
     JobNotFound: 404,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models import licences, packaged
 from models.classifier import BackboneRef, Head, ModelConfig, Preprocessing
 from models.download import Progress
-from models.errors import ModelNotFound, WeightsError
+from models.errors import ModelNotFound, ReadOnlyStore, WeightsError
 from models.reference import Reference, nearest
 from models.runtime import Runtime, RuntimeInfo, compile_backbone
 from models.store import ModelStore
@@ -262,9 +262,9 @@ def _unpacked(name: str, store: ModelStore) -> ModelConfig:
     log.info("%s: converting its packaged weights", name)
     try:
         return packaged.pull(name, store)
-    except OSError as error:
+    except (OSError, ReadOnlyStore) as error:
         raise WeightsError(
-            f"its packaged weights cannot be converted into {store.root}: {error.strerror}; "
+            f"its packaged weights cannot be converted into {store.root}: {getattr(error, 'strerror', None) or 'it is read-only'}; "
             f"make the folder writable, or run `imago models pull {name}` where it is"
         ) from error
 

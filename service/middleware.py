@@ -1,6 +1,6 @@
 """The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
 
-head -> request id -> draining? declared size? -> routes, which receive the body inflated and counted -> headers, metrics, access log, trace
+head -> request id -> host? draining? -> routes: key? declared size? -> the body, inflated and counted -> metrics, access log, trace
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from service.errors import (
     envelope,
     status_of,
 )
+from service.hosts import Hosts
 from service.logs import ACCESS, Fields, request_id
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
@@ -86,11 +87,18 @@ class Exchange:
     status: int = 0
     admitted: bool = False  # it counts as traffic, and a shutdown waits for it
     complete: bool = False  # the whole body has been received
+    oversized: bool = False  # by its declared size: nothing of the body is read
     closing: bool = False  # the connection is to be closed after the answer
     refusal: ServiceError | None = None  # raised to whoever read the body, who may have taken it for something else
     models: Sequence[str] = ()  # that answered, as name@version
     images: int = 0  # that were sent
     span: "Span | None" = None
+
+    def check_size(self) -> None:
+        """Raises PayloadTooLarge for a body whose declared size is beyond the limit, before any of it is read."""
+        if self.oversized:
+            self.refusal = _too_large(self.limit)
+            raise self.refusal
 
 
 class Traffic:
@@ -125,6 +133,7 @@ class Edge:
         self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, traces: Traces | None
     ) -> None:
         self.app, self.settings, self.metrics, self.traffic, self.traces = app, settings, metrics, traffic, traces
+        self.hosts = Hosts(settings.host, settings.allowed_hosts)
         self.held = 0  # bytes of the bodies of all requests under way
         self._max_held = settings.max_queue_mb * 2**20
         self._raw_limit = settings.max_body_mb * 2**20
@@ -186,6 +195,7 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
         """Raises what can be said of a request by its head alone."""
+        self.hosts.check(headers.get(b"host"))
         draining = scope["state"]["engine"].draining
         exchange.closing = draining
         if not scope["path"].startswith(OPEN_WHILE_DRAINING):
@@ -196,8 +206,8 @@ class Edge:
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
             raise BadRequest("Content-Length must be a number")
-        if int(declared) > exchange.limit:
-            raise _too_large(exchange.limit)
+        if int(declared) > exchange.limit:  # refused once the key is checked
+            exchange.oversized = exchange.closing = True
 
     def _body(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive) -> Receive:
         """`receive`, which notes when all has come; inflated where the route reads compressed bodies."""
@@ -217,6 +227,7 @@ class Edge:
         through the memory counts for itself alone."""
 
         async def counted() -> Message:
+            exchange.check_size()
             message = await receive()
             size = len(message.get("body", b""))
             exchange.received += size

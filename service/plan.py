@@ -35,7 +35,7 @@ def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
         names += _imagenet_group() if name == IMAGENET else (name,)
     names = names or [*serving.models]
     default = settings.default_model or (serving.default if serving.default in names else None)
-    default = default or (names[0] if names else None)
+    default = default or (names[0] if settings.models else None)  # never the first by name: it has other classes
     ordered = tuple(dict.fromkeys([default, *names] if default else names))
     versions: dict[str, int] = {}
     configs: dict[str, ModelConfig] = {}

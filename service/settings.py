@@ -57,6 +57,10 @@ class Settings(BaseSettings):
         pattern=r"^https?://",
         description="OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request, as http://localhost:4318; by default none",
     )
+    allowed_hosts: Names = Field(
+        (),
+        description="Further names of this server in `Host`, comma separated, or `*`; unset, only a loopback `host` checks them",
+    )
     cors_origins: Names = Field(
         (), description="Origins whose pages may call the user routes, comma separated; none by default"
     )

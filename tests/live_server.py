@@ -84,7 +84,7 @@ def live_server(
     seen, log = Pulse(root / "pulse"), root / "serve.log"
     program = [*PULSE, str(seen.path)] if watched or os.environ.get(WATCH_ALL) else ["-m", "service.cli"]
     command = [sys.executable, *program, "serve", "--port", "0", "--engine", "torch", "--device", "cpu"]
-    command += ["--weights", str(weights), "--data", str(root / "data"), *flags]
+    command += ["--weights", str(weights), "--data", str(root / "data"), "--allowed-hosts", "*", *flags]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})})
     try:

@@ -63,6 +63,8 @@ class FakeStore(ModelStore):
     def serving(self) -> Serving:
         return Serving(default="pets", models={"pets": self.version}, previous={})
 
+    def check_writable(self) -> None: ...
+
     def remove(self, name: str, version: int | None = None) -> None:
         self.calls.append(("remove", name, version))
 
@@ -187,7 +189,7 @@ class Service:
     """The application around the fakes; `http` is a client of it, with no socket between."""
 
     def __init__(self, data: Path, **settings: Any) -> None:
-        self.settings = Settings(**{"data": data, "admin_key": ADMIN_KEY, **settings})
+        self.settings = Settings(**{"data": data, "admin_key": ADMIN_KEY, "allowed_hosts": "*", **settings})
         self.store, self.metrics, self.traffic = FakeStore(), Metrics(), Traffic()
         self.engine = FakeEngine(self.store)
         self.app = create_app(self.settings, self.engine, self.store, self.metrics, traffic=self.traffic)

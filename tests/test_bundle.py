@@ -14,6 +14,7 @@ import torch
 from models.bundle import import_bundle, write_bundle
 from models.errors import WeightsError
 from models.importing import import_model
+from models.records import SEAL
 from models.reference import Conformal, Reference
 from models.store import ModelStore
 
@@ -73,12 +74,18 @@ def digest(data: bytes) -> str:
 
 def changed(files: Files, file: str, **fields: Any) -> Files:
     """With fields of a JSON file replaced, and the manifest's hashes made to fit."""
-    files = files | {file: json.dumps(json.loads(files[file]) | fields).encode()}
+    content = {name: value for name, value in json.loads(files[file]).items() if name != SEAL}
+    files = files | {file: json.dumps(content | fields).encode()}
     if file == "imago.json":
         return files
     manifest = json.loads(files["imago.json"])
     hashes = {other: digest(data) for other, data in files.items() if other != "imago.json"}
     return files | {"imago.json": json.dumps(manifest | {"files": hashes}).encode()}
+
+
+def edited(files: Files) -> Files:
+    """Another class, and the hash of before."""
+    return changed(files, "config.json", classes=["a", "b", "z"], record_sha256=json.loads(files["config.json"])[SEAL])
 
 
 def backbone_of(files: Files) -> str:
@@ -117,9 +124,10 @@ DAMAGE: list[Any] = [
     pytest.param(lambda f: f | {"imago.json": b"{"}, "is not that of an exported model", id="manifest"),
     pytest.param(lambda f: changed(f, "imago.json", format=9), "another version of Imago", id="format"),
     pytest.param(
-        lambda f: changed(f, "config.json", name="../x"), "config.json is not valid: name", id="configuration"
+        lambda f: changed(f, "config.json", name="../x"), "config.json of .* is damaged, .*: name", id="configuration"
     ),
     pytest.param(lambda f: changed(f, "config.json", classes=["a"]), "does not fit", id="classes"),
+    pytest.param(edited, "was changed after it was written", id="edited"),
     pytest.param(lambda f: f | {"imago.json": bytes(20 * 2**20)}, "would grow from|expected at most", id="bomb"),
 ]
 

@@ -404,7 +404,7 @@ async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store
 @pytest.mark.abuse("H15")
 async def test_a_default_that_was_removed_is_not_said_to_be_loading(store: ModelStore) -> None:
     async with serving(store) as engine:
-        for name in ("both", "b", "a", "c"):
+        for name in ("both", "b", "c", "a"):
             store.remove(name)
         await engine.sync()
         with pytest.raises(NotReady, match="the store serves no model"):
@@ -521,7 +521,7 @@ async def test_a_model_that_the_setting_leaves_out_is_not_activated(store: Model
 
 
 async def test_the_first_model_of_an_empty_server_is_its_default(store: ModelStore) -> None:
-    for name in ("a", "b", "c"):
+    for name in ("both", "c", "b", "a"):
         store.deactivate(name)
     async with serving(store, ready=False) as engine:
         await engine.activate("b", 1)

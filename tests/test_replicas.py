@@ -306,7 +306,7 @@ async def test_what_is_not_to_be_served_any_more_is_not_tried_again(
     gpu.fail_to_compile(out_of_memory(), times=10**6)
     async with on_gpus(store, gpu, ready=False, models=()) as engine:
         await engine.catalogue.wait_loaded()
-        for name in ("a", "b", "c", "both"):
+        for name in ("both", "c", "b", "a"):
             store.deactivate(name)
         await until(lambda: not engine.catalogue._retries)
         assert engine.models() == []

@@ -70,7 +70,7 @@ def test_every_success_says_what_it_answers(document: dict[str, Any]) -> None:
 
 
 def test_servers_are_relative(document: dict[str, Any]) -> None:
-    assert document["servers"] == [{"url": "/"}]
+    assert document["servers"] == [{"url": "."}]
 
 
 def test_predict_says_what_it_reads(document: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from models import architectures, backbones
 from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, Tap, pooled
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
+from models.records import to_sealed_json
 from models.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
@@ -262,7 +263,7 @@ def test_a_damaged_backbone_is_replaced_when_it_is_put_again(store: ModelStore) 
 def test_a_namesake_is_not_overwritten(store: ModelStore) -> None:
     ref = put(store)
     config = store.backbones.folder(ref) / "config.json"
-    config.write_text(config.read_text().replace(ref.sha256, ref.sha256[:8] + "0" * 56))
+    config.write_bytes(to_sealed_json(ref.model_copy(update={"sha256": ref.sha256[:8] + "0" * 56})))
     with pytest.raises(WeightsError, match="another backbone"):
         put(store)
 
@@ -316,9 +317,29 @@ def test_the_default_is_the_first_until_another_is_set(store: ModelStore) -> Non
         store.activate(name, 1)
     assert store.serving().default == "one"
     assert store.set_default("two").default == "two"
-    assert store.deactivate("two").model_dump() == {"default": None, "models": {"one": 1}, "previous": {}}
+    assert store.deactivate("one").model_dump() == {"default": "two", "models": {"two": 1}, "previous": {}}
     with pytest.raises(ModelNotFound, match="not served"):
-        store.set_default("two")
+        store.set_default("one")
+    assert store.deactivate("two").default is None
+
+
+@pytest.mark.abuse("A1401")
+def test_the_default_stays_while_others_are_served(store: ModelStore) -> None:
+    for name in ("one", "two"):
+        publish(store, name)
+        store.activate(name, 1)
+    for attempt in (store.deactivate, store.remove):
+        with pytest.raises(NameConflict, match=r"'one' is the default model.*imago models default NAME"):
+            attempt("one")
+    assert (store.versions("one"), store.serving().default) == ([1], "one")
+
+
+@pytest.mark.abuse("A1401")
+def test_without_a_default_activation_sets_none(store: ModelStore) -> None:
+    for name in ("one", "two"):
+        publish(store, name)
+    (store.root / "serving.json").write_text('{"models": {"two": 1}}')
+    assert store.activate("one", 1).default is None
 
 
 def test_what_a_folder_was_shipped_with_stands_until_the_first_change(store: ModelStore) -> None:

@@ -104,6 +104,7 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
 
     use_cores(settings)
     store, folder = ModelStore(settings.weights), folder_of(request, settings.data / "finetune", fresh)
+    store.check_writable()
     with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
         told, cache = partial(tell, update=update), settings.data / "features"
         result = run(request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device)

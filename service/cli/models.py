@@ -351,10 +351,11 @@ def default(name: str, **flags: Any) -> None:
 def open_store(flags: dict[str, Any]) -> "ModelStore":
     """The store, with the packaged models that it serves converted; a read-only one is left as it is."""
     from models import packaged
+    from models.errors import ReadOnlyStore
     from models.store import ModelStore
 
     store = ModelStore(Settings.load(**flags).weights)
-    with suppress(OSError):
+    with suppress(OSError, ReadOnlyStore):
         packaged.provide(store)
     return store
 

@@ -224,7 +224,7 @@ class Jobs:
     async def create(self, request: FinetuneRequest, key: str | None = None) -> tuple[Job, bool]:
         """A new job, queued; or that of an Idempotency-Key that is known, and True.
 
-        Raises DatasetError, InsufficientStorage, NameConflict, QueueFull, IdempotencyMismatch, TrainerUnavailable.
+        Raises DatasetError, InsufficientStorage, ReadOnlyStore, NameConflict, QueueFull, IdempotencyMismatch, TrainerUnavailable.
         """
         opened = await self._opened()
         return await self._in_pool(self._create, opened, request, key)
@@ -238,6 +238,7 @@ class Jobs:
         known = opened.table.replayed(new)
         if known is None:
             self._check(request)
+            self.store.check_writable()
             job, replayed = opened.table.add(new, self.settings.max_queued_jobs)
         else:
             job, replayed = known, True

@@ -12,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 
 from models.classifier import NAME_PATTERN
 from models.errors import NameConflict
-from service.auth import require_admin
+from service.auth import AdminRoute, require_admin
 from service.datasets import Arrival, Dataset
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.middleware import encode
@@ -29,7 +29,9 @@ from service.schemas import (
 )
 from service.state import DatasetsDep, JobsDep
 
-router = APIRouter(tags=["datasets"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+router = APIRouter(
+    tags=["datasets"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS
+)
 
 BLOCK_BYTES = 2**20  # written to the disk at once
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")

@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
 from models.training.request import FinetuneRequest
-from service.auth import require_admin
+from service.auth import AdminRoute, require_admin
 from service.bases import training_bases
 from service.engine import Engine
 from service.errors import JobNotFound, TrainerUnavailable, ValidationFailed
@@ -36,7 +36,9 @@ from service.schemas import (
 )
 from service.state import EngineDep, JobsDep, StoreDep
 
-router = APIRouter(tags=["fine-tuning"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+router = APIRouter(
+    tags=["fine-tuning"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS
+)
 
 POLL_S = 0.5  # how often a stream looks for news
 QUIET_S = 15.0  # a stream that has nothing to tell for so long sends a comment, lest somebody on the way closes it
@@ -77,7 +79,7 @@ async def create_job(
         found = await while_connected(request, jobs.dry_run(body))
         return Response(encode(found), media_type="application/json")
     job, replayed = await jobs.create(body, _checked(key))
-    response.headers["Location"] = f"/finetune/{job.id}"
+    response.headers["Location"] = f"finetune/{job.id}"  # relative: a proxy may serve us under a path of its own
     if replayed:
         response.headers["Idempotency-Replayed"] = "true"
     return job

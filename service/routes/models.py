@@ -16,7 +16,7 @@ from models.classifier import NAME_PATTERN, ModelConfig
 from models.errors import ModelError, ModelNotFound
 from models.export.files import ExportFormat
 from models.store import ModelStore
-from service.auth import require_admin
+from service.auth import AdminRoute, require_admin
 from service.engine import Engine
 from service.errors import ServiceError
 from service.loaded import ModelStatus
@@ -36,7 +36,9 @@ from service.schemas import (
 from service.state import EngineDep, ExportsDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
-admin_router = APIRouter(tags=["models: admin"], dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS)
+admin_router = APIRouter(
+    tags=["models: admin"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS
+)
 
 
 def _possible(name: str) -> str:
@@ -97,11 +99,12 @@ PULLED: dict[str, Any] = {
     response_class=StreamingResponse,
     responses={200: PULLED},
 )
-async def pull_model(body: Pull, engine: EngineDep) -> StreamingResponse:
+async def pull_model(body: Pull, engine: EngineDep, store: StoreDep) -> StreamingResponse:
     """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
     another version of its name did, and `warnings` where its licence is unknown or restricts use; or `event: error` with
     `{code, message}`. The download goes on where the client leaves."""
     await run_in_threadpool(_check_published, body.name)
+    await run_in_threadpool(store.check_writable)
     return StreamingResponse(pulling(engine, body.name, body.model), media_type="text/event-stream", headers=UNCACHED)
 
 

@@ -1,4 +1,4 @@
-"""The page at `/`: its files, and what a browser may do with them."""
+"""The page at `/` and the viewer of the OpenAPI document at `/docs`: their files, and what a browser may do with them."""
 
 import os
 from pathlib import Path
@@ -39,3 +39,8 @@ class Files(StaticFiles):
 @router.api_route("/", methods=["GET", "HEAD"])
 async def page() -> FileResponse:
     return FileResponse(WEB / "index.html", headers=HEADERS)
+
+
+@router.get("/docs")
+async def docs() -> FileResponse:
+    return FileResponse(WEB / "viewer" / "index.html", headers=HEADERS)

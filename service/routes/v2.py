@@ -16,7 +16,7 @@ from models.store import ModelStore
 from service import encodings
 from service import v2_documents as documents
 from service.answers import Scores
-from service.auth import UserRoute, client_of, require_admin
+from service.auth import AdminRoute, UserRoute, client_of, require_admin
 from service.engine import Image
 from service.errors import BadRequest
 from service.loaded import Served
@@ -38,6 +38,7 @@ health_router = APIRouter(tags=["Open Inference Protocol"], responses=documents.
 admin_router = APIRouter(
     prefix="/v2/repository",
     tags=["Open Inference Protocol: admin"],
+    route_class=AdminRoute,
     dependencies=[Depends(require_admin)],
     responses=documents.V2_ERRORS,
     strict_content_type=False,  # tritonclient names none

@@ -1,0 +1,76 @@
+"""Which `Host` a request may name: a web page whose own name was made to resolve to this machine is no caller (DNS rebinding)."""
+
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from ipaddress import ip_address
+
+from service.errors import Misdirected
+
+MAX_REMEMBERED = 256  # values of the header, ports included
+ANY = "*"  # in the setting `allowed_hosts`
+
+
+class Hosts:
+    """The hosts that this server answers for: addresses of this machine, its names, and the setting `allowed_hosts`.
+
+    Checked where the server listens on loopback, or where `allowed_hosts` names some; elsewhere a name may lead here by any proxy.
+    """
+
+    def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
+        allowed = [_name(name) for name in allowed]
+        self.checked = ANY not in allowed and (bool(allowed) or _is_loopback(host))
+        machine = _name(socket.gethostname())
+        self._names = {"localhost", _name(host), machine, machine.partition(".")[0], *allowed}
+        self._right: set[bytes] = set()  # values that passed: one look-up for those that come again
+
+    def check(self, value: bytes | None) -> None:
+        """Raises Misdirected for the value of a `Host` header that is another server's; HTTP/1.0 may send none."""
+        if not self.checked or value in self._right or value is None:
+            return
+        name = _name(_without_port(value.decode("latin-1")))
+        if name not in self._names and not _is_own_address(name):
+            raise Misdirected(
+                "this server does not answer for that Host; the setting `allowed_hosts` names further ones"
+            )
+        if len(self._right) < MAX_REMEMBERED:
+            self._right.add(value)
+
+
+def _name(host: str) -> str:
+    """`[::1]`, `LocalHost.` -> `::1`, `localhost`."""
+    return host.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
+
+
+def _without_port(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    return host if colon and not host.endswith(":") and (port.isdecimal() or not port) and _is_whole(host) else value
+
+
+def _is_whole(host: str) -> bool:
+    """False for an IPv6 address without brackets, whose last group is no port."""
+    return ":" not in host or host.endswith("]")
+
+
+def _is_loopback(host: str) -> bool:
+    """Every address of the host is one of this machine alone; a host that cannot be resolved is not, and the server will not start."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return False
+    return all(ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+
+
+def _is_own_address(name: str) -> bool:
+    """An address literal that an interface of this machine has: only such a one can be bound."""
+    with suppress(ValueError, OSError):
+        address = ip_address(name)
+        if address.is_loopback:
+            return True
+        if address.is_unspecified or address.is_multicast:
+            return False
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+            return True
+    return False
