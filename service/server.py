@@ -33,6 +33,7 @@ from service.middleware import LINGER_S, Traffic
 from service.protocol import GuardedProtocol, Guards
 from service.settings import Settings
 from service.traces import Traces
+from service.trimming import Trimmer
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Server(uvicorn.Server):
                 host, port = listener.getsockname()[:2]
                 log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         self._tasks.append(asyncio.create_task(self._announce()))
+        self._tasks.append(asyncio.create_task(Trimmer(self.traffic).run()))
 
     async def _announce(self) -> None:
         try:
