@@ -59,14 +59,15 @@ PLAIN = Wanted()
 
 @dataclass(frozen=True)
 class Terms:
-    """On which a call's images are taken. In the queue they are as if they had come `head_start_s` earlier.
+    """On which a call's images are taken. Among those of their client and model they are as if they had come `head_start_s` earlier.
 
-    `client`: clients take turns; see `auth.client_of`.
+    `client`: clients take turns, see `auth.client_of`, and so do the models of a client.
     """
 
     timeout_ms: int | None = None
     head_start_s: float = 0.0
     client: str = ""
+    model: str = ""
     explained: bool = False  # their maps are wanted too
     judged: bool = False  # their distances to training images are wanted too
 

@@ -1,12 +1,13 @@
 """Dynamic batching: one queue per backbone, one thread per device.
 
-    submit (event loop)          next_batch (device thread, when it is free)        resolve (event loop)
-    BackboneQueue.items  ----->  the queue whose head has waited longest      ----> each item's future
+    submit (event loop)          next_work (device thread, when it is free)         resolve (event loop)
+    BackboneQueue.items  ----->  the queue whose last batch is longest ago    ----> each item's future
                                  up to max_batch rows -> features -> parts
 
 A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and at rest an
 image goes at once. The device thread cuts it itself, so no device waits for the event loop; of several free devices each takes its share.
-Priority is a head start in the queue, so that nobody waits for ever.
+Clients take turns (turns.py), and a batch that others would wait for is kept short (pace.py). Priority is a head start in the line of
+one client and model, so that nobody waits for ever.
 
 What else has to be done in a device's thread (`call`: warming up, freeing memory) takes turns with the batches, one piece at a time.
 """
@@ -16,11 +17,9 @@ import logging
 import math
 import threading
 import time
-from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,14 +31,18 @@ from service import forward
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.forward import Part, Runtime
 from service.forward import apply_parts as apply_parts  # the batcher's arithmetic, for checks of it
-from service.items import Call, Forward, Item, Output, deliver, resolve
+from service.items import Call, Flow, Forward, Item, Output, deliver, resolve
 from service.metrics import Metrics
+from service.pace import Pace
+from service.shares import Shares
+from service.turns import FairQueue
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 DeviceState = Literal["works", "hangs", "lost"]
 RATE_MEMORY = 0.8  # weight of the past in the drain rate: about the last five batches
+QUEUE_SHARE = 7 / 8  # of the room that the others leave, for one client
 RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, so long until a larger batch is tried again
 
 
@@ -51,35 +54,39 @@ class BackboneQueue:
     ) -> None:
         self.name = name
         self.runtimes = runtimes
-        self.items: deque[Item] = deque()
+        self.items, self.pace = FairQueue(), Pace()
         self.limits = {device: runtime.max_batch for device, runtime in runtimes.items()}
         self.images_per_s: float | None = None
-        self._max_images, self._max_bytes = max_images, max_bytes
-        self._images = self._bytes = 0
+        self._images, self._bytes = Shares(max_images, QUEUE_SHARE), Shares(max_bytes, QUEUE_SHARE)
         self._limited_at: dict[torch.device, float] = {}
         self._last_batch_at = 0.0
         self._metrics = metrics
 
     @contextmanager
-    def admit(self, images: int, size: int) -> Iterator[None]:
-        """Room for a request's images, taken before anything is decoded and given back when they are answered. Event loop only."""
-        if self._images and (self._images + images > self._max_images or self._bytes + size > self._max_bytes):
+    def admit(self, images: int, size: int, flow: Flow = ("", "")) -> Iterator[None]:
+        """Room for a request's images, taken before anything is decoded and given back when they are answered. Event loop only.
+
+        Raises QueueFull where all clients together, or this one, or this one for this model, would hold too much.
+        """
+        if not (self._images.fits(*flow, images) and self._bytes.fits(*flow, size)):
             raise QueueFull(
-                f"{self._images} images ({self._bytes >> 20} MB) already wait for this model: "
-                f"the limit is {self._max_images} images and {self._max_bytes >> 20} MB; try again later",
+                f"{self._images.total} images ({self._bytes.total >> 20} MB) already wait for this model: the limit is "
+                f"{self._images.most} images and {self._bytes.most >> 20} MB, less for each client; try again later",
                 retry_after_s=self.drain_s(),
             )
-        self._images, self._bytes = self._images + images, self._bytes + size
-        self._metrics.waiting(self.name).set(self._images)
+        self._images.take(*flow, images)
+        self._bytes.take(*flow, size)
+        self._metrics.waiting(self.name).set(self._images.total)
         try:
             yield
         finally:
-            self._images, self._bytes = self._images - images, self._bytes - size
-            self._metrics.waiting(self.name).set(self._images)
+            self._images.give(*flow, images)
+            self._bytes.give(*flow, size)
+            self._metrics.waiting(self.name).set(self._images.total)
 
     def drain_s(self) -> float:
         """Seconds until what waits now is answered, at the measured rate."""
-        return self._images / self.images_per_s if self.images_per_s else 1.0
+        return self._images.total / self.images_per_s if self.images_per_s else 1.0
 
     def batch_limit(self, device: torch.device) -> int:
         """How many images may travel together; halved by an out-of-memory, doubled again after a while."""
@@ -111,7 +118,7 @@ class Batcher:
     def __init__(self, devices: Sequence[torch.device], metrics: Metrics) -> None:
         self.metrics = metrics
         self._lock = threading.RLock()  # of the queues, and of what the threads wait for
-        self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, in no particular order
+        self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, the next to be served first
         self._closed = False
         self.workers = [DeviceThread(device, self, threading.Condition(self._lock)) for device in devices]
         self._by_device = {worker.device: worker for worker in self.workers}
@@ -141,16 +148,18 @@ class Batcher:
         head_start_s: float = 0.0,
         mapped: bool = False,
         origin: object = None,
+        flow: Flow = ("", ""),
     ) -> Output:
         """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
-        item = Item(pixels, parts, deadline, asyncio.get_running_loop().create_future(), head_start_s, mapped, origin)
+        future: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
+        item = Item(pixels, parts, deadline, future, head_start_s, mapped, origin, flow)
         with self._lock:
             if not self._computes(queue):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
-            insort(queue.items, item, key=attrgetter("turn"))
-            self._queues[queue] = None
+            queue.items.push(item)
+            self._queues.setdefault(queue)
             self._wake_one(queue)
-        return await item.future
+        return await future
 
     async def call(self, device: torch.device, work: Callable[[], Result]) -> Result:
         """Does `work` in the device's thread, between two batches, and returns its result. Raises what it raises, and DeviceLost."""
@@ -196,7 +205,7 @@ class Batcher:
                 worker.called = False
                 if not queues:
                     worker.wait()
-                elif batch := self._cut(min(queues, key=lambda q: q.items[0].turn), worker):
+                elif batch := self._cut(queues[0], worker):
                     worker.under_way = [item.future for item in batch[1]]
                     return batch
         return None
@@ -207,18 +216,18 @@ class Batcher:
         share = math.ceil(len(queue.items) / (1 + len(self._idle(queue))))
         limit = min(share, queue.batch_limit(worker.device))
         items: list[Item] = []
-        while queue.items and len(items) < limit:
-            item = queue.items.popleft()
+        while queue.items and len(items) < limit and queue.pace.admits(*queue.items.head(), len(items), now):
+            item = queue.items.pop()
             if item.deadline <= now:
                 deliver([item], [DeadlineExceeded("the deadline passed while the image waited for the model")])
             elif item.future.cancelled():
                 self.metrics.reject("client_left")
             else:
                 items.append(item)
+        del self._queues[queue]
         if queue.items:
+            self._queues[queue] = None  # behind the other backbones
             self._wake_one(queue)
-        else:
-            del self._queues[queue]
         return (queue, items) if items else None
 
     def close(self) -> None:
@@ -386,6 +395,7 @@ class DeviceThread(threading.Thread):
             [row for row, item in enumerate(items) if item.mapped],
         )
         ended, origins = time.monotonic(), [item.origin for item in items if item.origin is not None]
+        queue.pace.computed(len(items), ended - started)
         batch = Forward(queue.name, str(self.device), len(items), started, ended, origins)
         return [
             Output(row, batch, (started - item.submitted_at) * 1000, (ended - started) * 1000, one_map)

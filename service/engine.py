@@ -165,7 +165,9 @@ class Engine:
             check(served, wanted)
         explain, deadline = wanted.explain, self._deadline(timeout_ms)
         scored = await self._counted(
-            files, bound, Terms(timeout_ms, client=client, explained=explain is not None, judged=True)
+            files,
+            bound,
+            Terms(timeout_ms, client=client, model=_names(bound), explained=explain is not None, judged=True),
         )
         answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
         if explain is None:
@@ -188,7 +190,7 @@ class Engine:
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s, client))
+        [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s, client, _names([served])))
         return scores
 
     def bind(self, name: str, version: int | None = None) -> Served:
@@ -265,7 +267,7 @@ class Engine:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
         wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
-        rows = await self._rows(files, wanted, Terms(timeout_ms, client=client))
+        rows = await self._rows(files, wanted, Terms(timeout_ms, client=client, model=_names([served])))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
             for row in rows
@@ -301,7 +303,7 @@ class Engine:
         size = sum(data.nbytes if isinstance(data, Tensor) else len(data) for data in files)
         with contextlib.ExitStack() as admitted:
             for backbone in wanted:
-                admitted.enter_context(backbone.queue.admit(len(files), size))
+                admitted.enter_context(backbone.queue.admit(len(files), size, (terms.client, terms.model)))
             async with self._until(deadline):
                 rows = _answered(await asyncio.gather(*(self._row(data, wanted, deadline, terms) for data in files)))
         return rows
@@ -334,6 +336,7 @@ class Engine:
                     terms.head_start_s,
                     terms.explained and backbone.mapped,
                     request,
+                    (terms.client, terms.model),
                 )
                 for backbone, parts in wanted.items()
             ),
@@ -437,6 +440,11 @@ class Engine:
             [served.probabilities([one[backbone][slot] for backbone, slot in slots]) for one in values]
         )
         parity.check(samples, served, features, answered)
+
+
+def _names(bound: Sequence[Served]) -> str:
+    """Returns the models of a request as one key, by which images wait."""
+    return bound[0].config.name if len(bound) == 1 else " ".join(served.config.name for served in bound)
 
 
 def _features(features: Tensor) -> Tensor:

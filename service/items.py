@@ -13,6 +13,8 @@ from service.forward import Part
 
 log = logging.getLogger(__name__)
 
+Flow = tuple[str, str]  # client and model: images of one flow are served in order, flows take turns
+
 
 @dataclass(eq=False)
 class Forward:
@@ -52,14 +54,15 @@ class Item:
     parts: Sequence[Part]
     deadline: float  # time.monotonic()
     future: asyncio.Future[Output]
-    head_start_s: float = 0.0  # it waits as if it had come so much earlier; negative: later
+    head_start_s: float = 0.0  # within its flow it waits as if it had come so much earlier; negative: later
     mapped: bool = False  # its map is wanted too
     origin: object = None  # its request's span, where that is traced
+    flow: Flow = ("", "")
     submitted_at: float = field(default_factory=time.monotonic)
 
     @property
     def turn(self) -> float:
-        """Whose is smallest goes first."""
+        """The smallest of a flow goes first."""
         return self.submitted_at - self.head_start_s
 
 

@@ -18,10 +18,11 @@ from urllib.parse import quote
 
 import anyio
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import ModelError
+from service.auth import client_of
 from service.encodings import inflating
 from service.errors import (
     BadRequest,
@@ -38,6 +39,7 @@ from service.hosts import Hosts
 from service.logs import ACCESS, Fields, request_id
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
+from service.shares import Shares
 from service.traces import Traces
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ USER_PATHS = {
     "GET": re.compile(r"/models(/[^/]+)?|/v2(/(models|health)/.*)?"),
 }
 OPEN_WHILE_DRAINING = ("/health/", "/v2/health/", "/metrics")
+BODY_SHARE = 1 / 2  # of the memory for bodies that others leave, for one client, and of that for one request
 LINGER_BYTES, LINGER_S = (
     2**20,
     2.0,
@@ -83,6 +86,7 @@ class Exchange:
     limit: int  # bytes of body
     started: float = field(default_factory=time.perf_counter)
     received: int = 0
+    client: str = ""
     held: int = 0  # bytes of body in memory
     status: int = 0
     admitted: bool = False  # it counts as traffic, and a shutdown waits for it
@@ -106,6 +110,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.under_way = 0
+        self.held = 0  # bytes of bodies in memory
         self._none = asyncio.Event()
         self._none.set()
 
@@ -127,15 +132,14 @@ class Traffic:
 
 
 class Edge:
-    """Pure ASGI. Its state is what this process holds of bodies, which slow senders must not fill the memory with."""
+    """Pure ASGI. Its state is the bytes of bodies in memory, by client: slow senders must not fill it."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, traces: Traces | None
     ) -> None:
         self.app, self.settings, self.metrics, self.traffic, self.traces = app, settings, metrics, traffic, traces
         self.hosts = Hosts(settings.host, settings.allowed_hosts)
-        self.held = 0  # bytes of the bodies of all requests under way
-        self._max_held = settings.max_queue_mb * 2**20
+        self.bodies = Shares(settings.max_queue_mb * 2**20, BODY_SHARE)  # bytes of all requests under way
         self._raw_limit = settings.max_body_mb * 2**20
         self._multipart_limit = settings.max_multipart_mb * 2**20
 
@@ -149,12 +153,17 @@ class Edge:
         scope["state"]["request_id"] = exchange.request_id.decode()
         scope["state"]["exchange"] = exchange
         request_id.set(exchange.request_id.decode())
+        exchange.client = client_of(Request(scope))
         if self.traces is not None and not scope["path"].startswith(OPEN_WHILE_DRAINING):
             exchange.span = self.traces.begin(scope, headers)
         try:
             await self._answer(scope, headers, exchange, receive, send)
         finally:
-            self.held -= exchange.held
+            exchange.refusal = (
+                None  # its traceback refers to the exchange, which would live on until a garbage collection
+            )
+            if exchange.held:
+                self._release(exchange)
             if exchange.admitted:
                 self.traffic.end()
             self._record(scope, exchange)
@@ -223,7 +232,7 @@ class Edge:
         return noted
 
     def _counted(self, exchange: Exchange, receive: Receive, passing: bool) -> Receive:
-        """`receive`, which raises once the body is beyond its limit, or all bodies together beyond theirs; one that is only `passing`
+        """`receive`, which raises once the body is beyond its limit, or bodies in memory beyond theirs; one that is only `passing`
         through the memory counts for itself alone."""
 
         async def counted() -> Message:
@@ -231,19 +240,32 @@ class Edge:
             message = await receive()
             size = len(message.get("body", b""))
             exchange.received += size
-            if not passing:
-                exchange.held += size
-                self.held += size
             if exchange.received > exchange.limit:
                 exchange.refusal = _too_large(exchange.limit)
-            elif not passing and self.held > self._max_held and exchange.held < self.held:
-                held = f"the server already holds {self._max_held >> 20} MB of requests; try again later"
-                exchange.refusal = QueueFull(held, retry_after_s=1.0)
+            elif size and not passing:
+                self._hold(exchange, size)
             if exchange.refusal is not None:
                 raise exchange.refusal
             return message
 
         return counted
+
+    def _hold(self, exchange: Exchange, size: int) -> None:
+        """Counts bytes of a body that stay in memory; sets a refusal where the client, or this request of it, has its share."""
+        alone = self.bodies.total == exchange.held
+        if alone or self.bodies.fits(exchange.client, exchange, size):
+            self.bodies.take(exchange.client, exchange, size)
+            exchange.held += size
+            self.traffic.held = self.bodies.total
+            return
+        held = (
+            f"the server already holds {self.bodies.total >> 20} MB of requests, or your share of them; try again later"
+        )
+        exchange.refusal = QueueFull(held, retry_after_s=1.0)
+
+    def _release(self, exchange: Exchange) -> None:
+        self.bodies.give(exchange.client, exchange, exchange.held)
+        self.traffic.held = self.bodies.total
 
     def _reply_to(self, exchange: Exchange, send: Send) -> Send:
         async def reply(message: Message) -> None:

@@ -35,6 +35,7 @@ from service.open_files import connections_within, raise_limit
 from service.protocol import GuardedProtocol
 from service.settings import Settings
 from service.traces import Traces
+from service.trimming import Trimmer
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Server(uvicorn.Server):
                 host, port = listener.getsockname()[:2]
                 log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         self._tasks.append(asyncio.create_task(self._announce()))
+        self._tasks.append(asyncio.create_task(Trimmer(self.traffic).run()))
 
     async def _announce(self) -> None:
         try:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
+from operator import attrgetter
 
 import pytest
 import torch
@@ -473,7 +474,7 @@ def test_rows_that_share_a_part_go_through_it_together() -> None:
 
 
 def waiting(queue: BackboneQueue) -> list[int]:
-    return [int(item.pixels[0, 0, 0]) for item in queue.items]
+    return [int(item.pixels[0, 0, 0]) for item in sorted(queue.items, key=attrgetter("turn"))]
 
 
 async def test_a_head_start_counts_as_time_waited() -> None:
@@ -492,10 +493,9 @@ async def test_a_head_start_counts_as_time_waited() -> None:
 async def test_whoever_has_waited_for_long_is_not_overtaken() -> None:
     runtime = FakeRuntime(max_batch=1)
     async with batching(runtime) as (submit, queue, _):
-        tasks = [await held(runtime, submit), submit(1, head_start_s=-1)]
-        await asyncio.sleep(0.01)
-        queue.items[0].submitted_at -= 3
-        tasks.append(submit(2, head_start_s=1))
+        tasks = [await held(runtime, submit), submit(1, head_start_s=-0.01)]
+        await asyncio.sleep(0.04)
+        tasks.append(submit(2, head_start_s=0.01))
         await asyncio.sleep(0.01)
         assert waiting(queue) == [1, 2]
         runtime.gate.set()

@@ -564,7 +564,7 @@ async def test_draining_waits_for_what_is_under_way(store: ModelStore) -> None:
 
 @pytest.mark.abuse("G12")
 async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:
-    async with serving(store, timeout_ms=60_000) as engine:
+    async with serving(store, timeout_ms=60_000, max_queue_images=2048) as engine:
         expected = [probabilities((await engine.predict([picture(i)], ["b"], k=7))[0]) for i in range(25)]
         answers = await asyncio.gather(*(engine.predict([picture(i % 25)], ["b"], k=7) for i in range(1000)))
     for i, [answer] in enumerate(answers):

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import sys
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from service.body import Body
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.settings import Settings
 
@@ -58,7 +58,7 @@ async def read_upload(request: Request, settings: Settings, known: frozenset[str
     if kind == "multipart/form-data":
         upload = await _read_multipart(request, settings.max_files)
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        upload = Upload([await request.body()], [None])
+        upload = Upload([(await read_body(request)).take()], [None])
     else:
         raise UnsupportedMediaType(WHAT_TO_SEND)
     if query := request.scope["query_string"]:
@@ -71,19 +71,49 @@ async def read_upload(request: Request, settings: Settings, known: frozenset[str
     return upload
 
 
-class _InMemory(MultiPartParser):
-    """Multipart files stay in memory: the middleware bounds what all requests together hold, and no temporary file is left behind."""
+async def read_body(request: Request) -> Body:
+    """Collects the body of a request; the middleware counts it. Raises ClientDisconnect, and what the middleware refuses it with."""
+    body = Body()
+    try:
+        async for chunk in request.stream():
+            body.add(chunk)
+    except BaseException:
+        body.close()  # the traceback may live on, and the body with it
+        raise
+    return body
 
-    spool_max_size = sys.maxsize
+
+class _InMemory(MultiPartParser):
+    """Keeps multipart files in memory, in `bodies` by part: the middleware bounds the bytes of all requests, and there are no
+    temporary files to leave behind. The files that the framework opens for the parts stay empty."""
+
     ended = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bodies: dict[int, Body] = {}  # by the id of the part's UploadFile
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        file = self._current_part.file
+        if file is None:
+            super().on_part_data(data, start, end)
+        else:
+            self.bodies.setdefault(id(file), Body()).add(memoryview(data)[start:end])
 
     def on_end(self) -> None:
         self.ended = True
 
+    def take(self, file: UploadFile) -> bytes:
+        """Returns the content of a part, once."""
+        body = self.bodies.get(id(file))
+        return b"" if body is None else body.take()
+
     def close(self) -> None:
-        """The files of all parts, of one too that was never finished, which no form holds."""
+        """Closes the files of all parts, including a part that was never finished, which no form holds."""
         for file in self._files_to_close_on_error:
             file.close()
+        for body in self.bodies.values():
+            body.close()
 
 
 async def _read_multipart(request: Request, max_files: int) -> Upload:
@@ -92,14 +122,13 @@ async def _read_multipart(request: Request, max_files: int) -> Upload:
     )
     try:
         form = await parser.parse()
+        if not parser.ended:  # else its last part would be missing without a word
+            raise BadRequest("malformed multipart: it breaks off before its closing boundary")
+        upload = _files_of(form, parser)
     except MultiPartException as error:
         raise BadRequest(f"malformed multipart: {error.message}") from None
     except ValueError:  # UnicodeError among them: some of Python's codecs are no charsets
         raise BadRequest("malformed multipart: its charset cannot be read; send UTF-8") from None
-    try:
-        if not parser.ended:  # else its last part would be missing without a word
-            raise BadRequest("malformed multipart: it breaks off before its closing boundary")
-        upload = await _files_of(form)
     finally:
         parser.close()
     _add_fields(upload, ((name, value) for name, value in form.multi_items() if isinstance(value, str)))
@@ -108,13 +137,13 @@ async def _read_multipart(request: Request, max_files: int) -> Upload:
     return upload
 
 
-async def _files_of(form: FormData) -> Upload:
+def _files_of(form: FormData, parser: _InMemory) -> Upload:
     upload = Upload([], [])
     for name, part in form.multi_items():
         if isinstance(part, UploadFile):
             if name != "file":
                 raise UnknownField("images are sent in parts named `file`", param=printable(name))
-            upload.images.append(await part.read())
+            upload.images.append(parser.take(part))
             upload.filenames.append(printable(part.filename or ""))
     return upload
 

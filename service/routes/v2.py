@@ -22,7 +22,7 @@ from service.errors import BadRequest
 from service.loaded import Served
 from service.routes import ops
 from service.routes.models import Name
-from service.routes.upload import while_connected
+from service.routes.upload import read_body, while_connected
 from service.schemas import json_answer
 from service.state import EngineDep, StoreDep, state_of
 from service.v2_tensors import Inference, fitted, parse, reply
@@ -102,9 +102,7 @@ async def _read(request: Request, max_images: int) -> Inference:
     text = request.headers.get(documents.HEADER_LENGTH)
     if text is not None and not re.fullmatch(r"[0-9]{1,10}", text):
         raise BadRequest(f"{documents.HEADER_LENGTH} must be a whole number")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    body = (await read_body(request)).take_array()
     work = partial(parse, body, None if text is None else int(text), max_images)
     return work() if len(body) <= INLINE_BYTES else await run_in_threadpool(work)
 
