@@ -325,6 +325,7 @@ def test_a_spare_trainer_that_has_died_or_waited_too_long(tmp_path: Path, monkey
     own = shutil.copy(TRAINER[1], tmp_path / "own_trainer.py")  # to be told from the spare one of the jobs above
     trainers = Trainers(1, (sys.executable, str(own)))
     trainers.prepare()
+    eventually(lambda: children("own_trainer.py") != [])  # its command line is there a moment after it has started
     (dead,) = children("own_trainer.py")
     os.kill(dead, signal.SIGKILL)
     monkeypatch.setattr(trainer, "SPARE_S", 0.1)
