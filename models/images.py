@@ -20,6 +20,7 @@ import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
+from models import image_process
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
@@ -31,7 +32,8 @@ from models.image_cost import OutOfTime as OutOfTime
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # are decoded in processes of their own
+OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
 DRAFT_FACTOR = 2.5
@@ -94,8 +96,11 @@ def decode(
                 extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
             stage = "image data"
             if not early:
-                held.enter_context(hold(pixels))
+                held.enter_context(hold(OUTSIDE * pixels if file_format in EXTRA_FORMATS else pixels))
             file.check_time()
+            if file_format in EXTRA_FORMATS:
+                image = image_process.load(data, file_format, deadline)
+                extent = image.size
             image.load()
             file.check_time()
             return _tensor(_cropped(image, extent, preprocessing))

@@ -112,3 +112,17 @@ def png_of_zeros(megabytes: int) -> bytes:
     """IDAT that inflates to more than the image has."""
     packed = zlib.compress(bytes(megabytes * 2**20), 9)
     return save(solid())[:33] + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
+
+
+def tiff_of_one_strip(blocks: int, strips: int) -> bytes:
+    """A TIFF of 16 x `strips` pixels whose strips are all the same bytes: `blocks` empty Deflate blocks before one row."""
+    row = b"\x78\x01" + b"\0\0\0\xff\xff" * blocks + zlib.compress(bytes(16))[2:]
+    places = 8 + len(row) + len(row) % 2
+    tags = [(256, 16), (257, strips), (258, 8), (259, 8), (262, 1), (278, 1)]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    entries.insert(5, struct.pack("<HHII", 273, 4, strips, places))
+    entries.append(struct.pack("<HHII", 279, 4, strips, places + 4 * strips))
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    head = struct.pack("<2sHI", b"II", 42, places + 8 * strips)
+    arrays = struct.pack("<I", 8) * strips + struct.pack("<I", len(row)) * strips
+    return head + row + bytes(len(row) % 2) + arrays + directory

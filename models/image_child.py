@@ -1,0 +1,64 @@
+"""The program that decodes TIFF and AVIF for `image_process`, as a process of its own: it imports Pillow and nothing of ours.
+
+stdin: a line of JSON, then the file; stdout: a line of JSON, then the pixels. Ends with its stdin.
+"""
+
+import json
+import resource
+import sys
+from contextlib import suppress
+from io import BytesIO
+from typing import Any
+
+from PIL import AvifImagePlugin, Image, TiffImagePlugin
+
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+OPENERS = (AvifImagePlugin, TiffImagePlugin)  # imported so that Pillow need not import all others to find them
+AS_IT_IS = ("L", "LA", "RGB", "RGBA", "F")  # and integers of 16 and 32 bits
+ORIENTATION_TAG = 0x0112
+
+
+def main() -> None:
+    while line := sys.stdin.buffer.readline():
+        order = json.loads(line)
+        data = sys.stdin.buffer.read(order["bytes"])
+        if len(data) < order["bytes"]:
+            return
+        _limit(order["cpu_s"], order["memory"])
+        try:
+            answer, pixels = _decoded(data, order["format"])
+        except MemoryError:
+            answer, pixels = {"error": "memory"}, b""
+        except Exception as error:  # Pillow raises what comes to hand
+            answer, pixels = {"error": str(error)[:200]}, b""
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + pixels)
+        sys.stdout.buffer.flush()
+
+
+def _limit(cpu_s: int, memory: int) -> None:
+    """So many seconds from now on; the kernel ends a process that takes more."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + cpu_s, hard))
+    with suppress(ValueError, OSError):  # not every system bounds memory
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def _decoded(data: bytes, file_format: str) -> tuple[dict[str, Any], bytes]:
+    with Image.open(BytesIO(data), formats=(file_format,)) as opened:
+        opened.load()
+        try:
+            orientation = int(opened.getexif().get(ORIENTATION_TAG, 1))
+        except Exception:  # broken EXIF is no reason to refuse a picture
+            orientation = 1
+        image: Image.Image = opened
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode not in AS_IT_IS and not image.mode.startswith("I"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        pixels = image.tobytes()
+        return {"mode": image.mode, "size": image.size, "orientation": orientation, "bytes": len(pixels)}, pixels
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""TIFF and AVIF, decoded in processes that can be ended."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from hostile_images import tiff_of_one_strip
+from image_files import SMALL, photo, save
+from PIL import Image
+
+from models import image_process
+from models.errors import ImageTooLarge, InvalidImage
+from models.image_cost import OutOfTime
+from models.images import decode
+
+EXTRA = frozenset({"TIFF", "AVIF"})
+ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    image_process.close()
+    yield
+    image_process.close()
+
+
+def test_a_process_is_kept_for_the_next_image() -> None:
+    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    [process] = image_process._idle
+    decode(save(photo(40, 30), "AVIF"), SMALL, extra_formats=EXTRA)
+    assert image_process._idle == [process]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_modes_come_back_as_they_were(mode: str) -> None:
+    image = photo(40, 30).convert("L").convert("I;16" if mode == "I;16" else mode)
+    loaded = image_process.load(save(image, "TIFF"), "TIFF", deadline=time.monotonic() + 30)
+    expected = {"1": "L", "P": "RGB", "CMYK": "RGB"}.get(mode, mode)
+    assert loaded.mode == expected
+    assert loaded.tobytes() == image.convert(expected).tobytes()
+
+
+def test_an_orientation_comes_back() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert image_process.load(save(photo(40, 30), "AVIF", exif=exif), "AVIF", time.monotonic() + 30).getexif()[274] == 6
+
+
+@pytest.mark.abuse("A402")
+def test_the_deadline_ends_the_process() -> None:
+    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    [process] = image_process._idle
+    start = time.monotonic()
+    with pytest.raises(OutOfTime):
+        decode(ENDLESS, SMALL, extra_formats=EXTRA, deadline=start + 0.3)
+    assert time.monotonic() - start < 2
+    assert process.poll() is not None
+    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+
+
+@pytest.mark.abuse("A402")
+def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_process, "CPU_S", 0)
+    with pytest.raises(InvalidImage, match="more than 0 s to decode"):
+        decode(ENDLESS, SMALL, extra_formats=EXTRA)
+
+
+@pytest.mark.abuse("A402")
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_process, "MEMORY", 2**20)
+    with pytest.raises((ImageTooLarge, InvalidImage)):
+        decode(save(photo(400, 300), "TIFF"), SMALL, extra_formats=EXTRA)
