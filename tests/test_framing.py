@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.framing import Outcome, Request, through_h11, through_ours
 
+from service.protocol import GuardedProtocol
+
 SMUGGLED = b"DELETE /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c"
@@ -120,6 +122,15 @@ ANY: Any = {
 @given(**ANY)
 def test_we_see_requests_end_where_h11_does(data: bytes, cuts: list[int], early: list[int]) -> None:
     check(data, cuts, early)
+
+
+@pytest.mark.abuse("A204")
+def test_a_request_that_begins_where_none_can_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the parser saw an end where the protocol sees none: pieces are whole reads."""
+    monkeypatch.setattr(GuardedProtocol, "_end_of_piece", lambda self: len(self._waiting))
+    outcome = run([b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx" + SMUGGLED])
+    assert b"DELETE" not in [request.method for request in outcome.requests]
+    assert outcome.closed
 
 
 @pytest.mark.soak
