@@ -141,7 +141,7 @@ _WINDOW = 2**18  # bytes that are searched at a time, so that other threads get 
 
 _LOSSLESS, _PROGRESSIVE, _ARITHMETIC, _FRAMES = {0xC3}, {0xC2, 0xCA}, {0xC9, 0xCA}, range(0xC0, 0xD0)
 _NO_FRAMES = {0xC4, 0xC8, 0xCC}  # within that range, but tables
-_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_SOS, _TEM, _ENDS = 0xDA, 0x01, {0xD8, 0xD9}
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def jpeg_cost(data: bytes) -> JpegCost:
     shares: dict[int, float] = {}  # of the pixels, by channel: 1/4 for chroma at half the resolution
     limit = math.inf
     for marker, content in _segments(data):
-        if marker in _FRAMES and marker not in _NO_FRAMES:
+        if marker != _SOS:
             if shares:  # a second frame, which libjpeg refuses
                 break
             kind, pixels, shares = marker, *_frame(content)
             limit = MAX_SCANNED / (ARITHMETIC if kind in _ARITHMETIC else 1)
-        elif marker == _SOS and content:
+        elif content:
             channels = content[1 : 1 + 2 * content[0] : 2]
             if not scanned and kind not in _PROGRESSIVE and content[0] == len(shares):
                 return JpegCost(lossless=kind in _LOSSLESS)
@@ -194,16 +194,18 @@ def _frame(content: bytes) -> tuple[int, dict[int, float]]:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and content of each segment up to the end of the image, entropy-coded data passed over."""
+    """Marker and content of each frame and scan up to the end of the image; tables, comments and entropy-coded data are passed over."""
     at = 2
     for _ in range(MAX_SEGMENTS):
-        marker, at = _next_marker(data, at)
-        if marker in (_EOI, _SOI):  # libjpeg refuses a second beginning
+        found = _MARKER.match(data, at)  # where the segment before it ends, in most files
+        marker, at = (data[at + 1], at + 2) if found else _next_marker(data, at)
+        if marker in _ENDS:  # libjpeg refuses a second beginning
             return
         if marker == _TEM:
             continue
         end = at + max(2, int.from_bytes(data[at : at + 2], "big"))
-        yield marker, data[at + 2 : end]
+        if marker == _SOS or (marker in _FRAMES and marker not in _NO_FRAMES):
+            yield marker, data[at + 2 : end]
         at = end
     raise InvalidImage(f"the image is cut into too many pieces: more than {MAX_SEGMENTS:,} segments")
 
@@ -214,4 +216,4 @@ def _next_marker(data: bytes, at: int) -> tuple[int, int]:
         if found := _MARKER.search(data, at, at + _WINDOW):
             return data[found.end() - 1], found.end()
         at += _WINDOW - 1  # a marker may lie across
-    return _EOI, at
+    return 0xD9, at

@@ -49,6 +49,10 @@ class PixelBudget:
             self._waiting[future] = pixels
         try:
             await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():  # woken, and gone: let the next one have it
+                self._give_back(0)
+            raise
         finally:
             with self._lock:
                 self._waiting.pop(future, None)
@@ -61,10 +65,19 @@ class PixelBudget:
         if abs(pixels) >= LARGE:
             self.large_left += 1 if pixels > 0 else -1
 
+    def _ready(self) -> list[asyncio.Future[None]]:
+        """Those to wake: every small one that would fit, and no more large ones than may run, for each begins again from its header."""
+        large, ready = self.large_left, []
+        for future, wanted in self._waiting.items():
+            if self._fits(wanted) and (wanted < LARGE or large > 0):
+                large -= wanted >= LARGE
+                ready.append(future)
+        return ready
+
     def _give_back(self, pixels: int) -> None:
         with self._lock:
             self._change(pixels)
-            ready = [future for future, wanted in self._waiting.items() if self._fits(wanted)]
+            ready = self._ready()
         for future in ready:
             try:
                 future.get_loop().call_soon_threadsafe(_wake, future)

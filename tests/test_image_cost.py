@@ -88,6 +88,12 @@ def test_a_baseline_jpeg_counts_by_the_pixels_that_are_decoded() -> None:
         decode(save(photo(800, 800), "JPEG", progressive=True), SMALL, limits)
 
 
+@pytest.mark.abuse("A104")
+@pytest.mark.parametrize("size", [(8160, 6144), (16382, 3628), (12000, 9000)], ids=["50 MP", "panorama", "108 MP"])
+def test_photographs_of_telephones_are_decoded(size: tuple[int, int]) -> None:
+    assert decode(jpeg(size, 1, per_scan=3), IMAGENET).shape == (3, 224, 224)
+
+
 # Time
 
 

@@ -77,6 +77,22 @@ async def test_room_given_back_by_a_thread_wakes_all_that_fit() -> None:
     assert budget._waiting == {}
 
 
+@pytest.mark.anyio
+@pytest.mark.abuse("A602")
+async def test_one_large_image_is_woken_at_a_time_and_none_is_forgotten() -> None:
+    budget = PixelBudget(500 * MP, most_large=1)
+    with budget.hold(LARGE):
+        waiting = [asyncio.create_task(budget.room(LARGE)) for _ in range(3)]
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
+    assert [task.done() for task in waiting] == [True, False, False]
+    for _ in range(2):
+        with budget.hold(LARGE):
+            pass
+        await asyncio.sleep(0.05)
+    assert all(task.done() for task in waiting)
+
+
 @pytest.mark.parametrize(
     ("data", "pixels"),
     [
