@@ -1,5 +1,6 @@
 import json
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
@@ -198,3 +199,59 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DatasetError, match=r"pip install 'imago\[parquet\]'"):
         listed(folder(tmp_path, hub()))
+
+
+def bomb(rows: int, size: int, of: str, store_schema: bool) -> bytes:
+    """A parquet file in which every row has the one value of a dictionary."""
+    value = b"x" * size if of == "image" else "x" * size
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value]))
+    columns = {"image": pa.array([b"i"] * rows), "label": pa.array([i % 2 for i in range(rows)])} | {of: repeated}
+    content = BytesIO()
+    pq.write_table(pa.table(columns), content, compression="gzip", row_group_size=rows, store_schema=store_schema)
+    return content.getvalue()
+
+
+@pytest.mark.abuse("A905")
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_dictionary_is_no_bomb(tmp_path: Path, store_schema: bool) -> None:
+    path = folder(tmp_path, {"train.parquet": bomb(500, 10**6, "image", store_schema)})
+    before, peak = pa.total_allocated_bytes(), pa.default_memory_pool().max_memory()
+    with open_source(path) as source:
+        assert source.read("train.parquet[499]") == b"x" * 10**6
+        assert pa.total_allocated_bytes() - before < 16 * 2**20
+    assert pa.default_memory_pool().max_memory() <= max(peak, before + 64 * 2**20)
+
+
+@pytest.mark.abuse("A905")
+def test_labels_in_a_dictionary_are_no_bomb(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"train.parquet": bomb(500, 10**6, "label", False)})
+    tracemalloc.start()
+    with pytest.raises(DatasetError):
+        listed(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 2**20
+
+
+def varint(value: int, length: int) -> bytes:
+    """Of Thrift's zigzag integers, in so many bytes, more than it needs."""
+    return bytes([(value * 2 >> 7 * i) & 0x7F | 0x80 for i in range(length - 1)] + [value * 2 >> 7 * (length - 1)])
+
+
+@pytest.mark.abuse("A905")
+def test_pages_that_are_larger_than_the_footer_says_are_refused(tmp_path: Path) -> None:
+    images = [bytes(4 * 2**20) for _ in range(12)]
+    content = BytesIO()
+    table = pa.table({"image": images, "label": [i % 2 for i in range(12)]})
+    pq.write_table(table, content, compression="gzip", use_dictionary=False, row_group_size=12)
+    data, start = content.getvalue(), content.getvalue().rfind(b"PAR1", 0, -4)
+    size = pq.ParquetFile(content).metadata.row_group(0).column(0).total_uncompressed_size
+    exact = varint(size, (size * 2).bit_length() // 7 + 1)
+    assert data.count(exact, start + 4) >= 1
+    at = data.rindex(exact)  # in the footer
+    lied = data[:at] + varint(1000, len(exact)) + data[at + len(exact) :]
+    path = folder(tmp_path, {"train.parquet": lied})
+    claimed = pq.ParquetFile(BytesIO(lied)).metadata.row_group(0)
+    assert 1000 in (claimed.column(0).total_uncompressed_size, claimed.total_byte_size)
+    with pytest.raises(DatasetError, match="would grow to 50,"):
+        listed(path)

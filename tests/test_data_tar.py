@@ -3,6 +3,7 @@ import io
 import os
 import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,65 @@ def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tar, "MAX_HEADER_BYTES", 512)
     with pytest.raises(DatasetError, match="damaged"):
         listed(path)
+
+
+def long_names(count: int, size: int) -> bytes:
+    """A chain of GNU headers for long names, each of which tarfile reads for the next, and none of which is a member."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, size
+    return (member.tobuf(tarfile.GNU_FORMAT) + bytes(-(-size // 512) * 512)) * count
+
+
+def sparse_map(entries: int) -> bytes:
+    """A sparse file of the PAX format 1.0, whose map tarfile reads as a list of numbers."""
+    text = f"{entries}\n".encode() + b"0\n" * (2 * entries)
+    text += bytes(-len(text) % 512)
+    member = tarfile.TarInfo("ant/sparse.png")
+    member.size = len(text)
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "ant/sparse.png"}
+    return member.tobuf(tarfile.PAX_FORMAT) + text
+
+
+def global_headers(count: int) -> bytes:
+    member = tarfile.TarInfo("ant/1.png").tobuf(tarfile.USTAR_FORMAT)
+    keys = [tarfile.TarInfo.create_pax_global_header({f"k{i}": "v" * 8000}) for i in range(count)]
+    return b"".join(key + member for key in keys)
+
+
+@pytest.mark.abuse("A906")
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(long_names(5000, 100), id="a chain of long names"),
+        pytest.param(long_names(1, 2**22), id="a long name"),
+        pytest.param(sparse_map(200_000), id="a sparse map"),
+        pytest.param(global_headers(2000), id="global headers"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_headers_cost_no_memory(tmp_path: Path, headers: bytes, mode: str) -> None:
+    path = packed(tmp_path / "a.tar", coloured(1), "w")
+    content = headers + path.read_bytes()
+    path.write_bytes(gzip.compress(content) if mode == "w:gz" else content)
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match=r"damaged|would grow"):
+        listed(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20
+
+
+@pytest.mark.abuse("A906")
+def test_a_member_costs_its_name(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("red/1.png").tobuf(tarfile.USTAR_FORMAT)
+    path = packed(tmp_path / "a.tar", coloured(1), "w")
+    path.write_bytes(member * 4000 + path.read_bytes())
+    tracemalloc.start()
+    source = listed(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 2**20
+    assert source.notes[0].startswith("3999 files have the name of another")
 
 
 def test_a_single_gzipped_file_is_no_dataset(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from models.archive import check_count, check_growth, printable
 from models.data.files import LIMITS, Files
+from models.data.parquet_pages import unpacked_bytes
 from models.data.samples import PART_NAMES, UNREADABLE, Item, Part, Source, make_source, part_of
 from models.errors import DatasetError
 
@@ -90,7 +91,9 @@ class Shard:
             content = files.closing.enter_context(files.seekable(files.names[name]))
             self._file = _open(content)
             self._image, self._label = self._columns()
-            self._check_sizes(files.size(files.names[name])[0])
+            # As dictionaries, in which a value lies once: 1 KB of a file may name a value of 1 MB in a million rows.
+            self._file = _open(content, [self._image, self._label])
+            self._check_sizes(files.size(files.names[name])[0], content)
         metadata = self._file.metadata
         self.rows: int = metadata.num_rows
         self._ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
@@ -107,7 +110,7 @@ class Shard:
         label = _choose(
             self._name, "label", LABELS, schema.names, [n for n, f in features.items() if f == types["label"]]
         )
-        kind = schema.field(image).type
+        kind = _plain(schema.field(image).type)
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             return f"{image}.bytes", label
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -116,11 +119,12 @@ class Shard:
             f"{self._name}: the column {image} holds {str(kind)[:80]}; it should hold the bytes of image files, or a struct with `bytes`"
         )
 
-    def _check_sizes(self, size: int) -> None:
-        """Before anything is read of the images: what the row groups claim to hold."""
+    def _check_sizes(self, size: int, content: IO[bytes]) -> None:
+        """Before anything is read of the columns: what the row groups claim to hold, or the headers of their pages where that is more."""
         metadata = self._file.metadata
         check_count(metadata.num_rows)
-        claimed = [_uncompressed(metadata.row_group(i), self._image) for i in range(metadata.num_row_groups)]
+        columns = (self._image, self._label)
+        claimed = [_uncompressed(metadata.row_group(i), columns, content) for i in range(metadata.num_row_groups)]
         check_growth(self._name, size, sum(claimed))
         if max(claimed, default=0) > MAX_ROW_GROUP_BYTES:
             raise DatasetError(
@@ -134,8 +138,7 @@ class Shard:
         found: list[str] = []
         with _readable(self._name):
             for batch in self._file.iter_batches(columns=[self._label], use_threads=False):
-                values = batch.column(0).to_pylist()
-                found += [self._named(value, len(found) + i, names) for i, value in enumerate(values)]
+                found += [self._named(value, len(found) + i, names) for i, value in enumerate(_values(batch.column(0)))]
         if len(found) != self.rows:
             raise DatasetError(f"{self._name} has {len(found):,} labels for {self.rows:,} rows: download it again")
         return found
@@ -161,7 +164,7 @@ class Shard:
         value = self._images(group)[row - (self._ends[group - 1] if group else 0)]
         if not value.is_valid:
             raise OSError("the row holds no bytes of an image")
-        data: bytes = value.as_buffer()[: LIMITS.max_bytes + 1].to_pybytes()
+        data: bytes = value.value.as_buffer()[: LIMITS.max_bytes + 1].to_pybytes()
         return data
 
     def _images(self, group: int) -> Any:
@@ -179,10 +182,28 @@ class Shard:
             return self._groups[group]
 
 
-def _open(content: IO[bytes]) -> "ParquetFile":
+def _open(content: IO[bytes], dictionaries: Sequence[str] = ()) -> "ParquetFile":
+    """`dictionaries`: columns of bytes or text that are read as such, whatever their encoding."""
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(content, pre_buffer=False)
+    return ParquetFile(content, pre_buffer=False, read_dictionary=[*dictionaries])
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a dictionary's values; pyarrow stores that a column was one."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an array, of which equal ones are one object."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    values = column.dictionary.to_pylist()
+    return [None if index is None else values[index] for index in column.indices.to_pylist()]
 
 
 @contextmanager
@@ -197,9 +218,13 @@ def _readable(name: str) -> Iterator[None]:
         raise DatasetError(f"{name} is damaged, or no parquet file: download it again") from error
 
 
-def _uncompressed(group: Any, image: str) -> int:
+def _uncompressed(group: Any, names: Sequence[str], content: IO[bytes]) -> int:
     columns = (group.column(i) for i in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == image)
+    return sum(
+        max(column.total_uncompressed_size, unpacked_bytes(content, column))
+        for column in columns
+        if column.path_in_schema in names
+    )
 
 
 def _choose(name: str, what: str, usual: Sequence[str], columns: Sequence[str], declared: Sequence[str]) -> str:
