@@ -23,7 +23,7 @@ from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service import parity
-from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
+from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted, check_size
 from service.batcher import Batcher, DeviceState
 from service.catalogue import Catalogue
 from service.errors import DeadlineExceeded, NotReady, ServiceError
@@ -153,6 +153,7 @@ class Engine:
         bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
         for served in bound:
             check(served, wanted)
+        check_size(len(files), [len(served.config.classes) for served in bound], k, wanted)
         explain, deadline = wanted.explain, self._deadline(timeout_ms)
         scored = await self._counted(files, bound, Terms(timeout_ms, explained=explain is not None, judged=True))
         answers = [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]

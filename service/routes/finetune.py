@@ -129,7 +129,7 @@ async def list_events(
     id: Id,
     jobs: JobsDep,
     engine: EngineDep,
-    after: Annotated[int, Query(ge=0, description="The number of the last event that is known")] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**53, description="The number of the last event that is known")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Any:
     """Events with a number above `after`. With `Accept: text/event-stream` they are streamed as they come, and `event: end` is the
