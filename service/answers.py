@@ -1,7 +1,7 @@
 """What the engine answers, and what it remembers of it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from models.classifier import ModelConfig, top_k
 from models.decisions import Decision
 from models.errors import ModelError
+from service.errors import ValidationFailed
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,28 @@ class Wanted:
 
 
 PLAIN = Wanted()
+
+
+EXPLAINED_VALUES = 200  # a heat map has so many numbers, or a picture
+MAX_PREDICTIONS = 50_000  # of a request: images x models x classes named; about 4 MB of answer
+MAX_MAPS = 320  # of a request: images x models x classes explained; about a second of the decode pool
+
+
+def check_size(images: int, classes: Sequence[int], k: int, wanted: Wanted) -> None:
+    """`classes`: the number of each model. Raises ValidationFailed where the answer would be larger than the bounds."""
+    named = images * sum(min(k, count) + (count if wanted.alpha is not None else 0) for count in classes)
+    if named > MAX_PREDICTIONS:
+        raise ValidationFailed(
+            f"the answer would name {named} classes (images x models x top_k, and all classes with alpha); at most {MAX_PREDICTIONS}: "
+            "send fewer images, or ask for less",
+            param="top_k",
+        )
+    maps = images * sum(min(k, count) for count in classes)
+    if wanted.explain and maps > MAX_MAPS:
+        raise ValidationFailed(
+            f"the answer would have {maps} heat maps (images x models x top_k); at most {MAX_MAPS}: send fewer images, or ask for less",
+            param="explain",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,11 @@ class Prediction:
     nearest: list[Nearest] | None = None
     decision: Decision | None = None  # where the version keeps what it needs for one
 
+    @property
+    def size(self) -> int:
+        """Values in its JSON, roughly."""
+        return (len(self.labels) + len(self.conformal or ())) * (EXPLAINED_VALUES if self.explanations else 1)
+
     def document(self) -> dict[str, Any]:
         rows = zip(self.labels, self.indices, self.probabilities, strict=True)
         predictions: list[dict[str, Any]] = [{"label": name, "index": i, "probability": p} for name, i, p in rows]
@@ -154,13 +182,15 @@ class Answer:
 
     def document(self, filenames: Sequence[str | None]) -> dict[str, Any]:
         """As `POST /predict` and `imago predict --json` show it."""
-        results = []
+        return {"model": self.model, "version": self.version, "results": list(self.documents(filenames))}
+
+    def documents(self, filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+        """One of each image."""
         for filename, result in zip(filenames, self.results, strict=True):
             if isinstance(result, ModelError):
-                results.append(failed(filename, result))
+                yield failed(filename, result)
             else:
-                results.append({"filename": filename, **result.document()})
-        return {"model": self.model, "version": self.version, "results": results}
+                yield {"filename": filename, **result.document()}
 
 
 def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
@@ -214,6 +244,11 @@ class Embedding:
     version: int
     results: list[Tensor | ModelError]
     timings: Timings
+
+    @property
+    def dim(self) -> int:
+        """D; 0 where every image failed."""
+        return next((len(result) for result in self.results if isinstance(result, Tensor)), 0)
 
 
 def best(probabilities: Tensor, classes: Sequence[str], k: int) -> Prediction:

@@ -32,6 +32,7 @@ from service.middleware import Edge, Traffic, UserCORS
 from service.routes import datasets, finetune, models, ops, page, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
+from service.shared import Listings
 from service.state import State
 from service.traces import Traces
 from service.v2_documents import HEADER_LENGTH
@@ -127,6 +128,7 @@ def _state(
         jobs=jobs or Jobs(settings, engine, store),
         datasets=Datasets(settings.datasets),
         exports=Exports(settings),
+        listings=Listings(engine, metrics),
     )
 
 

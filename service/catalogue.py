@@ -23,7 +23,7 @@ from models.errors import ModelError, ModelNotFound, NameConflict, OutOfMemory, 
 from models.store import ModelStore
 from service.batcher import Batcher
 from service.errors import DeviceLost, NotReady, ServiceError
-from service.loaded import Loader, ModelStatus, Served, describe
+from service.loaded import Loader, ModelStatus, Served, Sharers, describe, sharers_of
 from service.metrics import Metrics
 from service.plan import ServingPlan, plan_serving
 from service.settings import Settings
@@ -327,18 +327,19 @@ class Catalogue:
         return f"{failure.reason}; tried again in {max(0.0, at - time.monotonic()):.0f} s"
 
     def models(self) -> list[ModelStatus]:
-        """Every model that is served, being loaded, or failed to load, by name."""
-        names = sorted({*self.served, *self._loading, *self._failures})
-        return [self.model(name) for name in names]
+        """Every model that is served, being loaded, or failed to load, by name. Safe to call from any thread."""
+        served, loading = self.served, set(self._loading)
+        sharers = sharers_of(served)
+        return [
+            self._describe(name, served.get(name), sharers, name in loading)
+            for name in sorted({*served, *loading, *self._failures})
+        ]
 
     def model(self, name: str) -> ModelStatus:
         """Raises ModelNotFound."""
         if name not in self.served and name not in self._loading and name not in self._failures:
             raise ModelNotFound("no model of that name is served; GET /models lists those that are")
-        return describe(
-            name,
-            self.served,
-            default=name == self.default,
-            loading=name in self._loading,
-            error=self._error(name),
-        )
+        return self._describe(name, self.served.get(name), sharers_of(self.served), name in self._loading)
+
+    def _describe(self, name: str, served: Served | None, sharers: Sharers, loading: bool) -> ModelStatus:
+        return describe(name, served, sharers, default=name == self.default, loading=loading, error=self._error(name))

@@ -22,7 +22,7 @@ from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.runtime import devices
 from models.store import ModelStore
 from service import parity
-from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted
+from service.answers import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted, check_size
 from service.batcher import Batcher, DeviceState
 from service.catalogue import Catalogue
 from service.decoding import DecodePool
@@ -163,6 +163,7 @@ class Engine:
         bound = [self.catalogue.bind(name) for name in dict.fromkeys(models)] or [self.catalogue.bind(None)]
         for served in bound:
             check(served, wanted)
+        check_size(len(files), [len(served.config.classes) for served in bound], k, wanted)
         explain, deadline = wanted.explain, self._deadline(timeout_ms)
         scored = await self._counted(
             files,

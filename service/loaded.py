@@ -293,6 +293,9 @@ async def _probe(served: Served, batcher: Batcher) -> None:
         raise WeightsError("the model answers NaN for a plain gray image; its weights are not usable")
 
 
+SHARED_SHOWN = 10  # of a thousand models on one backbone each would name 999 others: 17 MB
+
+
 class BackboneStatus(BaseModel):
     """A backbone under a served model."""
 
@@ -301,7 +304,8 @@ class BackboneStatus(BaseModel):
     sha256: str
     feature_dim: int
     input: tuple[int, int, int]
-    shared_with: list[str]
+    shared_with: list[str] = Field(description=f"Names of other models on this backbone, at most {SHARED_SHOWN}")
+    shared_with_count: int = Field(0, description="The number of other models on this backbone")
     memory_bytes: int
     runtime: dict[str, RuntimeInfo] = Field(description="How it runs on each device")
     failures: dict[str, str] = Field(
@@ -337,11 +341,22 @@ class ModelStatus(BaseModel):
     created_at: datetime | None = None
 
 
+Sharers = Mapping[LoadedBackbone, Sequence[str]]
+
+
+def sharers_of(served_by_name: Mapping[str, Served]) -> Sharers:
+    """The names of the models on each backbone, in order."""
+    sharers: dict[LoadedBackbone, list[str]] = {}
+    for name in sorted(served_by_name):
+        for backbone in dict.fromkeys(served_by_name[name].backbones):
+            sharers.setdefault(backbone, []).append(name)
+    return sharers
+
+
 def describe(
-    name: str, served_by_name: Mapping[str, Served], *, default: bool, loading: bool, error: str | None
+    name: str, served: Served | None, sharers: Sharers, *, default: bool, loading: bool, error: str | None
 ) -> ModelStatus:
     """The state of one model. One that failed to load a new version, or is loading it, still shows the version that serves."""
-    served = served_by_name.get(name)
     state: Literal["ready", "loading", "failed"] = "ready" if served else "loading" if loading else "failed"
     if served is None:
         return ModelStatus(name=name, default=default, state=state, error=error)
@@ -354,7 +369,7 @@ def describe(
         classes=list(served.config.classes),
         head=served.config.head.kind,
         head_bytes=sum(p.nbytes for p in served.head.parameters()),
-        backbones=[_describe_backbone(name, b, served_by_name) for b in served.backbones],
+        backbones=[_describe_backbone(name, b, sharers[b]) for b in served.backbones],
         metrics=served.config.metrics,
         decision=_decision_rule(served.reference),
         licences=licences.licences_of(served.config.lineage),
@@ -375,7 +390,7 @@ def _decision_rule(reference: Reference | None) -> DecisionRule | None:
     )
 
 
-def _describe_backbone(name: str, backbone: LoadedBackbone, served_by_name: Mapping[str, Served]) -> BackboneStatus:
+def _describe_backbone(name: str, backbone: LoadedBackbone, sharers: Sequence[str]) -> BackboneStatus:
     kind = backbone.ref.preprocessing
     return BackboneStatus(
         key=backbone.ref.key,
@@ -383,7 +398,8 @@ def _describe_backbone(name: str, backbone: LoadedBackbone, served_by_name: Mapp
         sha256=backbone.ref.sha256,
         feature_dim=backbone.feature_dim,
         input=(kind.channels, kind.height, kind.width),
-        shared_with=sorted(n for n, other in served_by_name.items() if n != name and backbone in other.backbones),
+        shared_with=[other for other in sharers[: SHARED_SHOWN + 1] if other != name][:SHARED_SHOWN],
+        shared_with_count=len(sharers) - 1,
         memory_bytes=backbone.size,
         runtime=dict(backbone.infos),
         failures=dict(backbone.failures),

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -348,6 +348,11 @@ def render(
 def encode(content: Any) -> bytes:
     """Strict JSON: NaN and infinity raise."""
     return _ENCODER.encode(content).encode()
+
+
+def encode_each(items: Iterable[Any]) -> bytes:
+    """A JSON array. A call of the encoder holds the GIL until it returns; each item has one of its own."""
+    return b"[" + b",".join(map(encode, items)) + b"]"
 
 
 def count_rejection(metrics: Metrics, error: ServiceError | ModelError) -> None:

@@ -116,6 +116,7 @@ class ModelList(BaseModel):
     device_note: str | None = Field(
         None, description="Why no GPU is used, where `IMAGO_DEVICE=auto` found none that is usable"
     )
+    has_more: bool = Field(False, description="With `limit`: there are more; the next page is `after` the last name")
 
 
 class JobList(BaseModel):

@@ -13,6 +13,7 @@ from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Exchange
 from service.settings import Settings
+from service.shared import Listings
 
 
 class State(TypedDict):
@@ -26,6 +27,7 @@ class State(TypedDict):
     jobs: Jobs
     datasets: Datasets
     exports: Exports
+    listings: Listings
     exchange: NotRequired[Exchange]
 
 
@@ -61,9 +63,14 @@ async def get_exports(request: Request) -> Exports:
     return state_of(request)["exports"]
 
 
+async def get_listings(request: Request) -> Listings:
+    return state_of(request)["listings"]
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 StoreDep = Annotated[ModelStore, Depends(get_store)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
 DatasetsDep = Annotated[Datasets, Depends(get_datasets)]
+ListingsDep = Annotated[Listings, Depends(get_listings)]
 ExportsDep = Annotated[Exports, Depends(get_exports)]

@@ -94,10 +94,10 @@ def config(served: Served, max_batch_size: int) -> Document:
 
 
 def statistics(models: Iterable[Served]) -> Document:
-    return {"model_stats": [_statistics(served) for served in models]}
+    return {"model_stats": [statistics_of(served) for served in models]}
 
 
-def _statistics(served: Served) -> Document:
+def statistics_of(served: Served) -> Document:
     seen: Statistics = served.statistics
     return {
         "name": served.config.name,

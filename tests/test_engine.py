@@ -159,6 +159,14 @@ async def test_models_on_one_backbone_share_it_and_cost_one_forward_pass(store: 
         assert engine.model("a").backbones[0].shared_with == ["b", "both"]
 
 
+@pytest.mark.abuse("A701")
+async def test_a_model_names_a_few_of_those_on_its_backbone(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.loaded.SHARED_SHOWN", 1)
+    async with serving(store) as engine:
+        shown = [engine.model(name).backbones[0] for name in ("a", "b")]
+        assert [(backbone.shared_with, backbone.shared_with_count) for backbone in shown] == [(["b"], 2), (["a"], 2)]
+
+
 def forward_passes(engine: Engine, key: str) -> float:
     return engine.metrics.registry.get_sample_value("imago_batch_size_count", {"backbone": key}) or 0
 

@@ -94,10 +94,13 @@ async def test_a_body_that_is_no_object_is_told_what_to_be(http: httpx.AsyncClie
     assert error["message"] == "the body must be a JSON object, with Content-Type: application/json"
 
 
+@pytest.mark.abuse("A1601")
 async def test_events_by_polling(http: httpx.AsyncClient) -> None:
     path = await start(http)
     await ended(http, path)
     page = (await http.get(f"{path}/events?limit=2")).json()
+    refused = await http.get(f"{path}/events?after={2**63}", headers={"Accept": "text/event-stream"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "after")
     rest = (await http.get(f"{path}/events?after=2")).json()
     assert ([event["seq"] for event in page["data"]], page["has_more"]) == ([1, 2], True)
     assert (rest["data"][0]["seq"], rest["has_more"]) == (3, False)

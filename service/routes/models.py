@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
@@ -33,7 +33,7 @@ from service.schemas import (
     VersionStatus,
     json_answer,
 )
-from service.state import EngineDep, ExportsDep, StoreDep
+from service.state import EngineDep, ExportsDep, ListingsDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(
@@ -51,7 +51,9 @@ def _possible(name: str) -> str:
 Name = Annotated[str, AfterValidator(_possible), Path(description="A model's name", examples=["cifar10"])]
 Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
 
-LISTED = json_answer("The models", {"models": [MODEL_EXAMPLE], "devices": {"cuda:0": "works"}, "device_note": None})
+LISTED = json_answer(
+    "The models", {"models": [MODEL_EXAMPLE], "devices": {"cuda:0": "works"}, "device_note": None, "has_more": False}
+)
 SHOWN = json_answer("The model", MODEL_EXAMPLE)
 VERSIONS = json_answer("Its versions", {"versions": [VERSION_EXAMPLE]})
 
@@ -60,14 +62,14 @@ UNCACHED = {"Cache-Control": "no-store"}
 _pulls: set[asyncio.Task[ModelConfig]] = set()  # nobody else holds a task whose client has left
 
 
-def _listed(engine: Engine) -> ModelList:
-    return ModelList(models=engine.models(), devices=engine.device_states(), device_note=engine.device_note)
-
-
-@router.get("/models", summary="What is served", responses={200: LISTED})
-async def list_models(engine: EngineDep) -> ModelList:
-    """Every model that serves, is being loaded, or failed to load, with its classes, backbones and figures."""
-    return _listed(engine)
+@router.get("/models", summary="What is served", responses={200: LISTED}, response_model=ModelList)
+async def list_models(
+    listings: ListingsDep,
+    after: Annotated[str, Query(max_length=64, description="The last name of the page before")] = "",
+    limit: Annotated[int | None, Query(ge=1, le=1000, description="Models per page; by default all")] = None,
+) -> Response:
+    """Every model that serves, is being loaded, or failed to load, with its classes, backbones and figures, by name."""
+    return Response(await listings.models(after, limit), media_type="application/json")
 
 
 @router.get("/models/{name}", summary="One served model", responses={200: SHOWN})
@@ -75,11 +77,13 @@ async def show_model(name: Name, engine: EngineDep) -> ModelStatus:
     return engine.model(name)
 
 
-@admin_router.post("/models/sync", summary="Make what serves equal to the store", responses={200: LISTED})
-async def sync_models(engine: EngineDep) -> ModelList:
+@admin_router.post(
+    "/models/sync", summary="Make what serves equal to the store", responses={200: LISTED}, response_model=ModelList
+)
+async def sync_models(engine: EngineDep, listings: ListingsDep) -> Response:
     """Loads what is new in the store beside what serves, and swaps. What fails to load shows its error, and its old version serves on."""
     await engine.sync()
-    return _listed(engine)
+    return Response(await listings.models(), media_type="application/json")
 
 
 PULLED: dict[str, Any] = {

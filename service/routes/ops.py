@@ -13,7 +13,7 @@ from models.runtime import memory
 from service.errors import Draining, NotReady
 from service.metrics import Metrics
 from service.schemas import ERROR_ANSWERS, Health, json_answer
-from service.state import EngineDep, JobsDep, MetricsDep
+from service.state import EngineDep, JobsDep, ListingsDep, MetricsDep
 
 router = APIRouter(tags=["operations"])
 
@@ -63,13 +63,13 @@ METRICS: dict[str, Any] = {
     response_class=Response,
     responses={200: METRICS},
 )
-async def metrics(metrics: MetricsDep, engine: EngineDep, jobs: JobsDep) -> Response:
+async def metrics(metrics: MetricsDep, engine: EngineDep, jobs: JobsDep, listings: ListingsDep) -> Response:
     metrics.ready.set(engine.ready)
     metrics.count_jobs(await jobs.counts())
     with suppress(TimeoutError):  # a device that hangs is told of by the rest
         async with asyncio.timeout(MEASURE_S):
             await asyncio.to_thread(_measure, metrics, engine.devices)
-    return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(await listings.metrics.get(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _measure(metrics: Metrics, devices: Sequence[torch.device]) -> None:

@@ -2,17 +2,19 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from models.errors import ModelError
 from models.reference import NEAREST
-from service.answers import Embedding, Explain, Timings, Wanted, failed
+from service.answers import Answer, Embedding, Explain, Prediction, Timings, Wanted, failed
 from service.auth import UserRoute, client_of
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
-from service.middleware import encode
+from service.middleware import encode, encode_each
 from service.routes.upload import Upload, read_upload, while_connected
 from service.schemas import (
     ALPHA_FIELD,
@@ -38,6 +40,7 @@ from service.state import state_of
 router = APIRouter(tags=["images"], route_class=UserRoute)
 
 MAX_MODELS = 16  # in one request
+INLINE_VALUES = 2000  # of an answer that is encoded on the event loop, which takes 3 ms; a larger one goes to a thread
 MAX_EXPLAINED = 20  # classes of an image: of a Grad-CAM each costs a backward pass
 EXPLAIN: dict[str | None, Explain | None] = {None: None, "false": None, "true": "grid", "overlay": "overlay"}
 PREDICT_FIELDS = frozenset({"model", "top_k", "timeout_ms", "explain", "alpha", "neighbours"})
@@ -79,10 +82,28 @@ async def predict(request: Request) -> Response:
     work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted, client_of(request))
     answers = await while_connected(request, work)
     state["exchange"].models = [f"{answer.model}@{answer.version}" for answer in answers]
-    bodies = [answer.document(upload.filenames) for answer in answers]
-    content = bodies[0] if len(bodies) == 1 else {"models": bodies}
-    _raise_if_all_failed([result for answer in answers for result in answer.results], len(upload.images), content)
-    return _respond(content, answers[0].timings)
+    results = [result for answer in answers for result in answer.results]
+    _raise_if_all_failed(results, len(upload.images), partial(_documents, answers, upload.filenames))
+    size = sum(result.size for result in results if isinstance(result, Prediction))
+    return await _respond(partial(_encoded, answers, upload.filenames), size, answers[0].timings)
+
+
+def _documents(answers: Sequence[Answer], filenames: Sequence[str | None]) -> dict[str, Any]:
+    documents = [answer.document(filenames) for answer in answers]
+    return documents[0] if len(documents) == 1 else {"models": documents}
+
+
+def _encoded(answers: Sequence[Answer], filenames: Sequence[str | None]) -> bytes:
+    """JSON of `_documents`."""
+    bodies = [
+        _joined({"model": answer.model, "version": answer.version}, answer.documents(filenames)) for answer in answers
+    ]
+    return bodies[0] if len(bodies) == 1 else b'{"models":[' + b",".join(bodies) + b"]}"
+
+
+def _joined(about: dict[str, Any], results: Iterable[dict[str, Any]]) -> bytes:
+    """JSON of an object whose last member is `results`."""
+    return encode(about)[:-1] + b',"results":' + encode_each(results) + b"}"
 
 
 def _explain(upload: Upload) -> Explain | None:
@@ -123,32 +144,37 @@ async def embed(request: Request) -> Response:
     work = state["engine"].embed(upload.images, model, timeout_ms, client_of(request))
     embedding = await while_connected(request, work)
     state["exchange"].models = [f"{embedding.model}@{embedding.version}"]
-    content = _embeddings(embedding, upload.filenames)
-    _raise_if_all_failed(embedding.results, len(upload.images), content)
-    return _respond(content, embedding.timings)
+    about = {"model": embedding.model, "version": embedding.version, "dim": embedding.dim}
+
+    def failures() -> dict[str, Any]:
+        return about | {"results": list(_embeddings(embedding, upload.filenames))}
+
+    def encoded() -> bytes:
+        return _joined(about, _embeddings(embedding, upload.filenames))
+
+    _raise_if_all_failed(embedding.results, len(upload.images), failures)
+    return await _respond(encoded, len(upload.images) * embedding.dim, embedding.timings)
 
 
-def _embeddings(embedding: Embedding, filenames: Sequence[str | None]) -> dict[str, Any]:
-    results, dim = [], 0
+def _embeddings(embedding: Embedding, filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
     for filename, result in zip(filenames, embedding.results, strict=True):
         if isinstance(result, ModelError):
-            results.append(failed(filename, result))
+            yield failed(filename, result)
         else:
-            vector = result.tolist()
-            dim = len(vector)
-            results.append({"filename": filename, "embedding": vector})
-    return {"model": embedding.model, "version": embedding.version, "dim": dim, "results": results}
+            yield {"filename": filename, "embedding": result.tolist()}
 
 
-def _raise_if_all_failed(results: Sequence[object], images: int, content: dict[str, Any]) -> None:
+def _raise_if_all_failed(results: Sequence[object], images: int, content: Callable[[], dict[str, Any]]) -> None:
     """One image: its own error and status. Several: 422 with every reason; our own failure, where it was none of the images' fault."""
     errors = [result for result in results if isinstance(result, ModelError | ServiceError)]
     if not errors or len(errors) < len(results):
         return
     if images == 1 or all(status_of(error) >= 500 for error in errors):
         raise errors[0]
-    raise AllImagesFailed(f"none of the {images} images could be classified; `results` says why for each", content)
+    raise AllImagesFailed(f"none of the {images} images could be classified; `results` says why for each", content())
 
 
-def _respond(content: dict[str, Any], timings: Timings) -> Response:
-    return Response(encode(content), media_type="application/json", headers={"Server-Timing": timings.header})
+async def _respond(encoded: Callable[[], bytes], values: int, timings: Timings) -> Response:
+    """`values`: the number of classes or features in the answer."""
+    body = encoded() if values <= INLINE_VALUES else await run_in_threadpool(encoded)
+    return Response(body, media_type="application/json", headers={"Server-Timing": timings.header})

@@ -17,14 +17,15 @@ from service import encodings
 from service import v2_documents as documents
 from service.answers import Scores
 from service.auth import AdminRoute, UserRoute, client_of, require_admin
-from service.engine import Image
+from service.engine import Engine, Image
 from service.errors import BadRequest
 from service.loaded import Served
+from service.middleware import encode_each
 from service.routes import ops
 from service.routes.models import Name
 from service.routes.upload import read_body, while_connected
 from service.schemas import json_answer
-from service.state import EngineDep, StoreDep, state_of
+from service.state import EngineDep, ListingsDep, StoreDep, state_of
 from service.v2_tensors import Inference, fitted, parse, reply
 
 INLINE_BYTES, INLINE_SCORES = (
@@ -145,10 +146,12 @@ async def v2_server() -> Document:
 STATISTICS = json_answer("Counts, and cumulative nanoseconds", documents.STATISTICS_EXAMPLE)
 
 
-@router.get("/v2/models/stats", summary="Statistics of all models", responses={200: STATISTICS})
-async def v2_all_statistics(engine: EngineDep) -> Document:
+@router.get(
+    "/v2/models/stats", summary="Statistics of all models", responses={200: STATISTICS}, response_model=Document
+)
+async def v2_all_statistics(listings: ListingsDep) -> Response:
     """Of every model that serves, by whichever route it was asked, since it was loaded."""
-    return documents.statistics(engine.catalogue.served.values())
+    return Response(await listings.statistics.get(), media_type="application/json")
 
 
 @router.get(
@@ -263,16 +266,18 @@ class Unload(_Strict):
     "/index",
     summary="Every version in the store",
     responses={200: json_answer("The versions", documents.INDEX_EXAMPLE)},
+    response_model=list[Document],
 )
 async def v2_index(
     engine: EngineDep, store: StoreDep, body: Annotated[Index | None, Body(examples=[{"ready": True}])] = None
-) -> list[Document]:
-    stored = await run_in_threadpool(_stored, store)
-    return documents.index(stored, engine.models(), only_ready=body is not None and body.ready)
+) -> Response:
+    index = await run_in_threadpool(_index, engine, store, body is not None and body.ready)
+    return Response(index, media_type="application/json")
 
 
-def _stored(store: ModelStore) -> list[tuple[str, int]]:
-    return [(name, version) for name in store.names() for version in store.versions(name)]
+def _index(engine: Engine, store: ModelStore, only_ready: bool) -> bytes:
+    stored = [(name, version) for name in store.names() for version in store.versions(name)]
+    return encode_each(documents.index(stored, engine.models(), only_ready))
 
 
 @admin_router.post(

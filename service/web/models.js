@@ -76,7 +76,7 @@ function Backbone({ backbone }) {
     <dd>
       ${backbone.architecture}, ${width} x ${height} pixels, ${bytes(backbone.memory_bytes)}
       ${Object.entries(backbone.runtime).map(([device, info]) => html`<br /><span class="faint">${speed(device, info)}</span>`)}
-      ${backbone.shared_with.length > 0 && html`<br /><span class="good">shared with ${backbone.shared_with.join(", ")}</span>`}
+      ${backbone.shared_with.length > 0 && html`<br /><span class="good">shared with ${backbone.shared_with.join(", ")}${backbone.shared_with_count > backbone.shared_with.length ? ` and ${backbone.shared_with_count - backbone.shared_with.length} more` : ""}</span>`}
     </dd>
   </div>`;
 }

@@ -1,0 +1,94 @@
+"""Answers that are the same for everybody are built once for all who wait, and bounded."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import pytest
+from service_fakes import FakeEngine, FakeStore
+
+from service.answers import MAX_MAPS, MAX_PREDICTIONS, PLAIN, Wanted, check_size
+from service.errors import ValidationFailed
+from service.loaded import ModelStatus
+from service.metrics import Metrics
+from service.schemas import ModelList
+from service.shared import Listings, Shared
+
+pytestmark = pytest.mark.anyio
+
+
+class Work:
+    """Counts its runs; each waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.runs, self.begun, self.let_go = 0, threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self) -> int:
+        self.runs += 1
+        number = self.runs
+        self.begun.release()
+        self.let_go.acquire(timeout=10)
+        return number
+
+
+async def test_callers_share_the_next_run_and_never_one_that_began_before() -> None:
+    work = Work()
+    shared = Shared(work)
+    first = asyncio.create_task(shared.get())
+    await asyncio.to_thread(work.begun.acquire)
+    later = [asyncio.create_task(shared.get()) for _ in range(50)]
+    await asyncio.sleep(0)
+    later.pop().cancel()
+    work.let_go.release()
+    work.let_go.release()
+    assert await first == 1
+    assert await asyncio.gather(*later) == [2] * 49
+    assert work.runs == 2
+
+
+class ManyModels(FakeEngine):
+    def models(self) -> list[ModelStatus]:
+        return [ModelStatus(name=name, default=False, state="ready") for name in "abcde"]
+
+
+@pytest.mark.parametrize(
+    ("after", "limit", "names", "more"),
+    [
+        ("", None, "abcde", False),
+        ("", 2, "ab", True),
+        ("b", 3, "cde", False),
+        ("bb", 1, "c", True),
+        ("e", 1, "", False),
+    ],
+)
+async def test_pages_of_models(after: str, limit: int | None, names: str, more: bool) -> None:
+    listings = Listings(ManyModels(FakeStore()), Metrics())
+    page = await listings.models(after, limit)
+    found = ModelList.model_validate_json(page)
+    assert ([model.name for model in found.models], found.has_more) == (list(names), more)
+
+
+EXPLAINED = Wanted(explain="overlay")
+
+
+@pytest.mark.abuse("A801")
+@pytest.mark.parametrize(
+    ("images", "classes", "k", "wanted", "allowed"),
+    [
+        pytest.param(32, [1000], 1000, PLAIN, True, id="32 images, all of 1,000 classes"),
+        pytest.param(32, [1000] * 6, 1000, PLAIN, False, id="6 models"),
+        pytest.param(32, [3] * 16, 9_999_999, PLAIN, True, id="few classes, whatever is asked"),
+        pytest.param(32, [1000] * 6, 5, replace(PLAIN, alpha=0.1), False, id="conformal sets"),
+        pytest.param(32, [1000], 10, EXPLAINED, True, id="10 heat maps each"),
+        pytest.param(32, [1000] * 16, 5, EXPLAINED, False, id="heat maps of 16 models"),
+        pytest.param(1, [MAX_PREDICTIONS], MAX_PREDICTIONS, PLAIN, True, id="the most"),
+        pytest.param(1, [MAX_PREDICTIONS + 1], MAX_PREDICTIONS + 1, PLAIN, False, id="one more"),
+        pytest.param(MAX_MAPS + 1, [1], 1, EXPLAINED, False, id="one map more"),
+    ],
+)
+def test_large_answers_are_bounded(images: int, classes: list[int], k: int, wanted: Wanted, allowed: bool) -> None:
+    if allowed:
+        check_size(images, classes, k, wanted)
+    else:
+        with pytest.raises(ValidationFailed, match="at most"):
+            check_size(images, classes, k, wanted)
