@@ -14,7 +14,7 @@ from image_files import photo, save
 from live_server import LiveServer, live_server, weights  # noqa: F401  (a fixture)
 from service_fakes import Service, client_of
 
-from service.body import BLOCK, SMALL, Body
+from service.body import BLOCK, MOST_SPARE, SMALL, Body
 from service.middleware import BODY_SHARE, Traffic
 from service.shares import Shares
 from service.trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
@@ -59,10 +59,10 @@ def test_bodies_side_by_side_take_what_has_arrived_and_give_it_back() -> None:
     done = subprocess.run([sys.executable, "-c", GROW], check=True, capture_output=True, text=True, cwd=root)
     grown, left = map(int, done.stdout.split())
     assert 115 < grown < 140
-    assert left < 16
+    assert left < 16 + MOST_SPARE
 
 
-@pytest.mark.abuse("A502")
+@pytest.mark.abuse("A512")
 def test_slow_bodies_of_one_client_leave_room_for_others() -> None:
     bodies = Shares(512 * MB, BODY_SHARE)
     for _ in range(240):
@@ -74,7 +74,7 @@ def test_slow_bodies_of_one_client_leave_room_for_others() -> None:
     assert bodies.fits("flood", 34, MB)  # a small request of the same address
 
 
-@pytest.mark.abuse("A502")
+@pytest.mark.abuse("A512")
 async def test_a_client_is_refused_for_its_own_bodies_alone(tmp_path: Path) -> None:
     service = Service(tmp_path, max_body_mb=1, max_queue_mb=2)
     service.engine.gate = asyncio.Event()
@@ -114,7 +114,7 @@ class Memory:
         return now
 
 
-@pytest.mark.abuse("A503")
+@pytest.mark.abuse("A513")
 def test_memory_is_given_back_when_a_burst_is_over() -> None:
     memory = Memory()
     now = memory.pass_s(100, 1000.0)
@@ -182,7 +182,7 @@ def attack(server: LiveServer, image: bytes, seconds: float) -> tuple[list[int],
 
 
 @pytest.mark.soak
-@pytest.mark.abuse("A501", "A502", "A503")
+@pytest.mark.abuse("A501", "A512", "A513")
 def test_a_server_under_slow_bodies(weights: Path, tmp_path: Path) -> None:  # noqa: F811
     image = save(photo(640, 480), "JPEG")
     with live_server(weights, tmp_path) as server:

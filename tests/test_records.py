@@ -86,7 +86,7 @@ def text_of(fields: Fields) -> str:
     return text.replace(f'"{INFINITE}"', INFINITE).replace(f'"{NAN}"', NAN)
 
 
-@pytest.mark.abuse("A1605")
+@pytest.mark.abuse("A1615")
 @pytest.mark.parametrize(("where", "value"), CASES, ids=lambda value: repr(value)[:40])
 def test_an_edit_is_refused_without_its_hash_too(weights: Path, config: Path, where: str, value: Any) -> None:
     fields = json.loads(config.read_bytes())
@@ -97,7 +97,7 @@ def test_an_edit_is_refused_without_its_hash_too(weights: Path, config: Path, wh
         ModelStore(weights).load("insects", 1)
 
 
-@pytest.mark.abuse("A1605")
+@pytest.mark.abuse("A1615")
 @pytest.mark.parametrize(
     "edit",
     [
@@ -153,7 +153,7 @@ def to_link(target: str) -> Callable[[Path], None]:
     return link
 
 
-@pytest.mark.abuse("A1605")
+@pytest.mark.abuse("A1615")
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "damage",
@@ -184,7 +184,7 @@ def test_what_is_no_record(weights: Path, config: Path, damage: Callable[[Path],
     assert len(str(refused.value)) < 500
 
 
-@pytest.mark.abuse("A1605")
+@pytest.mark.abuse("A1615")
 @pytest.mark.parametrize(
     "serving",
     [

@@ -94,7 +94,7 @@ async def test_a_body_that_is_no_object_is_told_what_to_be(http: httpx.AsyncClie
     assert error["message"] == "the body must be a JSON object, with Content-Type: application/json"
 
 
-@pytest.mark.abuse("A1601")
+@pytest.mark.abuse("A1611")
 async def test_events_by_polling(http: httpx.AsyncClient) -> None:
     path = await start(http)
     await ended(http, path)
