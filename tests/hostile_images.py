@@ -103,7 +103,7 @@ def at_the_limit() -> dict[str, bytes]:
 
 def _bmp_of_runs() -> bytes:
     """RLE8 that jumps down 255 lines at a time."""
-    body, head = b"\0\2\0\xff" * 27 + b"\0\1", 54 + 1024
+    body, head = b"\0\2\0\xff" * 40 + b"\0\1", 54 + 1024
     header = struct.pack("<IiiHHIIiiII", 40, *SIZE, 1, 8, 1, len(body), 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", head + len(body), 0, 0, head) + header + bytes(1024) + body
 
