@@ -1,8 +1,7 @@
 """Decoding in a process that can be ended, for formats whose libraries cannot be interrupted and whose headers do not bound the work.
 
 A TIFF may keep its pixels in any of a dozen compressions, in strips that overlap; an AVIF may hold thousands of hidden frames. What such a
-file takes is bounded from outside: by the deadline, CPU seconds and memory. Processes are kept for the next image; a new one takes
-about 0.1 s to start, and handing over an image of a megapixel about 2 ms.
+file takes is bounded from outside: by the deadline, CPU seconds and memory. Processes are kept for the next image.
 """
 
 import atexit
