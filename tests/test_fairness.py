@@ -44,7 +44,7 @@ def served(queue: FairQueue, images: int) -> list[str]:
     return ["".join(queue.pop().flow) for _ in range(images)]
 
 
-@pytest.mark.abuse("A601")
+@pytest.mark.abuse("A611")
 async def test_clients_take_turns_and_within_a_client_its_models_do() -> None:
     queue = await queue_of(*[("a", "1")] * 6, *[("a", "2")] * 2, ("b", "1"), ("c", "1"))
     assert served(queue, 6) == ["a1", "b1", "c1", "a2", "a1", "a2"]
@@ -75,7 +75,7 @@ async def test_priority_holds_within_a_flow() -> None:
     assert served(queue, 3) == ["b", "a", "a"]
 
 
-@pytest.mark.abuse("A602")
+@pytest.mark.abuse("A612")
 def test_some_room_is_left_whoever_comes() -> None:
     shares = Shares(1024, 7 / 8)
     for client in range(60):  # each as much as it gets, 32 at a time
@@ -86,7 +86,7 @@ def test_some_room_is_left_whoever_comes() -> None:
     assert shares.fits("quiet", "x", 1)
 
 
-@pytest.mark.abuse("A602")
+@pytest.mark.abuse("A612")
 def test_a_client_leaves_room_for_its_other_models() -> None:
     shares = Shares(1024, 7 / 8)
     while shares.fits("a", "x", 16):
@@ -164,7 +164,7 @@ async def latencies(engine: Engine, served: Served, client: str, images: list[Te
     return taken
 
 
-@pytest.mark.abuse("A603")
+@pytest.mark.abuse("A613")
 @pytest.mark.parametrize("client", ["another address", "the same address"])
 async def test_a_flood_for_one_model_does_not_slow_another_caller(store: ModelStore, client: str) -> None:
     gpu = SimulatedGpu(base_s=0.002, per_image_s=0.010, max_batch=32)
