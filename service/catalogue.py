@@ -217,7 +217,7 @@ class Catalogue:
                 self.default = plan.default  # otherwise the old default answers until the new one is loaded
             self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
             self._failures = {name: failure for name, failure in self._failures.items() if name in plan.missing}
-            stale = [name for name in plan.names if not self._is_current(name, plan) and not self._is_refused(name)]
+            stale = await asyncio.to_thread(self._stale, plan)
             to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
             self._loading = {
                 name for name in stale if name not in self._failures
@@ -238,6 +238,10 @@ class Catalogue:
         for name in missing:
             await self._attempt(name, self._loader.pull(name))
         return await asyncio.to_thread(plan_serving, self.settings, self.store) if missing else plan
+
+    def _stale(self, plan: ServingPlan) -> list[str]:
+        """The models to be loaded. In a thread: comparing a thousand configurations takes 80 ms."""
+        return [name for name in plan.names if not self._is_current(name, plan) and not self._is_refused(name)]
 
     def _is_refused(self, name: str) -> bool:
         """Its packaged weights could not be converted; the failure says why."""

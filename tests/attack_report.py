@@ -1,7 +1,7 @@
 """A pytest plugin, for `make attack`: runs the tests of the rows A... of abuse.tsv, and reports what each does to the servers it starts.
 
 The figures of a test come from every server of `live_server` that runs while the test does: the longest stall of the event loop, the peak
-of resident memory, and the statuses of all answers. The last line of the output is one JSON document.
+of resident memory, and the statuses of the attack's answers, or of all. The last line of the output is one JSON document.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer, running
+from live_server import LiveServer, ended, running
+from support.attack_driver import ATTACKS
 
 ROWS: list[dict[str, Any]] = []
 
@@ -33,6 +34,8 @@ def _rows_of(item: pytest.Item) -> list[str]:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Measures one test, without its fixtures."""
     before, started = _statuses(), time.monotonic()
+    ATTACKS.clear()
+    ended.clear()
     for server in running:
         server.pulse.reset()
     outcome = "failed"
@@ -43,18 +46,22 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         outcome = "skipped"
         raise
     finally:
-        alive = [server for server in running if server.alive]
-        ROWS.append(
-            {
-                "row": " ".join(_rows_of(item)),
-                "test": item.nodeid.removeprefix("tests/"),
-                "outcome": outcome,
-                "seconds": round(time.monotonic() - started, 1),
-                "stall_ms": round(max((server.pulse.longest_ms for server in alive), default=0.0)),
-                "peak_mb": round(max((server.peak_mb() for server in alive), default=0.0)),
-                "statuses": {str(status): count for status, count in sorted((_statuses() - before).items())},
-            }
-        )
+        ROWS.append(_figures(item, outcome, time.monotonic() - started, _statuses() - before))
+
+
+def _figures(item: pytest.Item, outcome: str, seconds: float, statuses: Counter[int]) -> dict[str, Any]:
+    alive = [(server.pulse.longest_ms, server.peak_mb()) for server in running if server.alive]
+    figures = [*alive, *ended, *((seen.stall_ms, seen.peak_mb) for seen in ATTACKS), (0.0, 0.0)]
+    sent = sum((seen.statuses for seen in ATTACKS), Counter[int]())
+    return {
+        "row": " ".join(_rows_of(item)),
+        "test": item.nodeid.removeprefix("tests/"),
+        "outcome": outcome,
+        "seconds": round(seconds, 1),
+        "stall_ms": round(max(stall for stall, _ in figures)),
+        "peak_mb": round(max(peak for _, peak in figures)),
+        "statuses": {str(status): count for status, count in sorted((sent or statuses).items())},
+    }
 
 
 def _statuses() -> Counter[int]:

@@ -26,6 +26,7 @@ READY_S = 120.0
 WATCH_ALL = "ATTACK_WATCH_ALL"  # an environment variable
 PULSE = [str(Path(pulse.__file__))]
 running: "list[LiveServer]" = []  # `make attack` reads their figures after each test
+ended: list[tuple[float, float]] = []  # the longest stall in ms and the peak in MB of servers that have ended
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,8 @@ def live_server(
             yield server
         finally:
             running.remove(server)
+            if server.alive:
+                ended.append((seen.longest_ms, server.peak_mb()))
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     finally:

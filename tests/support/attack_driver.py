@@ -19,6 +19,7 @@ from live_server import LiveServer
 
 LONGEST_STALL_MS = 100.0  # that any request may cause
 PATIENCE_S = 60.0
+ATTACKS: "list[Seen]" = []  # `make attack` reads those of each test
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def attack(server: LiveServer, requests: Iterable[Hostile], clients: int = 1) ->
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda request: request.send(server.port), requests))
     health.stop()
-    return Seen(
+    seen = Seen(
         stall_ms=server.pulse.longest_ms,
         health_ms=health.longest_ms,
         peak_mb=server.peak_mb(),
@@ -96,3 +97,5 @@ def attack(server: LiveServer, requests: Iterable[Hostile], clients: int = 1) ->
         statuses=Counter(status for status, _ in answers),
         answer_bytes=max((len(body) for _, body in answers), default=0),
     )
+    ATTACKS.append(seen)
+    return seen
