@@ -1,9 +1,11 @@
 """The threads that decode, shared between clients.
 
-run (event loop) --> the client's line --> a free thread takes from the client that has used the least of them --> the caller's future
+run (event loop) --> the client's line for a model --> a free thread takes from the client that has used the least of them, and from
+                                                       the model for which it has used the least --> the caller's future
 
-A client's turn is the seconds that its images have taken, counted from the turn of those that were being served when it came. While
-others wait, a client holds all threads but one at most, so that its expensive images never take the last one.
+A client's turn is the seconds that its images have taken, counted from the turn of those that were being served when it came; its models
+take turns in the same way. While others wait, a client holds all threads but one at most, so that its expensive images never take the
+last one.
 """
 
 import asyncio
@@ -23,13 +25,41 @@ T = TypeVar("T")
 class _Job:
     work: Callable[[], Any]
     future: asyncio.Future[Any]
+    model: str
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One client's work for one model."""
+
+    turn: float  # seconds
+    waiting: deque[_Job] = field(default_factory=deque)
 
 
 @dataclass(slots=True, eq=False)
 class _Client:
     turn: float  # seconds
-    waiting: deque[_Job] = field(default_factory=deque)
+    lines: dict[str, _Line] = field(default_factory=dict)  # by model; those in which something waits
+    model_turn: float = 0.0  # of the model that was served last
     running: int = 0
+
+    def add(self, job: _Job) -> None:
+        self.lines.setdefault(job.model, _Line(self.model_turn)).waiting.append(job)
+
+    def take(self) -> _Job:
+        """The first of the model that has used the least."""
+        model, line = min(self.lines.items(), key=lambda one: one[1].turn)
+        self.model_turn = max(self.model_turn, line.turn)
+        job = line.waiting.popleft()
+        if not line.waiting:
+            del self.lines[model]
+        return job
+
+    def used(self, model: str, seconds: float) -> None:
+        self.running -= 1
+        self.turn += seconds
+        if line := self.lines.get(model):
+            line.turn += seconds
 
 
 class DecodePool:
@@ -44,14 +74,11 @@ class DecodePool:
         self._turn = 0.0  # of the client that was served last
         self._started: dict[_Job, float] = {}  # time.monotonic(), of the jobs that run
 
-    async def run(self, client: str, work: Callable[[], T]) -> T:
+    async def run(self, client: str, work: Callable[[], T], model: str = "") -> T:
         """What `work` returns, in a thread. A caller that is cancelled leaves the line; work that has begun goes on."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._lock:
-            line = self._clients.get(client)
-            if line is None:
-                line = self._clients[client] = _Client(self._turn)
-            line.waiting.append(_Job(work, future))
+            self._clients.setdefault(client, _Client(self._turn)).add(_Job(work, future, model))
         self._executor.submit(self._work)  # takes whichever job is next
         return await future
 
@@ -83,27 +110,26 @@ class DecodePool:
             job.future.get_loop().call_soon_threadsafe(_settle, job.future, result, error)
 
     def _take(self) -> tuple[str, _Job, float] | None:
-        while lines := [(name, line) for name, line in self._clients.items() if line.waiting]:
-            name, line = min(lines, key=lambda one: (one[1].running >= self._most, one[1].turn))
-            job = line.waiting.popleft()
+        while waiting := [(name, client) for name, client in self._clients.items() if client.lines]:
+            name, client = min(waiting, key=lambda one: (one[1].running >= self._most, one[1].turn))
+            job = client.take()
             if job.future.cancelled():
-                self._forget(name, line)
+                self._forget(name, client)
                 continue
-            self._turn = max(self._turn, line.turn)
-            line.running += 1
+            self._turn = max(self._turn, client.turn)
+            client.running += 1
             started = self._started[job] = time.monotonic()
             return name, job, started
         return None
 
     def _give_back(self, name: str, job: _Job, seconds: float) -> None:
         del self._started[job]
-        line = self._clients[name]
-        line.running -= 1
-        line.turn += seconds
-        self._forget(name, line)
+        client = self._clients[name]
+        client.used(job.model, seconds)
+        self._forget(name, client)
 
-    def _forget(self, name: str, line: _Client) -> None:
-        if not line.waiting and not line.running:
+    def _forget(self, name: str, client: _Client) -> None:
+        if not client.lines and not client.running:
             del self._clients[name]
 
 

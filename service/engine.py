@@ -319,7 +319,7 @@ class Engine:
         started, request = time.monotonic(), self.traces.request() if self.traces else None
         kinds = dict.fromkeys(backbone.ref.preprocessing for backbone in wanted)
         try:
-            decoding = (self._decode(data, kind, deadline, terms.client) for kind in kinds)
+            decoding = (self._decode(data, kind, deadline, terms) for kind in kinds)
             pixels = dict(zip(kinds, await asyncio.gather(*decoding), strict=True))
         except images.OutOfTime:
             return DeadlineExceeded("no answer in time")
@@ -365,16 +365,16 @@ class Engine:
         seen = {b: Seen(pixels[b.ref.preprocessing], o.map) for b, o in by_backbone.items()} if terms.explained else {}
         return _Row({b: output.values for b, output in by_backbone.items()}, timings, seen)
 
-    async def _decode(self, data: Image, preprocessing: Preprocessing, deadline: float, client: str) -> Tensor:
+    async def _decode(self, data: Image, preprocessing: Preprocessing, deadline: float, terms: Terms) -> Tensor:
         """An image -> uint8 (C, height, width), in the decode pool; while too many pixels are in memory it waits. Raises OutOfTime."""
         if isinstance(data, Tensor):
             if data.dtype == torch.uint8:
                 return data
-            return await self._decoders.run(client, partial(images.unnormalise, data, preprocessing))
+            return await self._decoders.run(terms.client, partial(images.unnormalise, data, preprocessing), terms.model)
         work = partial(images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold, deadline)
         while True:
             try:
-                return await self._decoders.run(client, work)
+                return await self._decoders.run(terms.client, work, terms.model)
             except images.NoRoom as full:
                 await self._pixels.room(full.pixels)
 

@@ -48,6 +48,19 @@ async def test_a_client_that_waits_passes_the_backlog_of_another(pool: DecodePoo
 
 
 @pytest.mark.abuse("A601")
+async def test_models_of_one_client_take_turns(pool: DecodePool, gate: threading.Event) -> None:
+    done: list[str] = []
+    flood: list[asyncio.Task[Any]] = [asyncio.create_task(pool.run("one", gate.wait, "a")) for _ in range(2)]
+    flood += [asyncio.create_task(pool.run("one", lambda: done.append("a"), "a")) for _ in range(50)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(pool.run("one", lambda: done.append("b"), "b"))
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*flood, other)
+    assert "b" in done[:3]
+
+
+@pytest.mark.abuse("A601")
 async def test_one_client_leaves_a_thread_to_those_that_wait(pool: DecodePool, gate: threading.Event) -> None:
     released = threading.Event()
     first = asyncio.create_task(pool.run("flood", gate.wait))
