@@ -39,7 +39,6 @@ VersionNumber = Annotated[int, Field(ge=1, le=999_999_999)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Mean = Annotated[float, Field(ge=-1000, le=1000)]  # of pixels in 0..1
 Std = Annotated[float, Field(ge=1e-5, le=1000)]
-ClassName = Annotated[str, Field(min_length=1, max_length=MAX_CLASS_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 CropMode = Literal["center", "squash", "border"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]  # Pillow's filters
 
@@ -142,7 +141,7 @@ class ModelConfig(Record):
     name: ModelName
     version: VersionNumber
     created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
-    classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     backbones: tuple[BackboneRef, ...] = Field(min_length=1, max_length=100)
     head: HeadConfig
     head_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
