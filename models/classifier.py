@@ -22,7 +22,7 @@ from models.class_names import complaint
 from models.errors import WeightsError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-MAX_CLASSES, MAX_CLASS_NAME = 100_000, 1000  # ImageNet-21k has 21,841; characters
+MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
 
 
 class Record(BaseModel):
