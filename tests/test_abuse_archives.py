@@ -22,7 +22,7 @@ from models.training.dataset import load
 
 MIB = 2**20
 BOMB = 256 * MIB  # of a stream; a reader that believes in it takes twice as much
-SLACK = 72 * MIB  # `Files.read` asks for 64 MiB at once, which only what is there takes
+SLACK = 24 * MIB
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from models.zip_directory import Member
 
 # Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
 LIMITS = Limits(max_bytes=64 * 2**20)
+PIECE = 2**20
 MAX_DEPTH = 32  # folders in folders
 # What macOS, Windows, network disks and file systems leave in folders
 SYSTEM = frozenset(
@@ -69,7 +70,7 @@ class Files(ABC):
     def read(self, file: str) -> bytes:
         """At most one byte more than decode allows, so that a huge file costs no memory."""
         with self.open(file) as opened:
-            return opened.read(LIMITS.max_bytes + 1)
+            return b"".join(_pieces(opened, LIMITS.max_bytes + 1))
 
     def seekable(self, file: str) -> IO[bytes]:
         """For reading anywhere: the file itself, or a copy that vanishes when it is closed."""
@@ -91,6 +92,13 @@ class Files(ABC):
             return data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise DatasetError(f"{printable(name)} is not text in UTF-8; save it as UTF-8") from None
+
+
+def _pieces(content: IO[bytes], size: int) -> Iterator[bytes]:
+    """What is there, and at most `size` bytes of it. `read` allocates what it is asked for, so it is asked for little."""
+    while size > 0 and (piece := content.read(min(size, PIECE))):
+        size -= len(piece)
+        yield piece
 
 
 class FolderFiles(Files):
