@@ -31,7 +31,8 @@ class Hosts:
         name = _name(_without_port(value.decode("latin-1").strip(" \t")))
         if name not in self._names and not _is_own_address(name):
             raise Misdirected(
-                "this server does not answer for that Host; the setting `allowed_hosts` names further ones"
+                "this server does not answer for that Host; add it to `allowed_hosts` (IMAGO_ALLOWED_HOSTS), or let the proxy "
+                "before the server send `Host: localhost`"
             )
         if len(self._right) < MAX_REMEMBERED:
             self._right.add(value)

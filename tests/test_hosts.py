@@ -90,6 +90,7 @@ async def test_another_host_gets_421(tmp_path: Path, path: str) -> None:
         refused = await http.post(path, content=GOOD, headers=forwarded)
         answered = await http.post("/predict", content=GOOD)
     assert (refused.status_code, refused.json()["error"]["code"]) == (421, "misdirected_request")
+    assert "IMAGO_ALLOWED_HOSTS" in refused.json()["error"]["message"]
     assert answered.status_code == 200
 
 
