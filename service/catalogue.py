@@ -171,13 +171,19 @@ class Catalogue:
     async def retire(self, name: str) -> None:
         """Takes a model out of service and out of memory; its versions stay in the store.
 
-        Raises ModelNotFound, ReadOnlyStore, and NameConflict where the setting `models` names it or it is the default beside others.
+        Raises ModelNotFound, ReadOnlyStore, and NameConflict where a setting names it or it is the default beside others.
         """
+        await self.check_removable(name)
+        await asyncio.to_thread(self.store.deactivate, name)
+        await self.sync()
+
+    async def check_removable(self, name: str) -> None:
+        """Raises NameConflict for a model that a setting names: without it the next start would not become ready."""
+        if name == self.settings.default_model:
+            raise NameConflict(f"the setting `default_model` names {name!r}; take it out there")
         plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
         if self.settings.models and name in plan.names:
             raise NameConflict(f"the setting `models` names {name!r}; take it out there")
-        await asyncio.to_thread(self.store.deactivate, name)
-        await self.sync()
 
     async def _serve(
         self, name: str, version: int, record: Callable[[], object], check: Check = unchecked

@@ -413,6 +413,10 @@ class Engine:
         """Takes a model out of service; its versions stay in the store. Raises ModelNotFound, NameConflict."""
         await self.catalogue.retire(name)
 
+    async def check_removable(self, name: str) -> None:
+        """Raises NameConflict for a model that a setting names."""
+        await self.catalogue.check_removable(name)
+
     async def pull(self, name: str, progress: Progress, as_name: str | None = None) -> ModelConfig:
         """Downloads published weights and serves them; `progress` is called in a thread. See `Catalogue.pull`."""
         return await self.catalogue.pull(name, progress, as_name)

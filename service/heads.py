@@ -11,6 +11,8 @@ from service.middleware import render
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+MAX_DIGITS = 20  # of a length: 64 bits; the parser stops at these, but counts no zeros in front
+
 
 def refusal_of(version: str, method: bytes, headers: Headers) -> ServiceError | None:
     """The error that a head is refused with, or None. `headers` are (name in lower case, value)."""
@@ -22,6 +24,8 @@ def refusal_of(version: str, method: bytes, headers: Headers) -> ServiceError | 
         return BadRequest("CONNECT is not answered: this server is not a proxy")
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         return BadRequest("send one Host header")
+    if any(name == b"content-length" and len(value.strip()) > MAX_DIGITS for name, value in headers):
+        return BadRequest(f"Content-Length has more than {MAX_DIGITS} digits")
     if b"transfer-encoding" in names:
         if version == "1.0":
             return BadRequest("Transfer-Encoding needs HTTP/1.1")

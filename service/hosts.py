@@ -18,7 +18,7 @@ class Hosts:
     """
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
-        allowed = [_name(name) for name in allowed]
+        allowed = [_name(_without_port(name)) for name in allowed]
         self.checked = ANY not in allowed and (bool(allowed) or _is_loopback(host))
         machine = _name(socket.gethostname())
         self._names = {"localhost", _name(host), machine, machine.partition(".")[0], *allowed}
@@ -28,10 +28,11 @@ class Hosts:
         """Raises Misdirected for the value of a `Host` header that is another server's; HTTP/1.0 may send none."""
         if not self.checked or value in self._right or value is None:
             return
-        name = _name(_without_port(value.decode("latin-1")))
+        name = _name(_without_port(value.decode("latin-1").strip(" \t")))
         if name not in self._names and not _is_own_address(name):
             raise Misdirected(
-                "this server does not answer for that Host; the setting `allowed_hosts` names further ones"
+                "this server does not answer for that Host; add it to `allowed_hosts` (IMAGO_ALLOWED_HOSTS), or let the proxy "
+                "before the server send `Host: localhost`"
             )
         if len(self._right) < MAX_REMEMBERED:
             self._right.add(value)

@@ -212,7 +212,7 @@ class Edge:
                 raise Draining("the server is shutting down; try again", retry_after_s=self.settings.drain_seconds)
             exchange.admitted = True
             self.traffic.begin()
-        declared = headers.get(b"content-length", b"0")
+        declared = headers.get(b"content-length", b"0").strip()
         if not declared.isdigit():
             raise BadRequest("Content-Length must be a number")
         if int(declared) > exchange.limit:  # refused once the key is checked

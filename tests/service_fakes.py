@@ -93,6 +93,9 @@ class FakeEngine(Engine):
     def close(self) -> None:
         self.closed = True
 
+    async def check_removable(self, name: str) -> None:
+        """No setting names a model."""
+
     async def wait_ready(self, timeout_s: float | None = None) -> None: ...
 
     @property

@@ -89,6 +89,33 @@ async def test_endless_trailers_and_chunk_extensions_are_refused(endless: bytes)
     assert (outcome.answers, outcome.closed) == ([431], True)
 
 
+async def test_a_length_of_thousands_of_digits_is_refused_by_its_head(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python converts no number of more than 4,300 digits; the parser reads zeros in front for ever."""
+    async with serving(small(tmp_path)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(HEAD + b"Content-Length: " + b"0" * 6000 + b"3\r\n\r\nabc")
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"digits" in answer
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_blanks_around_values_are_no_part_of_them(tmp_path: Path) -> None:
+    async with serving(small(tmp_path)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        head = (
+            HEAD.replace(b"Host: x", b"Host:\tlocalhost:80 \t")
+            + b"Connection: close \r\nContent-Length:\t10\t \r\n\r\n"
+        )
+        writer.write(head + GOOD)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
 # Oddities of one connection
 
 

@@ -65,6 +65,12 @@ def test_elsewhere_any_host_may_come_until_some_are_named() -> None:
     assert answers(hosts, b"127.0.0.1")
 
 
+def test_an_allowed_name_may_have_a_port() -> None:
+    hosts = Hosts("127.0.0.1", ["imago.example:8443", "[2001:db8::7]:1", "2001:db8::8"])
+    named = [b"imago.example:8443", b"imago.example", b"[2001:db8::7]", b"[2001:db8::8]:1", b"2001:db8::9"]
+    assert [answers(hosts, value) for value in named] == [True, True, True, True, False]
+
+
 def test_any_host_may_be_allowed() -> None:
     assert answers(Hosts("127.0.0.1", ["*"]), b"evil.example")
 
@@ -84,6 +90,7 @@ async def test_another_host_gets_421(tmp_path: Path, path: str) -> None:
         refused = await http.post(path, content=GOOD, headers=forwarded)
         answered = await http.post("/predict", content=GOOD)
     assert (refused.status_code, refused.json()["error"]["code"]) == (421, "misdirected_request")
+    assert "IMAGO_ALLOWED_HOSTS" in refused.json()["error"]["message"]
     assert answered.status_code == 200
 
 

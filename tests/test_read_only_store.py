@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -127,6 +128,28 @@ async def test_the_default_model_is_not_taken_away(http: httpx.AsyncClient, meth
     predicted = await http.post("/predict", content=PICTURES[0])
     assert (refused.status_code, "imago models default NAME" in refused.text) == (409, True)
     assert (predicted.json()["model"], len(CLASSES)) == ("tiny", 3)
+
+
+@pytest.mark.abuse("A1401")
+@pytest.mark.parametrize("flags", [{"models": ("pair",)}, {"default_model": "pair"}])
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v2/repository/models/pair/unload"), ("DELETE", "/models/pair")]
+)
+async def test_a_model_that_a_setting_names_is_not_taken_away(
+    weights: Path, tmp_path: Path, flags: dict[str, Any], method: str, path: str
+) -> None:
+    """`pair` is not the store's default; without it the next start would not become ready."""
+    own = tmp_path / "weights"
+    shutil.copytree(weights, own)
+    service = Service(tmp_path, weights=own, device="cpu", engine="torch", threads=1, **flags)
+    store = ModelStore(own)
+    service.engine = Engine(service.settings, store, service.metrics)  # type: ignore[assignment]
+    service.app = create_app(service.settings, service.engine, store, service.metrics, traffic=service.traffic)
+    async with client_of(service) as http:
+        await service.engine.catalogue.wait_loaded()
+        refused = await http.request(method, path, headers=ADMIN)
+    assert (refused.status_code, "the setting" in refused.text) == (409, True)
+    assert store.versions("pair") == [1]
 
 
 @pytest.mark.abuse("A1401")

@@ -230,7 +230,9 @@ async def roll_back_model(name: Name, engine: EngineDep) -> ModelStatus:
 
 @admin_router.delete("/models/{name}", summary="Remove a model", status_code=204)
 async def remove_model(name: Name, engine: EngineDep, store: StoreDep) -> None:
-    """Removes every version, and the backbones that no other model stands on. Requests under way are still answered."""
+    """Removes every version, and the backbones that no other model stands on. Requests under way are still answered. 409 where a setting
+    names it."""
+    await engine.check_removable(name)
     await run_in_threadpool(store.remove, name)
     await engine.sync()
 

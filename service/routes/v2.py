@@ -306,6 +306,6 @@ async def v2_unload(
     engine: EngineDep,
     body: Annotated[Unload | None, Body(examples=[{"parameters": {"unload_dependents": False}}])] = None,
 ) -> Response:
-    """Its versions stay in the store; requests under way are still answered. 409 where the setting `models` names it."""
+    """Its versions stay in the store; requests under way are still answered. 409 where a setting names it."""
     await engine.retire(name)
     return PlainTextResponse("")
