@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 2.0
 MOST_PAUSE_S = 300.0  # between two trims, where each time the memory is soon taken again
+IDLE_CHECKS = 5  # in a row without a request: then nothing takes the memory again soon
 WORTH_IT = 128 * 2**20  # bytes above the level after the last trim
 QUIET = 16 * 2**20  # bytes of bodies
 STEADY = 8 * 2**20  # bytes by which memory may grow between two checks
@@ -37,6 +38,7 @@ class Trimmer:
         self._traffic, self._resident, self._trim = traffic, resident or resident_bytes, trim
         self._level = self._last = self._resident()
         self._pause_s, self._trimmed_at = PERIOD_S, 0.0
+        self._idle_checks = 0
 
     async def run(self) -> None:
         while True:
@@ -48,12 +50,17 @@ class Trimmer:
         """Returns whether memory has grown, grows no more, and no burst is under way."""
         before, self._last = self._last, self._resident()
         self._level = min(self._level, self._last)
+        self._idle_checks = 0 if self._traffic.under_way else self._idle_checks + 1
         since = now - self._trimmed_at
         if self._last - self._level < WORTH_IT:
             if since > 2 * self._pause_s:
                 self._pause_s = PERIOD_S
             return False
-        if self._traffic.held > QUIET or self._last - before > STEADY or since < self._pause_s:
+        if (
+            self._traffic.held > QUIET
+            or self._last - before > STEADY
+            or (since < self._pause_s and self._idle_checks < IDLE_CHECKS)
+        ):
             return False
         self._pause_s, self._trimmed_at = min(2 * self._pause_s, MOST_PAUSE_S), now
         return True

@@ -139,12 +139,25 @@ def test_memory_that_is_in_use_is_not_asked_for_again() -> None:
 
 def test_memory_that_is_soon_taken_again_is_trimmed_ever_less_often() -> None:
     memory, now = Memory(), 1000.0
+    memory.traffic.begin()
     for _ in range(3600):
         memory.resident = memory.used + 2 * WORTH_IT
         now = memory.pass_s(PERIOD_S, now)
         if memory.trims:
             memory.trimmer._last = memory.resident  # it grew at once and has been steady since
     assert memory.trims < 7200 / MOST_PAUSE_S + 10
+
+
+@pytest.mark.abuse("A513")
+async def test_after_many_bursts_memory_is_given_back_once_nothing_is_asked() -> None:
+    memory, now = Memory(), 1000.0
+    for trims in range(1, 8):
+        memory.traffic.begin()
+        memory.resident = memory.used + 2 * WORTH_IT
+        now = memory.pass_s(6, now)
+        memory.traffic.end()
+        now = memory.pass_s(14, now)
+        assert (memory.trims, memory.resident) == (trims, memory.used)
 
 
 def trickle(port: int, stop: threading.Event) -> None:
