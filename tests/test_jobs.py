@@ -24,7 +24,7 @@ from models.training.request import FinetuneRequest
 from service import datasets
 from service.answers import Sample
 from service.errors import IdempotencyMismatch, InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
-from service.jobs import Job, Jobs, stall, trainer, worker
+from service.jobs import Job, Jobs, stall, trainer
 from service.jobs.trainer import Trainers
 from service.loaded import ModelStatus
 from service.settings import Settings
@@ -158,7 +158,7 @@ async def test_a_trainer_that_stands_still_is_ended_and_begun_again(
 ) -> None:
     monkeypatch.setattr(stall, "IDLE_S", 0.6)
     monkeypatch.setattr(stall, "LOOK_S", 0.2)
-    monkeypatch.setattr(worker, "GRACE_S", 0.1)
+    monkeypatch.setattr("service.jobs.worker.GRACE_S", 0.1)
     created, _ = await jobs.create(wanting(f"stopped:{times}"))
     job = await ended(jobs, created.id)
     assert (job.status, job.attempt) == (status, attempt)
