@@ -75,7 +75,7 @@ def pull(name: str, store: ModelStore) -> ModelConfig:
             pull(member, store)
         return ensemble(store, LITE_ENSEMBLE, list(PACKAGES))
     package = PACKAGES[name]
-    existing = _existing(name, store)
+    existing = store.newest(name, lambda config: config.lineage.get("sha256") == PACKAGES[name].sha256)
     if existing is not None and store.is_sound(existing):
         return existing
     network = fit(name, _renamed(package, name), channels=3, source=package.distribution)
@@ -100,18 +100,6 @@ def imagenet_classes() -> tuple[str, ...]:
     if weights is None:
         raise RuntimeError("torchvision publishes weights for resnet18")
     return tuple(weights.meta["categories"])
-
-
-def _existing(name: str, store: ModelStore) -> ModelConfig | None:
-    """The version that was made of this package, sound or not."""
-    for version in reversed(store.versions(name)):
-        try:
-            config = store.config(name, version)
-        except WeightsError:
-            continue
-        if config.lineage.get("sha256") == PACKAGES[name].sha256:
-            return config
-    return None
 
 
 def _renamed(package: Package, name: str) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ def pull_torchvision(
     Raises ArchitectureNotFound, WeightsError, DownloadError.
     """
     source = published(name, weights)
-    existing = _existing(store, name, source)
+    existing = store.newest(name, lambda config: _is_of(config, source))
     if existing is not None and store.is_sound(existing):
         logger.info("%s is in the store already, as version %d", source.weights, existing.version)
         return existing
@@ -154,17 +154,11 @@ def publish_ensemble(store: ModelStore) -> ModelConfig:
     return ensemble(store, IMAGENET_ENSEMBLE, list(IMAGENET_GROUP))
 
 
-def _existing(store: ModelStore, name: str, source: Published) -> ModelConfig | None:
-    """The version that was pulled from this file, sound or not."""
+def _is_of(config: ModelConfig, source: Published) -> bool:
+    """The version was pulled from this file."""
+    lineage = config.lineage
     prefix = hash_prefix(Path(source.url).name)
-    for number in reversed(store.versions(name)):
-        try:
-            config = store.config(name, number)
-        except WeightsError:
-            continue
-        if config.lineage.get("weights") == source.weights and str(config.lineage.get("sha256", "")).startswith(prefix):
-            return config
-    return None
+    return lineage.get("weights") == source.weights and str(lineage.get("sha256", "")).startswith(prefix)
 
 
 def _mirrored(url: str, base_url: str | None) -> httpx.URL:

@@ -11,7 +11,7 @@ writes raises ReadOnlyStore there.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ class ModelStore:
     def versions(self, name: str) -> list[int]:
         """Ascending; empty when there is no such model."""
         return [version for version in self._numbers(name) if (self._folder(name, version) / CONFIG).exists()]
+
+    def newest(self, name: str, wanted: Callable[[ModelConfig], bool]) -> ModelConfig | None:
+        """The latest version whose configuration is readable and wanted; its weights may be damaged."""
+        for version in reversed(self.versions(name)):
+            try:
+                config = self.config(name, version)
+            except WeightsError:
+                continue
+            if wanted(config):
+                return config
+        return None
 
     def config(self, name: str, version: int | None = None) -> ModelConfig:
         """A version's configuration, the latest by default. Raises ModelNotFound, or WeightsError when this one is damaged."""

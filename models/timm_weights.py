@@ -116,23 +116,15 @@ def _pull(
         if known is not None and not isinstance(config.get("architecture"), str):
             config = known
         planned = plan(config, f"{hub.PREFIX}{remote.name}")
-        existing = _existing(store, name, f"{hub.PREFIX}{remote.name}", commit)
+        origin = (f"{hub.PREFIX}{remote.name}", commit)
+        existing = store.newest(
+            name, lambda config: (config.lineage.get("source"), config.lineage.get("revision")) == origin
+        )
         if existing is not None and store.is_sound(existing):
             return existing
         return publish(remote.checkpoint(config, commit, progress), planned, store, name)
     finally:
         remote.close()
-
-
-def _existing(store: ModelStore, name: str, source: str, commit: str) -> ModelConfig | None:
-    for number in reversed(store.versions(name)):
-        try:
-            config = store.config(name, number)
-        except WeightsError:
-            continue
-        if (config.lineage.get("source"), config.lineage.get("revision")) == (source, commit):
-            return config
-    return None
 
 
 # config.json

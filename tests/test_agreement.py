@@ -212,13 +212,20 @@ def test_versions_of_two_precisions_are_compared_in_float32(tmp_path: Path, monk
 def test_a_wrong_version_is_rejected(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
 ) -> None:
+    assert "than in training" in rejected(run, tmp_path, monkeypatch, spoil).reason
+
+
+def rejected(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
+) -> Parity:
+    """What the gate finds of the version that `spoil` makes of the run's, and rejects it for."""
     load = ModelStore.load
     monkeypatch.setattr(ModelStore, "load", lambda *args: spoil(load(*args)))
     job, trained, config = run.gate
     with ARITHMETIC[run.root.name.rstrip("0")]():
         found = parity(replace(job, folder=tmp_path), trained, config)
     assert decide(job.request, Compared(None, None, ""), found)[0] == "rejected"
-    assert "than in training" in found.reason
+    return found
 
 
 def slightly_rescaled(classifier: Classifier) -> Classifier:
@@ -241,12 +248,7 @@ def of_another_width(classifier: Classifier) -> Classifier:
 def test_a_version_whose_original_is_not_that_of_training_is_rejected(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
 ) -> None:
-    load = ModelStore.load
-    monkeypatch.setattr(ModelStore, "load", lambda *args: spoil(load(*args)))
-    job, trained, config = run.gate
-    with ARITHMETIC[run.root.name.rstrip("0")]():
-        found = parity(replace(job, folder=tmp_path), trained, config)
-    assert decide(job.request, Compared(None, None, ""), found)[0] == "rejected"
+    found = rejected(run, tmp_path, monkeypatch, spoil)
     assert "its backbone gives other features than in training" in found.reason
     assert Parity.model_validate_json(found.model_dump_json()) == found
 

@@ -6,6 +6,8 @@ anything else  -> the device is asked to compute: a lost one cannot, one that co
 
 import torch
 
+from models.runtime.device import memory
+
 MEMORY_TEXTS = (
     "out of memory",
     "not enough memory",
@@ -55,13 +57,11 @@ def is_host_memory(error: BaseException) -> bool:
 
 def has_little_memory(device: torch.device) -> bool:
     """Less than 256 MB or 5 % of a GPU's memory is free; False for the CPU, and for a GPU that does not answer."""
-    if device.type != "cuda":
+    known = memory(device)
+    if known is None:
         return False
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:
-        return False
-    return free < max(LITTLE_BYTES, LITTLE_SHARE * total)
+    used, total = known
+    return total - used < max(LITTLE_BYTES, LITTLE_SHARE * total)
 
 
 def is_device_lost(error: BaseException, device: torch.device) -> bool:
