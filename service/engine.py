@@ -197,6 +197,9 @@ class Engine:
         [scores] = await self._counted(images, [served], Terms(timeout_ms, head_start_s, client, _names([served])))
         return scores
 
+    def is_served(self, name: str) -> bool:
+        return name in self.catalogue.served
+
     def bind(self, name: str, version: int | None = None) -> Served:
         """The version that answers now. Raises NotReady, and ModelNotFound also where another than `version` is served."""
         served = self.catalogue.bind(name)

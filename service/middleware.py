@@ -1,6 +1,6 @@
 """The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
 
-head -> request id -> host? draining? -> routes: key? declared size? -> the body, inflated and counted -> metrics, access log, trace
+head -> request id -> host? draining? window? -> routes: key? declared size? -> the body, inflated and counted -> metrics, access log, trace
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
 import anyio
 from starlette.middleware.cors import CORSMiddleware
@@ -36,11 +36,13 @@ from service.errors import (
     status_of,
 )
 from service.hosts import Hosts
+from service.items import Flow
 from service.logs import ACCESS, Fields, request_id
 from service.metrics import Metrics, Rejection
 from service.settings import Settings
 from service.shares import Shares
 from service.traces import Traces
+from service.windows import Windows
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -48,10 +50,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 access_log = logging.getLogger(ACCESS)
 
+LARGE_BODY = 2**16  # bytes; what is smaller is read sooner than it is worth to refuse it unread
 SMALL_BODY = 2**16  # bytes: all that a route without images may be sent. 1 MB of `[],` stops the event loop for 0.4 s
 IMAGE_PATHS = frozenset({"/predict", "/embed"})
 UPLOADS = frozenset({("POST", "/datasets")})  # their bodies go to the disk as they come
-INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")  # the Open Inference Protocol's
+INFER_PATH = re.compile(r"/v2/models/(?P<model>[^/]+)(/versions/[^/]+)?/infer")  # the Open Inference Protocol's
 USER_PATHS = {
     "POST": re.compile(rf"/predict|/embed|{INFER_PATH.pattern}"),
     "GET": re.compile(r"/models(/[^/]+)?|/v2(/(models|health)/.*)?"),
@@ -88,6 +91,7 @@ class Exchange:
     received: int = 0
     client: str = ""
     held: int = 0  # bytes of body in memory
+    flow: Flow | None = None  # of a large request, in the window of which it counts
     status: int = 0
     admitted: bool = False  # it counts as traffic, and a shutdown waits for it
     complete: bool = False  # the whole body has been received
@@ -140,6 +144,7 @@ class Edge:
         self.app, self.settings, self.metrics, self.traffic, self.traces = app, settings, metrics, traffic, traces
         self.hosts = Hosts(settings.host, settings.allowed_hosts)
         self.bodies = Shares(settings.max_queue_mb * 2**20, BODY_SHARE)  # bytes of all requests under way
+        self.windows = Windows()
         self._raw_limit = settings.max_body_mb * 2**20
         self._multipart_limit = settings.max_multipart_mb * 2**20
 
@@ -164,6 +169,8 @@ class Edge:
             )
             if exchange.held:
                 self._release(exchange)
+            if exchange.flow is not None:
+                self.windows.leave(exchange.flow, refused=exchange.status == 429)
             if exchange.admitted:
                 self.traffic.end()
             self._record(scope, exchange)
@@ -174,6 +181,7 @@ class Edge:
         reply = self._reply_to(exchange, send)
         try:
             self._admit(scope, headers, exchange)
+            await self._enter_window(scope, headers, exchange)
             body = self._body(scope, headers, exchange, receive)
             await self.app(scope, self._counted(exchange, body, _is_upload(scope)), reply)
         except ClientDisconnect:
@@ -217,6 +225,19 @@ class Edge:
             raise BadRequest("Content-Length must be a number")
         if int(declared) > exchange.limit:  # refused once the key is checked
             exchange.oversized = exchange.closing = True
+
+    async def _enter_window(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
+        """Counts a large request with images in the window of its flow. Raises QueueFull where it found no room there in time."""
+        large = b"transfer-encoding" in headers or int(headers.get(b"content-length", b"0")) > LARGE_BODY
+        if not large or exchange.oversized or not (scope["path"] in IMAGE_PATHS or INFER_PATH.fullmatch(scope["path"])):
+            return
+        flow = (exchange.client, _model_of(scope))
+        if not await self.windows.enter(flow):
+            raise QueueFull(
+                "the queue is full of your requests for this model; try again when some of them are answered",
+                retry_after_s=1.0,
+            )
+        exchange.flow = flow
 
     def _body(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive) -> Receive:
         """`receive`, which notes when all has come; inflated where the route reads compressed bodies."""
@@ -365,6 +386,13 @@ def _request_id(given: bytes | None) -> bytes:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return token_hex(8).encode()
+
+
+def _model_of(scope: Scope) -> str:
+    """The models that a request names in its path or query; those in its body are not known yet."""
+    path = INFER_PATH.fullmatch(scope["path"])
+    models = [path["model"]] if path else parse_qs(scope["query_string"].decode("latin-1")).get("model", [])
+    return ",".join(sorted(filter(scope["state"]["engine"].is_served, set(models))))
 
 
 def _is_upload(scope: Scope) -> bool:

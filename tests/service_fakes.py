@@ -136,6 +136,9 @@ class FakeEngine(Engine):
         results = [FAILURES.get(data, best) for data in files]
         return [Answer(name, self.version, results, TIMINGS) for name in models or ["pets"]]
 
+    def is_served(self, name: str) -> bool:
+        return name == "pets"
+
     def bind(self, name: str, version: int | None = None) -> Served:
         raise ModelNotFound("no model of that name is served")
 
