@@ -53,6 +53,11 @@ def parse_record(data: bytes, kind: type[RecordT], source: str) -> RecordT:
         raise WeightsError(f"{source} is damaged: {error}") from error
 
 
+def has_hash(path: Path) -> bool:
+    """Returns whether the record carries its hash. Raises ValueError where it is no record."""
+    return SEAL in _fields(_content(path))
+
+
 def fault_of(error: ValidationError) -> str:
     """The first fault as `field: message`."""
     fault = error.errors(include_input=False, include_url=False)[0]

@@ -35,7 +35,7 @@ from models.classifier import (
     VersionNumber,
 )
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
-from models.records import CONFIG, fault_of, read_record, to_sealed_json
+from models.records import CONFIG, fault_of, has_hash, read_record, to_sealed_json
 from models.reference import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
@@ -89,6 +89,10 @@ class ModelStore:
         if (config.name, config.version) != (name, version):
             raise WeightsError(f"{path} belongs to {config.name}@{config.version}; publish instead of copying folders")
         return config
+
+    def has_hash(self, config: ModelConfig) -> bool:
+        """Returns whether the version's record carries its hash, so that an edit of it is noticed."""
+        return has_hash(self._folder(config.name, config.version) / CONFIG)
 
     def load_backbone(self, ref: BackboneRef) -> Backbone:
         """A network ready to use: hash verified, float32, eval mode, on the CPU, no gradients."""

@@ -284,6 +284,10 @@ def _store(section: Section, settings: Settings) -> None:
             except ModelError as error:
                 section.problems.append(str(error))
                 continue
+            if not store.has_hash(config):
+                section.warnings.append(
+                    f"{name}@{number}: its record has no hash, so an edit of it is not noticed; publish it again"
+                )
             if not store.head_is_sound(config):
                 section.problems.append(f"{name}@{number}: head.safetensors is missing or damaged; make it again")
             for ref in config.backbones:

@@ -117,6 +117,16 @@ def test_a_broken_store_is_said_to_be(damage: Callable[[], None], message: str) 
     assert message in problems(sections)["store"][0]
 
 
+def test_a_record_without_its_hash_is_a_warning() -> None:
+    path = Path("weights/models/insects/1/config.json")
+    fields = json.loads(path.read_text())
+    del fields["record_sha256"]
+    path.write_text(json.dumps(fields))
+    code, sections = examined()
+    assert (code, problems(sections)) == (0, {})
+    assert "insects@1: its record has no hash" in sections["store"]["warnings"][0]
+
+
 def test_without_torch_all_but_torch_and_store_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "models.store")
