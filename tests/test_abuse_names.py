@@ -1,6 +1,7 @@
 """Names of files and classes that look alike, vanish, or cannot be printed."""
 
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -81,6 +82,17 @@ def test_class_names_in_a_code_page_are_read_by_it_or_refused(
     with pytest.raises(DatasetError, match=f"{first}, {second} as {encoding}.*--encoding") as caught:
         listed(path)
     assert str(caught.value).isprintable()
+    with pytest.raises(DatasetError, match="cannot be read as ascii"):
+        listed(path, "ascii")
+
+
+@pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(tarred, id="tar")])
+def test_class_names_of_folders_and_tars_too(tmp_path: Path, pack: object) -> None:
+    names = [os.fsdecode(name.encode("gbk")) for name in ("\u732b", "\u72d7")]
+    path = pack(tmp_path / "a", {f"{name}/{i}.png": b"" for name in names for i in range(2)})  # type: ignore[operator]
+    assert listed(path, "gbk").classes == ("\u72d7", "\u732b")
+    with pytest.raises(DatasetError, match="names of 1 classes in a are not UTF-8"):
+        listed(path)
     with pytest.raises(DatasetError, match="cannot be read as ascii"):
         listed(path, "ascii")
 

@@ -136,6 +136,7 @@ def test_two_columns_of_marks_are_read_together(tmp_path: Path) -> None:
         pytest.param("path,label\nimg/ant/0.jpg,a,b\n", "line 2: the row has 3 cells, and the first row 2", id="cells"),
         pytest.param("path,label\n0,ant\n", r"'0' may be img/ant/0\.jpg, img/bee/0\.jpg", id="ambiguous id"),
         pytest.param("path,label\n/x/1/0.jpg,a\n", r"may be img/ant/0\.jpg, img/bee/0\.jpg", id="ambiguous end"),
+        pytest.param("PK\3\4" + "\0" * 30, "is an Excel workbook or a zip, and no text", id="workbook"),
         pytest.param("path,label\nhttps://a.b/0.jpg,a\n", "nothing is fetched", id="url"),
     ],
 )
@@ -158,7 +159,7 @@ def test_what_was_understood_is_told(tmp_path: Path) -> None:
     assert source.layout == "the table list.csv (images in Image ID, labels in Breed, separated by semicolons)"
     assert source.notes == (
         "list.csv: fold has numbers of folds, which are no parts",
-        "list.csv: the columns fold, colour are ignored",
+        "list.csv: ignored columns: fold, colour",
         "6 images are found by their names without a suffix, for example 'img/ant/0' is img/ant/0.jpg",
         "1 rows have no label and are ignored, the first list.csv, line 8",
     )

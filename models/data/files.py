@@ -75,6 +75,10 @@ class Files(ABC):
         """Whether there is a file of this relative name."""
         return name in self.names
 
+    def file_of(self, name: str) -> str:
+        """What the methods know a relative name by."""
+        return self.names.get(name, name)
+
     def read(self, file: str) -> bytes:
         """At most one byte more than decode allows, so that a huge file costs no memory."""
         with self.open(file) as opened:
@@ -135,7 +139,13 @@ class FolderFiles(Files):
 
     def has(self, name: str) -> bool:
         """Looks at this name alone: beside a table there may be folders that are no part of the dataset."""
-        return os.path.lexists(os.path.join(self._inside, name)) and not os.path.isdir(os.path.join(self._inside, name))
+        try:
+            return not stat.S_ISDIR(os.lstat(f"{self._inside}/{name}").st_mode)
+        except (OSError, ValueError):
+            return False
+
+    def file_of(self, name: str) -> str:
+        return name
 
     def open(self, file: str) -> BinaryIO:
         real = os.path.realpath(os.path.join(self._inside, file), strict=True)

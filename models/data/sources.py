@@ -4,6 +4,7 @@ a folder, zip or tar --LAYOUTS, the first that recognises it--> Source
 a table (.csv, .tsv, .jsonl), a .json --its columns-----------> Source, of images beside it
 """
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from models.archive import open_archive
+from models.class_names import complaint
 from models.data import label_studio
 from models.data.cifar import read_cifar
 from models.data.class_folders import read_class_folders
@@ -25,6 +27,7 @@ from models.errors import DatasetError
 from models.text_encodings import AUTO, described
 from models.zip_directory import CODE_PAGE
 
+ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `printable` shows it
 MAX_SHOWN = 5  # classes in a message
 
 # Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
@@ -83,11 +86,12 @@ def _recognised(files: Files, encoding: str) -> Iterator[Source]:
     with files.closing:
         source = next(source for read in LAYOUTS if (source := read(files)) is not None)
         _check_classes(source, files)
+        source = _decoded(source, files)
         yield replace(source, notes=(*source.notes, *files.notes))
 
 
 def _check_classes(source: Source, files: Files) -> None:
-    """Raises DatasetError where folders in an unknown code page name classes: these would be trained, and given as answers."""
+    """Raises DatasetError where folders of a zip in an unknown code page name classes: these would be trained, and given as answers."""
     classes = {name for name in source.classes if not name.isascii()}
     if source.labelled or not classes:
         return
@@ -96,14 +100,41 @@ def _check_classes(source: Source, files: Files) -> None:
         *folders, _ = raw.split(b"/" if b"/" in raw else b"\\")
         unread |= {folder: None for folder in folders if not classes.isdisjoint(_shown(folder))}
     if unread:
-        samples = list(unread)[:MAX_SHOWN]
-        raise DatasetError(
-            f"the names of {len(unread)} classes in {files.label} are not UTF-8, and their code page is not known; they read "
-            f"{described(samples)}: give it with --encoding (field `encoding`), or pack the zip again with names in UTF-8"
-        )
+        raise _unknown(list(unread), files)
 
 
 def _shown(raw: bytes) -> set[str]:
     """How a folder of an unknown code page may be shown."""
     texts = (raw.decode(CODE_PAGE), raw.decode("utf-8", "replace"))
     return {unicodedata.normalize("NFC", text) for text in texts}
+
+
+def _decoded(source: Source, files: Files) -> Source:
+    """With the classes of a folder or tar by `encoding`, where any is not UTF-8 and so shown as `\\udcc3\\udca8`."""
+    odd = [name for name in source.classes if ESCAPED.search(name)]
+    if source.labelled or not odd:
+        return source
+    if files.encoding == AUTO:
+        raise _unknown([_raw(name) for name in odd], files)
+    try:
+        names = {name: _raw(name).decode(files.encoding) for name in source.classes}
+    except UnicodeError:
+        read = described([_raw(name) for name in odd[:MAX_SHOWN]])
+        raise DatasetError(
+            f"the names of classes in {files.label} cannot be read as {files.encoding}; they read {read}: correct the encoding"
+        ) from None
+    if wrong := complaint(names.values()):
+        raise DatasetError(f"{wrong}; or correct the encoding")
+    items = tuple(replace(item, class_name=names[item.class_name]) for item in source.items)
+    return replace(source, items=items, classes=tuple(sorted({*names.values()})))
+
+
+def _raw(name: str) -> bytes:
+    return ESCAPED.sub(lambda found: chr(int(found[0][2:], 16)), name).encode("utf-8", "surrogateescape")
+
+
+def _unknown(names: list[bytes], files: Files) -> DatasetError:
+    return DatasetError(
+        f"the names of {len(names)} classes in {files.label} are not UTF-8, and their code page is not known; they read "
+        f"{described(names[:MAX_SHOWN])}: give it with --encoding (field `encoding`), or change the names to UTF-8"
+    )

@@ -109,9 +109,7 @@ def understand(survey: Survey, locate: Callable[[str], str | None], headless: bo
     others = [column for at, column in enumerate(survey.columns) if at not in used and not NO_NAME.fullmatch(keys[at])]
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        notes.append(
-            f"{printable(survey.name)}: the columns {', '.join(map(_named, others[:SHOWN]))}{more} are ignored"
-        )
+        notes.append(f"{printable(survey.name)}: ignored columns: {', '.join(map(_named, others[:SHOWN]))}{more}")
     is_label_named = label is None or keys[label] in LABELS | LABEL_IDS
     return Columns(path, label, classes, split, flags, is_label_named, tuple(notes))
 

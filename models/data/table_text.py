@@ -44,6 +44,8 @@ def open_table(files: Files, name: str, errors: str = "strict") -> Iterator[Tabl
     """
     with opened(files, name) as content:
         start = content.read(PEEKED)
+    if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+        raise DatasetError(f"{printable(name)} is an Excel workbook or a zip, and no text; save it as CSV UTF-8")
     marked = marked_encoding(start)
     encoding = marked[0] if marked else "utf-8" if files.encoding == AUTO else files.encoding
     if marked is None and b"\0" in start and "16" not in encoding and "32" not in encoding:

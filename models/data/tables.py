@@ -242,9 +242,7 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
                 continue
             part = columns.part(row) or default
             file = finder.find(row[columns.path], place, part)
-            items.append(
-                Item(printable(file), files.names.get(file, file) if files.has(file) else file, part or "train", label)
-            )
+            items.append(Item(printable(file), files.file_of(file), part or "train", label))
     notes = [*columns.notes, *finder.notes()]
     if unlabelled:
         notes.append(f"{len(unlabelled)} rows have no label and are ignored, the first {unlabelled[0]}")
