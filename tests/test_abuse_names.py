@@ -19,7 +19,7 @@ from models.data import table_text
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
+from models.training.dataset import load, pixels
 
 
 def listed(path: Path, encoding: str = "auto") -> Source:
@@ -84,6 +84,14 @@ def test_class_names_in_a_code_page_are_read_by_it_or_refused(
     assert str(caught.value).isprintable()
     with pytest.raises(DatasetError, match="cannot be read as ascii"):
         listed(path, "ascii")
+
+
+def test_the_encoding_reaches_every_look_at_the_dataset(tmp_path: Path) -> None:
+    lines = "path,label\n" + "".join(f"{name},{name[0]}\u72d7\n" for name in coloured(3))
+    path = folder(tmp_path, coloured(3) | {"t.csv": lines.encode("gbk")}) / "t.csv"
+    data = load(path, PREPROCESSING, val_fraction=0.3, seed=0, encoding="gbk")
+    assert data.classes == ("b\u72d7", "g\u72d7", "r\u72d7")
+    assert pixels(path, data, PREPROCESSING)[1] == data.digests
 
 
 @pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(tarred, id="tar")])
