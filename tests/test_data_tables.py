@@ -94,14 +94,12 @@ def test_parts_by_the_usual_columns_and_values(tmp_path: Path, column: str, trai
     values = dict(zip(PARTS, (train, val, test), strict=True))
     text = f"path,label,{column}\n" + "".join(f"{path},{label},{values[part]}\n" for path, label, part in ROWS)
     parts = {content[-1]: part for content, _, part in found(write(tmp_path, text))}
-    others = {"fastai": "val"} if column == "is_valid" else {}
     expected = {
         "is_valid": ("val", "val"),
         "IsTest": ("train", "test"),
         "is_train": ("test", "test"),
         "Valid": ("val", "train"),
     }
-    assert not others or parts["2"] == "val"
     assert (parts["0"], parts["1"], parts["2"]) == ("train", *expected.get(column, ("val", "test")))
 
 
