@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from models.errors import DatasetError
+from models.text_encodings import AUTO, described
 from models.zip_directory import Directory, Member, find_directory, read_directory
 
 MAX_FILES = 2_000_000  # of a dataset
@@ -34,11 +35,18 @@ CHECK_BYTES = 2**30  # address space of a process that checks a table of content
 class Archive:
     """An open zip. Several threads may read at once."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        """Raises BadZipFile; DatasetError as `check_members`."""
+    def __init__(self, file: BinaryIO, path: Path, encoding: str = AUTO) -> None:
+        """`encoding`: of names that do not say theirs and are not all UTF-8. Raises BadZipFile; DatasetError as `check_members`, or
+        where a name cannot be read by it."""
         self.path, self._file = path, file
         directory = _bounded_directory(file, path)
         self.members = tuple(check_members(read_directory(file, directory), directory, path))
+        self.unread: dict[str, bytes] = {}  # names whose code page is not known, with their bytes
+        if any(not _is_utf8(member.raw) for member in self.members):
+            if encoding == AUTO:
+                self.unread = {member.filename: member.raw for member in self.members if member.raw}
+            else:
+                self.members = tuple(_renamed(member, encoding, path) for member in self.members)
         self._by_name = {member.filename: member for member in self.members}
 
     @property
@@ -119,11 +127,12 @@ class _Content(io.RawIOBase):
 
 
 @contextmanager
-def open_archive(path: Path) -> Iterator[Archive]:
-    """Raises DatasetError: no zip file, too many members, one that leads outside, or a zip bomb."""
+def open_archive(path: Path, encoding: str = AUTO) -> Iterator[Archive]:
+    """`encoding`: of names, as `Archive` has it. Raises DatasetError: no zip file, too many members, one that leads outside, a name that
+    cannot be read, or a zip bomb."""
     with ExitStack() as closing:
         with _readable(path):
-            archive = Archive(closing.enter_context(path.open("rb")), path)
+            archive = Archive(closing.enter_context(path.open("rb")), path, encoding)
         yield archive
 
 
@@ -174,6 +183,28 @@ def check_members(members: Iterable[Member], directory: Directory, path: Path) -
     for (_, end), (start, _) in pairwise(spans):
         if end > start:
             raise DatasetError(f"{path.name} is refused: its members overlap, as those of a zip bomb do; pack it again")
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _renamed(member: Member, encoding: str, path: Path) -> Member:
+    """All names of a zip have one code page, also those whose bytes happen to be UTF-8."""
+    if not member.raw:
+        return member
+    try:
+        named = member._replace(filename=member.raw.decode(encoding))
+    except UnicodeError:
+        raise DatasetError(
+            f"{path.name}: a name in it cannot be read as {encoding}; it reads {described([member.raw[:100]])}: correct the encoding"
+        ) from None
+    check_name(named.filename, path)
+    return named
 
 
 def check_growth(name: str, packed: int, size: int) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import WeightsError
+from models.text_encodings import decode_text
 
 MAX_BYTES = 16 * 2**20
 FORMS = '["ant", "bee"], {"0": "ant"}, {"ant": 0} or {"0": ["n02219486", "ant"]}'
+# Configurations that hold them: Transformers', torchvision's ImageFolder, YOLO's and others
+HOLDERS = ("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "classes", "class_names", "labels")
 MAX_NAME = 255  # characters
 JOINERS = "\u200c\u200d"  # zero width, which Persian and emoji are written with
 
@@ -36,9 +39,11 @@ def read_classes(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise WeightsError(f"{path} is refused: larger than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode_text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read as text: class names are UTF-8") from error
+        raise WeightsError(f"{path} cannot be read as text: class names are UTF-8, or UTF-16 with its mark") from error
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise WeightsError(f"{path} is YAML; give the class names as JSON, {FORMS}, or as text, one a line")
     return parse_classes(text, str(path))
 
 
@@ -47,7 +52,7 @@ def parse_classes(text: str, source: str) -> list[str]:
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, source))
     except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{source} begins like JSON but is not; class names are a JSON list of class names, or {FORMS}"
@@ -60,14 +65,26 @@ def names_of(content: Any, source: str) -> list[str]:
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return list(content)
     if isinstance(content, dict):
-        for key in ("id2label", "label2id", "class_to_idx"):
-            if isinstance(content.get(key), dict):
+        for key in HOLDERS:
+            if isinstance(content.get(key), dict | list):
                 return names_of(content[key], source)
-        if content and all(isinstance(index, int) for index in content.values()):
+        if content and all(type(index) is int for index in content.values()):
             return _in_order(((index, name) for name, index in content.items()), source)
         if content and all(index.isdecimal() for index in content):
             return _in_order(((int(index), _label(entry)) for index, entry in content.items()), source)
+        if content and all(isinstance(index, str) and index.isdecimal() for index in content.values()):
+            return _in_order(((int(index), name) for name, index in content.items()), source)
     raise WeightsError(f"{source} must be a JSON list of class names, all of them text, or one of {FORMS}")
+
+
+def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """A JSON object; of two equal keys json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise WeightsError(f"{source} has the key {twice[:50]!r} twice; give each index and each class once")
+    return found
 
 
 def _label(entry: Any) -> Any:
@@ -83,7 +100,9 @@ def _in_order(pairs: Iterable[tuple[int, Any]], source: str) -> list[str]:
         by_index[index] = name
     missing = [index for index in range(len(by_index)) if index not in by_index]
     if missing:
-        raise WeightsError(f"{source} has {len(by_index)} class names, but none with the index {missing[0]}")
+        raise WeightsError(
+            f"{source} has {len(by_index)} class names, but none with the index {missing[0]}; indices run from 0 without a gap"
+        )
     names = [by_index[index] for index in range(len(by_index))]
     if not all(isinstance(name, str) for name in names):
         raise WeightsError(f"{source} must give each index a class name that is text: {FORMS}")

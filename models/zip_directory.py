@@ -7,6 +7,7 @@ file --find_directory--> number and size that the end record claims --read_direc
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +17,7 @@ LOCATOR = struct.Struct("<4sLQL")
 ENTRY = struct.Struct("<4s6H3L5H2L")
 MAX_COMMENT = 2**16
 UTF8_FLAG = 0x800
+UNICODE_PATH = 0x7075
 CODE_PAGE = "cp437"  # of names without the flag, by the specification
 
 
@@ -32,7 +34,7 @@ class Member(NamedTuple):
     """One entry. Sizes are claims."""
 
     filename: str
-    is_guessed: bool  # the name is neither ASCII nor UTF-8, and was decoded by CODE_PAGE
+    raw: bytes  # the name as packed where only its bytes are known: beyond ASCII, without flag or extra field; else empty
     flags: int
     method: int
     crc: int
@@ -83,8 +85,8 @@ def read_directory(file: BinaryIO, directory: Directory) -> Iterator[Member]:
         size, packed, offset = _zip64(extra, size, packed, offset)
         if offset + directory.shift + packed > directory.start:
             raise zipfile.BadZipFile("a member would lie outside the file")
-        filename, is_guessed = _decoded(name.partition(b"\0")[0])
-        yield Member(filename, is_guessed, flags, method, crc, packed, size, offset + directory.shift)
+        filename, raw = _decoded(name, flags, extra)
+        yield Member(filename, raw, flags, method, crc, packed, size, offset + directory.shift)
 
 
 def _zip64(extra: bytes, *sizes: int) -> list[int]:
@@ -103,9 +105,25 @@ def _zip64(extra: bytes, *sizes: int) -> list[int]:
     return found
 
 
-def _decoded(name: bytes) -> tuple[str, bool]:
-    """A name as UTF-8, whatever its flag says; many packers write UTF-8 and do not set it."""
+def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bytes]:
+    """A name, and its bytes where nothing says how to read them: then as UTF-8, or else by CODE_PAGE."""
+    short = name.partition(b"\0")[0]
+    if (spelled := _unicode_path(extra, name)) is not None:
+        return spelled, b""
     try:
-        return name.decode(), False
+        return short.decode(), b"" if flags & UTF8_FLAG or short.isascii() else short
     except UnicodeDecodeError:
-        return name.decode(CODE_PAGE), True
+        return short.decode(CODE_PAGE), short
+
+
+def _unicode_path(extra: bytes, name: bytes) -> str | None:
+    """Info-ZIP's extra field 0x7075: the name in UTF-8, which counts as long as its CRC is that of the name in the table."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        data, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == UNICODE_PATH and data[:1] == b"\1" and data[1:5] == zlib.crc32(name).to_bytes(4, "little"):
+            try:
+                return data[5:].partition(b"\0")[0].decode() or None
+            except UnicodeDecodeError:
+                return None
+    return None

@@ -1,6 +1,10 @@
 """Names of files and classes that look alike, vanish, or cannot be printed."""
 
 import json
+import os
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,15 +15,15 @@ from training_data import PREPROCESSING, coloured, folder
 
 from models.class_names import complaint
 from models.classifier import ModelConfig
-from models.data import tables
+from models.data import table_text
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
+from models.training.dataset import load, pixels
 
 
-def listed(path: Path) -> Source:
-    with open_source(path) as source:
+def listed(path: Path, encoding: str = "auto") -> Source:
+    with open_source(path, encoding) as source:
         return source
 
 
@@ -43,14 +47,85 @@ def test_a_path_of_a_table_is_one_however_it_is_written(tmp_path: Path) -> None:
     assert [item.path for item in source.items] == ["imgs/b0.png", "imgs/r0.png"]
 
 
-@pytest.mark.abuse("A1605")
-def test_names_in_utf_8_without_its_flag_and_of_other_code_pages(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.zip", {"Kaefer/1.png": b"", "Wespe/1.png": b"", "Bienen/1.png": b""})
-    content = path.read_bytes().replace(b"Kaefer", "Käfer".encode()).replace(b"Bienen", "猫狗犬".encode("gbk"))
+def named(path: Path, *folders: bytes) -> Path:
+    """A zip with two images in each folder, whose name has these bytes and no flag that says how to read them."""
+    names = {f"class{i}": raw for i, raw in enumerate(folders)}
+    width = max(map(len, folders))
+    files = {f"{name.ljust(width, '_')}/{i}.png": b"" for name in names for i in range(2)}
+    content = packed(path, files).read_bytes()
+    for name, raw in names.items():
+        content = content.replace(name.ljust(width, "_").encode(), raw.ljust(width, b"_"))
     path.write_bytes(content)
+    return path
+
+
+@pytest.mark.abuse("A1605")
+def test_names_in_utf_8_without_its_flag(tmp_path: Path) -> None:
+    path = named(tmp_path / "a.zip", "K\u00e4fer__".encode(), b"Wespe___")
+    for encoding in ("auto", "gbk"):
+        assert listed(path, encoding).classes == ("K\u00e4fer__", "Wespe___")
+
+
+CODED = [
+    ("gbk", "\u732b\u732b\u732b\u732b", "\u72d7\u72d7\u72d7\u72d7"),
+    ("cp932", "\u8868\u8868\u8868\u8868", "\u72ac\u72ac\u72ac\u72ac"),
+]
+
+
+@pytest.mark.abuse("A1605")
+@pytest.mark.parametrize(("encoding", "first", "second"), CODED)
+def test_class_names_in_a_code_page_are_read_by_it_or_refused(
+    tmp_path: Path, encoding: str, first: str, second: str
+) -> None:
+    path = named(tmp_path / "a.zip", first.encode(encoding), second.encode(encoding))
+    assert set(listed(path, encoding).classes) == {first, second}
+    with pytest.raises(DatasetError, match=f"{first}, {second} as {encoding}.*--encoding") as caught:
+        listed(path)
+    assert str(caught.value).isprintable()
+    with pytest.raises(DatasetError, match="cannot be read as ascii"):
+        listed(path, "ascii")
+
+
+def test_the_encoding_reaches_every_look_at_the_dataset(tmp_path: Path) -> None:
+    lines = "path,label\n" + "".join(f"{name},{name[0]}\u72d7\n" for name in coloured(3))
+    path = folder(tmp_path, coloured(3) | {"t.csv": lines.encode("gbk")}) / "t.csv"
+    data = load(path, PREPROCESSING, val_fraction=0.3, seed=0, encoding="gbk")
+    assert data.classes == ("b\u72d7", "g\u72d7", "r\u72d7")
+    assert pixels(path, data, PREPROCESSING)[1] == data.digests
+
+
+@pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(tarred, id="tar")])
+def test_class_names_of_folders_and_tars_too(tmp_path: Path, pack: object) -> None:
+    names = [os.fsdecode(name.encode("gbk")) for name in ("\u732b", "\u72d7")]
+    path = pack(tmp_path / "a", {f"{name}/{i}.png": b"" for name in names for i in range(2)})  # type: ignore[operator]
+    assert listed(path, "gbk").classes == ("\u72d7", "\u732b")
+    with pytest.raises(DatasetError, match="names of 1 classes in a are not UTF-8"):
+        listed(path)
+    with pytest.raises(DatasetError, match="cannot be read as ascii"):
+        listed(path, "ascii")
+
+
+def test_file_names_in_a_code_page_are_a_note(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.zip", {"ant/xx1.png": b"", "bee/2.png": b""})
+    path.write_bytes(path.read_bytes().replace(b"xx1", "\u72d71".encode("gbk")))
     source = listed(path)
-    assert "Käfer" in source.classes
-    assert source.notes[0].startswith("1 names are not UTF-8 and were read as code page 437, the first ")
+    assert source.classes == ("ant", "bee")
+    assert source.notes[0].startswith(
+        "1 names are not UTF-8, and their code page is not known; the first reads ant/\u72d71"
+    )
+
+
+@pytest.mark.parametrize(("crc", "classes"), [(0, ("ant", "\u732b")), (1, ("ant", "cat"))])
+def test_info_zips_unicode_path_counts_while_it_is_of_this_name(
+    tmp_path: Path, crc: int, classes: tuple[str, ...]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as target:
+        target.writestr("ant/1.png", b"")
+        member = zipfile.ZipInfo("cat/1.png")
+        spelled = b"\1" + struct.pack("<L", zlib.crc32(b"cat/1.png") ^ crc) + "\u732b/1.png".encode()
+        member.extra = struct.pack("<HH", 0x7075, len(spelled)) + spelled
+        target.writestr(member, b"")
+    assert listed(tmp_path / "a.zip").classes == classes
 
 
 def test_what_systems_leave_is_no_part_of_a_dataset(tmp_path: Path) -> None:
@@ -113,7 +188,7 @@ def test_names_of_all_scripts_are_printable() -> None:
     ],
 )
 def test_a_row_of_a_table_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str) -> None:
-    monkeypatch.setattr(tables, "MAX_ROW", 1000)
+    monkeypatch.setattr(table_text, "MAX_ROW", 1000)
     (tmp_path / "t.csv").write_text(f"path,label\n1.png,red\n{row}\n")
     with pytest.raises(DatasetError, match="row of more than 1,000 characters"):
         listed(tmp_path / "t.csv")

@@ -28,6 +28,8 @@ SCRATCH: dict[str, Any] = {"mode": "scratch", "base": "lenet5"}
         pytest.param({"mode": "head", "hyperparameters": {"lr": 0.1}}, id="a head has no learning rate"),
         pytest.param({"mode": "head", "half": True}, id="a head stores no backbone"),
         pytest.param({"val_fraction": 0.9}, id="no training images left"),
+        pytest.param({"encoding": "klingon"}, id="no encoding"),
+        pytest.param({"encoding": "rot13"}, id="no text encoding"),
         pytest.param({"mode": "scratch"}, id="from scratch without an architecture"),
         pytest.param({"mode": "scratch", "base": "auto"}, id="from scratch without choice"),
         pytest.param({"base": ["resnet18"]}, id="an ensemble of one"),
@@ -168,3 +170,8 @@ def test_the_command_line_understands_its_own_command(
     monkeypatch.chdir(tmp_path)
     CliRunner().invoke(main, shlex.split(command(asked))[1:], catch_exceptions=False)
     assert understood == [asked.model_copy(update={"dataset": Path("cifar10.zip")})]
+
+
+def test_the_encoding_is_part_of_the_command() -> None:
+    assert "--encoding gbk" in command(request(encoding="gbk"))
+    assert "--encoding" not in command(request())

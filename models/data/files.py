@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from lzma import LZMAError
@@ -24,11 +24,13 @@ from models.data.samples import UNREADABLE
 from models.errors import DatasetError
 from models.images import Limits
 from models.paths import open_beneath
+from models.text_encodings import AUTO, decode_text, described
 from models.zip_directory import Member
 
 # Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
 LIMITS = Limits(max_bytes=64 * 2**20)
 PIECE = 2**20
+SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it
 MAX_DEPTH = 32  # folders in folders
 # What macOS, Windows, network disks and file systems leave in folders
 SYSTEM = frozenset(
@@ -54,6 +56,8 @@ class Files(ABC):
     label: str  # of the folder or archive, for messages
     closing: ExitStack  # what is to be closed at the end
     notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
+    encoding: str = AUTO  # of text files without a byte order mark; AUTO is UTF-8
+    unread: Mapping[str, bytes] = {}  # names in an unknown code page, as they are shown, with their bytes
 
     @property
     @abstractmethod
@@ -66,6 +70,14 @@ class Files(ABC):
     @abstractmethod
     def size(self, file: str) -> tuple[int, int]:
         """Bytes of the content, as declared, and bytes that they take on the disk."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this relative name."""
+        return name in self.names
+
+    def file_of(self, name: str) -> str:
+        """What the methods know a relative name by."""
+        return self.names.get(name, name)
 
     def read(self, file: str) -> bytes:
         """At most one byte more than decode allows, so that a huge file costs no memory."""
@@ -83,15 +95,27 @@ class Files(ABC):
         return copy
 
     def text(self, name: str) -> str:
-        """A small file of UTF-8 by its relative name. Raises DatasetError: unreadable, too large, or no UTF-8."""
+        """A small file of text by its relative name. Raises DatasetError: unreadable, too large, or in another encoding."""
         with opened(self, name) as content:
             data = content.read(LIMITS.max_bytes + 1)
         if len(data) > LIMITS.max_bytes:
             raise DatasetError(f"{printable(name)} has more than {LIMITS.max_bytes:,} bytes; split the dataset")
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise DatasetError(f"{printable(name)} is not text in UTF-8; save it as UTF-8") from None
+            return decode_text(data, self.encoding)
+        except UnicodeDecodeError as error:
+            raise DatasetError(undecodable(name, error, self.encoding)) from None
+
+
+def undecodable(name: str, error: UnicodeDecodeError, encoding: str) -> str:
+    """What to do about a text file in another encoding, with how the first bytes that cannot be read would read."""
+    start = max(error.object.rfind(end, 0, error.start) for end in SEPARATORS) + 1
+    ends = [at for end in SEPARATORS if (at := error.object.find(end, error.start)) >= 0]
+    sample = error.object[max(start, error.start - 40) : min([*ends, error.start + 40])].strip()
+    known = "UTF-8" if encoding == AUTO else encoding
+    return (
+        f"{printable(name)} is not text in {known}; it reads {described([sample])}: give the encoding with --encoding "
+        "(field `encoding`), or save the file as UTF-8"
+    )
 
 
 def _pieces(content: IO[bytes], size: int) -> Iterator[bytes]:
@@ -112,6 +136,16 @@ class FolderFiles(Files):
     @cached_property
     def names(self) -> dict[str, str]:
         return {name: name for name in ([self._only] if self._only else _scan(self._root))}
+
+    def has(self, name: str) -> bool:
+        """Looks at this name alone: beside a table there may be folders that are no part of the dataset."""
+        try:
+            return not stat.S_ISDIR(os.lstat(f"{self._inside}/{name}").st_mode)
+        except (OSError, ValueError):
+            return False
+
+    def file_of(self, name: str) -> str:
+        return name
 
     def open(self, file: str) -> BinaryIO:
         real = os.path.realpath(os.path.join(self._inside, file), strict=True)
@@ -136,9 +170,13 @@ class ZipFiles(Files):
     def __init__(self, archive: Archive) -> None:
         self._archive, self.label, self.closing = archive, archive.path.name, ExitStack()
         self._names, self.notes = relative_names(archive.names)
-        if guessed := [member.filename for member in archive.members if member.is_guessed]:
-            note = f"{len(guessed)} names are not UTF-8 and were read as code page 437, the first {guessed[0][:200]}"
-            self.notes += (f"{note}: pack the zip again with names in UTF-8",)
+        self.unread = archive.unread
+        if self.unread:
+            first = described([next(iter(self.unread.values()))[:200]])
+            note = f"{len(self.unread)} names are not UTF-8, and their code page is not known; the first reads {first}"
+            self.notes += (
+                f"{note}: give it with --encoding (field `encoding`), or pack the zip again with names in UTF-8",
+            )
 
     @property
     def names(self) -> dict[str, str]:

@@ -33,18 +33,14 @@ class Task(NamedTuple):
 
 
 def is_export(files: Files, name: str) -> bool:
-    """Whether a CSV or JSON begins like one of Label Studio's."""
-    suffix = posixpath.splitext(name)[1].lower()
-    if suffix not in (".csv", ".json"):
+    """Whether a JSON file begins like one of Label Studio's."""
+    if not name.lower().endswith(".json"):
         return False
     try:
         with files.open(files.names[name]) as content:
             start = content.read(PEEKED).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     except UNREADABLE:
         return False
-    if suffix == ".csv":
-        columns = [column.strip(' "') for column in start.partition("\n")[0].strip().split(",")]
-        return set(KEYS) <= set(columns)
     return start.lstrip().startswith("[") and all(f'"{key}"' in start for key in KEYS)
 
 

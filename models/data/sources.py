@@ -1,9 +1,11 @@
 """From the path of a dataset to its labelled images: the one place that recognises layouts.
 
 a folder, zip or tar --LAYOUTS, the first that recognises it--> Source
-a .csv or .json      --its columns----------------------------> Source, of images beside it
+a table (.csv, .tsv, .jsonl), a .json --its columns-----------> Source, of images beside it
 """
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from models.archive import open_archive
+from models.class_names import complaint
 from models.data import label_studio
 from models.data.cifar import read_cifar
 from models.data.class_folders import read_class_folders
@@ -18,9 +21,14 @@ from models.data.files import Files, FolderFiles, ZipFiles
 from models.data.idx import read_idx
 from models.data.parquet import read_parquet
 from models.data.samples import Source
-from models.data.tables import read_csv, read_label_studio, read_one_hot
+from models.data.tables import TABLES, read_label_studio, read_one_hot, read_table, read_tables
 from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
+from models.text_encodings import AUTO, described
+from models.zip_directory import CODE_PAGE
+
+ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `printable` shows it
+MAX_SHOWN = 5  # classes in a message
 
 # Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
 LAYOUTS: tuple[Callable[[Files], Source | None], ...] = (
@@ -29,34 +37,34 @@ LAYOUTS: tuple[Callable[[Files], Source | None], ...] = (
     read_parquet,
     read_one_hot,
     read_label_studio,
+    read_tables,
     read_class_folders,
 )
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """List a dataset. `read` may be used by several threads at once, until the end of the block.
+def open_source(path: Path, encoding: str = AUTO) -> Iterator[Source]:
+    """List a dataset. `read` may be used by several threads at once, until the end of the block. `encoding`: of tables, and of the names
+    in a zip, which do not say theirs and are not UTF-8.
 
     Raises TooFewClasses; DatasetError: not a dataset, too many files, a name that points outside, or a malformed file of many images.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        with _recognised(FolderFiles(path)) as source:
+        with _recognised(FolderFiles(path), encoding) as source:
             yield source
-    elif path.is_file() and suffix == ".csv":
-        with path.open("rb") as content:
-            source = read_csv(FolderFiles(path.parent), path.name, content)
-        yield source
+    elif path.is_file() and suffix in TABLES:
+        yield read_table(_beside(path, encoding), path.name)
     elif path.is_file() and suffix == ".json":
-        yield label_studio.read_json(FolderFiles(path.parent), path.name)
+        yield label_studio.read_json(_beside(path, encoding), path.name)
     elif path.is_file() and suffix == ".parquet":
-        with _recognised(FolderFiles(path.parent, only=path.name)) as source:
+        with _recognised(FolderFiles(path.parent, only=path.name), encoding) as source:
             yield source
     elif path.is_file() and is_zipfile(path):
-        with open_archive(path) as archive, _recognised(ZipFiles(archive)) as source:
+        with open_archive(path, encoding) as archive, _recognised(ZipFiles(archive), encoding) as source:
             yield source
     elif path.is_file() and is_tar(path):
-        with open_tar(path) as files, _recognised(files) as source:
+        with open_tar(path) as files, _recognised(files, encoding) as source:
             yield source
     else:
         raise DatasetError(
@@ -65,8 +73,68 @@ def open_source(path: Path) -> Iterator[Source]:
         )
 
 
+def _beside(path: Path, encoding: str) -> Files:
+    """The files that a table may name."""
+    files = FolderFiles(path.parent)
+    files.encoding = encoding
+    return files
+
+
 @contextmanager
-def _recognised(files: Files) -> Iterator[Source]:
+def _recognised(files: Files, encoding: str) -> Iterator[Source]:
+    files.encoding = encoding
     with files.closing:
         source = next(source for read in LAYOUTS if (source := read(files)) is not None)
+        _check_classes(source, files)
+        source = _decoded(source, files)
         yield replace(source, notes=(*source.notes, *files.notes))
+
+
+def _check_classes(source: Source, files: Files) -> None:
+    """Raises DatasetError where folders of a zip in an unknown code page name classes: these would be trained, and given as answers."""
+    classes = {name for name in source.classes if not name.isascii()}
+    if source.labelled or not classes:
+        return
+    unread: dict[bytes, None] = {}
+    for raw in files.unread.values():
+        *folders, _ = raw.split(b"/" if b"/" in raw else b"\\")
+        unread |= {folder: None for folder in folders if not classes.isdisjoint(_shown(folder))}
+    if unread:
+        raise _unknown(list(unread), files)
+
+
+def _shown(raw: bytes) -> set[str]:
+    """How a folder of an unknown code page may be shown."""
+    texts = (raw.decode(CODE_PAGE), raw.decode("utf-8", "replace"))
+    return {unicodedata.normalize("NFC", text) for text in texts}
+
+
+def _decoded(source: Source, files: Files) -> Source:
+    """With the classes of a folder or tar by `encoding`, where any is not UTF-8 and so shown as `\\udcc3\\udca8`."""
+    odd = [name for name in source.classes if ESCAPED.search(name)]
+    if source.labelled or not odd:
+        return source
+    if files.encoding == AUTO:
+        raise _unknown([_raw(name) for name in odd], files)
+    try:
+        names = {name: _raw(name).decode(files.encoding) for name in source.classes}
+    except UnicodeError:
+        read = described([_raw(name) for name in odd[:MAX_SHOWN]])
+        raise DatasetError(
+            f"the names of classes in {files.label} cannot be read as {files.encoding}; they read {read}: correct the encoding"
+        ) from None
+    if wrong := complaint(names.values()):
+        raise DatasetError(f"{wrong}; or correct the encoding")
+    items = tuple(replace(item, class_name=names[item.class_name]) for item in source.items)
+    return replace(source, items=items, classes=tuple(sorted({*names.values()})))
+
+
+def _raw(name: str) -> bytes:
+    return ESCAPED.sub(lambda found: chr(int(found[0][2:], 16)), name).encode("utf-8", "surrogateescape")
+
+
+def _unknown(names: list[bytes], files: Files) -> DatasetError:
+    return DatasetError(
+        f"the names of {len(names)} classes in {files.label} are not UTF-8, and their code page is not known; they read "
+        f"{described(names[:MAX_SHOWN])}: give it with --encoding (field `encoding`), or change the names to UTF-8"
+    )

@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from models.decisions import PRECISION
+from models.text_encodings import AUTO
 from models.training.request import FinetuneRequest
 
 
@@ -14,6 +15,7 @@ def command(request: FinetuneRequest) -> str:
     given: dict[str, Any] = {"mode": request.mode, "folds": request.folds, "selection_epochs": request.selection_epochs}
     given |= {"val_fraction": request.val_fraction}
     given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
+    given |= {"encoding": request.encoding if request.encoding != AUTO else None}
     given |= request.hyperparameters.model_dump(exclude_none=True)
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)

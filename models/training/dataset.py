@@ -23,6 +23,7 @@ from models.data.samples import MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source
 from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.images import decode
+from models.text_encodings import AUTO
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
 from models.training.progress import Progress, silent
@@ -51,6 +52,7 @@ class Dataset:
     rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
+    encoding: str = AUTO  # that its tables and names were read by
 
     def warned(self, warnings: Sequence[str]) -> "Dataset":
         """With more warnings in its audit."""
@@ -78,6 +80,7 @@ def load(
     test_fraction: float = 0.0,
     seed: int,
     on_bad_file: Literal["skip", "fail"] = "skip",
+    encoding: str = AUTO,
     progress: Progress = silent,
 ) -> Dataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
@@ -86,7 +89,7 @@ def load(
     images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset; OSError where the pixels need a temporary
     file and the disk is full.
     """
-    with open_source(path) as source:
+    with open_source(path, encoding) as source:
         decoded = _decode_all(source, preprocessing, lambda done: progress(DECODING * done))
     _check_bad(decoded.bad, len(source.items), on_bad_file)
     if not decoded.places:
@@ -114,6 +117,7 @@ def load(
         rows=found.rows,
         split=found.rule,
         audit=report,
+        encoding=encoding,
     )
 
 
@@ -133,7 +137,7 @@ def pixels(
     path: Path, data: Dataset, preprocessing: Preprocessing, progress: Progress = silent
 ) -> tuple[Tensor, tuple[bytes, ...]]:
     """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
-    with open_source(path) as source:
+    with open_source(path, data.encoding) as source:
         decoded = _decode_all(source, preprocessing, progress)
     if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
         raise DatasetError(f"{data.name} has changed since the run began; leave it as it is, and start again")

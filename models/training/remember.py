@@ -12,6 +12,7 @@ from models.decisions import PRECISION, Decisions
 from models.errors import DatasetError
 from models.reference import Conformal, Neighbourhood, Reference, kth, nearest, sample
 from models.store import ModelStore
+from models.text_encodings import AUTO
 from models.training import dataset
 from models.training.dataset import Dataset
 from models.training.evaluate import outputs
@@ -42,6 +43,7 @@ def calibrate(
     most: int | None = None,
     progress: Progress = silent,
     precision: float = PRECISION,
+    encoding: str = AUTO,
 ) -> Reference:
     """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
 
@@ -50,7 +52,8 @@ def calibrate(
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
-    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, progress=lambda done: progress(done / 2))
+    halved = lambda done: progress(done / 2)  # noqa: E731
+    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, encoding=encoding, progress=halved)
     if data.classes != config.classes:
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from models.classifier import NAME_PATTERN, Record
 from models.decisions import PRECISION
 from models.errors import TrainingError
+from models.text_encodings import AUTO, check_encoding
 
 Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
 Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
@@ -214,6 +215,11 @@ class FinetuneRequest(_Asked):
     on_bad_file: Literal["skip", "fail"] = Field(
         default="skip", description="What to do with a file that is no usable image"
     )
+    encoding: str = Field(
+        default=AUTO,
+        max_length=40,
+        description="Encoding of tables, and of names in zips, that are not UTF-8: cp1252, gbk, cp932 ...; auto refuses to guess",
+    )
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping = EarlyStopping()
     budget: Budget = Budget()
@@ -236,6 +242,11 @@ class FinetuneRequest(_Asked):
         if not isinstance(given, str | Path):
             raise ValueError("dataset is a path, as text")
         return given
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding(cls, given: str) -> str:
+        return check_encoding(given)
 
     @field_validator("hyperparameters", mode="before")
     @classmethod

@@ -59,7 +59,10 @@ def explained(error: Exception) -> Exception:
     from service.settings import SettingsError
 
     if isinstance(error, ValidationError):
-        reasons = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        reasons = (
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_input=False)
+        )
         return click.UsageError("; ".join(reasons))
     if isinstance(error, SettingsError):
         return click.UsageError(str(error))

@@ -31,6 +31,7 @@ REQUEST = (
     "val_fraction",
     "test_fraction",
     "on_bad_file",
+    "encoding",
     "deploy",
     "half",
     "channels",

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from models.text_encodings import check_encoding
 from service.settings import PREFIX, Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +31,13 @@ def a_number(_context: click.Context, _option: click.Parameter, value: float | N
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
+
+
+def an_encoding(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    try:
+        return check_encoding(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def settings_options(*names: str) -> Callable[[F], F]:

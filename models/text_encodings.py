@@ -1,0 +1,100 @@
+"""Encodings of text that people bring: byte order marks, code pages by name, and how bytes read in the likely ones."""
+
+import codecs
+import unicodedata
+from typing import NamedTuple
+
+AUTO = "auto"  # UTF-8, or what a byte order mark says
+EXAMPLES = "utf-8, cp1252, cp437, gbk, big5, cp932, cp949 or cp1251"
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+NO_TEXT = frozenset({"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "utf-7"})
+SHOWN = 3  # readings in a message
+
+
+class CodePage(NamedTuple):
+    """`common`: first bytes of the frequent characters, of those that have two."""
+
+    name: str
+    common: range = range(0)
+
+
+# Of equal ones the first is the likelier. https://encoding.spec.whatwg.org/#legacy-multi-byte-encodings
+CODE_PAGES = (
+    CodePage("gbk", range(0xB0, 0xD8)),
+    CodePage("cp932", range(0x88, 0x98)),
+    CodePage("big5", range(0xA4, 0xC7)),
+    CodePage("cp949", range(0xB0, 0xC9)),
+    CodePage("cp1252"),
+    CodePage("cp437"),
+    CodePage("cp1251"),
+    CodePage("cp866"),
+)
+
+
+def check_encoding(name: str) -> str:
+    """The name itself. Raises ValueError where Python has no text encoding of that name."""
+    if name == AUTO:
+        return name
+    try:
+        codec = codecs.lookup(name)
+    except (LookupError, ValueError):
+        codec = None
+    if codec is None or not codec._is_text_encoding or codec.name in NO_TEXT:
+        raise ValueError(f"encoding {name[:40]!r} is not the name of a text encoding; take {AUTO}, {EXAMPLES}")
+    return name
+
+
+def marked_encoding(start: bytes) -> tuple[str, bytes] | None:
+    """The encoding that a byte order mark at the start names, and the mark; None where there is none."""
+    return next(((name, mark) for mark, name in MARKS if start.startswith(mark)), None)
+
+
+def decode_text(data: bytes, encoding: str = AUTO) -> str:
+    """A byte order mark goes before `encoding`. Raises UnicodeDecodeError."""
+    name, mark = marked_encoding(data) or ("utf-8" if encoding == AUTO else encoding, b"")
+    return data[len(mark) :].decode(name)
+
+
+def readings(samples: list[bytes]) -> list[tuple[str, list[str]]]:
+    """The likeliest code pages that all samples can be read in, and how they read; the likeliest first."""
+    found: list[tuple[float, str, list[str]]] = []
+    for page in CODE_PAGES:
+        try:
+            texts = [sample.decode(page.name) for sample in samples]
+        except UnicodeDecodeError:
+            continue
+        if all(char.isprintable() for text in texts for char in text):
+            found.append((_likelihood("".join(texts), page), page.name, texts))
+    found.sort(key=lambda each: -each[0])  # stable: of equal ones the first stays first
+    return [(name, texts) for _, name, texts in found[:SHOWN]]
+
+
+def described(samples: list[bytes]) -> str:
+    """The readings for a message: `猫, 狗 as gbk; ├¿, ╣╖ as cp437`."""
+    return "; ".join(f"{', '.join(texts)} as {name}" for name, texts in readings(samples)) or "no text in usual ones"
+
+
+def _likelihood(text: str, page: CodePage) -> float:
+    """From 0 to 1: the mean over the characters beyond ASCII."""
+    has_ascii = any(char.isascii() and char.isalpha() for char in text)
+    worth = [_worth(char, page, has_ascii) for char in text if not char.isascii()]
+    return sum(worth) / len(worth) if worth else 0.0
+
+
+def _worth(char: str, page: CodePage, beside_ascii: bool) -> float:
+    encoded, name = char.encode(page.name, "replace"), unicodedata.name(char, "")
+    if not unicodedata.category(char).startswith("L"):
+        return 0.1  # a frame or a sign
+    if len(encoded) == 2:
+        return 0.9 if encoded[0] in page.common or name.startswith(("HIRAGANA", "KATAKANA")) else 0.3
+    if name.startswith("LATIN"):
+        return 0.8 if beside_ascii else 0.4
+    if name.startswith("HALFWIDTH"):
+        return 0.2
+    return 0.1 if beside_ascii else 0.7
