@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from service_fakes import ADMIN_KEY
 
 from service import healthcheck
+from service.bench import Load, request_head
 from service.cli import main
 from service.cli.jobs import connect
 
@@ -79,6 +80,21 @@ def test_a_server_elsewhere_is_reached_through_the_proxy(monkeypatch: pytest.Mon
     with connect("http://192.0.2.1:8000", {"admin_key": ADMIN_KEY}) as client:
         assert isinstance(client._transport_for_url(httpx.URL("http://192.0.2.1:8000")), httpx.HTTPTransport)
         assert client._transport_for_url(httpx.URL("http://192.0.2.1:8000")) is not client._transport
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "foo://x", "http://["])
+def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    answer = CliRunner().invoke(main, ["jobs", "--url", "http://192.0.2.1", "--admin-key", ADMIN_KEY, "list"])
+    assert (answer.exit_code, answer.output.count("\n")) == (1, 1)
+    assert "the proxy in https_proxy, http_proxy or ALL_PROXY cannot be used" in answer.output
+
+
+def test_the_address_of_a_load_test_may_have_a_prefix() -> None:
+    head = request_head(Load("http://photos.example/imago/"), None, 3)
+    assert head.startswith(b"POST /imago/predict HTTP/1.1\r\nHost: photos.example\r\n")
 
 
 @pytest.mark.parametrize(

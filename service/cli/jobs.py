@@ -46,11 +46,12 @@ def connect(url: str, flags: Mapping[str, Any]) -> "httpx.Client":
     (`http_proxy`, `ALL_PROXY`) unless the server is on this machine."""
     import httpx
 
+    from models.download import client_of
     from service.hosts import is_loopback
 
     headers = {"Authorization": f"Bearer {admin_key(Settings.load(**flags))}"}
     local = is_loopback(httpx.URL(url).host)
-    return httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=not local)
+    return client_of(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=not local)
 
 
 def admin_key(settings: Settings) -> str:
