@@ -55,6 +55,6 @@ VOLUME ["/var/lib/imago/weights", "/var/lib/imago/data"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('IMAGO_PORT', '8000')}/health/ready\", timeout=2)"]
+    CMD ["python3", "-m", "service.healthcheck"]
 ENTRYPOINT ["python3", "-m", "service.cli"]
 CMD ["serve"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")  # lines of "0::/imago.service", in version 1 "3:cpu,cpuacct:/docker/4f2a"
+V1_CPU = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # not every container has the link
 
 
 def cpu_count(root: Path = ROOT) -> int:
@@ -19,11 +20,11 @@ def cpu_count(root: Path = ROOT) -> int:
 def cpu_quota(root: Path = ROOT) -> float:
     """The smallest limit, in cores, of this process's control group and the groups above it; infinity where there is none.
 
-    `root`: where the groups of version 2 are mounted; those of version 1 are in its folder `cpu`.
+    `root`: where the groups of version 2 are mounted; those of version 1 are in its folder `cpu`, which may be a link to another of V1_CPU.
     """
     paths = _group_paths()
     unified = (_unified_quota(group) for group in _groups(root, paths.get("", "/")))
-    v1 = (_v1_quota(group) for group in _groups(root / "cpu", paths.get("cpu", "/")))
+    v1 = (_v1_quota(group) for name in V1_CPU for group in _groups(root / name, paths.get("cpu", "/")))
     return min([math.inf, *unified, *v1])
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -24,6 +25,17 @@ logger = logging.getLogger(__name__)
 
 class _Interrupted(Exception):
     """An attempt that failed in a way which the next may not."""
+
+
+def client_of(**options: Any) -> httpx.Client:
+    """An httpx client with the proxy that the environment names. Raises DownloadError where that cannot be used."""
+    try:
+        return httpx.Client(**options)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise DownloadError(
+            "the proxy in https_proxy, http_proxy or ALL_PROXY cannot be used: name an HTTP proxy, as http://proxy.example:3128; "
+            "for one of SOCKS, pip install socksio"
+        ) from error
 
 
 def fetch(url: httpx.URL, folder: Path, progress: Progress | None = None) -> Path:
@@ -62,7 +74,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _download(url: httpx.URL, part: Path, progress: Progress | None) -> None:
-    with httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"}) as client:
+    with client_of(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"}) as client:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return _attempt(client, url, part, progress)

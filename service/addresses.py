@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
+
+MAX_REMEMBERED = 1024  # addresses of connections
 
 
 def network_of(address: str) -> str:
@@ -24,4 +27,9 @@ def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
     for name in trusted:
         with suppress(ValueError):  # uvicorn allows names that are no addresses
             networks.append(ip_network(name, strict=False))
-    return lambda address: any(ip_address(address) in network for network in networks)
+
+    @lru_cache(MAX_REMEMBERED)  # it is asked for each request, and parsing takes up to 20 us
+    def is_proxy(address: str) -> bool:
+        return any(ip_address(address) in network for network in networks)
+
+    return is_proxy

@@ -147,7 +147,10 @@ async def _framework_error(request: Request, error: Exception) -> NoReturn:
 def _translate(error: HTTPException, request: Request) -> ServiceError:
     match error.status_code:
         case 404:
-            return NotFound("no such path; /docs lists those there are")
+            prefix = request.scope.get(
+                "app_root_path", request.scope["root_path"]
+            )  # below a mount, `root_path` is the mount's
+            return NotFound(f"no such path; {prefix}/docs lists those there are")
         case 405:
             allow = _allowed(request)
             return MethodNotAllowed(f"this path has no such method; it has {allow}", allow)

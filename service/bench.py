@@ -183,7 +183,8 @@ def plan(load: Load, bodies: Sequence[bytes]) -> Iterator[Request]:
 
 
 def request_head(load: Load, model: str | None, length: int) -> bytes:
-    target = f"{load.path}?model={quote(model)}" if model else load.path
+    path = urlsplit(load.url).path.rstrip("/") + load.path  # a proxy may serve Imago under a path of its own
+    target = f"{path}?model={quote(model)}" if model else path
     key = f"Authorization: Bearer {load.api_key}\r\n" if load.api_key else ""
     return (
         f"POST {target} HTTP/1.1\r\nHost: {urlsplit(load.url).netloc}\r\n{key}"

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 OPTIONAL = ("openvino", "opentelemetry-sdk", "psycopg")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-MEMORY_LIMIT = cgroup.ROOT / "memory.max"  # of a container
 PCI = Path("/sys/bus/pci/devices")
 NVIDIA, DISPLAY = "0x10de", "0x03"  # a PCI device's vendor, and how the class of a GPU begins
 MEANT = ("torch_without_cuda", "gpu_hidden")  # codes of a GpuProblem that somebody may have chosen
@@ -94,8 +93,11 @@ def _machine(section: Section, settings: Settings) -> None:
     section.facts["memory"] = f"{int(memory['MemTotal']) >> 10} MB, {int(memory['MemAvailable']) >> 10} MB available"
     if (quota := cgroup.cpu_quota()) != math.inf:
         section.facts["cpu quota"] = f"{quota:g} cores"
-    if MEMORY_LIMIT.exists():
-        section.facts["memory limit"] = MEMORY_LIMIT.read_text().strip()
+    section.facts["threads"] = (
+        f"inference {settings.threads or cgroup.cpu_count()} at most, decoding {settings.decoders}, training {settings.trainer_cores}"
+    )
+    if (limit := cgroup.memory_limit()) < int(memory["MemTotal"]) << 10:
+        section.facts["memory limit"] = f"{limit >> 20} MB"
 
 
 def _gpus(section: Section, settings: Settings) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.addresses import network_of, proxies
+from service.heads import Headers
 from service.held import HeldBytes
+from service.prefix import forwarded
 from service.settings import Settings
 
 
@@ -21,6 +23,7 @@ class Guards:
     max_client_connections: int  # from one client
     is_proxy: Callable[[str], bool]  # its connections are those of many clients
     held: HeldBytes  # answers that clients have not read, and requests that wait behind another
+    root_path: str = ""
     connected: Counter[str] = field(default_factory=Counter)  # open connections by client
 
     @classmethod
@@ -35,7 +38,12 @@ class Guards:
             min(settings.max_client_connections, max(1, max_connections // 2)),
             proxies(settings.trusted_proxies),
             HeldBytes(settings.max_held_mb * 2**20, settings.max_held_mb * 2**19),
+            settings.root_path,
         )
+
+    def prefix_of(self, address: str, headers: Headers) -> str:
+        """The path under which a proxy serves Imago, for a request that comes from this address."""
+        return self.root_path or (forwarded(headers) if self.is_proxy(address) else "")
 
     def client_of(self, address: str) -> str | None:
         """The client to count an address for; None for a proxy, which is many clients."""

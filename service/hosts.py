@@ -1,5 +1,6 @@
 """Which `Host` a request may name: a web page whose own name was made to resolve to this machine is no caller (DNS rebinding)."""
 
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,17 +10,20 @@ from service.errors import Misdirected
 
 MAX_REMEMBERED = 256  # values of the header, ports included
 ANY = "*"  # in the setting `allowed_hosts`
+LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # a name without a dot
 
 
 class Hosts:
-    """The hosts that this server answers for: addresses of this machine, its names, and the setting `allowed_hosts`.
+    """The hosts that this server answers for: addresses of this machine, its names, names without a dot, and the setting
+    `allowed_hosts`.
 
+    A name without a dot cannot be had in the public DNS, so no rebinding page has one; nginx sends such a one, that of its `upstream`.
     Checked where the server listens on loopback, or where `allowed_hosts` names some; elsewhere a name may lead here by any proxy.
     """
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
         allowed = [_name(_without_port(name)) for name in allowed]
-        self.checked = ANY not in allowed and (bool(allowed) or _is_loopback(host))
+        self.checked = ANY not in allowed and (bool(allowed) or is_loopback(host))
         machine = _name(socket.gethostname())
         self._names = {"localhost", _name(host), machine, machine.partition(".")[0], *allowed}
         self._right: set[bytes] = set()  # values that passed: one look-up for those that come again
@@ -29,7 +33,7 @@ class Hosts:
         if not self.checked or value in self._right or value is None:
             return
         name = _name(_without_port(value.decode("latin-1").strip(" \t")))
-        if name not in self._names and not _is_own_address(name):
+        if name not in self._names and not _is_label(name) and not _is_own_address(name):
             raise Misdirected(
                 "this server does not answer for that Host; add it to `allowed_hosts` (IMAGO_ALLOWED_HOSTS), or let the proxy "
                 "before the server send `Host: localhost`"
@@ -43,6 +47,11 @@ def _name(host: str) -> str:
     return host.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
 
 
+def _is_label(name: str) -> bool:
+    """Not a number: 2130706433 and 0x7f000001 are addresses."""
+    return LABEL.fullmatch(name) is not None and not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name)
+
+
 def _without_port(value: str) -> str:
     host, colon, port = value.rpartition(":")
     return host if colon and not host.endswith(":") and (port.isdecimal() or not port) and _is_whole(host) else value
@@ -53,7 +62,7 @@ def _is_whole(host: str) -> bool:
     return ":" not in host or host.endswith("]")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Every address of the host is one of this machine alone; a host that cannot be resolved is not, and the server will not start."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}

@@ -32,6 +32,7 @@ from service.half_closed import HalfClosed
 from service.heads import length_of, refusal_bytes, refusal_of, without_upgrade
 from service.held import Share
 from service.middleware import LINGER_BYTES, LINGER_S, UPLOADS
+from service.prefix import place, without
 
 BODY_RATE = 8 * 1024  # bytes a second
 BODY_SPAN_S = 10.0  # within which a body must come on at that rate
@@ -317,9 +318,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(error)
             raise ValueError(str(error))
         super().on_headers_complete()
+        place(self.scope, self._guards.prefix_of(self._address, self.headers))  # before its task begins
         self._expect_nothing()
-        self._in_head = False
-        self._overhead, self._body_bytes, self._left = 0, 0, length_of(self.headers)
+        self._in_head, self._overhead, self._body_bytes, self._left = False, 0, 0, length_of(self.headers)
         self._upgrading = self.parser.should_upgrade()
         uploading = (self.scope["method"], self.scope["path"]) in UPLOADS
         self._body_ends = math.inf if uploading else self.loop.time() + self._guards.body_timeout_s
@@ -388,7 +389,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._close()
             return
         path = getattr(self, "url", b"").decode("latin-1").partition("?")[0]
-        self.transport.write(refusal_bytes(error, path))
+        self.transport.write(refusal_bytes(error, without(self._guards.root_path, path)))
         if self._owed:  # its handler learns that the client is gone
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -29,6 +29,7 @@ from service.auth import Keys
 from service.engine import Engine
 from service.errors import NotReady
 from service.guards import Guards
+from service.injected import injected
 from service.metrics import Metrics
 from service.middleware import LINGER_S, Traffic
 from service.open_files import connections_within, raise_limit
@@ -52,6 +53,8 @@ def run(settings: Settings) -> NoReturn:
     metrics = Metrics()
     logs.configure(settings, metrics)
     traces = Traces.of(settings)
+    if names := injected(os.environ):
+        log.info("not settings, but set by Kubernetes or docker --link: %s", ", ".join(sorted(names)))
     tune_allocator()
     keys, traffic, store = Keys.of(settings), Traffic(), ModelStore(settings.weights)
     engine = Engine(settings, store, metrics, traces)

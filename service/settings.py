@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
 from models.cgroup import memory_limit
+from service.injected import injected
+from service.prefix import prefix_of
 
 if TYPE_CHECKING:
     from models.images import Limits
@@ -28,6 +31,13 @@ def _split(value: object) -> object:
     if isinstance(value, str):
         return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
     return value
+
+
+def _prefix(value: str) -> str:
+    try:
+        return prefix_of(value)
+    except ValueError as error:
+        raise PydanticCustomError("root_path", "{error}", {"error": str(error)}) from None
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -61,12 +71,17 @@ class Settings(BaseSettings):
         (),
         description="Further names of this server in `Host`, comma separated, or `*`; unset, only a loopback `host` checks them",
     )
+    root_path: Annotated[str, AfterValidator(_prefix)] = Field(
+        "",
+        description="Path under which a proxy serves Imago, as /imago; by default what `X-Forwarded-Prefix` of `trusted_proxies` says",
+    )
     cors_origins: Names = Field(
         (), description="Origins whose pages may call the user routes, comma separated; none by default"
     )
     trusted_proxies: Names = Field(
         (),
-        description="Addresses or networks of reverse proxies whose `X-Forwarded-For` names the client, comma separated; none by default",
+        description="Addresses or networks of reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` are read, comma separated; "
+        "none by default",
     )
     admin_key: SecretStr | None = Field(
         None,
@@ -212,6 +227,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if isinstance(env_settings, EnvSettingsSource):
+            ours = set(env_settings.env_vars) - set(injected(env_settings.env_vars))
+            env_settings.env_vars = {name: env_settings.env_vars[name] for name in ours}
         for source, where in ((env_settings, "the environment"), (dotenv_settings, ".env")):
             if isinstance(source, EnvSettingsSource | DotEnvSettingsSource):
                 _refuse_unknown(source.env_vars, set(settings_cls.model_fields), where)

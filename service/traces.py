@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from models.errors import ModelError
+from service.hosts import is_loopback
 from service.items import Forward, Output
 from service.settings import Settings, SettingsError
 
@@ -65,6 +67,7 @@ class Traces:
         if settings.trace_endpoint is None:
             return None
         try:
+            import requests
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
@@ -80,7 +83,9 @@ class Traces:
         }
         provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
         url = settings.trace_endpoint.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+        session = requests.Session()
+        session.trust_env = not is_loopback(urlsplit(url).hostname or "")  # its proxy is not for this machine
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, session=session)))
         logging.getLogger(EXPORTER).addFilter(Sparse())
         return cls(provider)
 

@@ -102,8 +102,10 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
 
 
 def test_something_else_answers(server: Server) -> None:
+    server.failure = httpx.Response(404, text="<html>")
+    assert jobs("list").output == "Error: 404: not an answer of Imago\n"
     server.failure = httpx.Response(502, text="<html>")
-    assert jobs("list").output == "Error: 502: not an answer of Imago\n"
+    assert jobs("list").output == "Error: 502: a proxy before the server does not reach it\n"
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:

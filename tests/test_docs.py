@@ -34,7 +34,7 @@ ROUTES = create_app(Settings()).openapi()["paths"]
 
 
 def shown(default: Any) -> str:
-    if default is None or default == () or default is PydanticUndefined:
+    if default in (None, (), "") or default is PydanticUndefined:
         return ""
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 

@@ -16,7 +16,7 @@ OTHERS = [
     b"evil.example",
     b"evil.example:8000",
     b"localhost.evil.example",
-    b"evil-localhost",
+    b"evil.local",
     b"127.0.0.1.evil.example",
 ]
 OTHERS += [
@@ -30,7 +30,19 @@ OTHERS += [
     b"192.0.2.1",
     b"[2001:db8::1]",
 ]
-OTHERS += [b"\xff", b"localhost\x00", b"x" * 30_000]
+OTHERS += [
+    b"\xff",
+    b"localhost\x00",
+    b"x" * 30_000,
+    b"-x",
+    b"x-",
+    b"x" * 64,
+    b"*",
+    b"2130706433",
+    b"0x7f000001",
+    b"017700000001",
+]
+LABELS = [b"imago", b"imago_upstream:8000", b"IMAGO", b"imago.", b"x"]  # as nginx sends the name of its `upstream`
 
 
 def answers(hosts: Hosts, value: bytes | None) -> bool:
@@ -47,6 +59,7 @@ def test_on_loopback_this_machine_alone_is_named(host: str) -> None:
     hosts = Hosts(host)
     assert [value for value in OWN if not answers(hosts, value)] == []
     assert [value for value in OTHERS if answers(hosts, value)] == []
+    assert [value for value in LABELS if not answers(hosts, value)] == []
     assert answers(hosts, socket.gethostname().encode())
     assert answers(hosts, None)  # HTTP/1.0
 

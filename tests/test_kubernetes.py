@@ -1,5 +1,6 @@
 """deploy/kubernetes: valid by Kubernetes' own schemas, whole, and as narrow as compose.yaml."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,20 @@ def test_the_pod_has_the_mounts_of_compose() -> None:
     volumes = [volume.split(":") for volume in compose["volumes"]]
     assert mounts == {"/tmp": False, "/dev/shm": False} | {volume[1]: volume[2:] == ["ro"] for volume in volumes}
     assert environment_of(CONTAINER)["TMPDIR"] == compose["environment"]["TMPDIR"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_ingress_of_the_docs_leads_to_the_service(version: str) -> None:
+    page = (ROOT / "docs" / "proxies.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "kind: Ingress" in block]
+    ingress = yaml.safe_load(text)
+    kubernetes_validate.validate(ingress, version, strict=True)
+    backend = ingress["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert backend == {"name": SERVICE["metadata"]["name"], "port": {"name": SERVICE["spec"]["ports"][0]["name"]}}
+
+
+def test_no_variable_of_a_service_looks_like_a_setting() -> None:
+    assert POD["enableServiceLinks"] is False
 
 
 def environment_of(container: dict[str, Any]) -> dict[str, str]:

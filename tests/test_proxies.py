@@ -86,13 +86,13 @@ def accepts(port: int) -> bool:
 
 
 @asynccontextmanager
-async def proxy(name: str, server: Server, folder: Path) -> AsyncIterator[int]:
-    """Runs a proxy before the server; yields its port."""
+async def proxy(name: str, server: Server, folder: Path, config_text: str | None = None) -> AsyncIterator[int]:
+    """Runs a proxy before the server, by default with the configuration above; yields its port."""
     text, (program, *flags) = PROXIES[name]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     config = folder / f"{name}.conf"
-    config.write_text(text.replace("SERVER", str(port_of(server))).replace("PROXY", str(port)))
+    config.write_text((config_text or text).replace("SERVER", str(port_of(server))).replace("PROXY", str(port)))
     process = await asyncio.create_subprocess_exec(
         path_of(program), *flags, str(config), cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )

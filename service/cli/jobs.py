@@ -18,6 +18,12 @@ PAGE = 100
 POLL_S = 1.0
 TIMEOUT_S = 60.0
 WIDTH = 100  # of the list, at least: ids are copied into the next command, and in 80 columns they would be cut
+ELSEWHERE = {  # what a proxy says for itself
+    413: "a proxy before the server limits request bodies (nginx: client_max_body_size); docs/proxies.md has its settings",
+    502: "a proxy before the server does not reach it",
+    503: "a proxy before the server does not reach it",
+    504: "a proxy before the server did not wait for the answer (nginx: proxy_read_timeout); docs/proxies.md has its settings",
+}
 JOB = "ftjob-0f8fad5bd9cb469fa16570867728950e"  # of the examples
 
 
@@ -36,11 +42,16 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
 
 
 def connect(url: str, flags: Mapping[str, Any]) -> "httpx.Client":
-    """A client of the server there, with the admin key that the flags and the environment lead to."""
+    """A client of the server there, with the admin key that the flags and the environment lead to. It uses the environment's proxy
+    (`http_proxy`, `ALL_PROXY`) unless the server is on this machine."""
     import httpx
 
+    from models.download import client_of
+    from service.hosts import is_loopback
+
     headers = {"Authorization": f"Bearer {admin_key(Settings.load(**flags))}"}
-    return httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+    local = is_loopback(httpx.URL(url).host)
+    return client_of(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=not local)
 
 
 def admin_key(settings: Settings) -> str:
@@ -155,7 +166,7 @@ def send(client: "httpx.Client", method: str, path: str, **options: Any) -> "htt
     try:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = "not an answer of Imago"
+        message = ELSEWHERE.get(answer.status_code, "not an answer of Imago")
     raise click.ClickException(f"{answer.status_code}: {message}")
 
 

@@ -91,5 +91,5 @@ def _click_type(kind: Any) -> click.ParamType[Any]:
 
 def _help(name: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), PydanticUndefined) else f"; default {default}"
+    shown = "" if default in (None, (), "", PydanticUndefined) else f"; default {default}"
     return f"{field.description}  [{PREFIX}{name.upper()}{shown}]"

@@ -46,7 +46,7 @@ class Server:
     def ask(self, method: str, path: str, **more: Any) -> Any:
         """The JSON answer of a route. Raises httpx.HTTPError, with the server's message for a status of 4xx or 5xx."""
         headers = {"Authorization": f"Bearer {self.key}"}
-        answer = httpx.request(method, self.url + path, headers=headers, timeout=REQUEST_S, **more)
+        answer = httpx.request(method, self.url + path, headers=headers, timeout=REQUEST_S, trust_env=False, **more)
         if answer.is_error:
             raise httpx.HTTPError(f"{method} {path}: {answer.status_code} {answer.text[:300]}")
         return answer.json()
@@ -95,9 +95,9 @@ def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        if httpx.get(f"{url}/health/ready", timeout=5).status_code != 200:
+        if httpx.get(f"{url}/health/ready", timeout=5, trust_env=False).status_code != 200:
             return False
-        models = httpx.get(f"{url}/models", timeout=5).json()["models"]
+        models = httpx.get(f"{url}/models", timeout=5, trust_env=False).json()["models"]
     except httpx.HTTPError:
         return False
     return not any(model["state"] == "loading" for model in models)

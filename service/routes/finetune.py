@@ -42,6 +42,10 @@ router = APIRouter(
 
 POLL_S = 0.5  # how often a stream looks for news
 QUIET_S = 15.0  # a stream that has nothing to tell for so long sends a comment, lest somebody on the way closes it
+STREAMED = {
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}  # nginx would hold events back until it has 4 KB of them
 BATCH = 500  # events read at once
 MAX_CURSOR = 2**53 - 1  # the largest integer that JavaScript knows; SQL and Python's own counters end at 2**63
 # The report is one page without scripts; its pictures are data: URLs.
@@ -79,7 +83,8 @@ async def create_job(
         found = await while_connected(request, jobs.dry_run(body))
         return Response(encode(found), media_type="application/json")
     job, replayed = await jobs.create(body, _checked(key))
-    response.headers["Location"] = f"finetune/{job.id}"  # relative: a proxy may serve us under a path of its own
+    prefix = request.scope["root_path"]  # where none is known, relative: a proxy may serve us under a path of its own
+    response.headers["Location"] = f"{prefix}/finetune/{job.id}" if prefix else f"finetune/{job.id}"
     if replayed:
         response.headers["Idempotency-Replayed"] = "true"
     return job
@@ -142,9 +147,7 @@ async def list_events(
         await jobs.get(id)
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,9}", last) else after
-        return StreamingResponse(
-            stream(jobs, engine, id, start), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return StreamingResponse(stream(jobs, engine, id, start), media_type="text/event-stream", headers=STREAMED)
     events = await jobs.events(id, after, limit + 1)
     return EventList(data=[JobEvent(**event) for event in events[:limit]], has_more=len(events) > limit)
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, RedirectResponse
 from starlette.staticfiles import StaticFiles
 
 router = APIRouter(include_in_schema=False)
@@ -28,6 +28,11 @@ HEADERS = {
 class Files(StaticFiles):
     """The page's scripts and style, with its headers."""
 
+    def get_path(self, scope: Any) -> str:
+        """By the path alone: the framework would look for `root_path` in front of it, and ours is without."""
+        path: str = scope["path"]
+        return os.path.normpath(path.removeprefix("/web").lstrip("/"))
+
     def file_response(
         self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Any, status_code: int = 200
     ) -> Response:
@@ -37,7 +42,12 @@ class Files(StaticFiles):
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
-async def page() -> FileResponse:
+async def page(request: Request) -> Response:
+    prefix = request.scope["root_path"]
+    if (
+        prefix and request.scope["raw_path"] == prefix.encode()
+    ):  # the page's own links are relative: they need the slash
+        return RedirectResponse(f"{prefix}/", 308)
     return FileResponse(WEB / "index.html", headers=HEADERS)
 
 
