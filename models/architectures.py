@@ -10,7 +10,6 @@ not pay.
 """
 
 import difflib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import timm_networks
+from models.checkpoints.matching import modern_key
 from models.classics import NETWORKS, Classic
-from models.classifier import ConvLayer, Preprocessing, layer_config, make_layer
+from models.classifier import ConvLayer, Layer, Preprocessing, layer_config, make_layer
 from models.efficientnet_lite import SIZES, Size
 from models.errors import ArchitectureNotFound, WeightsError
 from models.timm_names import is_timm
@@ -46,7 +46,7 @@ class Network:
 
     name: str
     backbone: nn.Module
-    layer: nn.Linear | ConvLayer
+    layer: Layer
     layer_name: str
     feature_dim: int
     preprocessing: Preprocessing
@@ -125,8 +125,17 @@ def split_state(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         if key.startswith(f"{layer_name}."):
             own[inner + key.removeprefix(f"{layer_name}.").removeprefix(inner)] = value
         elif key.split(".")[0] not in AUXILIARY:
-            backbone[_modern_key(key)] = value
+            backbone[modern_key(key)] = value
     return backbone, own
+
+
+def last_layers(name: str, outline: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that answer scores, in the uncut network: one, and a few of timm's have several. Takes `outline` apart."""
+    if is_timm(name):
+        return timm_networks.classifiers(outline)
+    layer_name, layer = _take_layer(name, outline)
+    inner = ".conv" if isinstance(layer, ConvLayer) and layer_name != "classifier.1" else ""
+    return (layer_name + inner,)
 
 
 def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
@@ -265,11 +274,6 @@ def _map_size(backbone: nn.Module, preprocessing: Preprocessing) -> int:
     shape = (1, preprocessing.channels, preprocessing.height, preprocessing.width)
     features: Tensor = backbone(torch.zeros(shape, device=next(backbone.parameters()).device))
     return features.shape[1]
-
-
-def _modern_key(key: str) -> str:
-    """DenseNet's published files say `norm.1` where the network now says `norm1`."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
 
 
 class _Hollow(TorchFunctionMode):

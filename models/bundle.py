@@ -211,7 +211,7 @@ def _check_widths(store: ModelStore, config: ModelConfig, path: Path) -> None:
     """Each backbone runs, and answers as many features as the head takes of it."""
     for ref, layer in zip(config.backbones, config.head.layers, strict=True):
         width = store.load_backbone(ref).feature_dim
-        fits = width == layer.in_features if layer.kind == "linear" else width % layer.in_features == 0
+        fits = width % layer.in_features == 0 if layer.kind == "conv" else width == layer.in_features
         if not fits:
             raise WeightsError(
                 f"{path.name} is refused: {ref.key} has {width} features, its head wants {layer.in_features}"

@@ -8,6 +8,7 @@ A backbone is known by the hash of its weights, so whatever is loaded, compiled 
 that names it. A head costs a few hundred KB.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from models.activations import Activation
 from models.class_names import complaint
 from models.errors import WeightsError
 
@@ -108,11 +111,22 @@ class BackboneRef(Record):
 
 class LayerConfig(Record):
     """One backbone's last layer. `linear`: features (N, D) -> (N, out). `conv` (SqueezeNet, network in network): features are a flattened
-    map (N, in_features * P); a 1x1 convolution, ReLU, and the mean over the P positions."""
+    map (N, in_features * P); a 1x1 convolution, ReLU, and the mean over the P positions. `mlp`: linear layers of `hidden` widths and the
+    last one, with `activation` between them."""
 
-    kind: Literal["linear", "conv"] = "linear"
+    kind: Literal["linear", "conv", "mlp"] = "linear"
     in_features: int = Field(ge=1, le=2**24)
     bias: bool = True
+    hidden: tuple[Annotated[int, Field(ge=1, le=2**20)], ...] | None = Field(
+        default=None, max_length=20, exclude_if=lambda hidden: hidden is None
+    )
+    activation: Activation | None = Field(default=None, exclude_if=lambda activation: activation is None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LayerConfig":
+        if (self.kind == "mlp") != bool(self.hidden and self.activation):
+            raise ValueError("hidden and activation belong to a layer of kind mlp, which needs both")
+        return self
 
 
 class HeadConfig(Record):
@@ -178,7 +192,31 @@ class ConvLayer(nn.Module):
         return scores.relu().mean(dim=(2, 3))
 
 
-def make_layer(config: LayerConfig, out_features: int) -> nn.Linear | ConvLayer:
+class MLPLayer(nn.Module):
+    """Linear layers with an activation between them, as some checkpoints end: (N, in_features) -> (N, out)."""
+
+    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int, activation: Activation) -> None:
+        super().__init__()
+        self.in_features, self.activation = in_features, activation
+        widths = [in_features, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+        self.output = nn.Linear(widths[-1], out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self.hidden:
+            features = layer(features)
+            if self.activation != "none":
+                features = getattr(F, self.activation)(features)
+        scores: Tensor = self.output(features)
+        return scores
+
+
+Layer = nn.Linear | ConvLayer | MLPLayer
+
+
+def make_layer(config: LayerConfig, out_features: int) -> Layer:
+    if config.kind == "mlp" and config.hidden and config.activation:
+        return MLPLayer(config.in_features, config.hidden, out_features, config.activation)
     if config.kind == "conv":
         return ConvLayer(config.in_features, out_features, config.bias)
     return nn.Linear(config.in_features, out_features, config.bias)
@@ -190,7 +228,10 @@ def layer_config(layer: nn.Module) -> LayerConfig:
         return LayerConfig(in_features=layer.in_features, bias=layer.bias is not None)
     if isinstance(layer, ConvLayer):
         return LayerConfig(kind="conv", in_features=layer.in_channels, bias=layer.conv.bias is not None)
-    raise TypeError(f"a head's layer is an nn.Linear or a ConvLayer, not {type(layer).__name__}")
+    if isinstance(layer, MLPLayer):
+        hidden = tuple(one.out_features for one in layer.hidden if isinstance(one, nn.Linear))
+        return LayerConfig(kind="mlp", in_features=layer.in_features, hidden=hidden, activation=layer.activation)
+    raise TypeError(f"a head's layer is an nn.Linear, a ConvLayer or an MLPLayer, not {type(layer).__name__}")
 
 
 class Head(nn.Module):
@@ -211,9 +252,10 @@ class Head(nn.Module):
             self.classifier = nn.Linear(config.hidden, num_classes)
 
     @classmethod
-    def of(cls, layer: nn.Linear | ConvLayer) -> "Head":
+    def of(cls, layer: Layer) -> "Head":
         """The head of a plain network: its own last layer, then softmax."""
-        out_features = layer.out_features if isinstance(layer, nn.Linear) else layer.conv.out_channels
+        last = layer.output if isinstance(layer, MLPLayer) else layer
+        out_features = last.conv.out_channels if isinstance(last, ConvLayer) else last.out_features
         head = cls(HeadConfig(layers=(layer_config(layer),)), out_features)
         head.layers[0] = layer
         return head

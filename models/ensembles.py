@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.classifier import ConvLayer, Head, HeadConfig, ModelConfig, layer_config
+from models.classifier import Head, HeadConfig, Layer, MLPLayer, ModelConfig, layer_config
 from models.errors import ModelNotFound, WeightsError
 from models.licences import licences_of
 from models.store import ModelStore
@@ -54,11 +54,11 @@ def _latest(store: ModelStore, name: str) -> ModelConfig | None:
 
 
 @torch.no_grad()
-def _tempered(head: Head) -> nn.Linear | ConvLayer:
+def _tempered(head: Head) -> Layer:
     """A member's last layer with its temperature in the weights: scores / T. ReLU and mean commute with it, so a ConvLayer does too."""
     layer = head.layers[0]
-    for parameter in layer.parameters():
+    for parameter in (layer.output if isinstance(layer, MLPLayer) else layer).parameters():
         scaled: Tensor = parameter / head.config.temperature
         parameter.copy_(scaled)
-    assert isinstance(layer, nn.Linear | ConvLayer), "a head's layer is one of the two"  # noqa: S101
+    assert isinstance(layer, Layer), "a head's layer is one of the three"  # noqa: S101
     return layer

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.classifier import Backbone, ConvLayer, Head, Preprocessing, Tap, channels_first, normalise
+from models.classifier import Backbone, ConvLayer, Head, MLPLayer, Preprocessing, Tap, channels_first, normalise
 
 WATCHED = (
     32  # of a network's last outputs, among which its map is looked for; all of a large network's would fill the memory
@@ -117,11 +117,23 @@ def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) ->
     if isinstance(layer, ConvLayer):
         scores: Tensor = layer.conv(maps[None])[0].relu()  # (K, h, w)
         return torch.einsum("ck,khw->chw", _mixing(head, classes), scores)
-    assert isinstance(layer, nn.Linear), "a head's layer is one of the two"  # noqa: S101
-    weights = _mixing(head, classes) @ layer.weight  # (k, D), or (k, D * h * w)
+    if isinstance(layer, MLPLayer):
+        weights = _slopes(layer, maps, classes)
+    else:
+        assert isinstance(layer, nn.Linear), "a head's layer is one of the three"  # noqa: S101
+        weights = _mixing(head, classes) @ layer.weight  # (k, D), or (k, D * h * w)
     if weights.shape[1] == len(maps):
         return torch.einsum("cd,dhw->chw", weights, maps)
     return (weights.reshape(-1, *maps.shape) * maps).sum(dim=1)
+
+
+def _slopes(layer: MLPLayer, maps: Tensor, classes: Sequence[int]) -> Tensor:
+    """How the scores of these classes change with the features of this image: (k, D), or (k, D * h * w)."""
+    features = maps.mean(dim=(1, 2)) if layer.in_features == len(maps) else maps.flatten()
+    with torch.enable_grad():
+        features = features.detach().requires_grad_()
+        scores = layer(features[None])[0]
+        return torch.stack([torch.autograd.grad(scores[c], features, retain_graph=True)[0] for c in classes])
 
 
 def _mixing(head: Head, classes: Sequence[int]) -> Tensor:

@@ -1,29 +1,34 @@
 """Anyone's weights -> a model version: a state dict, a folder of timm's, a TorchServe archive, or a version of another Imago.
 
 read        file or folder -> Checkpoint, see `models.checkpoints`
-fit         {key: tensor} -> the architecture cut in two, or one message with all that does not fit
+fit         {key: tensor} -> the architecture cut in two, see `models.fit`
 publish     the backbone by its hash, shared where the store has it, and the last layer as the head
 """
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from models import architectures, bundle, tensors, torchserve
+from models import architectures, bundle, torchserve
+from models import fit as fitting
 from models.architectures import Network
 from models.archive import open_archive
-from models.checkpoints import Checkpoint, read_checkpoint, to_network
+from models.checkpoints import Checkpoint, heads, read_checkpoint
+from models.checkpoints.content import described
 from models.class_names import complaint, read_classes
 from models.classifier import Head, ModelConfig
 from models.download import Progress
-from models.errors import DatasetError, WeightsError
+from models.errors import ArchitectureNotFound, DatasetError, WeightsError
+from models.fit import Choices
 from models.store import ModelStore
 
-__all__ = ["fit", "import_model", "import_weights", "read_classes", "read_state"]
+__all__ = ["Choices", "fit", "import_model", "import_weights", "read_classes", "read_state"]
 
 STEPS = 3  # read, fit, store: of each the bytes are not known, and VGG takes seconds for each
+ONE_OUTPUT = ("no", "yes")
 
 
 def import_model(
@@ -34,18 +39,21 @@ def import_model(
     classes: Sequence[str] | None = None,
     channels: int | None = None,
     progress: Progress | None = None,
+    choices: Choices | None = None,
+    notes: list[str] | None = None,
 ) -> ModelConfig:
     """Publishes what lies at `path` as the next version of `name`. A version that another Imago exported names itself and its architecture.
 
+    `notes` gets a line for each thing that was understood, assumed (`warning: ...`) or skipped.
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
     if bundle.is_bundle(_members(path)):
-        if architecture or classes or channels:
+        if architecture or classes or channels or choices:
             raise WeightsError(f"{path} holds a whole version: its architecture and classes cannot be changed")
         return bundle.import_bundle(path, store, name, progress)
     if name is None:
         raise WeightsError(f"{path} names no model: give it one with --name")
-    return import_weights(path, store, name, architecture, classes, channels, progress)
+    return import_weights(path, store, name, architecture, classes, channels, progress, choices, notes)
 
 
 def import_weights(
@@ -56,33 +64,92 @@ def import_weights(
     classes: Sequence[str] | None = None,
     channels: int | None = None,
     progress: Progress | None = None,
+    choices: Choices | None = None,
+    notes: list[str] | None = None,
 ) -> ModelConfig:
-    """Publishes a state dict as the next version of model `name`, with the architecture's own preprocessing.
+    """Publishes a checkpoint as the next version of model `name`, with the architecture's own preprocessing.
 
     The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
     report = progress or (lambda done, total: None)
+    notes = [] if notes is None else notes
     report(0, STEPS)
     checkpoint = read(path)
-    if architecture is None:
-        raise WeightsError(f"{path} names no architecture: give it one with --architecture")
+    notes.append(f"format: {checkpoint.form}")
+    architecture = architecture or _named(checkpoint, notes)
     report(1, STEPS)
-    network = fit(architecture, checkpoint.state, channels, str(path))
-    head = Head.of(network.layer)
-    names = classes if classes is not None else checkpoint.classes
-    names = list(names) if names is not None else [f"class_{index}" for index in range(head.num_classes)]
-    if len(names) != head.num_classes:
-        raise WeightsError(
-            f"{len(names)} class names were given, but the weights in {path} have {head.num_classes} classes"
-        )
-    if wrong := complaint(names):
-        raise WeightsError(f"{path.name} is refused: {wrong}")
+    choices = choices or Choices()
+    count = len(classes) if classes is not None else next((len(c.names) for c in checkpoint.classes if c.is_sure), None)
+    network = fitting.fit(architecture, checkpoint, channels, replace(choices, count=count), notes)
+    if checkpoint.others:
+        notes.append(f"skipped, no tensors: {described(checkpoint.others)}")
+    names = _classes(checkpoint, network, classes, notes)
     report(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     report(3, STEPS)
     lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
-    return store.publish(name, [ref], head, names, lineage=lineage)
+    return store.publish(name, [ref], Head.of(network.layer), names, lineage=lineage)
+
+
+def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
+    """The architecture that the file names. Raises WeightsError where it names none that is known, with those that the weights fit."""
+    for name in checkpoint.architectures:
+        try:
+            architectures.preprocessing_of(name)
+        except ArchitectureNotFound:
+            continue
+        notes.append(f"architecture: {name}, as the file says")
+        return name
+    like = fitting.alike(checkpoint)
+    hint = f"; the names and shapes are those of {' or '.join(like)}" if like else ""
+    raise WeightsError(f"{checkpoint.source} names no architecture: give it one with --architecture{hint}")
+
+
+def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | None, notes: list[str]) -> list[str]:
+    """The names of the classes: those given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
+    outputs = Head.of(network.layer).num_classes
+    count = max(outputs, 2)
+    if given is not None:
+        if len(given) != count:
+            what = "one output, which are two classes" if outputs == 1 else f"{outputs} classes"
+            raise WeightsError(
+                f"{len(given)} class names were given, but the weights in {checkpoint.source} have {what}"
+            )
+        names, origin = list(given), "--classes"
+    else:
+        names, origin = _from_file(checkpoint, count)
+    if outputs == 1:
+        heads.two_classes(network.layer)
+        names = names or list(ONE_OUTPUT)
+        notes.append(
+            f"warning: one output is read as two classes by the sigmoid: p({names[1]}) = sigmoid(output), {names[0]} is the rest; "
+            "--classes names them, the one of output 0 first"
+        )
+    notes.append(f"classes: {count}, from {origin}" if origin else f"classes: {count}, without names in the file")
+    names = names or [f"class_{index}" for index in range(count)]
+    if wrong := complaint(names):
+        raise WeightsError(f"{Path(checkpoint.source).name} is refused: {wrong}")
+    return names
+
+
+def _from_file(checkpoint: Checkpoint, count: int) -> tuple[list[str], str]:
+    """The class names in the file, and where they are; none where it has none. Raises WeightsError where their number is another."""
+    for names in checkpoint.classes:
+        if len(names.names) == count:
+            return names.names, repr(names.key)
+    for names in checkpoint.classes:
+        if names.is_sure:
+            raise WeightsError(
+                f"{checkpoint.source} has {len(names.names)} class names in {names.key!r}, but its weights have {count} classes: "
+                "give the names with --classes"
+            )
+    return [], ""
+
+
+def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:
+    """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
+    return fitting.fit(architecture, fitting.of_state(state, source), channels)
 
 
 def read(path: Path) -> Checkpoint:
@@ -107,40 +174,3 @@ def _members(path: Path) -> list[str]:
         if path.is_file() and (path.suffix == ".zip" or zipfile.is_zipfile(path)):
             raise WeightsError(str(error)) from error
         return []
-
-
-def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:
-    """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
-    state = to_network(state, architectures.outline(architecture).state_dict().keys())
-    backbone, layer = architectures.split_state(architecture, state)
-    weight = next((tensor for tensor in layer.values() if tensor.dim() > 1), None)
-    num_classes = 1000 if weight is None else weight.shape[0]
-    channels = channels or _channels(architecture, backbone)
-    network = architectures.create(architecture, max(num_classes, 1), channels)
-    expected = {**network.backbone.state_dict(), **_uncut(network, network.layer.state_dict())}
-    found = {**_counters(expected), **backbone, **_uncut(network, layer)}
-    if problems := tensors.mismatches(expected, found):
-        raise WeightsError(f"{source} does not fit {architecture}: " + "; ".join(problems))
-    tensors.load_into(network.backbone, backbone, source)
-    tensors.load_into(network.layer, layer, source)
-    return network
-
-
-def _channels(architecture: str, backbone: Mapping[str, Tensor]) -> int:
-    """Input channels as the first convolution has them; 3 where the weights do not say, so that `fit` tells what is wrong."""
-    parameters = architectures.create_backbone(architecture).named_parameters()
-    first = next((name for name, parameter in parameters if parameter.dim() == 4), None)
-    kernel = backbone.get(first or "")
-    return 1 if kernel is not None and kernel.dim() == 4 and kernel.shape[1] == 1 else 3
-
-
-def _uncut(network: Network, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The last layer's keys as the uncut network has them. Of networks that end in a convolution, ours (`fc`) are a ConvLayer
-    themselves; in SqueezeNet the convolution stands alone."""
-    inner = "" if network.layer_name == "fc" else "conv."
-    return {f"{network.layer_name}.{key.removeprefix(inner)}": tensor for key, tensor in layer.items()}
-
-
-def _counters(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Batch norm's counters, which old files lack and nothing here needs."""
-    return {key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}

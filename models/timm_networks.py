@@ -8,6 +8,7 @@ eval mode, and some networks have four: then the features are all their inputs s
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -113,6 +114,25 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.classifier(pooled(self.encoder(images)))
         return scores
+
+
+def renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor] | None:
+    """With the keys that the network has: timm's own filter renames those of other libraries and of older versions. None where it has
+    nothing to rename, or expects another layout."""
+    from timm.models import model_entrypoint
+
+    with torch.device("meta"):
+        network = build(architecture, 1000, 3)
+    module = model_entrypoint(find(architecture).network).__module__
+    rename = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    if rename is None or state.keys() <= network.state_dict().keys():
+        return None
+    try:
+        with torch.no_grad():
+            found = rename(dict(state), network)
+    except Exception:  # a filter of timm's raises what comes to hand
+        return None
+    return found if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()) else None
 
 
 def preprocessing(architecture: str, channels: int) -> Preprocessing:

@@ -5,7 +5,6 @@ model.safetensors --fit--> the network, cut --> backbone and head in the store, 
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -192,7 +191,8 @@ def class_names(config: Mapping[str, Any], count: int, is_imagenet: bool) -> Seq
 def publish(checkpoint: hub.Checkpoint, planned: Plan, store: ModelStore, name: str) -> ModelConfig:
     """The next version of `name`. Weights without a classifier get one class, `features`, so that they serve `/embed` and training."""
     architecture, source = planned.architecture, checkpoint.source
-    state = _without_offset(_renamed(read_state(checkpoint.weights), architecture), planned)
+    read = read_state(checkpoint.weights)
+    state = _without_offset(timm_networks.renamed(read, architecture) or read, planned)
     backbone, layer = architectures.split_state(architecture, state)
     if not layer:
         state = {**backbone, **_empty_classifier(architecture)}
@@ -219,29 +219,6 @@ def _lineage(checkpoint: hub.Checkpoint, planned: Plan, has_classifier: bool) ->
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """With the keys that the network has: timm's own filter renames those of other libraries and of older versions."""
-    network = architectures.outline(architecture)
-    expected = network.state_dict().keys()
-    if state.keys() <= expected or not (rename := _filter(architecture)):
-        return dict(state)
-    try:
-        with torch.no_grad():
-            renamed = rename(dict(state), network)
-    except Exception:  # it expects another layout: then `fit` says what does not fit
-        return dict(state)
-    return (
-        renamed if isinstance(renamed, dict) and all(isinstance(v, Tensor) for v in renamed.values()) else dict(state)
-    )
-
-
-def _filter(architecture: str) -> Any:
-    from timm.models import model_entrypoint
-
-    module = model_entrypoint(timm_networks.find(architecture).network).__module__
-    return getattr(sys.modules[module], "checkpoint_filter_fn", None)
 
 
 def _without_offset(state: dict[str, Tensor], planned: Plan) -> dict[str, Tensor]:

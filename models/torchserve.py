@@ -1,12 +1,13 @@
 """TorchServe's archives: a `.mar` is a zip with the weights, the class names, and code, of which nothing is executed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models.archive import Archive
 from models.bundle import read_member
-from models.checkpoints import Checkpoint, in_memory, read_tensors
+from models.checkpoints import Checkpoint, ClassList, read_bytes
 from models.class_names import parse_classes
 from models.errors import WeightsError
 
@@ -32,12 +33,12 @@ def read_archive(archive: Archive, path: Path) -> Checkpoint:
         )
     weights = PurePosixPath(weights).name
     data = read_member(archive, weights, MAX_WEIGHTS, path)
-    state = read_tensors(in_memory(data), f"{path.name}/{weights}")
-    classes = None
+    checkpoint = replace(read_bytes(data, f"{path.name}/{weights}"), lineage={"archive": _described(model)})
     if LABELS in names:
         text = read_member(archive, LABELS, MAX_TEXT, path).decode("utf-8-sig", "replace")
-        classes = parse_classes(text, f"{path.name}/{LABELS}")
-    return Checkpoint(state, classes=classes, lineage={"archive": _described(model)})
+        names = parse_classes(text, f"{path.name}/{LABELS}")
+        checkpoint = replace(checkpoint, classes=(ClassList(LABELS, names, is_sure=True), *checkpoint.classes))
+    return checkpoint
 
 
 def _model(archive: Archive, path: Path) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 import argparse
 import collections
+import io
 import pathlib
+import pickle
+import struct
 import sys
+import tarfile
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from models import architectures
-from models.checkpoints import read_checkpoint, to_network
+from models.checkpoints import read_checkpoint
+from models.checkpoints.foreign_files import named_folder
 from models.errors import WeightsError
 from models.importing import import_model, import_weights
 from models.store import ModelStore
@@ -73,16 +79,6 @@ def test_wrappers_and_prefixes(
     import_weights(path, store, "mine", "lenet5")
     loaded, images = store.load("mine"), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded.head(loaded.backbones[0].module(images)), network(images))
-
-
-def test_a_prefix_that_the_network_has_itself_stays() -> None:
-    state = {"model.a": torch.ones(1), "model.b": torch.ones(1)}
-    assert to_network(state, ["model.a", "model.b"]) == state
-
-
-def test_weights_of_another_network_are_all_named() -> None:
-    state = {"model.a": torch.ones(1), "other.b": torch.ones(1)}
-    assert to_network(state, ["a", "b"]) == state
 
 
 @pytest.mark.parametrize("name", ["pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"])
@@ -146,9 +142,10 @@ def test_torchscript_is_refused_with_the_two_lines_that_help(tmp_path: Path, net
     ]
 
 
-def test_a_class_that_is_not_known_to_be_harmless_is_named(tmp_path: Path) -> None:
+def test_another_class_is_skipped_by_its_name(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Anything()}, tmp_path / "mine.ckpt")
-    assert "it wants test_checkpoints.Anything" in refusal(tmp_path / "mine.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "mine.ckpt")
+    assert (checkpoint.state, checkpoint.others) == ({"a": torch.ones(1)}, {"x": "test_checkpoints.Anything"})
 
 
 def test_a_call_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
@@ -164,10 +161,19 @@ def test_a_call_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         pytest.param(b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5", id="Keras"),
-        pytest.param(b"\x1f\x8b" + bytes(100), "gzip", id="gzip"),
+        pytest.param(b"\x1f\x8b" + bytes(100), "gzip: unpack it", id="gzip"),
         pytest.param(b"\x08\x07" + bytes(100), "ONNX", id="ONNX"),
+        pytest.param(b"\x08\x01\x12" + bytes(100), "SavedModel", id="TensorFlow"),
+        pytest.param(b"\x1c\0\0\0TFL3" + bytes(100), "TFLite", id="TFLite"),
+        pytest.param(b"\x93NUMPY" + bytes(100), "NumPy array", id="npy"),
+        pytest.param(b"\n <!DOCTYPE html><html>", "web page", id="HTML"),
+        pytest.param(b"version https://git-lfs.x/spec/v1\noid sha256:1\n", "git lfs pull", id="LFS"),
+        pytest.param(b'{"error": "no access"}', "JSON", id="JSON"),
+        pytest.param(b"key,value\n" * 9, "it is text", id="text"),
+        pytest.param(b"", "it is empty", id="empty"),
+        pytest.param(bytes(5000), "zeros only", id="zeros"),
         pytest.param(b"PK\x05\x06" + bytes(18), "damaged, truncated, or not a file", id="empty zip"),
-        pytest.param(b"hello", "damaged, truncated, or not a file", id="text"),
+        pytest.param(b"hello", "damaged, truncated, or not a file", id="a word"),
     ],
 )
 def test_other_files_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -176,6 +182,79 @@ def test_other_files_are_named(tmp_path: Path, content: bytes, reason: str) -> N
     message = refusal(path)
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        pytest.param("best.pth", "a zip that holds 'best.pth': unpack it first", id="packed weights"),
+        pytest.param("a.npy", "NumPy arrays", id="npz"),
+        pytest.param("model.weights.h5", "Keras", id="Keras"),
+        pytest.param("x/saved_model.pb", "SavedModel", id="TensorFlow"),
+        pytest.param("x/archive_format", "torch.export", id="torch.export"),
+        pytest.param("notes.md", "no file of torch.save", id="any"),
+    ],
+)
+def test_other_zips_are_named(tmp_path: Path, member: str, reason: str) -> None:
+    with zipfile.ZipFile(tmp_path / "mine.pth", "w") as archive:
+        archive.writestr(member, "x")
+    assert reason in refusal(tmp_path / "mine.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("saved_model.pb", "SavedModel", id="TensorFlow"),
+        pytest.param("data.pkl", "unpacked file of torch.save", id="unpacked"),
+        pytest.param("best.pth", "give the file in it", id="a file in it"),
+    ],
+)
+def test_folders_are_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    assert reason in (named_folder(tmp_path) or "")
+
+
+@pytest.mark.parametrize("options", [{"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
+def test_formats_of_torch(tmp_path: Path, network: nn.Module, options: dict[str, Any]) -> None:
+    torch.save({"state_dict": network.state_dict(), "x": Anything}, tmp_path / "mine", **options)
+    assert_same(read_checkpoint(tmp_path / "mine").state, network.state_dict())
+
+
+def test_a_plain_pickle(tmp_path: Path, network: nn.Module) -> None:
+    (tmp_path / "mine").write_bytes(pickle.dumps(network.state_dict()))
+    assert_same(read_checkpoint(tmp_path / "mine").state, network.state_dict())
+
+
+def test_the_tar_format_of_2016(tmp_path: Path) -> None:
+    """As torch 0.1.10 wrote it: pickles and raw values after each other."""
+    storages = pickle.dumps(1, 2) + pickle.dumps(("7", "cpu", torch.FloatStorage), 2)
+    storages += struct.pack("<q2f", 2, 1.5, 2.5) + pickle.dumps([], 2)
+    tensors = pickle.dumps(1, 2) + pickle.dumps(("9", "7", torch.FloatTensor), 2) + struct.pack("<ii3q", 1, 0, 2, 1, 0)
+    with tarfile.open(tmp_path / "mine", "w") as archive:
+        for name, data in {"storages": storages, "tensors": tensors, "pickle": b"\x80\x02}U\x01aU\x019Qs."}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert_same(read_checkpoint(tmp_path / "mine").state, {"a": torch.tensor([1.5, 2.5])})
+
+
+def assert_same(found: State, expected: State) -> None:
+    torch.testing.assert_close(found, dict(expected))
+
+
+@pytest.mark.parametrize("suffix", ["", ".PTH", ".th", ".pth.tar"])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_weights_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    torch.save({"fc.weight": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)}, path)
+    assert "it is quantised (fc.weight)" in refusal(path)
+
+
+def test_a_wrong_number_of_names_in_the_file(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
+    torch.save({"model": network.state_dict(), "classes": ["a", "b"]}, tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match=r"2 class names in 'classes', but its weights have 3 classes"):
+        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
+    assert import_weights(tmp_path / "mine.pth", store, "mine", "lenet5", ["x", "y", "z"]).classes == ("x", "y", "z")
 
 
 def test_what_is_missing_is_asked_for(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:

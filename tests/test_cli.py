@@ -255,6 +255,18 @@ def test_import_serves_a_first_version_and_leaves_a_later_one_to_be_activated(st
     assert "imago models activate digits@2" in result.stderr
 
 
+def test_import_says_what_it_understood_and_takes_a_choice(store: ModelStore) -> None:
+    state = architectures.build("lenet5", 2).state_dict()
+    torch.save({"model": state, "ema": state, "classes": ["ant", "bee"], "epoch": 3}, "net.th")
+    words = ["models", "import", "net.th", "--architecture", "lenet5", "--name", "insects"]
+    said = imago(*words).stderr
+    for line in ("format: torch.save (zip)", "weights: from 'ema'", "warning: the network is in the file 2 times"):
+        assert line in said
+    assert "skipped, no tensors: classes, epoch" in said
+    assert "classes: 2, from 'classes'" in said
+    assert "weights: from 'model'" in imago(*words, "--key", "model").stderr
+
+
 def test_ensemble(store: ModelStore) -> None:
     publish(store, "other")
     result = imago("models", "ensemble", "both", "digits", "other")

@@ -183,7 +183,7 @@ def test_a_pickle_is_never_run(store: ModelStore, tmp_path: Path, suffix: str, z
 def test_a_whole_pickled_network_is_refused_with_advice(tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "whole.pth"
     torch.save(network, path)
-    with pytest.raises(WeightsError, match=r"besides tensors it wants models\.classics\.\w+") as caught:
+    with pytest.raises(WeightsError, match=r"whole pickled model \(models\.classics\.\w+") as caught:
         read_state(path)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         "model = torch.load('whole.pth', weights_only=False)",
@@ -247,7 +247,7 @@ def test_what_could_run_code_is_known(line: str, refused: bool) -> None:
 @pytest.mark.parametrize("size", [0, 1, 100, 5000, -1])
 def test_a_truncated_file_is_refused(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(WeightsError, match="damaged, truncated, or not a file"):
+    with pytest.raises(WeightsError, match=r"damaged, truncated, or not a file|it is empty"):
         read_state(file)
 
 

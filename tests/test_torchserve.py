@@ -67,7 +67,7 @@ def test_a_manifest_that_describes_nothing(store: ModelStore, tmp_path: Path, ma
 
 
 def test_the_weights_are_refused_as_in_a_file(store: ModelStore, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"x.mar/net.pth is refused: besides tensors it wants models\."):
+    with pytest.raises(WeightsError, match=r"x.mar/net.pth is refused: it is a whole pickled model \(models\."):
         import_model(archive(tmp_path / "x.mar", architectures.build("lenet5", 3)), store, "x", "lenet5")
 
 

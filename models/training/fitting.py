@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import architectures
-from models.classifier import Backbone, ConvLayer, Head
+from models.classifier import Backbone, Head, Layer
 from models.errors import TrainingError
 from models.training import calibrate as calibration
 from models.training import checkpoint, distributed
@@ -205,7 +205,7 @@ def fresh_of(base: Base, settings: Effective) -> tuple[str, ...]:
     return fresh_stages(list(stages(outline)), settings.fresh_from, settings.freeze_until)
 
 
-def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, nn.Linear | ConvLayer]:
+def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
     """Backbone and last layer: both new, or the base's backbone, its stages `fresh` new, and a new linear layer, fitted to it first if
     that is the mode."""
     classes, base = len(job.data.classes), job.bases[0]

@@ -19,9 +19,9 @@ from models.training.report import Report
 from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
 from models.training.select import Scored
 from service.cli.complete import stored_models
-from service.cli.models import changed
 from service.cli.options import examples, fields_options, settings_options
 from service.cli.progress import Update, progress
+from service.cli.store import changed
 from service.settings import Settings
 
 REQUEST = (

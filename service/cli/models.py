@@ -1,7 +1,6 @@
 """`imago models`: the store. Nothing here talks to a server; each change says how a running one picks it up."""
 
 import json
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.cli.complete import stored_models
+from service.cli.imports import import_model
 from service.cli.options import a_number, an_encoding, examples, settings_options
 from service.cli.progress import progress
+from service.cli.store import changed, open_store, stored
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ accept_precision = click.option(
 )
 def command() -> None:
     """List, pull, import, export, remove and switch models."""
+
+
+command.add_command(import_model)
 
 
 @command.command("list", epilog=examples("imago models list", "imago models list --json"))
@@ -147,57 +151,6 @@ def pull(names: tuple[str, ...], as_name: str | None, pretrained: str, **flags: 
             )
         stored(store, config)
         warn(config)
-
-
-@command.command(
-    "import",
-    epilog=examples(
-        "imago models import net.pth --name mine --architecture resnet18",
-        "imago models import net.safetensors --name mine --architecture vgg11 --classes labels.txt",
-        "imago models import flowers.mar --name flowers --architecture resnet18",
-        "imago models import bees-store.zip",
-    ),
-)
-@click.argument("source", metavar="FILE", type=click.Path(exists=True, path_type=Path))
-@click.option("--name", help="Name to serve it under; by default that of an exported version")
-@click.option("--architecture", help="Architecture that the weights belong to, where the file does not say it")
-@click.option(
-    "--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON, or a class name a line"
-)
-@click.option("--channels", type=click.Choice(["1", "3"]), help="Input channels; by default read off the weights")
-@settings_options("weights")
-def import_model(
-    source: Path, name: str | None, architecture: str | None, classes: Path | None, channels: str | None, **flags: Any
-) -> None:
-    """Store someone's weights, read without running any code in them.
-
-    FILE is a state dict or checkpoint (.pth, .ckpt, .safetensors), a folder of timm's, a TorchServe archive (.mar), or a version that
-    `imago models export --format store` wrote.
-    """
-    from models.importing import import_model as publish
-    from models.importing import read_classes
-
-    store = open_store(flags)
-    if source.is_dir():
-        stored(store, import_folder(store, source, name, (architecture, classes, channels)))
-        return
-    labels = read_classes(classes) if classes else None
-    with progress(f"import {source.name}", "steps") as update:
-        config = publish(source, store, name, architecture, labels, int(channels) if channels else None, update)
-    stored(store, config)
-
-
-def import_folder(
-    store: "ModelStore", folder: Path, name: str | None, told: tuple[object, object, object]
-) -> "ModelConfig":
-    """A folder in the Hub's format, which names its own architecture, classes and channels."""
-    from models.timm_weights import pull_folder
-
-    if any(value is not None for value in told):
-        raise click.UsageError(
-            f"{folder} names its own architecture, classes and channels: leave out --architecture, --classes and --channels"
-        )
-    return pull_folder(folder, store, name)
 
 
 @command.command(
@@ -357,18 +310,6 @@ def default(name: str, **flags: Any) -> None:
     changed(f"{name} is the default")
 
 
-def open_store(flags: dict[str, Any]) -> "ModelStore":
-    """The store, with the packaged models that it serves converted; a read-only one is left as it is."""
-    from models import packaged
-    from models.errors import ReadOnlyStore
-    from models.store import ModelStore
-
-    store = ModelStore(Settings.load(**flags).weights)
-    with suppress(OSError, ReadOnlyStore):
-        packaged.provide(store)
-    return store
-
-
 def split_version(name: str) -> tuple[str, int | None]:
     """`mine@2` -> `("mine", 2)`; `mine` -> `("mine", None)`."""
     model, at, version = name.partition("@")
@@ -386,20 +327,6 @@ def expanded(names: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(members))
 
 
-def stored(store: "ModelStore", config: "ModelConfig") -> None:
-    """Says what was stored. A name's first version is served from now on; a later one waits until it is activated."""
-    label = f"{config.name}@{config.version}"
-    served = store.serving().models.get(config.name)
-    if served is None:
-        store.activate(config.name, config.version)
-        changed(f"stored {label}, {len(config.classes)} classes; it is the version to serve")
-    elif served != config.version:
-        click.echo(f"stored {label}, {len(config.classes)} classes; served is {config.name}@{served}")
-        click.echo(f"`imago models activate {label}` switches to it", err=True)
-    else:
-        click.echo(f"{label} is stored and served already")
-
-
 def warn(config: "ModelConfig") -> None:
     """Says what to know of a pulled version before it is used."""
     from models.licences import warnings_of
@@ -411,11 +338,6 @@ def warn(config: "ModelConfig") -> None:
             f"{config.name}: these weights have no classifier; use it for /embed, or as the base of `imago finetune`",
             err=True,
         )
-
-
-def changed(what: str) -> None:
-    click.echo(what)
-    click.echo("A running server picks it up on POST /models/sync, or at its next start.", err=True)
 
 
 def print_found(found: "Sequence[Found]") -> None:

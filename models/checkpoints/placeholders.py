@@ -1,0 +1,96 @@
+"""What an inert pickle's values are made of, where Python has no plain one: names, objects, tensors, arrays. Nothing here runs anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A class or function by its name."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Thing:
+    """What an object of a class that is not known here would be made of."""
+
+    name: str
+    arguments: Any = ()
+    state: Any = None
+    pairs: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StorageAt:
+    """Values by the key of torch's file: `kind` is the class of the storage, `start` the first value of a view of it."""
+
+    kind: str
+    key: str
+    count: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorAt:
+    """A strided tensor in a storage. `problem` says why it is none that can be read."""
+
+    storage: Any
+    offset: Any = 0
+    shape: Any = ()
+    stride: Any = ()
+    dtype: str | None = None
+    problem: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Array:
+    """NumPy's array: `data` are bytes, or a list of objects."""
+
+    dtype: str = ""
+    shape: Any = ()
+    data: Any = b""
+    fortran: bool = False
+
+    def values(self) -> "np.ndarray[Any, Any] | None":
+        """As an array of numbers or text; None where the bytes do not fit."""
+        try:
+            flat = np.frombuffer(self.data, np.dtype(self.dtype))
+            return flat.reshape(self.shape, order="F" if self.fortran else "C")
+        except (ValueError, TypeError):
+            return None
+
+
+def mapping_of(value: Any) -> Mapping[Any, Any] | None:
+    """A dictionary, or what an object holds under names: a Namespace's attributes, a configuration's items. None for anything else."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, Thing):
+        state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+        if isinstance(state, dict) and isinstance(state.get("_content"), dict):  # OmegaConf's
+            return dict(state["_content"])
+        return value.pairs or (state if isinstance(state, dict) else None)
+    return None
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would have it: OmegaConf's nodes and enumerations opened, arrays as lists. Anything else stays a placeholder."""
+    if isinstance(value, Thing):
+        state = mapping_of(value)
+        if state is not None and "_val" in state:
+            return state["_val"]
+        if value.elements:
+            return [plain(element) for element in value.elements]
+        if state is not None and isinstance(value.state, dict) and isinstance(value.state.get("_content"), list):
+            return [plain(element) for element in value.state["_content"]]
+        return state if state is not None else value
+    if isinstance(value, Array):
+        if isinstance(value.data, list):
+            return value.data
+        values = value.values()
+        return [] if values is None else values.tolist()
+    return value
