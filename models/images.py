@@ -24,15 +24,25 @@ from models import image_process
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
-from models.image_cost import DEFAULT_LIMITS, EARLY, ImageBytes, JpegCost, jpeg_cost, size_before_opening
+from models.image_cost import (
+    DEFAULT_LIMITS,
+    EARLY,
+    IN_ONE_SCAN,
+    SMALLER,
+    ImageBytes,
+    JpegCost,
+    jpeg_cost,
+    size_before_opening,
+)
 from models.image_cost import Limits as Limits
 from models.image_cost import NoRoom as NoRoom
 from models.image_cost import OutOfTime as OutOfTime
 
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
+Image.MAX_IMAGE_PIXELS = None  # Pillow counts what a file holds; `Limits` count what is decoded
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # are decoded in processes of their own
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # its name: Pillow's; they are decoded in processes of their own
 OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
@@ -65,7 +75,6 @@ def decode(
     data: bytes,
     preprocessing: Preprocessing,
     limits: Limits = DEFAULT_LIMITS,
-    extra_formats: frozenset[str] = frozenset(),
     hold: Hold = nullcontext,
     deadline: float = math.inf,
 ) -> Tensor:
@@ -75,12 +84,14 @@ def decode(
     transparency on white: RGB and gray files are equal to the bit. Of other modes, and where the resized image is over 8 times the
     crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
-    `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
+    `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`; WebP and PNG within 2 s.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
-    _check_bytes(data, limits)
-    file_format = _sniff(data, extra_formats)
+    if not data:
+        raise EmptyImage("the image is empty: 0 bytes")
+    limits.check_bytes(len(data))
+    file_format = _sniff(data, limits.extra_formats)
     _ignore_pillow_warnings()
     stage = "header"
     try:
@@ -99,7 +110,7 @@ def decode(
                 held.enter_context(hold(OUTSIDE * pixels if file_format in EXTRA_FORMATS else pixels))
             file.check_time()
             if file_format in EXTRA_FORMATS:
-                image = image_process.load(data, file_format, deadline)
+                image = image_process.load(data, _pillow(file_format), deadline)
                 extent = image.size
             image.load()
             file.check_time()
@@ -139,15 +150,12 @@ def stack(images: Sequence[Tensor], pinned: bool = False) -> Tensor:
     return torch.stack(rows, out=batch).permute(0, 3, 1, 2)
 
 
+def _pillow(file_format: str) -> str:
+    return EXTRA_FORMATS.get(file_format, file_format)
+
+
 def _name(file_format: str) -> str:
-    return (FORMATS | EXTRA_FORMATS)[file_format]
-
-
-def _check_bytes(data: bytes, limits: Limits) -> None:
-    if not data:
-        raise EmptyImage("the image is empty: 0 bytes")
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"the image has {len(data):,} bytes; the limit is {limits.max_bytes:,}")
+    return FORMATS.get(file_format, file_format)
 
 
 def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
@@ -189,11 +197,7 @@ def _ignore_pillow_warnings() -> None:
 
 def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
     """The image with its header read; no pixel is allocated yet, but for the formats of `EARLY`."""
-    try:
-        image = Image.open(file, formats=(file_format,))
-    except Image.DecompressionBombError as error:
-        pixels = int(re.findall(r"\d+", str(error))[0])
-        raise ImageTooLarge(f"the image has {pixels:,} pixels; the limit is {limits.max_pixels:,}") from error
+    image = Image.open(file, formats=(_pillow(file_format),))
     if file_format != "JPEG":
         limits.check(image.size)
     return image
@@ -206,8 +210,8 @@ def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, lim
     full, draft = image.size, None
     if not cost.lossless:  # it has no frequencies to leave out
         draft = image.draft(None, (wanted, wanted))
-    pixels = image.width * image.height
-    limits.check(full, max(pixels, cost.samples // 3))
+    pixels, held = image.width * image.height, cost.samples // 3
+    limits.check(full, max(pixels, held), IN_ONE_SCAN if held > pixels else SMALLER)
     return (draft[1][2:] if draft else image.size), pixels + cost.samples // 2
 
 

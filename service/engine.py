@@ -67,7 +67,6 @@ class Engine:
         self.batcher = Batcher(self.devices, metrics)
         self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
-        self._formats = frozenset(name.upper() for name in settings.extra_formats)
         self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6, max(1, settings.decoders - 1))
         self._decoders = DecodePool(settings.decoders)
         self._explainer = Explainer(store, self._decoders)
@@ -371,7 +370,7 @@ class Engine:
             if data.dtype == torch.uint8:
                 return data
             return await self._decoders.run(terms.client, partial(images.unnormalise, data, preprocessing), terms.model)
-        work = partial(images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold, deadline)
+        work = partial(images.decode, data, preprocessing, self._limits, self._pixels.hold, deadline)
         while True:
             try:
                 return await self._decoders.run(terms.client, work, terms.model)

@@ -11,9 +11,9 @@ from PIL import Image
 from models import image_process
 from models.errors import ImageTooLarge, InvalidImage
 from models.image_cost import OutOfTime
-from models.images import decode
+from models.images import Limits, decode
 
-EXTRA = frozenset({"TIFF", "AVIF"})
+EXTRA = Limits(extra_formats=frozenset({"TIFF", "AVIF"}))
 ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
 
 
@@ -25,9 +25,9 @@ def ended() -> Iterator[None]:
 
 
 def test_a_process_is_kept_for_the_next_image() -> None:
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
     [process] = image_process._idle
-    decode(save(photo(40, 30), "AVIF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "AVIF"), SMALL, EXTRA)
     assert image_process._idle == [process]
 
 
@@ -48,25 +48,25 @@ def test_an_orientation_comes_back() -> None:
 
 @pytest.mark.abuse("A402")
 def test_the_deadline_ends_the_process() -> None:
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
     [process] = image_process._idle
     start = time.monotonic()
     with pytest.raises(OutOfTime):
-        decode(ENDLESS, SMALL, extra_formats=EXTRA, deadline=start + 0.3)
+        decode(ENDLESS, SMALL, EXTRA, deadline=start + 0.3)
     assert time.monotonic() - start < 2
     assert process.poll() is not None
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
 
 
 @pytest.mark.abuse("A402")
 def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "CPU_S", 0)
     with pytest.raises(InvalidImage, match="more than 0 s to decode"):
-        decode(ENDLESS, SMALL, extra_formats=EXTRA)
+        decode(ENDLESS, SMALL, EXTRA)
 
 
 @pytest.mark.abuse("A402")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "MEMORY", 2**20)
     with pytest.raises((ImageTooLarge, InvalidImage)):
-        decode(save(photo(400, 300), "TIFF"), SMALL, extra_formats=EXTRA)
+        decode(save(photo(400, 300), "TIFF"), SMALL, EXTRA)

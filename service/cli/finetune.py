@@ -20,7 +20,7 @@ from models.training.request import Budget, EarlyStopping, Event, FinetuneReques
 from models.training.select import Scored
 from service.cli.complete import stored_models
 from service.cli.models import changed
-from service.cli.options import examples, fields_options, settings_options
+from service.cli.options import IMAGES, examples, fields_options, settings_options
 from service.cli.progress import Update, progress
 from service.settings import Settings
 
@@ -36,7 +36,7 @@ REQUEST = (
     "channels",
     "accept_precision",
 )
-SETTINGS = ("weights", "data", "device", "trainer_threads")
+SETTINGS = ("weights", "data", "device", "trainer_threads", *IMAGES)
 BUDGET = tuple(Budget.model_fields)
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
@@ -94,6 +94,7 @@ def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
             lambda event: tell(event, update),
             cache=settings.data / "features",
             device=settings.device,
+            limits=settings.limits(),
         )
 
 
@@ -107,7 +108,10 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     store.check_writable()
     with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
         told, cache = partial(tell, update=update), settings.data / "features"
-        result = run(request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device)
+        limits = settings.limits()
+        result = run(
+            request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device, limits=limits
+        )
     forget(folder)
     report = Report.model_validate_json((folder / REPORT).read_bytes())
     click.echo(report.model_dump_json(indent=2) if as_json else summary(report))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.cli.complete import stored_models
-from service.cli.options import a_number, examples, settings_options
+from service.cli.options import IMAGES, a_number, examples, settings_options
 from service.cli.progress import progress
 from service.settings import Settings
 
@@ -293,7 +293,7 @@ def rollback(name: str, **flags: Any) -> None:
 )
 @click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 256 KB of features")
 @accept_precision
-@settings_options("weights")
+@settings_options("weights", *IMAGES)
 def calibrate(
     name: str, dataset: Path, part: str, share: float, images: int | None, accept_precision: float | None, **flags: Any
 ) -> None:
@@ -308,7 +308,8 @@ def calibrate(
     config = store.config(*split_version(name))
     with progress("calibrate", "%") as update:
         told = lambda done: update(round(100 * done), 100)  # noqa: E731
-        reference = make_reference(store, config, dataset, part, share, images, told, accept_precision or PRECISION)  # type: ignore[arg-type]
+        precision, limits = accept_precision or PRECISION, Settings.load(**flags).limits()
+        reference = make_reference(store, config, dataset, part, share, images, told, precision, limits)  # type: ignore[arg-type]
     store.put_reference(config, reference)
     click.echo(f"{config.name}@{config.version}: {reference.conformal.images} held-out images")
     if reference.decisions is not None:
