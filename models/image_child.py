@@ -15,7 +15,7 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 OPENERS = (AvifImagePlugin, TiffImagePlugin)  # imported so that Pillow need not import all others to find them
 AS_IT_IS = ("L", "LA", "RGB", "RGBA", "F")  # and integers of 16 and 32 bits
-ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG, BITS_TAG, MAX_SAMPLE_TAGS = 0x0112, 258, (341, 281)
 
 
 def main() -> None:
@@ -57,7 +57,20 @@ def _decoded(data: bytes, file_format: str) -> tuple[dict[str, Any], bytes]:
         elif image.mode not in AS_IT_IS and not image.mode.startswith("I"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         pixels = image.tobytes()
-        return {"mode": image.mode, "size": image.size, "orientation": orientation, "bytes": len(pixels)}, pixels
+        answer = {"mode": image.mode, "size": image.size, "orientation": orientation, "bytes": len(pixels)}
+        return answer | {"declared": _declared_bits(opened)}, pixels
+
+
+def _declared_bits(image: Image.Image) -> int:
+    """Bits of a sample that a TIFF declares: by SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 where it does not."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        largest = next((tags[tag] for tag in MAX_SAMPLE_TAGS if tag in tags), 0)
+        largest = largest[0] if isinstance(largest, tuple) else largest
+        bits = int(largest).bit_length() or int(tags.get(BITS_TAG, (16,))[0])
+    except Exception:  # broken tags declare nothing
+        return 0
+    return bits if bits < 16 or largest else 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from PIL import Image
 
 from models.errors import ImageTooLarge, InvalidImage
 from models.image_cost import OutOfTime
+from models.image_modes import DECLARED
 
 CHILD = Path(__file__).with_name("image_child.py")
 CPU_S = 10  # of one image; 50 megapixels take 2
@@ -62,6 +63,7 @@ def load(data: bytes, file_format: str, deadline: float) -> Image.Image:
         raise OSError(answer["error"])
     image = Image.frombytes(answer["mode"], tuple(answer["size"]), pixels)
     image.getexif()[ORIENTATION_TAG] = answer["orientation"]
+    image.info[DECLARED] = answer["declared"]
     return image
 
 

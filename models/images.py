@@ -9,18 +9,18 @@ allocated, and whatever goes wrong is one `ImageError`, about this image alone.
 Only the first frame of an animation is read; embedded colour profiles are ignored: published weights were trained without them.
 """
 
+import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
-import numpy as np
 import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models import image_process
+from models import image_modes, image_process
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
@@ -37,6 +37,8 @@ from models.image_cost import (
 from models.image_cost import Limits as Limits
 from models.image_cost import NoRoom as NoRoom
 from models.image_cost import OutOfTime as OutOfTime
+
+log = logging.getLogger(__name__)
 
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
@@ -88,6 +90,16 @@ def decode(
     `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`; WebP and PNG within 2 s.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
+    try:
+        return _decode(data, preprocessing, limits, hold, deadline)
+    except (ImageError, NoRoom, OutOfTime):
+        raise
+    except Exception as error:  # of our own: it concerns this image, and its neighbours are answered
+        log.exception("an image of %d bytes fails the decoder", len(data))
+        raise InvalidImage("the image cannot be decoded; the server's log says why") from error
+
+
+def _decode(data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hold, deadline: float) -> Tensor:
     if not data:
         raise EmptyImage("the image is empty: 0 bytes")
     limits.check_bytes(len(data))
@@ -114,6 +126,9 @@ def decode(
                 extent = image.size
             image.load()
             file.check_time()
+            if file_format == "PNG":
+                image.info[image_modes.DECLARED] = image_modes.declared_bits(data)
+            image_modes.set_white(image)
             return _tensor(_cropped(image, extent, preprocessing))
     except (ImageError, NoRoom, OutOfTime):
         raise
@@ -281,7 +296,7 @@ def _resize_part(
     size, box = (axes[0].size, axes[1].size), (left, top, right, bottom)
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
         image, box = _cut(image, box, size)
-        image = _flatten(image)
+        image = image_modes.flatten(image)
     if preprocessing.channels == 1:
         image = image.convert("L")
     shown = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()], box)
@@ -305,36 +320,6 @@ def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Ima
     x, right, begin_x, end_x = whole_pixels(box[0], box[2], size[0], image.width)
     y, bottom, begin_y, end_y = whole_pixels(box[1], box[3], size[1], image.height)
     return image.crop((x, y, right, bottom)), (begin_x, begin_y, end_x, end_y)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB or L, transparent pixels on white."""
-    if image.mode.startswith("I"):
-        return _gray16(image)
-    if image.mode == "F":
-        return _gray_float(image)
-    if image.has_transparency_data:
-        colour = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(colour, mask=colour)
-        return white
-    return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _gray16(image: Image.Image) -> Image.Image:
-    """16-bit gray, also when it came as 32-bit integers, -> L. Pillow's own conversion would clip everything above 255 to white."""
-    table = (np.arange(65536) / 257).round().astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        table[transparent] = 255
-    values = np.asarray(image)
-    return Image.fromarray(table[values if values.itemsize == 2 else values.clip(0, 65535)])
-
-
-def _gray_float(image: Image.Image) -> Image.Image:
-    """Float gray -> L. Its white is the first of 1, 255 and 65535 that no value exceeds."""
-    values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
-    white = next((white for white in (1, 255) if values.max() <= white), 65535)
-    return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 
 def _tensor(image: Image.Image) -> Tensor:
