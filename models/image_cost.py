@@ -34,6 +34,11 @@ ARITHMETIC = 6
 EARLY = {"GIF": 1, "WEBP": 3}
 
 
+# Decoders that may take all their input in one call, so that no deadline interrupts them, and the pixels from which they run in a process
+# that can be ended: below, a file takes 0.7 s at most.
+UNINTERRUPTED = {"PNG": 16_000_000, "WEBP": 16_000_000}
+
+
 class NoRoom(Exception):
     """What a `Hold` raises when so many pixels do not fit beside those that others hold; nothing was allocated."""
 

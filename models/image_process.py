@@ -63,7 +63,7 @@ def load(data: bytes, file_format: str, deadline: float) -> Image.Image:
         raise OSError(answer["error"])
     image = Image.frombytes(answer["mode"], tuple(answer["size"]), pixels)
     image.getexif()[ORIENTATION_TAG] = answer["orientation"]
-    image.info[DECLARED] = answer["declared"]
+    image.info |= {DECLARED: answer["declared"], **answer["info"]}
     return image
 
 

@@ -29,6 +29,7 @@ from models.image_cost import (
     EARLY,
     IN_ONE_SCAN,
     SMALLER,
+    UNINTERRUPTED,
     ImageBytes,
     JpegCost,
     jpeg_cost,
@@ -87,7 +88,7 @@ def decode(
     crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
-    `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`; WebP and PNG within 2 s.
+    `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
     try:
@@ -108,20 +109,23 @@ def _decode(data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hol
     stage = "header"
     try:
         with ExitStack() as held:
+            file = ImageBytes(data, deadline)
             if early := size_before_opening(data, file_format):
                 limits.check(early)
-                held.enter_context(hold(EARLY[file_format] * math.prod(early)))
-            file = ImageBytes(data, deadline)
-            image = _open(file, file_format, limits)
-            extent: Size = image.size
-            pixels = math.prod(image.size)
-            if file_format == "JPEG":
-                extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
+                outside = _is_outside(file_format, early)
+                held.enter_context(hold((EARLY[file_format] + OUTSIDE * outside) * math.prod(early)))
+                image = Image.new("1", (1, 1)) if outside else _open(file, file_format, limits)
+                extent: Size = image.size
+            else:
+                image = _open(file, file_format, limits)
+                outside = _is_outside(file_format, image.size)
+                extent, pixels = image.size, math.prod(image.size)
+                if file_format == "JPEG":
+                    extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
+                held.enter_context(hold(OUTSIDE * pixels if outside else pixels))
             stage = "image data"
-            if not early:
-                held.enter_context(hold(OUTSIDE * pixels if file_format in EXTRA_FORMATS else pixels))
             file.check_time()
-            if file_format in EXTRA_FORMATS:
+            if outside:
                 image = image_process.load(data, _pillow(file_format), deadline)
                 extent = image.size
             image.load()
@@ -163,6 +167,11 @@ def stack(images: Sequence[Tensor], pinned: bool = False) -> Tensor:
         return torch.stack(rows).permute(0, 3, 1, 2)
     batch = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=True)
     return torch.stack(rows, out=batch).permute(0, 3, 1, 2)
+
+
+def _is_outside(file_format: str, size: tuple[int, int]) -> bool:
+    """Decoded in a process that can be ended; by the file alone, so that the same bytes always give the same tensor."""
+    return file_format in EXTRA_FORMATS or math.prod(size) >= UNINTERRUPTED.get(file_format, math.inf)
 
 
 def _pillow(file_format: str) -> str:

@@ -70,3 +70,47 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "MEMORY", 2**20)
     with pytest.raises((ImageTooLarge, InvalidImage)):
         decode(save(photo(400, 300), "TIFF"), SMALL, EXTRA)
+
+
+# PNG and WebP of many pixels
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is large."""
+    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "tolerance"),
+    [
+        pytest.param(save(photo(61, 40)), 0, id="png"),
+        pytest.param(save(photo(61, 40).convert("L")), 0, id="gray"),
+        pytest.param(save(photo(61, 40).convert("LA")), 0, id="alpha"),
+        pytest.param(save(photo(61, 40).convert("L").convert("I;16")), 0, id="16 bits"),
+        pytest.param(save(photo(61, 40).convert("P")), 6, id="palette"),
+        pytest.param(save(photo(61, 40), transparency=(1, 2, 3)), 0, id="transparent colour"),
+        pytest.param(save(photo(61, 40), "WEBP"), 0, id="webp"),
+    ],
+)
+def test_a_large_image_is_the_same_from_a_process(data: bytes, tolerance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = decode(data, SMALL)
+    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+    there = decode(data, SMALL)
+    assert len(image_process._idle) == 1
+    assert (here.int() - there.int()).abs().max() <= tolerance
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_a_large_image_ends_with_its_deadline(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, exchange = save(photo(61, 40), file_format), image_process._exchange
+
+    def slow(*args: object) -> object:
+        time.sleep(0.5)
+        return exchange(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image_process, "_exchange", slow)
+    with pytest.raises(OutOfTime):
+        decode(data, SMALL, deadline=time.monotonic() + 0.2)
+    assert image_process._idle == []
