@@ -8,7 +8,7 @@ WebP and GIF allocate a canvas while they read the header. Every other format co
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 
@@ -37,6 +37,13 @@ EARLY = {"GIF": 1, "WEBP": 3}
 # Decoders that may take all their input in one call, so that no deadline interrupts them, and the pixels from which they run in a process
 # that can be ended: below, a file takes 0.7 s at most.
 UNINTERRUPTED = {"PNG": 16_000_000, "WEBP": 16_000_000}
+
+
+Left = Callable[[], bool]  # true once nobody waits for the image
+
+
+def waits() -> bool:
+    return False
 
 
 class NoRoom(Exception):
@@ -102,9 +109,9 @@ class ImageBytes(BytesIO):
 
     reads = 0
 
-    def __init__(self, data: bytes, deadline: float = math.inf) -> None:
+    def __init__(self, data: bytes, deadline: float = math.inf, left: Left = waits) -> None:
         super().__init__(data)
-        self.deadline = deadline
+        self.deadline, self.left = deadline, left
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
@@ -117,8 +124,8 @@ class ImageBytes(BytesIO):
         return super().read(size)
 
     def check_time(self) -> None:
-        """Raises OutOfTime after the deadline."""
-        if time.monotonic() > self.deadline:
+        """Raises OutOfTime after the deadline, and where the caller has left."""
+        if time.monotonic() > self.deadline or self.left():
             raise OutOfTime
 
 

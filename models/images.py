@@ -32,8 +32,10 @@ from models.image_cost import (
     UNINTERRUPTED,
     ImageBytes,
     JpegCost,
+    Left,
     jpeg_cost,
     size_before_opening,
+    waits,
 )
 from models.image_cost import Limits as Limits
 from models.image_cost import NoRoom as NoRoom
@@ -80,6 +82,7 @@ def decode(
     limits: Limits = DEFAULT_LIMITS,
     hold: Hold = nullcontext,
     deadline: float = math.inf,
+    left: Left = waits,
 ) -> Tensor:
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
@@ -89,10 +92,11 @@ def decode(
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
     `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`.
+    `left`: true once the caller has left; decoding ends then in the same way.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
     try:
-        return _decode(data, preprocessing, limits, hold, deadline)
+        return _decode(data, preprocessing, limits, hold, deadline, left)
     except (ImageError, NoRoom, OutOfTime):
         raise
     except Exception as error:  # of our own: it concerns this image, and its neighbours are answered
@@ -100,7 +104,9 @@ def decode(
         raise InvalidImage("the image cannot be decoded; the server's log says why") from error
 
 
-def _decode(data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hold, deadline: float) -> Tensor:
+def _decode(
+    data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hold, deadline: float, left: Left
+) -> Tensor:
     if not data:
         raise EmptyImage("the image is empty: 0 bytes")
     limits.check_bytes(len(data))
@@ -109,7 +115,7 @@ def _decode(data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hol
     stage = "header"
     try:
         with ExitStack() as held:
-            file = ImageBytes(data, deadline)
+            file = ImageBytes(data, deadline, left)
             if early := size_before_opening(data, file_format):
                 limits.check(early)
                 outside = _is_outside(file_format, early)
@@ -126,7 +132,7 @@ def _decode(data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hol
             stage = "image data"
             file.check_time()
             if outside:
-                image = image_process.load(data, _pillow(file_format), deadline)
+                image = image_process.load(data, _pillow(file_format), deadline, left)
                 extent = image.size
             image.load()
             file.check_time()

@@ -59,6 +59,15 @@ def test_the_deadline_ends_the_process() -> None:
 
 
 @pytest.mark.abuse("A402")
+def test_the_process_ends_once_the_caller_has_left() -> None:
+    start = time.monotonic()
+    with pytest.raises(OutOfTime):
+        decode(ENDLESS, SMALL, EXTRA, left=lambda: time.monotonic() > start + 0.3)
+    assert time.monotonic() - start < 3
+    assert image_process._idle == []
+
+
+@pytest.mark.abuse("A402")
 def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "CPU_S", 0)
     with pytest.raises(InvalidImage, match="more than 0 s to decode"):
