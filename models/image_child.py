@@ -1,4 +1,4 @@
-"""The program that decodes TIFF and AVIF for `image_process`, as a process of its own: it imports Pillow and nothing of ours.
+"""The program that decodes TIFF, AVIF and large PNG and WebP for `image_process`, in its own process: imports nothing of ours.
 
 stdin: a line of JSON, then the file; stdout: a line of JSON, then the pixels. Ends with its stdin.
 """
@@ -10,12 +10,18 @@ from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
-from PIL import AvifImagePlugin, Image, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-OPENERS = (AvifImagePlugin, TiffImagePlugin)  # imported so that Pillow need not import all others to find them
+Image.MAX_IMAGE_PIXELS = None  # `images` has checked its size
+OPENERS = (
+    AvifImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)  # so that Pillow need not import all others
 AS_IT_IS = ("L", "LA", "RGB", "RGBA", "F")  # and integers of 16 and 32 bits
-ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG, BITS_TAG, MAX_SAMPLE_TAGS = 0x0112, 258, (341, 281)
 
 
 def main() -> None:
@@ -54,10 +60,28 @@ def _decoded(data: bytes, file_format: str) -> tuple[dict[str, Any], bytes]:
         image: Image.Image = opened
         if image.mode == "1":
             image = image.convert("L")
+        elif image.has_transparency_data and image.mode in ("L", "RGB"):
+            image = image.convert("RGBA")
         elif image.mode not in AS_IT_IS and not image.mode.startswith("I"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         pixels = image.tobytes()
-        return {"mode": image.mode, "size": image.size, "orientation": orientation, "bytes": len(pixels)}, pixels
+        answer = {"mode": image.mode, "size": image.size, "orientation": orientation, "bytes": len(pixels)}
+        transparent = opened.info.get("transparency")
+        deep = isinstance(transparent, int) and image.mode.startswith("I")
+        answer["info"] = {"transparency": transparent} if deep else {}
+        return answer | {"declared": _declared_bits(opened)}, pixels
+
+
+def _declared_bits(image: Image.Image) -> int:
+    """Bits of a sample that a TIFF declares: by SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 where it does not."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        largest = next((tags[tag] for tag in MAX_SAMPLE_TAGS if tag in tags), 0)
+        largest = largest[0] if isinstance(largest, tuple) else largest
+        bits = int(largest).bit_length() or int(tags.get(BITS_TAG, (16,))[0])
+    except Exception:  # broken tags declare nothing
+        return 0
+    return bits if bits < 16 or largest else 0
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ WebP and GIF allocate a canvas while they read the header. Every other format co
 import math
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 from models.errors import ImageTooLarge, InvalidImage
 
-PIXEL_CEILING = 2 * 89_478_485  # where Pillow refuses on its own account
+PIXEL_CEILING = 2 * 89_478_485  # 716 MB, at 4 bytes a pixel
+# The files of a dataset are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
+TRAINING_BYTES = 64 * 2**20
+FILE_BYTES = 256 * 2**20  # of which no more is read, whatever the setting
+SMALLER = "send it smaller, or as a baseline JPEG, which is decoded at a reduced size"
+IN_ONE_SCAN = "a progressive JPEG is kept whole in memory: send it smaller, or as a baseline JPEG"
 MAX_READS = 100_000  # a photograph's header takes about 100; made of a million tiny segments, one would take 10 s
 MAX_SEGMENTS = 20_000  # of a JPEG; a photograph has about 20
 CHUNK = 4096  # bytes: a decoder asks for 64 KiB at a time, a header for less than this
@@ -27,6 +32,18 @@ ARITHMETIC = 6
 # Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
 # beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
 EARLY = {"GIF": 1, "WEBP": 3}
+
+
+# Decoders that may take all their input in one call, so that no deadline interrupts them, and the pixels from which they run in a process
+# that can be ended: below, a file takes 0.7 s at most.
+UNINTERRUPTED = {"PNG": 16_000_000, "WEBP": 16_000_000}
+
+
+Left = Callable[[], bool]  # true once nobody waits for the image
+
+
+def waits() -> bool:
+    return False
 
 
 class NoRoom(Exception):
@@ -43,27 +60,42 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before it costs anything. JPEG and GIF cannot say sides longer than 65,535.
+    """Which images are accepted; the rest is refused before it costs anything. JPEG and GIF cannot say sides longer than 65,535.
 
-    `max_pixels` counts pixels that are decoded: of a large JPEG that is decoded at 1/8 of its size, 1/64.
+    `max_pixels` counts pixels that are decoded: of a large JPEG that is decoded at 1/8 of its size, 1/64. `extra_formats`: of
+    `models.images.EXTRA_FORMATS`. Every path that decodes gets the one object that the settings make.
     """
 
     max_bytes: int = 10 * 2**20
     max_pixels: int = 50_000_000
     max_side: int = 65_535
+    extra_formats: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_pixels > PIXEL_CEILING:
             raise ValueError(f"max_pixels is {self.max_pixels:,}; the decoder's own ceiling is {PIXEL_CEILING:,}")
 
-    def check(self, size: tuple[int, int], pixels: int | None = None) -> None:
+    def of_training(self) -> "Limits":
+        """The same for the files of a dataset, which may have more bytes."""
+        return replace(self, max_bytes=min(max(self.max_bytes, TRAINING_BYTES), FILE_BYTES))
+
+    def check_bytes(self, size: int) -> None:
+        """Raises ImageTooLarge."""
+        if size > self.max_bytes:
+            raise ImageTooLarge(f"the image has {size:,} bytes; the limit is {self.max_bytes:,} (IMAGO_MAX_IMAGE_MB)")
+
+    def check(self, size: tuple[int, int], pixels: int | None = None, remedy: str = SMALLER) -> None:
         """Raises ImageTooLarge. `pixels`: how many are decoded; None for all."""
         width, height = size
         pixels = width * height if pixels is None else pixels
         if pixels > self.max_pixels:
-            raise ImageTooLarge(f"{width} x {height} is {pixels:,} pixels; the limit is {self.max_pixels:,}")
+            raise ImageTooLarge(
+                f"{width} x {height} is {pixels:,} pixels; the limit is {self.max_pixels:,} (IMAGO_MAX_IMAGE_MEGAPIXELS): {remedy}"
+            )
         if max(size) > self.max_side:
-            raise ImageTooLarge(f"the image is {width} x {height}; the limit is {self.max_side:,} pixels a side")
+            raise ImageTooLarge(
+                f"the image is {width} x {height}; the limit is {self.max_side:,} pixels a side (IMAGO_MAX_IMAGE_SIDE)"
+            )
 
 
 DEFAULT_LIMITS = Limits()
@@ -77,9 +109,9 @@ class ImageBytes(BytesIO):
 
     reads = 0
 
-    def __init__(self, data: bytes, deadline: float = math.inf) -> None:
+    def __init__(self, data: bytes, deadline: float = math.inf, left: Left = waits) -> None:
         super().__init__(data)
-        self.deadline = deadline
+        self.deadline, self.left = deadline, left
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
@@ -92,8 +124,8 @@ class ImageBytes(BytesIO):
         return super().read(size)
 
     def check_time(self) -> None:
-        """Raises OutOfTime after the deadline."""
-        if time.monotonic() > self.deadline:
+        """Raises OutOfTime after the deadline, and where the caller has left."""
+        if time.monotonic() > self.deadline or self.left():
             raise OutOfTime
 
 

@@ -7,6 +7,7 @@ file takes is bounded from outside: by the deadline, CPU seconds and memory. Pro
 import atexit
 import json
 import math
+import select
 import subprocess
 import sys
 import threading
@@ -18,9 +19,11 @@ from typing import Any
 from PIL import Image
 
 from models.errors import ImageTooLarge, InvalidImage
-from models.image_cost import OutOfTime
+from models.image_cost import Left, OutOfTime, waits
+from models.image_modes import DECLARED
 
 CHILD = Path(__file__).with_name("image_child.py")
+LOOK_MS = 100  # between two looks whether the caller has left
 CPU_S = 10  # of one image; 50 megapixels take 2
 MEMORY = 4 * 2**30  # bytes of address space
 ORIENTATION_TAG = 0x0112
@@ -29,10 +32,10 @@ _idle: "list[subprocess.Popen[bytes]]" = []
 _lock = threading.Lock()
 
 
-def load(data: bytes, file_format: str, deadline: float) -> Image.Image:
+def load(data: bytes, file_format: str, deadline: float, left: Left = waits) -> Image.Image:
     """A file's pixels, and its orientation as EXIF: L, LA, RGB, RGBA, F, or integers of 16 and 32 bits.
 
-    Raises OutOfTime after the deadline (`time.monotonic()`), ImageTooLarge, InvalidImage.
+    Raises OutOfTime after the deadline (`time.monotonic()`) or once the caller has `left`, ImageTooLarge, InvalidImage.
     """
     process = _take()
     timer = threading.Timer(min(deadline - time.monotonic(), threading.TIMEOUT_MAX), process.kill)
@@ -40,7 +43,7 @@ def load(data: bytes, file_format: str, deadline: float) -> Image.Image:
     if deadline < math.inf:
         timer.start()
     try:
-        answer, pixels = _exchange(process, data, file_format)
+        answer, pixels = _exchange(process, data, file_format, left)
     except (OSError, ValueError):
         _end(process)
         if time.monotonic() >= deadline:
@@ -62,17 +65,25 @@ def load(data: bytes, file_format: str, deadline: float) -> Image.Image:
         raise OSError(answer["error"])
     image = Image.frombytes(answer["mode"], tuple(answer["size"]), pixels)
     image.getexif()[ORIENTATION_TAG] = answer["orientation"]
+    image.info |= {DECLARED: answer["declared"], **answer["info"]}
     return image
 
 
-def _exchange(process: "subprocess.Popen[bytes]", data: bytes, file_format: str) -> tuple[dict[str, Any], bytes]:
-    """Raises OSError or ValueError where the process ends before it has answered."""
+def _exchange(
+    process: "subprocess.Popen[bytes]", data: bytes, file_format: str, left: Left
+) -> tuple[dict[str, Any], bytes]:
+    """Raises OutOfTime once the caller has `left`, OSError or ValueError where the process ends before it has answered."""
     if process.stdin is None or process.stdout is None:
         raise ValueError("started without pipes")
     order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY}
     process.stdin.write(json.dumps(order).encode() + b"\n")
     process.stdin.write(data)
     process.stdin.flush()
+    answers = select.poll()
+    answers.register(process.stdout, select.POLLIN)
+    while not answers.poll(LOOK_MS):
+        if left():
+            raise OutOfTime
     answer: dict[str, Any] = json.loads(process.stdout.readline(1000))
     pixels = process.stdout.read(answer.get("bytes", 0))
     if len(pixels) < answer.get("bytes", 0):

@@ -9,30 +9,45 @@ allocated, and whatever goes wrong is one `ImageError`, about this image alone.
 Only the first frame of an animation is read; embedded colour profiles are ignored: published weights were trained without them.
 """
 
+import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
-import numpy as np
 import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models import image_process
+from models import image_modes, image_process
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
-from models.image_cost import DEFAULT_LIMITS, EARLY, ImageBytes, JpegCost, jpeg_cost, size_before_opening
+from models.image_cost import (
+    DEFAULT_LIMITS,
+    EARLY,
+    IN_ONE_SCAN,
+    SMALLER,
+    UNINTERRUPTED,
+    ImageBytes,
+    JpegCost,
+    Left,
+    jpeg_cost,
+    size_before_opening,
+    waits,
+)
 from models.image_cost import Limits as Limits
 from models.image_cost import NoRoom as NoRoom
 from models.image_cost import OutOfTime as OutOfTime
 
+log = logging.getLogger(__name__)
+
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
+Image.MAX_IMAGE_PIXELS = None  # Pillow counts what a file holds; `Limits` count what is decoded
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # are decoded in processes of their own
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # its name: Pillow's; they are decoded in processes of their own
 OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
@@ -65,9 +80,9 @@ def decode(
     data: bytes,
     preprocessing: Preprocessing,
     limits: Limits = DEFAULT_LIMITS,
-    extra_formats: frozenset[str] = frozenset(),
     hold: Hold = nullcontext,
     deadline: float = math.inf,
+    left: Left = waits,
 ) -> Tensor:
     """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
@@ -75,34 +90,55 @@ def decode(
     transparency on white: RGB and gray files are equal to the bit. Of other modes, and where the resized image is over 8 times the
     crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
-    `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
-    `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`; WebP and PNG within 2 s.
+    `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
+    `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`.
+    `left`: true once the caller has left; decoding ends then in the same way.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
-    _check_bytes(data, limits)
-    file_format = _sniff(data, extra_formats)
+    try:
+        return _decode(data, preprocessing, limits, hold, deadline, left)
+    except (ImageError, NoRoom, OutOfTime):
+        raise
+    except Exception as error:  # of our own: it concerns this image, and its neighbours are answered
+        log.exception("an image of %d bytes fails the decoder", len(data))
+        raise InvalidImage("the image cannot be decoded; the server's log says why") from error
+
+
+def _decode(
+    data: bytes, preprocessing: Preprocessing, limits: Limits, hold: Hold, deadline: float, left: Left
+) -> Tensor:
+    if not data:
+        raise EmptyImage("the image is empty: 0 bytes")
+    limits.check_bytes(len(data))
+    file_format = _sniff(data, limits.extra_formats)
     _ignore_pillow_warnings()
     stage = "header"
     try:
         with ExitStack() as held:
+            file = ImageBytes(data, deadline, left)
             if early := size_before_opening(data, file_format):
                 limits.check(early)
-                held.enter_context(hold(EARLY[file_format] * math.prod(early)))
-            file = ImageBytes(data, deadline)
-            image = _open(file, file_format, limits)
-            extent: Size = image.size
-            pixels = math.prod(image.size)
-            if file_format == "JPEG":
-                extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
+                outside = _is_outside(file_format, early)
+                held.enter_context(hold((EARLY[file_format] + OUTSIDE * outside) * math.prod(early)))
+                image = Image.new("1", (1, 1)) if outside else _open(file, file_format, limits)
+                extent: Size = image.size
+            else:
+                image = _open(file, file_format, limits)
+                outside = _is_outside(file_format, image.size)
+                extent, pixels = image.size, math.prod(image.size)
+                if file_format == "JPEG":
+                    extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
+                held.enter_context(hold(OUTSIDE * pixels if outside else pixels))
             stage = "image data"
-            if not early:
-                held.enter_context(hold(OUTSIDE * pixels if file_format in EXTRA_FORMATS else pixels))
             file.check_time()
-            if file_format in EXTRA_FORMATS:
-                image = image_process.load(data, file_format, deadline)
+            if outside:
+                image = image_process.load(data, _pillow(file_format), deadline, left)
                 extent = image.size
             image.load()
             file.check_time()
+            if file_format == "PNG":
+                image.info[image_modes.DECLARED] = image_modes.declared_bits(data)
+            image_modes.set_white(image)
             return _tensor(_cropped(image, extent, preprocessing))
     except (ImageError, NoRoom, OutOfTime):
         raise
@@ -139,15 +175,17 @@ def stack(images: Sequence[Tensor], pinned: bool = False) -> Tensor:
     return torch.stack(rows, out=batch).permute(0, 3, 1, 2)
 
 
+def _is_outside(file_format: str, size: tuple[int, int]) -> bool:
+    """Decoded in a process that can be ended; by the file alone, so that the same bytes always give the same tensor."""
+    return file_format in EXTRA_FORMATS or math.prod(size) >= UNINTERRUPTED.get(file_format, math.inf)
+
+
+def _pillow(file_format: str) -> str:
+    return EXTRA_FORMATS.get(file_format, file_format)
+
+
 def _name(file_format: str) -> str:
-    return (FORMATS | EXTRA_FORMATS)[file_format]
-
-
-def _check_bytes(data: bytes, limits: Limits) -> None:
-    if not data:
-        raise EmptyImage("the image is empty: 0 bytes")
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"the image has {len(data):,} bytes; the limit is {limits.max_bytes:,}")
+    return FORMATS.get(file_format, file_format)
 
 
 def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
@@ -189,11 +227,7 @@ def _ignore_pillow_warnings() -> None:
 
 def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
     """The image with its header read; no pixel is allocated yet, but for the formats of `EARLY`."""
-    try:
-        image = Image.open(file, formats=(file_format,))
-    except Image.DecompressionBombError as error:
-        pixels = int(re.findall(r"\d+", str(error))[0])
-        raise ImageTooLarge(f"the image has {pixels:,} pixels; the limit is {limits.max_pixels:,}") from error
+    image = Image.open(file, formats=(_pillow(file_format),))
     if file_format != "JPEG":
         limits.check(image.size)
     return image
@@ -206,8 +240,8 @@ def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, lim
     full, draft = image.size, None
     if not cost.lossless:  # it has no frequencies to leave out
         draft = image.draft(None, (wanted, wanted))
-    pixels = image.width * image.height
-    limits.check(full, max(pixels, cost.samples // 3))
+    pixels, held = image.width * image.height, cost.samples // 3
+    limits.check(full, max(pixels, held), IN_ONE_SCAN if held > pixels else SMALLER)
     return (draft[1][2:] if draft else image.size), pixels + cost.samples // 2
 
 
@@ -277,7 +311,7 @@ def _resize_part(
     size, box = (axes[0].size, axes[1].size), (left, top, right, bottom)
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
         image, box = _cut(image, box, size)
-        image = _flatten(image)
+        image = image_modes.flatten(image)
     if preprocessing.channels == 1:
         image = image.convert("L")
     shown = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()], box)
@@ -301,36 +335,6 @@ def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Ima
     x, right, begin_x, end_x = whole_pixels(box[0], box[2], size[0], image.width)
     y, bottom, begin_y, end_y = whole_pixels(box[1], box[3], size[1], image.height)
     return image.crop((x, y, right, bottom)), (begin_x, begin_y, end_x, end_y)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB or L, transparent pixels on white."""
-    if image.mode.startswith("I"):
-        return _gray16(image)
-    if image.mode == "F":
-        return _gray_float(image)
-    if image.has_transparency_data:
-        colour = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(colour, mask=colour)
-        return white
-    return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _gray16(image: Image.Image) -> Image.Image:
-    """16-bit gray, also when it came as 32-bit integers, -> L. Pillow's own conversion would clip everything above 255 to white."""
-    table = (np.arange(65536) / 257).round().astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        table[transparent] = 255
-    values = np.asarray(image)
-    return Image.fromarray(table[values if values.itemsize == 2 else values.clip(0, 65535)])
-
-
-def _gray_float(image: Image.Image) -> Image.Image:
-    """Float gray -> L. Its white is the first of 1, 255 and 65535 that no value exceeds."""
-    values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
-    white = next((white for white in (1, 255) if values.max() <= white), 65535)
-    return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 
 def _tensor(image: Image.Image) -> Tensor:

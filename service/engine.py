@@ -6,6 +6,7 @@ predict: bind versions -> admit -> decode pool -> BackboneQueue (batcher) -> pro
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,6 @@ class Engine:
         self.batcher = Batcher(self.devices, metrics)
         self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
-        self._formats = frozenset(name.upper() for name in settings.extra_formats)
         self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6, max(1, settings.decoders - 1))
         self._decoders = DecodePool(settings.decoders)
         self._explainer = Explainer(store, self._decoders)
@@ -374,12 +374,16 @@ class Engine:
             if data.dtype == torch.uint8:
                 return data
             return await self._decoders.run(terms.client, partial(images.unnormalise, data, preprocessing), terms.model)
-        work = partial(images.decode, data, preprocessing, self._limits, self._formats, self._pixels.hold, deadline)
-        while True:
-            try:
-                return await self._decoders.run(terms.client, work, terms.model)
-            except images.NoRoom as full:
-                await self._pixels.room(full.pixels)
+        left = threading.Event()
+        work = partial(images.decode, data, preprocessing, self._limits, self._pixels.hold, deadline, left.is_set)
+        try:
+            while True:
+                try:
+                    return await self._decoders.run(terms.client, work, terms.model)
+                except images.NoRoom as full:
+                    await self._pixels.room(full.pixels)
+        finally:
+            left.set()  # a thread that still decodes for a caller who has left stops
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[None]:

@@ -40,8 +40,14 @@ def _prefix(value: str) -> str:
         raise PydanticCustomError("root_path", "{error}", {"error": str(error)}) from None
 
 
+def _lowered(value: object) -> object:
+    """`"TIFF, Avif"` -> `("tiff", "avif")`."""
+    parts = _split(value)
+    return tuple(str(part).strip().lower() for part in parts) if isinstance(parts, tuple | list) else parts
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidator(_split)]
+Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidator(_lowered)]
 
 
 class Settings(BaseSettings):
@@ -243,6 +249,7 @@ class Settings(BaseSettings):
             max_bytes=self.max_image_mb * 2**20,
             max_pixels=self.max_image_megapixels * 10**6,
             max_side=self.max_image_side,
+            extra_formats=frozenset(name.upper() for name in self.extra_formats),
         )
 
     def runtime_options(self) -> "Options":

@@ -25,8 +25,7 @@ from service.errors import ServiceError
 from service.routes.upload import read_upload
 from service.settings import Settings
 
-LIMITS = Limits(max_bytes=2**20, max_pixels=2**22)
-EXTRA = frozenset(EXTRA_FORMATS)
+LIMITS = Limits(max_bytes=2**20, max_pixels=2**22, extra_formats=frozenset(EXTRA_FORMATS))
 SETTINGS = Settings()
 KNOWN = frozenset({"model", "top_k"})
 
@@ -39,7 +38,7 @@ def promise(error: Exception, begins: str = "") -> None:
 
 def fuzz_decode(data: bytes) -> None:
     try:
-        pixels = decode(data, SMALL, LIMITS, EXTRA)
+        pixels = decode(data, SMALL, LIMITS)
     except ImageError as error:
         promise(error)
     else:

@@ -422,6 +422,18 @@ def test_finetune_trains_and_says_how_well(store: ModelStore) -> None:
     assert store.serving().models["shade"] == 1
 
 
+def test_finetune_and_predict_accept_extra_formats(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGO_EXTRA_FORMATS", "TIFF")
+    for name, colour in (("dark", 20), ("light", 220)):
+        (Path("fields") / name).mkdir(parents=True)
+        for n in range(4):
+            photo(Path("fields") / name / f"{n}.tif", (colour + 3 * n, colour, colour - 3 * n))
+    result = imago("finetune", "fields", "--name", "shade", "--base", "digits", "--dry-run")
+    assert "8 images of 8 files in 2 classes" in result.stdout, result.output
+    assert imago("predict", "fields/dark/0.tif").exit_code == 0
+    assert imago("finetune", "fields", "--name", "shade", "--max-image-side", 30, "--dry-run").exit_code != 0
+
+
 def test_finetune_explains_a_contradiction(store: ModelStore) -> None:
     Path("photos").mkdir()
     result = imago("finetune", "photos", "--name", "shade", "--mode", "head", "--half")

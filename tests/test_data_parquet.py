@@ -17,7 +17,6 @@ from models.data.files import FolderFiles
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.images import Limits
 from models.training.dataset import load
 
 TRAIN, TEST = "data/train-00000-of-00001.parquet", "data/test-00000-of-00001-0a1b2c3d.parquet"
@@ -147,7 +146,7 @@ def test_a_row_without_bytes_is_a_bad_file(tmp_path: Path) -> None:
 
 
 def test_bytes_of_an_image_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "LIMITS", Limits(max_bytes=10))
+    monkeypatch.setattr(parquet, "FILE_BYTES", 10)
     with open_source(folder(tmp_path, hub())) as source:
         assert len(source.read("train-00000-of-00001.parquet[0]")) == 11
 

@@ -10,7 +10,6 @@ from models.data import files
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.images import Limits
 
 TINY = {f"{name}/{i}.png": b"x" for name in ("ant", "bee") for i in range(2)}
 
@@ -151,7 +150,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, make: object) -> No
 
 
 def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LIMITS", Limits(max_bytes=10))
+    monkeypatch.setattr(files, "FILE_BYTES", 10)
     assert len(content(folder(tmp_path, TINY | {"ant/big.png": bytes(100)}), "ant/big.png")) == 11
 
 

@@ -104,6 +104,12 @@ def test_after_the_deadline_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -
             decode(save(photo(40, 30), file_format), SMALL, deadline=time.monotonic() - 1)
 
 
+def test_nothing_is_loaded_for_a_caller_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was loaded"))
+    with pytest.raises(OutOfTime):
+        decode(save(photo(40, 30), "JPEG"), SMALL, left=lambda: True)
+
+
 @pytest.mark.abuse("A102")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP"])
 def test_a_deadline_interrupts_the_decoder(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 from models import image_process
 from models.errors import ImageTooLarge, InvalidImage
 from models.image_cost import OutOfTime
-from models.images import decode
+from models.images import Limits, decode
 
-EXTRA = frozenset({"TIFF", "AVIF"})
+EXTRA = Limits(extra_formats=frozenset({"TIFF", "AVIF"}))
 ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
 
 
@@ -25,9 +25,9 @@ def ended() -> Iterator[None]:
 
 
 def test_a_process_is_kept_for_the_next_image() -> None:
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
     [process] = image_process._idle
-    decode(save(photo(40, 30), "AVIF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "AVIF"), SMALL, EXTRA)
     assert image_process._idle == [process]
 
 
@@ -48,25 +48,78 @@ def test_an_orientation_comes_back() -> None:
 
 @pytest.mark.abuse("A402")
 def test_the_deadline_ends_the_process() -> None:
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
     [process] = image_process._idle
     start = time.monotonic()
     with pytest.raises(OutOfTime):
-        decode(ENDLESS, SMALL, extra_formats=EXTRA, deadline=start + 0.3)
+        decode(ENDLESS, SMALL, EXTRA, deadline=start + 0.3)
     assert time.monotonic() - start < 2
     assert process.poll() is not None
-    decode(save(photo(40, 30), "TIFF"), SMALL, extra_formats=EXTRA)
+    decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
+
+
+@pytest.mark.abuse("A402")
+def test_the_process_ends_once_the_caller_has_left() -> None:
+    start = time.monotonic()
+    with pytest.raises(OutOfTime):
+        decode(ENDLESS, SMALL, EXTRA, left=lambda: time.monotonic() > start + 0.3)
+    assert time.monotonic() - start < 3
+    assert image_process._idle == []
 
 
 @pytest.mark.abuse("A402")
 def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "CPU_S", 0)
     with pytest.raises(InvalidImage, match="more than 0 s to decode"):
-        decode(ENDLESS, SMALL, extra_formats=EXTRA)
+        decode(ENDLESS, SMALL, EXTRA)
 
 
 @pytest.mark.abuse("A402")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_process, "MEMORY", 2**20)
     with pytest.raises((ImageTooLarge, InvalidImage)):
-        decode(save(photo(400, 300), "TIFF"), SMALL, extra_formats=EXTRA)
+        decode(save(photo(400, 300), "TIFF"), SMALL, EXTRA)
+
+
+# PNG and WebP of many pixels
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is large."""
+    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "tolerance"),
+    [
+        pytest.param(save(photo(61, 40)), 0, id="png"),
+        pytest.param(save(photo(61, 40).convert("L")), 0, id="gray"),
+        pytest.param(save(photo(61, 40).convert("LA")), 0, id="alpha"),
+        pytest.param(save(photo(61, 40).convert("L").convert("I;16")), 0, id="16 bits"),
+        pytest.param(save(photo(61, 40).convert("P")), 6, id="palette"),
+        pytest.param(save(photo(61, 40), transparency=(1, 2, 3)), 0, id="transparent colour"),
+        pytest.param(save(photo(61, 40), "WEBP"), 0, id="webp"),
+    ],
+)
+def test_a_large_image_is_the_same_from_a_process(data: bytes, tolerance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = decode(data, SMALL)
+    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+    there = decode(data, SMALL)
+    assert len(image_process._idle) == 1
+    assert (here.int() - there.int()).abs().max() <= tolerance
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_a_large_image_ends_with_its_deadline(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, exchange = save(photo(61, 40), file_format), image_process._exchange
+
+    def slow(*args: object) -> object:
+        time.sleep(0.5)
+        return exchange(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image_process, "_exchange", slow)
+    with pytest.raises(OutOfTime):
+        decode(data, SMALL, deadline=time.monotonic() + 0.2)
+    assert image_process._idle == []

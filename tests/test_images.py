@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models import timm_networks
 from models.classifier import CropMode, Preprocessing
-from models.images import ORIENTATION_TAG, ORIENTATIONS, decode, stack
+from models.images import ORIENTATION_TAG, ORIENTATIONS, Limits, decode, stack
 
 
 def reference(data: bytes, preprocessing: Preprocessing) -> Tensor:
@@ -167,7 +167,7 @@ def test_orientation(file_format: str, orientation: int) -> None:
     lossless = {"lossless": True} if file_format == "WEBP" else {}
     data = save(photo(61, 40), file_format, exif=exif, **lossless)
     upright = save(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), exif=b"")
-    got = decode(data, SMALL, extra_formats=frozenset({"TIFF", "AVIF"}))
+    got = decode(data, SMALL, Limits(extra_formats=frozenset({"TIFF", "AVIF"})))
     assert difference(got, decode(upright, SMALL))[1] <= 1
 
 
@@ -258,7 +258,7 @@ def test_colour(data: bytes, expected: tuple[int, int, int]) -> None:
     ],
 )
 def test_tiff_modes(image: Image.Image) -> None:
-    pixels = decode(save(image, "TIFF"), SMALL, extra_formats=frozenset({"TIFF"}))
+    pixels = decode(save(image, "TIFF"), SMALL, Limits(extra_formats=frozenset({"TIFF"})))
     assert abs(pixels.float().mean().item() - 127.5) <= 2
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models.image_cost import Limits
 from service.settings import Settings, SettingsError
 
 
@@ -49,10 +50,10 @@ def test_an_unknown_variable_in_dotenv_is_named(tmp_path: Path) -> None:
 
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGO_MODELS", "resnet50, pets,")
-    monkeypatch.setenv("IMAGO_EXTRA_FORMATS", "tiff")
+    monkeypatch.setenv("IMAGO_EXTRA_FORMATS", " TIFF , avif")
     settings = Settings.load(cors_origins="https://a.example,https://b.example")
     assert settings.models == ("resnet50", "pets")
-    assert settings.extra_formats == ("tiff",)
+    assert settings.extra_formats == ("tiff", "avif")
     assert settings.cors_origins == ("https://a.example", "https://b.example")
 
 
@@ -90,8 +91,8 @@ def test_a_key_does_not_show() -> None:
 
 
 def test_limits_are_in_bytes_and_pixels() -> None:
-    limits = Settings.load(max_image_mb=2, max_image_megapixels=3, max_image_side=4).limits()
-    assert (limits.max_bytes, limits.max_pixels, limits.max_side) == (2 * 2**20, 3_000_000, 4)
+    limits = Settings.load(max_image_mb=2, max_image_megapixels=3, max_image_side=4, extra_formats="Tiff").limits()
+    assert limits == Limits(2 * 2**20, 3_000_000, 4, frozenset({"TIFF"}))
 
 
 def test_the_largest_image_there_can_be_is_one_that_can_be_decoded() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from models.errors import DatasetError
+from models.image_cost import Limits
 from models.records import read_record, to_json
 from models.training import child, finetune
 from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
@@ -33,7 +34,8 @@ DONE = Result(status="succeeded", model="pets", version=1, deployment="activate"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     request = FinetuneRequest(dataset=tmp_path, name="pets")
-    order = Order(request=request, weights=tmp_path / "weights", cache=tmp_path / "cache", threads=1)
+    paths = {"weights": tmp_path / "weights", "cache": tmp_path / "cache"}
+    order = Order(request=request, **paths, threads=1, limits=Limits(max_side=7))
     (tmp_path / JOB).write_bytes(to_json(order))
     return tmp_path
 
@@ -98,7 +100,14 @@ def test_the_run_gets_what_the_order_says(folder: Path) -> None:
     assert work(folder, run, print, never) == DONE
     torch.set_num_threads(threads)
     paths = {"job_dir": folder, "cache": folder / "cache", "weights": folder / "weights"}
-    assert given == {**paths, "stop": never, "name": "pets", "threads": 1, "device": "auto"}
+    assert given == {
+        **paths,
+        "stop": never,
+        "name": "pets",
+        "threads": 1,
+        "device": "auto",
+        "limits": Limits(max_side=7),
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ from models.training.child import be_modest, main
 from models.training.handover import Result
 from models.training.request import Event
 
-def run(request, store, progress, *, job_dir, cache, stop, device):
+def run(request, store, progress, *, job_dir, cache, stop, device, limits):
     print("a library's chatter")
     progress(Event("train", 0.5, epoch=1))
     while not stop():

@@ -14,6 +14,7 @@ from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 from models.classifier import Preprocessing
 from models.data import raw_pixels
 from models.errors import DatasetError, TooFewImages, TooManyBadFiles
+from models.image_cost import Limits
 from models.training import dataset
 from models.training.dataset import Dataset, load, pixels
 
@@ -46,6 +47,30 @@ def test_pixels_are_what_decode_gives_and_in_channels_last_memory(tmp_path: Path
     assert data.pixels.is_contiguous(memory_format=torch.channels_last)
     means = data.pixels.float().mean(dim=(2, 3))  # (12, 3): the class's own colour is the brightest
     assert torch.equal(means.argmax(dim=1), 2 - data.labels)
+
+
+def tiff(data: bytes) -> bytes:
+    file = BytesIO()
+    Image.open(BytesIO(data)).save(file, "TIFF")
+    return file.getvalue()
+
+
+def test_the_limits_hold_for_every_file(tmp_path: Path) -> None:
+    files = coloured(4) | {"red/1.tif": tiff(SAME), "red/large.png": png((200, 40, 40), 8, side=40)}
+    strict = load_all(folder(tmp_path, files), limits=Limits(max_side=39))
+    assert [(bad.path, bad.reason[:27]) for bad in strict.audit.bad] == [
+        ("red/1.tif", "not an image: a TIFF image;"),
+        ("red/large.png", "the image is 40 x 40; the l"),
+    ]
+    data = load_all(tmp_path, limits=Limits(extra_formats=frozenset({"TIFF"})))
+    assert not data.audit.bad
+    kind = PREPROCESSING.model_copy(update={"resize": 6, "crop": 6})
+    assert len(pixels(tmp_path, data, kind, limits=Limits(extra_formats=frozenset({"TIFF"})))[0]) == 14
+
+
+def test_training_files_may_have_more_bytes_than_uploads() -> None:
+    assert Limits(max_bytes=9).of_training() == Limits(max_bytes=64 * 2**20)
+    assert Limits(max_bytes=99 * 2**20).of_training() == Limits(max_bytes=99 * 2**20)
 
 
 def test_given_parts_are_kept(tmp_path: Path) -> None:

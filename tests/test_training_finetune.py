@@ -18,7 +18,7 @@ from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, DeviceUnavailable, ModelNotFound, TrainingError
-from models.images import decode, stack
+from models.images import Limits, decode, stack
 from models.packaged import PACKAGES
 from models.runtime import devices
 from models.store import ModelStore
@@ -335,6 +335,13 @@ def test_a_run_killed_after_publishing_does_not_publish_again(
         workshop.scratch()
     monkeypatch.undo()
     assert workshop.scratch().version == 1
+
+
+def test_a_run_that_goes_on_keeps_its_limits(workshop: Workshop) -> None:
+    request = FinetuneRequest(dataset=workshop.photos, name="colours", base="lenet5", mode="scratch")
+    where = (workshop.store, lambda event: None, workshop.root / "jobs" / "colours", workshop.root / "features")
+    for side in (100, 2):
+        assert finetune.prepare(request, *where, limits=Limits(max_side=side)).limits.max_side == 100
 
 
 def test_images_that_changed_while_it_was_down_are_an_error(tmp_path: Path) -> None:

@@ -22,13 +22,11 @@ from typing import IO, BinaryIO
 from models.archive import Archive, check_count, printable
 from models.data.samples import UNREADABLE
 from models.errors import DatasetError
-from models.images import Limits
+from models.image_cost import FILE_BYTES, TRAINING_BYTES
 from models.paths import open_beneath
 from models.text_encodings import AUTO, decode_text, described
 from models.zip_directory import Member
 
-# Training files are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
-LIMITS = Limits(max_bytes=64 * 2**20)
 PIECE = 2**20
 SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it
 MAX_DEPTH = 32  # folders in folders
@@ -80,9 +78,9 @@ class Files(ABC):
         return self.names.get(name, name)
 
     def read(self, file: str) -> bytes:
-        """At most one byte more than decode allows, so that a huge file costs no memory."""
+        """At most one byte more than decode may allow, so that a huge file costs no memory."""
         with self.open(file) as opened:
-            return b"".join(_pieces(opened, LIMITS.max_bytes + 1))
+            return b"".join(_pieces(opened, FILE_BYTES + 1))
 
     def seekable(self, file: str) -> IO[bytes]:
         """For reading anywhere: the file itself, or a copy that vanishes when it is closed."""
@@ -97,9 +95,9 @@ class Files(ABC):
     def text(self, name: str) -> str:
         """A small file of text by its relative name. Raises DatasetError: unreadable, too large, or in another encoding."""
         with opened(self, name) as content:
-            data = content.read(LIMITS.max_bytes + 1)
-        if len(data) > LIMITS.max_bytes:
-            raise DatasetError(f"{printable(name)} has more than {LIMITS.max_bytes:,} bytes; split the dataset")
+            data = content.read(TRAINING_BYTES + 1)
+        if len(data) > TRAINING_BYTES:
+            raise DatasetError(f"{printable(name)} has more than {TRAINING_BYTES:,} bytes; split the dataset")
         try:
             return decode_text(data, self.encoding)
         except UnicodeDecodeError as error:

@@ -18,10 +18,11 @@ from itertools import accumulate
 from typing import IO, TYPE_CHECKING, Any
 
 from models.archive import check_count, check_growth, printable
-from models.data.files import LIMITS, Files
+from models.data.files import Files
 from models.data.parquet_pages import unpacked_bytes
 from models.data.samples import PART_NAMES, UNREADABLE, Item, Part, Source, make_source, part_of
 from models.errors import DatasetError
+from models.image_cost import FILE_BYTES
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -159,12 +160,12 @@ class Shard:
         return names[value]
 
     def image(self, row: int) -> bytes:
-        """At most one byte more than decode allows. Raises OSError."""
+        """At most one byte more than decode may allow. Raises OSError."""
         group = bisect_right(self._ends, row)
         value = self._images(group)[row - (self._ends[group - 1] if group else 0)]
         if not value.is_valid:
             raise OSError("the row holds no bytes of an image")
-        data: bytes = value.value.as_buffer()[: LIMITS.max_bytes + 1].to_pybytes()
+        data: bytes = value.value.as_buffer()[: FILE_BYTES + 1].to_pybytes()
         return data
 
     def _images(self, group: int) -> Any:

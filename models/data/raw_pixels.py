@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.archive import check_count, check_growth, printable
-from models.data.files import LIMITS, Files, opened
+from models.data.files import Files, opened
 from models.data.samples import Read
 from models.errors import DatasetError
+from models.image_cost import DEFAULT_LIMITS
 
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # past this the pixels lie in a temporary file
 MAX_NAMES = 256
@@ -86,9 +87,14 @@ def read_exactly(content: IO[bytes], shape: tuple[int, ...], files: Files, name:
 
 def check_image(height: int, width: int, name: str) -> None:
     """Raises DatasetError for an image that decode would refuse."""
-    if height < 1 or width < 1 or height * width > LIMITS.max_pixels or max(height, width) > LIMITS.max_side:
+    if (
+        height < 1
+        or width < 1
+        or height * width > DEFAULT_LIMITS.max_pixels
+        or max(height, width) > DEFAULT_LIMITS.max_side
+    ):
         raise DatasetError(
-            f"{printable(name)} claims images of {height} x {width} pixels; the limits are 1 and {LIMITS.max_pixels:,} pixels: "
+            f"{printable(name)} claims images of {height} x {width} pixels; the limits are 1 and {DEFAULT_LIMITS.max_pixels:,} pixels: "
             "download it again"
         )
 

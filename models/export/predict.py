@@ -12,15 +12,31 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+Image.MAX_IMAGE_PIXELS = None  # the photographs are your own: 200 megapixels are decoded at 1/8
 UPRIGHT = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF orientation
+
+
+def white_of(largest: float, floats: bool, declared: int) -> float:
+    """The largest value of as many bits as the image uses, or declares to use."""
+    if declared and not floats and largest < 2**declared:
+        return float(2**declared - 1)
+    whites = [1.0] * floats + [2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)]
+    return next((white for white in whites if largest <= white), largest)
+
+
+def declared_bits(photo: Path) -> int:
+    """Those of the chunk sBIT of a PNG; 0 where there is none."""
+    data = photo.read_bytes()
+    at = data.find(b"sBIT", 0, max(data.find(b"IDAT"), 0))
+    return data[at + 4] if at > 0 and data.startswith(b"\x89PNG") and data[at + 4] <= 16 else 0
 
 
 def flat(image: Image.Image) -> Image.Image:
     """Any mode -> RGB or L: 16-bit and float gray scaled, transparent pixels on white."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
-        white = next((w for w in (1, 255) if image.mode == "F" and values.max() <= w), 65535)
-        gray = (values.clip(0, white) / (white / 255)).round()
+        white = white_of(float(values.max()), image.mode == "F", image.info.get("declared", 0))
+        gray = (values.clip(0, white) * (255 / white)).round()
         return Image.fromarray(np.where(values == image.info.get("transparency", -1), 255, gray).astype(np.uint8))
     if image.has_transparency_data:
         colour, paper = image.convert("RGBA"), Image.new("RGB", image.size, "white")
@@ -83,6 +99,7 @@ def pixels(
     """An image file, upright, resized and cropped: uint8 (1, height, width, channels)."""
     (down, across), (high, wide) = (each if isinstance(each, list) else (each, each) for each in (resize, crop))
     image: Image.Image = Image.open(photo)
+    image.info["declared"] = declared_bits(photo)
     largest = int(2.5 * max(down, across))
     draft = image.draft(None, (largest, largest))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
     sides = draft[1][2:] if draft else image.size

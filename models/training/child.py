@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from models.training.process import die_with_parent, explain, ran_out_of_disk
 
 if TYPE_CHECKING:
+    from models.image_cost import Limits
     from models.store import ModelStore
     from models.training.handover import Order, Result
     from models.training.request import Event, FinetuneRequest
@@ -50,6 +51,7 @@ class Run(Protocol):
         cache: Path,
         stop: Callable[[], bool],
         device: str,
+        limits: "Limits",
     ) -> "Result": ...
 
 
@@ -64,6 +66,7 @@ class DryRun(Protocol):
         *,
         cache: Path,
         device: str,
+        limits: "Limits",
     ) -> dict[str, Any]: ...
 
 
@@ -116,7 +119,16 @@ def work(folder: Path, run: Run, progress: Callable[["Event"], None], stop: Call
 
     try:
         order, store = _prepare(folder)
-        return run(order.request, store, progress, job_dir=folder, cache=order.cache, stop=stop, device=order.device)
+        return run(
+            order.request,
+            store,
+            progress,
+            job_dir=folder,
+            cache=order.cache,
+            stop=stop,
+            device=order.device,
+            limits=order.limits,
+        )
     except Exception as error:
         traceback.print_exc()
         return Result(status="failed", error=explain(error))
@@ -129,7 +141,7 @@ def rehearsal(folder: Path, dry_run: DryRun, progress: Callable[["Event"], None]
 
     try:
         order, store = _prepare(folder)
-        found = dry_run(order.request, store, progress, cache=order.cache, device=order.device)
+        found = dry_run(order.request, store, progress, cache=order.cache, device=order.device, limits=order.limits)
         replace(folder / DRY_RUN, json.dumps(found, allow_nan=False).encode())
         return Result(status="succeeded")
     except Exception as error:

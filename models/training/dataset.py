@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from models.classifier import Preprocessing
-from models.data.files import LIMITS, reason
+from models.data.files import reason
 from models.data.raw_pixels import Array, allocate
 from models.data.samples import MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source
 from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.images import decode
 from models.text_encodings import AUTO
 from models.training import audit, duplicates, split
@@ -82,6 +83,7 @@ def load(
     on_bad_file: Literal["skip", "fail"] = "skip",
     encoding: str = AUTO,
     progress: Progress = silent,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Dataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
@@ -90,7 +92,7 @@ def load(
     file and the disk is full.
     """
     with open_source(path, encoding) as source:
-        decoded = _decode_all(source, preprocessing, lambda done: progress(DECODING * done))
+        decoded = _decode_all(source, preprocessing, limits, lambda done: progress(DECODING * done))
     _check_bad(decoded.bad, len(source.items), on_bad_file)
     if not decoded.places:
         raise TooFewImages(
@@ -134,11 +136,15 @@ def _images(source: Source, decoded: _Decoded, progress: Progress) -> Images:
 
 
 def pixels(
-    path: Path, data: Dataset, preprocessing: Preprocessing, progress: Progress = silent
+    path: Path,
+    data: Dataset,
+    preprocessing: Preprocessing,
+    progress: Progress = silent,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Tensor, tuple[bytes, ...]]:
     """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
     with open_source(path, data.encoding) as source:
-        decoded = _decode_all(source, preprocessing, progress)
+        decoded = _decode_all(source, preprocessing, limits, progress)
     if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
         raise DatasetError(f"{data.name} has changed since the run began; leave it as it is, and start again")
     return decoded.pixels, decoded.digests
@@ -241,12 +247,12 @@ class _Outcome(NamedTuple):
     drawn: tuple[int, int, int] | None = None  # see audit.drawn_colours
 
 
-def _decode_all(source: Source, preprocessing: Preprocessing, progress: Progress) -> _Decoded:
-    items = source.items
+def _decode_all(source: Source, preprocessing: Preprocessing, limits: Limits, progress: Progress) -> _Decoded:
+    items, limits = source.items, limits.of_training()
     array = allocate((len(items), preprocessing.height, preprocessing.width, preprocessing.channels))
 
     def one(place: int) -> _Outcome:
-        return _decode_into(array[place], items[place].file, source.read, preprocessing)
+        return _decode_into(array[place], items[place].file, source.read, preprocessing, limits)
 
     outcomes = _in_parallel(one, len(items), progress)
     drawn = {place: outcome.drawn for place, outcome in enumerate(outcomes) if outcome.drawn}
@@ -277,7 +283,7 @@ def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress)
     return outcomes
 
 
-def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocessing) -> _Outcome:
+def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocessing, limits: Limits) -> _Outcome:
     """Fill one (H, W, C) row."""
     try:
         data = read(file)
@@ -285,7 +291,7 @@ def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocess
         return _Outcome("unreadable", reason=f"cannot be read: {reason(error)}")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        target[:] = decode(data, preprocessing, LIMITS).permute(1, 2, 0).numpy()
+        target[:] = decode(data, preprocessing, limits).permute(1, 2, 0).numpy()
     except ImageError as error:
         return _Outcome(sha256, reason=audit.reason_of(error, data))
     if audit.is_animated(data):

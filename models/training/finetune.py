@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from models.classifier import ModelConfig
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.reference import Reference
 from models.runtime import devices, tune_allocator
 from models.runtime.device import gains_from_bfloat16, leave_memory
@@ -51,6 +52,7 @@ def run(
     cache: Path,
     stop: Stop = never,
     device: str = "auto",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Result:
     """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
 
@@ -60,7 +62,7 @@ def run(
     """
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
-        job = prepare(request, store, progress, job_dir, cache, stop, device)
+        job = prepare(request, store, progress, job_dir, cache, stop, device, limits)
         job, choice = choose_base(job)
         torch.manual_seed(job.settings.seed)  # the same weights, whether folds were trained before or by a killed run
         trained = fitting.train(job)
@@ -98,9 +100,11 @@ def prepare(
     cache: Path,
     stop: Stop = never,
     device: str = "auto",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
     begun = Run.read(folder) if folder else None
+    limits = begun.limits if begun else limits  # other images may be good under others
     # A run that began on a GPU does not go on for days on a CPU: without a usable GPU it fails and says why.
     there = devices("cuda" if device == "auto" and begun is not None and begun.on_gpu else device)
     if there[0].type == "cuda":
@@ -119,6 +123,7 @@ def prepare(
             on_bad_file=request.on_bad_file,
             encoding=request.encoding,
             progress=lambda done: progress(Event("audit", done)),
+            limits=limits,
         )
         data = data.warned(seen_before(bases, data, store))
     for file in data.audit.bad:
@@ -130,7 +135,7 @@ def prepare(
     if len(bases) == 1 and mode != "head":
         fitting.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
     on_gpu = there[0].type == "cuda"
-    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu)
+    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu, limits=limits)
     run.check(data)
     if folder:
         run.write(folder)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Base64Bytes, Field
 
 from models.classifier import NAME_PATTERN, ModelConfig, Record
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.training.request import FinetuneRequest
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Order(Record):
     weights: Path  # the model store
     cache: Path  # of features, shared by all jobs
     threads: int = Field(ge=1)  # CPU threads of a computation
+    limits: Limits = DEFAULT_LIMITS  # on its images; a run that goes on keeps those it began with
     device: Literal["auto", "cpu", "cuda"] = (
         "auto"  # see models.runtime.devices; the environment says which GPUs it sees
     )

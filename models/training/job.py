@@ -12,6 +12,7 @@ from torch import Tensor
 from models import files
 from models.classifier import Backbone, BackboneRef, Preprocessing, Record
 from models.errors import DatasetError
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.records import read_record, to_json
 from models.runtime.options import Precision
 from models.store import ModelStore
@@ -48,6 +49,7 @@ class Run(Record):
     bases: tuple[Base, ...]
     choice: Choice | None = None  # among the bases, once it is made
     on_gpu: bool = False
+    limits: Limits = DEFAULT_LIMITS  # on its images
 
     @classmethod
     def read(cls, folder: Path) -> "Run | None":
@@ -87,6 +89,10 @@ class Job:
     _precisions: dict[BackboneRef, Precision] = field(default_factory=dict)
 
     @property
+    def limits(self) -> Limits:
+        return self.run.limits
+
+    @property
     def held_out(self) -> Tensor:
         """Rows (n,) that neither weights nor temperature were fitted to, where there are such; otherwise those of validation."""
         return self.data.rows["test"] if len(self.data.rows["test"]) else self.data.rows["val"]
@@ -122,7 +128,7 @@ class Job:
         if preprocessing not in self._pixels:
             alive = self.tell("features")
             self._pixels[preprocessing] = dataset.pixels(
-                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0)
+                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0), self.limits
             )
         return self._pixels[preprocessing]
 

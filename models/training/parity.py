@@ -84,7 +84,7 @@ def _read_again(job: Job, stored: Classifier) -> tuple[Tensor, dict[str, bytes],
         if (data := contents.get(job.data.paths[row])) is None:
             continue
         try:
-            pixels.append([decode(data, backbone.ref.preprocessing) for backbone in stored.backbones])
+            pixels.append([decode(data, backbone.ref.preprocessing, job.limits) for backbone in stored.backbones])
         except ImageError:  # past the limits of a server, which are narrower
             continue
         kept.append(row)

@@ -6,7 +6,6 @@ from io import BytesIO
 from PIL import Image
 from torch import Tensor
 
-from models.data.files import LIMITS
 from models.data.samples import UNREADABLE
 from models.data.sources import open_source
 from models.errors import ImageError
@@ -31,7 +30,7 @@ def odd_ones(job: Job) -> dict[str, bytes]:
         for item in source.items:
             if item.path in bad:
                 with suppress(ImageError, *UNREADABLE):
-                    shown[item.path] = jpeg(decode(source.read(item.file), shape, LIMITS))
+                    shown[item.path] = jpeg(decode(source.read(item.file), shape, job.limits.of_training()))
     return shown
 
 

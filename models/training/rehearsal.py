@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import architectures
 from models.classifier import Preprocessing, normalise
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.runtime import tune_allocator
 from models.runtime.choice import seconds_of
 from models.store import ModelStore
@@ -36,6 +37,7 @@ def dry_run(
     *,
     cache: Path,
     device: str = "auto",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> dict[str, Any]:
     """The audit with pictures, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and
     nothing is written.
@@ -43,7 +45,8 @@ def dry_run(
     Raises what `run` would raise up to the training.
     """
     tune_allocator()
-    job, selects = prepare(request, store, progress, None, cache, device=device), request.selects_architecture
+    job = prepare(request, store, progress, None, cache, device=device, limits=limits)
+    selects = request.selects_architecture
     return {
         "audit": job.data.audit.model_dump(mode="json"),
         "pictures": {

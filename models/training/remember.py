@@ -10,6 +10,7 @@ from torch import Tensor
 from models.classifier import Classifier, ModelConfig
 from models.decisions import PRECISION, Decisions
 from models.errors import DatasetError
+from models.image_cost import DEFAULT_LIMITS, Limits
 from models.reference import Conformal, Neighbourhood, Reference, kth, nearest, sample
 from models.store import ModelStore
 from models.text_encodings import AUTO
@@ -44,6 +45,7 @@ def calibrate(
     progress: Progress = silent,
     precision: float = PRECISION,
     encoding: str = AUTO,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Reference:
     """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
 
@@ -53,14 +55,14 @@ def calibrate(
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
     halved = lambda done: progress(done / 2)  # noqa: E731
-    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, encoding=encoding, progress=halved)
+    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, encoding=encoding, progress=halved, limits=limits)
     if data.classes != config.classes:
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":
         raise DatasetError(
             f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
         )
-    pixels = [data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind)[0] for kind in kinds]
+    pixels = [data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, limits=limits)[0] for kind in kinds]
     features = _features(classifier, pixels)
     reference = _reference(
         data,

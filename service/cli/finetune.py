@@ -19,7 +19,7 @@ from models.training.report import Report
 from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
 from models.training.select import Scored
 from service.cli.complete import stored_models
-from service.cli.options import examples, fields_options, settings_options
+from service.cli.options import IMAGES, examples, fields_options, settings_options
 from service.cli.progress import Update, progress
 from service.cli.store import changed
 from service.settings import Settings
@@ -37,7 +37,7 @@ REQUEST = (
     "channels",
     "accept_precision",
 )
-SETTINGS = ("weights", "data", "device", "trainer_threads")
+SETTINGS = ("weights", "data", "device", "trainer_threads", *IMAGES)
 BUDGET = tuple(Budget.model_fields)
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
@@ -95,6 +95,7 @@ def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
             lambda event: tell(event, update),
             cache=settings.data / "features",
             device=settings.device,
+            limits=settings.limits(),
         )
 
 
@@ -108,7 +109,10 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     store.check_writable()
     with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
         told, cache = partial(tell, update=update), settings.data / "features"
-        result = run(request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device)
+        limits = settings.limits()
+        result = run(
+            request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device, limits=limits
+        )
     forget(folder)
     report = Report.model_validate_json((folder / REPORT).read_bytes())
     click.echo(report.model_dump_json(indent=2) if as_json else summary(report))

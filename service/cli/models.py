@@ -9,7 +9,7 @@ import click
 
 from service.cli.complete import stored_models
 from service.cli.imports import import_model
-from service.cli.options import a_number, an_encoding, examples, settings_options
+from service.cli.options import IMAGES, a_number, an_encoding, examples, settings_options
 from service.cli.progress import progress
 from service.cli.store import changed, open_store, stored
 from service.settings import Settings
@@ -247,7 +247,7 @@ def rollback(name: str, **flags: Any) -> None:
 @click.option("--images", type=click.IntRange(1), help="Most training images to keep; by default 256 KB of features")
 @accept_precision
 @click.option("--encoding", default="auto", callback=an_encoding, help="As `imago finetune` has it")
-@settings_options("weights")
+@settings_options("weights", *IMAGES)
 def calibrate(
     name: str,
     dataset: Path,
@@ -269,8 +269,8 @@ def calibrate(
     config = store.config(*split_version(name))
     with progress("calibrate", "%") as update:
         told = lambda done: update(round(100 * done), 100)  # noqa: E731
-        precision = accept_precision or PRECISION
-        reference = make_reference(store, config, dataset, part, share, images, told, precision, encoding)  # type: ignore[arg-type]
+        precision, limits = accept_precision or PRECISION, Settings.load(**flags).limits()
+        reference = make_reference(store, config, dataset, part, share, images, told, precision, encoding, limits)  # type: ignore[arg-type]
     store.put_reference(config, reference)
     click.echo(f"{config.name}@{config.version}: {reference.conformal.images} held-out images")
     if reference.decisions is not None:

@@ -17,8 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What a command that computes in this process can be told of where models are and how they run.
 RUNTIME = ("weights", "data", "device", "engine", "precision", "memory_format", "threads", "max_batch")
-# What bounds an image, whoever sends it.
-IMAGES = ("max_image_mb", "max_image_megapixels", "max_image_side", "extra_formats", "decode_threads")
+# What bounds an image, wherever it is decoded.
+IMAGES = ("max_image_mb", "max_image_megapixels", "max_image_side", "extra_formats")
 
 
 def examples(*commands: str) -> str:

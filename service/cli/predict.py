@@ -58,7 +58,7 @@ PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that t
 )
 @click.option("--neighbours", type=click.IntRange(0, 16), default=0, help="Add so many of the nearest training images")
 @click.option("--json", "as_json", is_flag=True, help="Print what POST /predict would answer")
-@settings_options(*RUNTIME, *IMAGES)
+@settings_options(*RUNTIME, *IMAGES, "decode_threads")
 def command(
     files: tuple[Path, ...],
     models: tuple[str, ...],

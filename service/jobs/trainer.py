@@ -41,6 +41,7 @@ def order_of(settings: Settings, request: FinetuneRequest) -> Order:
         weights=settings.weights.resolve(),
         cache=(settings.data / "features").resolve(),
         threads=settings.trainer_cores,
+        limits=settings.limits(),
         device="cuda" if settings.device.startswith("cuda") else "cpu" if settings.device == "cpu" else "auto",
     )
 
