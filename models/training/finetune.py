@@ -117,6 +117,7 @@ def prepare(
             test_fraction=request.test_fraction,
             seed=request.hyperparameters.seed,
             on_bad_file=request.on_bad_file,
+            near_duplicates=request.near_duplicates,
             progress=lambda done: progress(Event("audit", done)),
         )
         data = data.warned(seen_before(bases, data, store))

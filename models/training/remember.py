@@ -50,7 +50,9 @@ def calibrate(
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
-    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, progress=lambda done: progress(done / 2))
+    data = dataset.load(
+        path, kinds[0], val_fraction=0.05, seed=0, near_duplicates="off", progress=lambda done: progress(done / 2)
+    )
     if data.classes != config.classes:
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":

@@ -15,6 +15,7 @@ Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
+NearDuplicates = Literal["group", "report", "off"]
 Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
@@ -213,6 +214,10 @@ class FinetuneRequest(_Asked):
     )
     on_bad_file: Literal["skip", "fail"] = Field(
         default="skip", description="What to do with a file that is no usable image"
+    )
+    near_duplicates: NearDuplicates = Field(
+        default="group",
+        description="Versions of one photograph: group keeps them on one side of the split, report only lists them, off does not search",
     )
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping = EarlyStopping()
