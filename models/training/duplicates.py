@@ -31,7 +31,7 @@ MAX_CANDIDATES = 500_000  # pairs looked at, the closest first: some 5 s
 # Details of a pair, see likeness: a level lies between what is usual in the dataset and 1. Where any two photographs differ, pairs of
 # CIFAR-10 were one photograph from 0.5 on; of 144 pictures by one fixed camera, of ten kinds, no two had 0.88. Of fewer than 40
 # images the background is known less well.
-SAME, DOUBTFUL = 0.6, 0.3  # of the way; between them features decide
+SAME, DOUBTFUL = 0.75, 0.3  # of the way; between them features decide
 HIGHEST = 0.88
 FEW, FEW_LEVEL = 40, 0.97
 LARGE_GROUP = (0.95, 0.99)  # where a group grows too large
