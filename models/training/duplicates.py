@@ -1,4 +1,4 @@
-"""Which images are the same picture: equal pixels, or the same photograph scaled, recompressed, brightened or retouched.
+"""Images that are the same picture: equal pixels, or the same photograph scaled, recompressed, brightened or retouched.
 
     pixels --gray, 32 x 32--> 63 signs of its low frequencies (64 bits) --a quarter of the bits in common--> candidates
     candidates --likeness.details: what the pair does not share with the dataset correlates--> pairs --> groups

@@ -30,7 +30,7 @@ PAIRS = 10_000  # compared at a time
 REFERENCE = packaged.DEFAULT
 SIDE = 96  # of the images whose features are computed
 COMPARED = 48  # images of the dataset whose features say how alike any two are
-JUDGED = 128  # pairs, those whose details are most alike
+JUDGED = 256  # pairs, those whose details are most alike
 CLOSER = 0.5  # of the distance that all but 0.2 % of other pairs exceed
 
 
@@ -89,7 +89,7 @@ def _levelled(gray: Tensor) -> Tensor:
 
 def same_by_features(pixels: Tensor, pairs: Tensor) -> Tensor:
     """Cosine (p,) of the features of each pair (p, 2) of rows of uint8 (N, C, H, W), the most alike first; 0 for a pair that is not
-    closer than pairs of this dataset usually are, and for those beyond the first 128."""
+    closer than pairs of this dataset usually are, and for those beyond the first 256."""
     backbone = _reference()
     if backbone is None or not len(pairs):
         return torch.zeros(len(pairs))
