@@ -14,7 +14,7 @@ from benchmarks import rig
 from benchmarks.finetune import datasets
 from models.classifier import Preprocessing
 from models.images import decode
-from models.training.duplicates import group
+from models.training.duplicates import search
 
 SHAPE = Preprocessing(resize=256, crop=224)
 
@@ -81,7 +81,7 @@ def _original(pair: tuple[int, int], count: int) -> tuple[int, int]:
 def _pairs(pixels: Tensor) -> set[tuple[int, int]]:
     """Places (i, j), i < j, of the images in one group."""
     digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in pixels]
-    groups = group(pixels, digests)
+    groups = search(pixels, digests).groups
     by_group: dict[int, list[int]] = {}
     for place, number in enumerate(groups.tolist()):
         by_group.setdefault(number, []).append(place)

@@ -78,13 +78,18 @@ def pull(name: str, store: ModelStore) -> ModelConfig:
     existing = store.newest(name, lambda config: config.lineage.get("sha256") == PACKAGES[name].sha256)
     if existing is not None and store.is_sound(existing):
         return existing
-    network = fit(name, _renamed(package, name), channels=3, source=package.distribution)
-    ref = store.put_backbone(name, network.backbone, network.preprocessing)
+    fitted = network(name)
+    ref = store.put_backbone(name, fitted.backbone, fitted.preprocessing)
     if existing is not None and store.is_sound(existing):
         return existing
     return store.publish(
-        name, [ref], Head.of(network.layer), imagenet_classes(), {"acc@1": package.accuracy}, _lineage(package)
+        name, [ref], Head.of(fitted.layer), imagenet_classes(), {"acc@1": package.accuracy}, _lineage(package)
     )
+
+
+def network(name: str) -> architectures.Network:
+    """A packaged network with its weights, in memory alone. Raises WeightsError: the package is missing or holds something else."""
+    return fit(name, _renamed(PACKAGES[name], name), channels=3, source=PACKAGES[name].distribution)
 
 
 def provide(store: ModelStore, names: Sequence[str] | None = None) -> None:

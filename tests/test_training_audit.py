@@ -23,6 +23,7 @@ from models.training.audit import (
     odd_drawings,
     reason_of,
 )
+from models.training.duplicates import Near
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 
@@ -44,6 +45,13 @@ def items(count: int, classes: int = 2) -> list[Item]:
     return [Item(f"{i}.png", f"{i}.png", "train", str(i % classes)) for i in range(count)]
 
 
+def near_groups(names: str, groups: list[int]) -> tuple[Near, ...]:
+    by_group = {group: tuple(row for row, each in enumerate(groups) if each == group) for group in groups}
+    return tuple(
+        Near(rows, f"rule {group}") for group, rows in by_group.items() if len({names[row].lower() for row in rows}) > 1
+    )
+
+
 def audited(names: str, groups: list[int], per_part: tuple[int, int, int] | None = None, **more: Any) -> Audit:
     """Of images called by single letters, upper case in class 1; equal letters are equal images."""
     places = torch.arange(len(names))
@@ -54,6 +62,7 @@ def audited(names: str, groups: list[int], per_part: tuple[int, int, int] | None
         labels=torch.tensor([int(letter.isupper()) for letter in names]),
         digests=tuple(letter.lower().encode() for letter in names),
         groups=torch.tensor(groups),
+        near=near_groups(names, groups),
     )
     files = more.pop("files", len(names))
     return make_audit(images, dict(zip(PARTS, parts, strict=True)), places[:0], files, layout="letters", **more)
@@ -125,9 +134,14 @@ def test_a_class_of_drawings_is_not_odd() -> None:
 def test_groups_are_listed_by_what_they_are() -> None:
     found = audited("aabcdDee", [0, 0, 1, 1, 2, 2, 3, 4])  # the two e were taken apart
     assert found.duplicates == (("a0", "a1"), ("d4", "D5"), ("e6", "e7"))
-    assert found.near_duplicates == (("b2", "c3"),)
+    assert (found.near_duplicates, found.near_rules) == ((("b2", "c3"),), ("rule 1",))
     assert found.conflicts == (("d4", "D5"),)
     assert found.totals == {"bad": 0, "duplicates": 3, "near_duplicates": 1, "conflicts": 1, "left_out": 0}
+
+
+def test_near_duplicates_are_no_wrong_label() -> None:
+    found = audited("aBcD", [0, 0, 1, 2])
+    assert (found.near_duplicates, found.conflicts) == ((("a0", "B1"),), ())
 
 
 def test_counts_by_part_and_class() -> None:

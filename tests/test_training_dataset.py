@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -218,7 +219,7 @@ def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
             coloured(4, "train/")
             | {f"{part}/x/{i}.png": png((9, 9, 9), i) for part in ("train", "val") for i in (1, 2)},
             "too_few_images",
-            "2 more show what is in validation",
+            "2 more are identical to images of validation",
             id="all in validation",
         ),
     ],
@@ -241,6 +242,50 @@ def test_an_empty_class_folder_is_an_error(tmp_path: Path) -> None:
     (folder(tmp_path, coloured(4)) / "pink").mkdir()
     with pytest.raises(DatasetError, match="'pink' has 0 usable training images"):
         load_all(tmp_path)
+
+
+def photograph(seed: int, version: int = 0) -> bytes:
+    """A PNG of a picture; its versions are brighter."""
+    noise = np.random.default_rng(seed).integers(0, 200, (4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    image.point(lambda value: value + 8 * version).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def photographs(count: int, prefix: str = "", seed: int = 0) -> dict[str, bytes]:
+    paths = [f"{prefix}{name}/{place}.png" for name in ("red", "blue") for place in range(count)]
+    return {path: photograph(seed + place) for place, path in enumerate(paths)}
+
+
+def test_near_duplicates_across_given_parts_stay_and_are_told(tmp_path: Path) -> None:
+    names = ["train/red/a.png", "train/blue/b.png", "val/red/c.png"]
+    files = photographs(20, "train/") | photographs(20, "val/", seed=100)
+    files |= {name: photograph(999, version) for version, name in enumerate(names)}
+    data = load_all(folder(tmp_path, files))
+    assert sizes(data) == [42, 41, 0]
+    assert (data.audit.left_out, data.audit.conflicts) == ((), ())
+    assert [set(group) for group in data.audit.near_duplicates] == [set(names)]
+    assert data.audit.near_rules[0].startswith("same photograph: hash differs in up to")
+    assert any(said.startswith("2 training images have near-duplicates") for said in data.audit.warnings)
+
+
+@pytest.mark.parametrize(("near", "listed", "groups"), [("group", 1, 1), ("report", 1, 6), ("off", 0, 6)])
+def test_the_request_says_what_near_duplicates_do(tmp_path: Path, near: str, listed: int, groups: int) -> None:
+    files = photographs(30) | {f"red/same{i}.png": photograph(999, i) for i in range(6)}
+    data = load_all(folder(tmp_path, files), near_duplicates=near)
+    rows = [row for row, path in enumerate(data.paths) if "same" in path]
+    assert len(set(data.groups[rows].tolist())) == groups
+    assert data.audit.totals["near_duplicates"] == listed
+
+
+def test_a_class_of_near_duplicates_is_an_error_that_names_the_flag(tmp_path: Path) -> None:
+    files = photographs(30) | {f"pink/{i}.png": photograph(999, i) for i in range(4)}
+    with pytest.raises(
+        DatasetError, match=r"all images of class 'pink' .* --near-duplicates report .* --near-duplicates off"
+    ):
+        load_all(folder(tmp_path, files))
+    assert sizes(load_all(tmp_path, near_duplicates="report"))[1] > 0
 
 
 @pytest.mark.abuse("J3")
@@ -272,7 +317,7 @@ def test_a_picture_under_two_labels_is_told(tmp_path: Path) -> None:
 def test_a_class_of_one_picture_trains_all_the_same(tmp_path: Path) -> None:
     data = load_all(folder(tmp_path, coloured(4) | {f"pink/{i}.png": SAME for i in range(4)}))
     assert [sum("pink" in path for path in paths(data, part)) for part in dataset.PARTS] == [3, 1, 0]
-    assert any("pink are nearly the same picture" in warning for warning in data.audit.warnings)
+    assert any("pink are the same picture" in warning for warning in data.audit.warnings)
 
 
 def test_another_preprocessing_keeps_the_rows(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
+import re
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.training import duplicates
-from models.training.duplicates import equal, group, near_pairs, thumbnails
+from models.training import duplicates, likeness
+from models.training.duplicates import Found, equal, near_pairs, search
+from models.training.request import NearDuplicates
 
 
 def pictures(count: int, seed: int = 0, side: int = 32, blobs: int = 6) -> Tensor:
@@ -16,7 +20,12 @@ def pictures(count: int, seed: int = 0, side: int = 32, blobs: int = 6) -> Tenso
 
 
 def grouped(pixels: Tensor) -> list[int]:
-    return group(pixels, [image.numpy().tobytes() for image in pixels]).tolist()
+    numbers: list[int] = searched(pixels).groups.tolist()
+    return numbers
+
+
+def searched(pixels: Tensor, near: NearDuplicates = "group") -> Found:
+    return search(pixels, [image.numpy().tobytes() for image in pixels], near)
 
 
 def changed(image: Tensor, how: str) -> Tensor:
@@ -48,8 +57,8 @@ def test_versions_of_a_photograph_share_a_group(how: str) -> None:
 def test_the_pixels_side_does_not_matter() -> None:
     small = pictures(30)
     large = F.interpolate(small.float(), (224, 224), mode="bilinear").to(torch.uint8)
-    pairs = near_pairs(thumbnails(large, torch.tensor([3, 3, 4])))
-    assert pairs.tolist() == [[0, 1]]
+    both = torch.cat([large, large[3:4]])
+    assert near_pairs(both, torch.arange(31)).pairs.tolist() == [[3, 30]]
 
 
 def test_gray_images_of_one_channel() -> None:
@@ -68,20 +77,72 @@ def test_groups_are_chains_of_pairs() -> None:
 
 
 def test_in_a_large_group_only_closer_pairs_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    thumbs = thumbnails(pictures(300), torch.arange(300))
-    chain = np.stack([np.arange(299), np.arange(1, 300)], axis=1)
-    likeness = np.full((299, 2), 0.92, dtype=np.float32)
-    likeness[::2] = 0.995
+    chain = np.stack([np.full(299, 4), np.arange(299), np.arange(1, 300)], axis=1)  # bits, places
+    alike = torch.full((299,), 0.92)
+    alike[::2] = 0.995
     monkeypatch.setattr(duplicates, "_candidates", lambda thumbs: chain)
-    monkeypatch.setattr(duplicates, "_likeness", lambda gray, pairs: likeness)
-    assert near_pairs(thumbs).tolist() == chain[::2].tolist()
+    monkeypatch.setattr(likeness, "details", lambda gray, basis, pairs: alike)
+    assert near_pairs(pictures(300), torch.arange(300)).pairs.tolist() == chain[::2, 1:].tolist()
 
 
 def test_the_closest_candidates_are_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pictures(40)
     monkeypatch.setattr(duplicates, "MAX_CANDIDATES", 1)
-    pairs = near_pairs(thumbnails(torch.cat([pixels, pixels[7:8]]), torch.arange(41)))
-    assert pairs.tolist() == [[7, 40]]
+    found = near_pairs(torch.cat([pixels, pixels[7:8]]), torch.arange(41))
+    assert found.pairs.tolist() == [[7, 40]]
+
+
+def parts(count: int, marks: bool = True, seed: int = 0) -> Tensor:
+    """uint8 (count, 3, 64, 64): round parts under one camera, a pixel off the middle at most, each with a mark and noise of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    images = torch.empty(count, 64, 64)
+    for image in images:
+        a, b, u, v = torch.rand(4, generator=generator).tolist()
+        image[:] = 170 - 90 * ((x - 31 - 2 * a) ** 2 + (y - 31 - 2 * b) ** 2 > 400)
+        if marks:
+            image[int(16 + 24 * u) :, int(16 + 24 * v) :][:6, :6] -= 60
+    images += 2 * torch.randn(images.shape, generator=generator)
+    return images.clamp(0, 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+@pytest.mark.parametrize("marks", [pytest.param(True, id="marks"), pytest.param(False, id="noise alone")])
+@pytest.mark.parametrize("count", [12, 60, 200])
+def test_different_objects_of_one_camera_are_alone(count: int, marks: bool) -> None:
+    assert grouped(parts(count, marks)) == list(range(count))
+
+
+@pytest.mark.parametrize("how", ["brighter", "gray"])
+def test_a_copy_among_pictures_of_one_camera_is_found(how: str) -> None:
+    pixels = parts(60)
+    copies = torch.stack([changed(image, how) for image in pixels[:5]])
+    assert grouped(torch.cat([pixels, copies])) == [*range(60), *range(5)]
+
+
+def test_a_group_has_the_rule_that_found_it() -> None:
+    pixels = pictures(50, side=64, blobs=5)
+    (near,) = searched(torch.cat([pixels, changed(pixels[3], "noise")[None]])).near
+    assert near.rows == (3, 50)
+    assert re.fullmatch(r"same photograph: hash differs in \d of 64 bits, details 0\.9\d\d", near.rule)
+
+
+def test_reported_near_duplicates_do_not_group_and_off_finds_none() -> None:
+    pixels = pictures(50, side=64, blobs=5)
+    both = torch.cat([pixels, changed(pixels[3], "brighter")[None]])
+    assert [len(searched(both, near).near) for near in get_args(NearDuplicates)] == [1, 1, 0]
+    assert searched(both, "report").groups.tolist() == list(range(51))
+
+
+def test_features_decide_where_details_are_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = pictures(50, side=64, blobs=5)
+    both = torch.cat([pixels, changed(pixels[3], "gray")[None]])
+    monkeypatch.setattr(duplicates, "_levels", lambda usual, images: (0.7, 1.01))
+    monkeypatch.setattr(likeness, "_reference", lambda: None)
+    assert not searched(both).near
+    monkeypatch.setattr(likeness, "_reference", lambda: lambda images: images.mean(dim=1).flatten(1))
+    (near,) = searched(both).near
+    assert near.rows == (3, 50)
+    assert "features 0." in near.rule
 
 
 def test_equal_digests_have_equal_numbers() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.classifier import Record
 from models.data.samples import PARTS, Item, Part
 from models.errors import EmptyImage, ImageError, UnsupportedImage
-from models.training.duplicates import equal
+from models.training.duplicates import Near, equal
 
 LISTS = ("bad", "duplicates", "near_duplicates", "conflicts", "left_out")
 MAX_LISTED = 1000  # entries of each list; `totals` counts all
@@ -64,7 +64,8 @@ class Images:
     paths: tuple[str, ...]
     labels: Tensor  # int64 (N,)
     digests: tuple[bytes, ...]  # of their pixels
-    groups: Tensor  # int64 (N,): duplicates and near-duplicates share a number
+    groups: Tensor  # int64 (N,): images that a split keeps on one side share a number
+    near: tuple[Near, ...] = ()  # groups of near-duplicates
 
 
 class Audit(Record):
@@ -76,8 +77,9 @@ class Audit(Record):
     bad: tuple[BadFile, ...]
     duplicates: tuple[tuple[str, ...], ...]  # paths with equal pixels
     near_duplicates: tuple[tuple[str, ...], ...]  # paths of one photograph in several versions
-    conflicts: tuple[tuple[str, ...], ...]  # groups of either kind under more than one label
-    left_out: tuple[str, ...]  # training (or validation) images that are in validation or test as well
+    near_rules: tuple[str, ...] = ()  # that found each group of `near_duplicates`
+    conflicts: tuple[tuple[str, ...], ...]  # paths with equal pixels under more than one label
+    left_out: tuple[str, ...]  # training (or validation) images whose equals are in validation or test
     totals: dict[str, int]  # of each list above, by its name
     parts: dict[Part, int]  # images
     class_counts: dict[Part, dict[str, int]]
@@ -172,10 +174,9 @@ def make_audit(
 ) -> Audit:
     """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings."""
     paths, labels, classes = images.paths, images.labels, images.classes
-    together = _groups(images.groups)
     duplicates = _groups(equal(images.digests))
-    near = [group for group in together if len({images.digests[row] for row in group}) > 1]
-    conflicts = [group for group in together if len(set(labels[group].tolist())) > 1]
+    near = [near.rows for near in images.near]
+    conflicts = [group for group in duplicates if len(set(labels[group].tolist())) > 1]
     sizes = [len(bad), len(duplicates), len(near), len(conflicts), len(left_out)]
     counts = {part: labels[rows[part]].bincount(minlength=len(classes)).tolist() for part in PARTS}
     audit = Audit(
@@ -185,6 +186,7 @@ def make_audit(
         bad=tuple(bad[:MAX_LISTED]),
         duplicates=_named(duplicates, paths),
         near_duplicates=_named(near, paths),
+        near_rules=tuple(near.rule for near in images.near[:MAX_LISTED]),
         conflicts=_named(conflicts, paths),
         left_out=tuple(paths[row] for row in left_out[:MAX_LISTED].tolist()),
         totals=dict(zip(LISTS, sizes, strict=True)),
@@ -219,12 +221,13 @@ def _warnings(audit: Audit) -> list[str]:
         )
     if audit.conflicts:
         found.append(
-            f"{totals['conflicts']} pictures lie under more than one label, the first {_some(audit.conflicts[0])}: remove the wrong ones"
+            f"{totals['conflicts']} identical pictures lie under more than one label, the first {_some(audit.conflicts[0])}: "
+            "remove the wrong ones"
         )
     if audit.left_out:
         found.append(
-            f"{totals['left_out']} images show the same picture as one of validation or test and are left out of the part "
-            f"before it, so that the figures stay honest: {_some(audit.left_out)}"
+            f"{totals['left_out']} images are identical to one of validation or test, pixel by pixel, and are left out of the "
+            f"part before it, so that the figures stay honest: {_some(audit.left_out)}"
         )
     return found + _class_warnings(audit)
 

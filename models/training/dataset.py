@@ -1,7 +1,7 @@
 """A dataset's images in memory, once for the whole run, with duplicates found and a split that keeps them on one side.
 
 sources.open_source --read--> bytes --images.decode, in a thread pool--> one uint8 array (N, H, W, C)
-pixels --duplicates.group--> groups --split--> rows of train, val, test;   all of it --audit.make_audit--> Audit
+pixels --duplicates.search--> groups --split--> rows of train, val, test;   all of it --audit.make_audit--> Audit
 """
 
 import hashlib
@@ -27,7 +27,9 @@ from models.images import decode
 from models.text_encodings import AUTO
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
+from models.training.duplicates import Near
 from models.training.progress import Progress, silent
+from models.training.request import NearDuplicates
 
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
@@ -49,8 +51,8 @@ class Dataset:
     labels: Tensor  # int64 (N,)
     digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
     files: tuple[bytes, ...]  # 16 bytes each: the first of the sha256 of the image's file
-    groups: Tensor  # int64 (N,): duplicates and near-duplicates share a number
-    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one part only
+    groups: Tensor  # int64 (N,): duplicates and, unless the request says otherwise, near-duplicates share a number
+    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one of the parts that are held out here
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
     encoding: str = AUTO  # that its tables and names were read by
@@ -82,6 +84,7 @@ def load(
     seed: int,
     on_bad_file: Literal["skip", "fail"] = "skip",
     encoding: str = AUTO,
+    near_duplicates: NearDuplicates = "group",
     progress: Progress = silent,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Dataset:
@@ -98,10 +101,12 @@ def load(
         raise TooFewImages(
             f"none of the {len(source.classes)} class folders has an image in it; add at least 2 to each"
         )
-    images = _images(source, decoded, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0)))
+    images = _images(
+        source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
+    )
     given = [source.items[place].part for place in decoded.places]
     found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed))
-    remarks = _remarks(found, source)
+    remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
     report = audit.make_audit(
         images, found.rows, found.left_out, len(source.items), decoded.bad, remarks, layout=source.layout
     )
@@ -123,15 +128,17 @@ def load(
     )
 
 
-def _images(source: Source, decoded: _Decoded, progress: Progress) -> Images:
+def _images(source: Source, decoded: _Decoded, near: NearDuplicates, progress: Progress) -> Images:
     items = [source.items[place] for place in decoded.places]
     indices = {name: index for index, name in enumerate(source.classes)}
+    found = duplicates.search(decoded.pixels, decoded.digests, near, progress)
     return Images(
         classes=source.classes,
         paths=tuple(item.path for item in items),
         labels=torch.tensor([indices[item.class_name] for item in items], dtype=torch.int64),
         digests=decoded.digests,
-        groups=duplicates.group(decoded.pixels, decoded.digests, progress),
+        groups=found.groups,
+        near=found.near,
     )
 
 
@@ -174,14 +181,14 @@ class _Found(NamedTuple):
     rows: dict[Part, Tensor]
     groups: Tensor
     left_out: Tensor
-    broken: list[int]  # classes whose images are all alike
+    broken: list[int]  # classes whose images are all equal
     rule: dict[str, Any]
 
 
 def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares) -> _Found:
     """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
     labels, groups = images.labels, images.groups
-    rows, left_out = split.given_rows(given, groups)
+    rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
     _check_classes(labels[rows["train"]], labels[left_out], images.classes)
     rule = _rule(rows, shares)
     val = 0.0 if len(rows["val"]) else shares.val
@@ -190,7 +197,8 @@ def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares
         return _Found(rows, groups, left_out, [], rule)
     if val + test > MAX_HELD_OUT:
         raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
-    groups, broken = split.break_up(groups, labels, images.digests, rows["train"])
+    _check_apart(images, rows["train"])
+    groups, broken = split.break_up(groups, labels, rows["train"])
     held = split.hold_out(rows["train"], labels, groups, files, val, test, shares.seed)
     rows = {part: held[part] if len(held[part]) else rows[part] for part in PARTS}
     return _Found(rows, groups, left_out, broken, rule)
@@ -221,7 +229,34 @@ def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...]) ->
 
 
 def _also(count: int) -> str:
-    return f" ({count} more show what is in validation or test)" if count else ""
+    return f" ({count} more are identical to images of validation or test)" if count else ""
+
+
+def _check_apart(images: Images, train: Tensor) -> None:
+    """Raises DatasetError for a class that near-duplicates leave with nothing to hold out."""
+    equal = split.lonely(duplicates.equal(images.digests), images.labels, train)
+    alike = [label for label in split.lonely(images.groups, images.labels, train) if label not in equal]
+    if not alike:
+        return
+    names = ", ".join(repr(images.classes[label]) for label in alike[:MAX_NAMED])
+    more = f" and {len(alike) - MAX_NAMED} more classes" if len(alike) > MAX_NAMED else ""
+    raise DatasetError(
+        f"all images of class {names}{more} are taken for near-duplicates, which stay on one side of the split, so none is left "
+        "for the other: --near-duplicates report splits them like other images and lists them, --near-duplicates off does not search"
+    )
+
+
+def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
+    """Near-duplicates of which the parts were not made here, or not by groups."""
+    held_out = {*rows["val"].tolist(), *rows["test"].tolist()}
+    train = set(rows["train"].tolist())
+    count = sum(len(train.intersection(one.rows)) for one in near if held_out.intersection(one.rows))
+    if not count:
+        return []
+    return [
+        f"{count} training images have near-duplicates in validation or test and stay where they are: if they show the same "
+        "objects, the accuracy looks better than it is; see near_duplicates in the audit"
+    ]
 
 
 def _remarks(found: _Found, source: Source) -> list[str]:
@@ -229,7 +264,7 @@ def _remarks(found: _Found, source: Source) -> list[str]:
     if found.broken:
         names = ", ".join(source.classes[label] for label in found.broken[:5])
         remarks.append(
-            f"all images of {names} are nearly the same picture, so they had to lie on both sides of the split: "
+            f"all images of {names} are the same picture, so they had to lie on both sides of the split: "
             "the accuracy of this class will look better than it is"
         )
     if source.strays:

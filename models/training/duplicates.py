@@ -1,7 +1,8 @@
-"""Which images are the same picture: equal pixels, or the same photograph scaled, recompressed, brightened or retouched.
+"""Images that are the same picture: equal pixels, or the same photograph scaled, recompressed, brightened or retouched.
 
     pixels --gray, 32 x 32--> 63 signs of its low frequencies (64 bits) --a quarter of the bits in common--> candidates
-    candidates --their 16 x 16 thumbnails and the edges in them correlate--> pairs --> groups
+    candidates --likeness.details: what the pair does not share with the dataset correlates--> pairs --> groups
+    candidates whose details are somewhat alike --likeness.same_by_features--> more pairs
 
 Datasets of alike pictures (digits, X-rays) are full of pairs that would do elsewhere; there chains of pairs would swallow
 whole classes, so in a group that grows too large only ever closer pairs count.
@@ -17,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.training import likeness
+from models.training.request import NearDuplicates
+
 Pairs = npt.NDArray[np.int64]  # (p, 2)
 
 SIDE = 32  # of the gray image that is hashed
@@ -24,9 +28,39 @@ MIN_CONTRAST = 3.0  # of 255, standard deviation: below it a picture is flat, an
 MAX_BITS = 10  # of 64 that may differ
 WINDOW = 64  # images compared with each in a list of equal 16 bits
 MAX_CANDIDATES = 500_000  # pairs looked at, the closest first: some 5 s
-# Correlation of the thumbnails and of their edges. The edges tell: two skies correlate by 0.99, their edges do not. At the first level
-# 40 of 40 pairs of CIFAR-10 were one photograph; below 0.6 of the edges they were other ships at the same place.
-LEVELS = ((0.9, 0.75), (0.97, 0.9), (0.99, 0.97))
+# Details of a pair, see likeness: a level lies between what is usual in the dataset and 1. Where any two photographs differ, pairs of
+# CIFAR-10 were one photograph from 0.5 on; of 144 pictures by one fixed camera, of ten kinds, no two had 0.88. Of fewer than 40
+# images the background is known less well.
+SAME, DOUBTFUL = 0.75, 0.3  # of the way; between them features decide
+HIGHEST = 0.88
+FEW, FEW_LEVEL = 40, 0.97
+LARGE_GROUP = (0.95, 0.99)  # where a group grows too large
+
+
+@dataclass(frozen=True)
+class Near:
+    """Rows, ascending, that show one photograph, and the rule that found them."""
+
+    rows: tuple[int, ...]
+    rule: str
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Of N images. `groups` are kept on one side of a split."""
+
+    groups: Tensor  # int64 (N,), in order of first appearance
+    near: tuple[Near, ...] = ()  # groups of images of which some are not equal
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """p pairs of places."""
+
+    pairs: Pairs  # (p, 2)
+    bits: npt.NDArray[np.int64]  # (p,) of the hash that differ
+    details: npt.NDArray[np.float32]  # (p,)
+    features: npt.NDArray[np.float32]  # (p,) cosines; 0 where they were not asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +68,47 @@ class Thumbnails:
     """What near-duplicates are found by, of N images."""
 
     hashes: npt.NDArray[np.uint64]  # (N,)
-    gray: Tensor  # uint8 (N, 16, 16)
+    gray: Tensor  # float16 (N, 32, 32)
     flat: Tensor  # bool (N,)
 
 
-def group(
-    pixels: Tensor, digests: Sequence[bytes], progress: Callable[[float], None] = lambda fraction: None
-) -> Tensor:
-    """uint8 (N, C, H, W) and a hash of each -> a group number for each, int64 (N,), in order of first appearance."""
+def search(
+    pixels: Tensor,
+    digests: Sequence[bytes],
+    near: NearDuplicates = "group",
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Found:
+    """uint8 (N, C, H, W) and a hash of each -> groups of equal ones and, by `near`, of near-duplicates."""
     exact = equal(digests)
+    if near == "off":
+        return Found(exact)
     first = np.unique(exact.numpy(), return_index=True)[1]  # one image of each set of equal ones, (M,)
-    pairs = first[near_pairs(thumbnails(pixels, torch.from_numpy(first), progress))]
-    return _joined(exact, torch.from_numpy(pairs))
+    matches = near_pairs(pixels, torch.from_numpy(first), progress)
+    groups = _joined(exact, torch.from_numpy(first[matches.pairs]))
+    return Found(groups if near == "group" else exact, _named(groups, first, matches))
+
+
+def _named(groups: Tensor, first: npt.NDArray[np.int64], matches: Matches) -> tuple[Near, ...]:
+    """A group's rule is that of its weakest pairs."""
+    homes = groups[torch.from_numpy(first[matches.pairs[:, 0]])].numpy()
+    order = np.argsort(homes, kind="stable")
+    numbers, starts = np.unique(homes[order], return_index=True)
+    by_group = np.split(order, starts[1:]) if len(numbers) else []
+    members = groups.argsort(stable=True)
+    ends = groups.bincount(minlength=1).cumsum(0).tolist()
+    found = []
+    for number, pairs in zip(numbers.tolist(), by_group, strict=True):
+        rows = members[ends[number - 1] if number else 0 : ends[number]].tolist()
+        found.append(Near(tuple(rows), _rule(matches, pairs)))
+    return tuple(found)
+
+
+def _rule(matches: Matches, pairs: npt.NDArray[np.int64]) -> str:
+    bits, details = int(matches.bits[pairs].max()), float(matches.details[pairs].min())
+    features = matches.features[pairs]
+    more = f", features {features[features > 0].min():.3f}" if (features > 0).any() else ""
+    up_to = "up to " if len(pairs) > 1 else ""
+    return f"same photograph: hash differs in {up_to}{bits} of 64 bits, details {details:.3f}{more}"
 
 
 def equal(digests: Sequence[bytes]) -> Tensor:
@@ -60,20 +123,21 @@ def thumbnails(
     """Of the given rows (M,) of uint8 (N, C, H, W)."""
     hashes, gray, flat = [], [], []
     for batch in torch.split(rows, batch_size):
-        image = _gray(pixels[batch])
+        exact = _gray(pixels[batch])
+        image = exact.round()  # so that the same pixels always give the same hash
         hashes.append(_hash(image))
-        gray.append(F.avg_pool2d(image[:, None], 2)[:, 0].round().to(torch.uint8))
+        gray.append(exact.half())
         flat.append(image.flatten(1).std(dim=1) < MIN_CONTRAST)
         progress(len(hashes) * batch_size / max(len(rows), batch_size))
     return Thumbnails(np.concatenate(hashes), torch.cat(gray), torch.cat(flat))
 
 
 def _gray(pixels: Tensor) -> Tensor:
-    """uint8 (n, C, H, W) -> whole numbers, float32 (n, 32, 32): rounded, so that the same pixels always give the same hash."""
+    """uint8 (n, C, H, W) -> float32 (n, 32, 32)."""
     weights = torch.tensor([0.299, 0.587, 0.114] if pixels.shape[1] == 3 else [1.0])
     luma = pixels.permute(0, 2, 3, 1).float() @ weights  # (n, H, W)
     rows, columns = _pooling(pixels.shape[2]), _pooling(pixels.shape[3])
-    return (rows @ luma @ columns.T).round()
+    return rows @ luma @ columns.T
 
 
 def _pooling(side: int) -> Tensor:
@@ -90,16 +154,35 @@ def _hash(gray: Tensor) -> npt.NDArray[np.uint64]:
     return np.packbits(bits.numpy(), axis=1).view(np.uint64)[:, 0]
 
 
-def near_pairs(thumbs: Thumbnails) -> Pairs:
-    """Pairs of places in `thumbs` that show one picture, after the levels for large groups."""
-    pairs = _candidates(thumbs)
-    likeness = _likeness(thumbs.gray, torch.from_numpy(pairs))  # (p, 2)
-    largest = max(100, len(thumbs.hashes) // 100)
-    kept = np.logical_and.reduce(likeness >= LEVELS[0], axis=1)
-    for level in LEVELS[1:]:
-        oversized = _oversized(pairs, kept, len(thumbs.hashes), largest)
-        kept = np.where(oversized, np.logical_and.reduce(likeness >= level, axis=1), kept)
-    return pairs[kept]
+def near_pairs(pixels: Tensor, rows: Tensor, progress: Callable[[float], None] = lambda fraction: None) -> Matches:
+    """Pairs of places in `rows` (M,) of uint8 (N, C, H, W) that show one picture, after the levels for large groups."""
+    thumbs = thumbnails(pixels, rows, progress)
+    candidates = _candidates(thumbs)
+    if not len(candidates):
+        return Matches(candidates[:, 1:], candidates[:, 0], np.empty(0, np.float32), np.empty(0, np.float32))
+    pairs = torch.from_numpy(candidates[:, 1:])
+    basis = likeness.common(thumbs.gray)
+    details = likeness.details(thumbs.gray, basis, pairs)
+    doubtful_level, level = _levels(likeness.usual(thumbs.gray, basis), len(rows))
+    kept = (details >= level).numpy()
+    features = np.zeros(len(pairs), dtype=np.float32)
+    doubtful = ((details >= doubtful_level) & (details < level)).nonzero()[:, 0]
+    doubtful = doubtful[details[doubtful].argsort(descending=True, stable=True)]
+    features[doubtful] = likeness.same_by_features(pixels, rows[pairs[doubtful]])
+    kept |= features > 0
+    largest = max(100, len(rows) // 100)
+    for closer in LARGE_GROUP:
+        oversized = _oversized(candidates[:, 1:], kept, len(rows), largest)
+        kept = np.where(oversized, (details >= closer).numpy(), kept)
+    return Matches(candidates[kept, 1:], candidates[kept, 0], details.numpy()[kept], features[kept])
+
+
+def _levels(usual: float, images: int) -> tuple[float, float]:
+    """Details from which on a pair is doubtful, and the same photograph."""
+    if images < FEW:
+        return FEW_LEVEL, FEW_LEVEL
+    same = min(HIGHEST, usual + SAME * (1 - usual))
+    return min(same, usual + DOUBTFUL * (1 - usual)), same
 
 
 def _oversized(pairs: Pairs, kept: npt.NDArray[np.bool_], images: int, largest: int) -> npt.NDArray[np.bool_]:
@@ -110,7 +193,8 @@ def _oversized(pairs: Pairs, kept: npt.NDArray[np.bool_], images: int, largest: 
 
 
 def _candidates(thumbs: Thumbnails) -> Pairs:
-    """Pairs, ascending, that share 16 of the hash's bits in place and differ in few: sorted lists are compared with themselves, shifted."""
+    """Differing bits and places (p, 3) of pairs, in order of places, that share 16 of the hash's bits in place and differ in few:
+    sorted lists are compared with themselves, shifted."""
     places = np.flatnonzero(~thumbs.flat.numpy())
     hashes = thumbs.hashes[places]
     found = [np.empty((0, 3), dtype=np.int64)]
@@ -126,28 +210,8 @@ def _candidates(thumbs: Thumbnails) -> Pairs:
             ends = np.sort(places[order[np.stack([at, at + shift], axis=1)[close]]], axis=1)
             found.append(np.column_stack([bits[close], ends]).astype(np.int64))
     pairs = np.unique(np.concatenate(found), axis=0)  # the closest first
-    return np.unique(pairs[:MAX_CANDIDATES, 1:], axis=0)
-
-
-def _likeness(gray: Tensor, pairs: Tensor) -> npt.NDArray[np.float32]:
-    """Correlation of the thumbnails (N, 16, 16) of each pair (p, 2), and of their edges: (p, 2)."""
-    found = [torch.empty(0, 2)]
-    for batch in torch.split(pairs, 10_000):
-        one, other = gray[batch[:, 0]].float(), gray[batch[:, 1]].float()
-        found.append(torch.stack([_correlation(one, other), _correlation(_edges(one), _edges(other))], dim=1))
-    likeness: npt.NDArray[np.float32] = torch.cat(found).numpy()
-    return likeness
-
-
-def _edges(gray: Tensor) -> Tensor:
-    """(p, 16, 16) -> the differences between neighbours, (p, 480)."""
-    return torch.cat([gray.diff(dim=1).flatten(1), gray.diff(dim=2).flatten(1)], dim=1)
-
-
-def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Of each row with its own, (p, ...) -> (p,)."""
-    one, other = one.flatten(1), other.flatten(1)
-    return F.cosine_similarity(one - one.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True))
+    pairs = pairs[:MAX_CANDIDATES]
+    return pairs[np.lexsort((pairs[:, 2], pairs[:, 1]))]
 
 
 def _joined(numbers: Tensor, pairs: Tensor) -> Tensor:

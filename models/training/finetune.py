@@ -122,6 +122,7 @@ def prepare(
             seed=request.hyperparameters.seed,
             on_bad_file=request.on_bad_file,
             encoding=request.encoding,
+            near_duplicates=request.near_duplicates,
             progress=lambda done: progress(Event("audit", done)),
             limits=limits,
         )

@@ -54,8 +54,16 @@ def calibrate(
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
-    halved = lambda done: progress(done / 2)  # noqa: E731
-    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, encoding=encoding, progress=halved, limits=limits)
+    data = dataset.load(
+        path,
+        kinds[0],
+        val_fraction=0.05,
+        seed=0,
+        encoding=encoding,
+        near_duplicates="off",
+        progress=lambda done: progress(done / 2),
+        limits=limits,
+    )
     if data.classes != config.classes:
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":

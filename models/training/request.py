@@ -16,6 +16,7 @@ Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
+NearDuplicates = Literal["group", "report", "off"]
 Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
@@ -219,6 +220,10 @@ class FinetuneRequest(_Asked):
         default=AUTO,
         max_length=40,
         description="Encoding of tables, and of names in zips, that are not UTF-8: cp1252, gbk, cp932 ...; auto refuses to guess",
+    )
+    near_duplicates: NearDuplicates = Field(
+        default="group",
+        description="Versions of one photograph: group keeps them on one side of the split, report only lists them, off does not search",
     )
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping = EarlyStopping()

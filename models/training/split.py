@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from models.data.samples import PARTS, Part
-from models.training.duplicates import equal
 
 
 def given_rows(parts: Sequence[Part], groups: Tensor) -> tuple[dict[Part, Tensor], Tensor]:
     """The dataset's own parts (N,) -> rows of each, ascending, and those that are left out, int64 (n,): training images whose group (N,)
-    is also in validation or test, validation images whose group is also in test."""
+    is also in validation or test, validation images whose group is also in test. These are groups of identical images."""
     rows, left_out, taken = {}, [], torch.zeros(int(groups.max()) + 1, dtype=torch.bool)
     for part in reversed(PARTS):
         own = torch.tensor([row for row, each in enumerate(parts) if each == part], dtype=torch.int64)
@@ -28,19 +27,17 @@ def given_rows(parts: Sequence[Part], groups: Tensor) -> tuple[dict[Part, Tensor
     return {part: rows[part] for part in PARTS}, torch.cat(left_out).sort().values
 
 
-def break_up(groups: Tensor, labels: Tensor, digests: Sequence[bytes], pool: Tensor) -> tuple[Tensor, list[int]]:
-    """Group numbers (N,) in which every class of the rows `pool` has two groups of its own, and the classes for which it took that:
-    near-duplicates first, then, where all images of a class are equal, those too."""
-    groups, broken = groups.clone(), set[int]()
-    for finer in (equal(digests), torch.arange(len(groups))):
-        for label in _lonely(groups, labels, pool):
-            broken.add(label)
-            touched = torch.isin(groups, groups[pool[labels[pool] == label]])
-            groups[touched] = int(groups.max()) + 1 + finer[touched]
-    return torch.unique(groups, return_inverse=True)[1], sorted(broken)
+def break_up(groups: Tensor, labels: Tensor, pool: Tensor) -> tuple[Tensor, list[int]]:
+    """Group numbers (N,) in which every class of the rows `pool` has two groups of its own, and the classes whose groups were taken
+    apart for it."""
+    groups, broken = groups.clone(), lonely(groups, labels, pool)
+    for label in broken:
+        touched = torch.isin(groups, groups[pool[labels[pool] == label]])
+        groups[touched] = int(groups.max()) + 1 + torch.arange(len(groups))[touched]
+    return torch.unique(groups, return_inverse=True)[1], broken
 
 
-def _lonely(groups: Tensor, labels: Tensor, pool: Tensor) -> list[int]:
+def lonely(groups: Tensor, labels: Tensor, pool: Tensor) -> list[int]:
     """Classes that have fewer than two groups."""
     homes = _homes(groups, labels, pool)
     counts = homes[homes >= 0].bincount(minlength=int(labels.max()) + 1)

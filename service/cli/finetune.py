@@ -32,6 +32,7 @@ REQUEST = (
     "test_fraction",
     "on_bad_file",
     "encoding",
+    "near_duplicates",
     "deploy",
     "half",
     "channels",
@@ -39,6 +40,7 @@ REQUEST = (
 )
 SETTINGS = ("weights", "data", "device", "trainer_threads", *IMAGES)
 BUDGET = tuple(Budget.model_fields)
+SHOWN = 10  # of the duplicates, and of the paths of each group
 HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
 
@@ -151,12 +153,20 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     click.echo(f"{audit.images} images of {audit.files} files in {len(audit.class_counts['train'])} classes")
     for name in ("bad", "duplicates", "near_duplicates", "conflicts"):
         click.echo(f"{name.replace('_', ' ')}: {audit.totals[name]}")
+    for group, rule in alike(audit)[:SHOWN]:
+        click.echo(f"  {' = '.join(group[:SHOWN])}: {rule}")
     click.echo("split: " + ", ".join(f"{images} {part}" for part, images in plan["split"].items() if images))
     click.echo(f"base: {', '.join(plan['bases'])}; mode {plan['mode']}")
     if selection := plan["selection"]:
         said = f"{selection['folds']} folds of {selection['epochs']} epochs each"
         click.echo(f"the base is chosen by cross-validation: {said}, for each architecture")
     click.echo(f"about {plan['estimate']['total']:.0f} s")
+
+
+def alike(audit: Audit) -> list[tuple[tuple[str, ...], str]]:
+    """Groups of duplicates and near-duplicates with the rule that found each."""
+    equal = [(group, "identical pixels") for group in audit.duplicates]
+    return [*equal, *zip(audit.near_duplicates, audit.near_rules, strict=True)]
 
 
 def summary(report: Report) -> str:

@@ -114,8 +114,8 @@ function Audit({ audit, pictures = {}, estimate }) {
     ${audit.warnings.length > 0 && html`<ul class="warnings">${audit.warnings.map((said) => html`<li>${said}</li>`)}</ul>`}
     <${Listed} title="Bad files, left out" total=${totals.bad} pictures=${pictures} items=${audit.bad.map(({ path, reason }) => [[path], reason])} />
     <${Listed} title="The same picture under several labels" total=${totals.conflicts} pictures=${pictures} items=${audit.conflicts.map((paths) => [paths])} />
-    <${Listed} title="Duplicates" total=${totals.duplicates} pictures=${pictures} items=${audit.duplicates.map((paths) => [paths])} />
-    <${Listed} title="Near duplicates" total=${totals.near_duplicates} pictures=${pictures} items=${audit.near_duplicates.map((paths) => [paths])} />
+    <${Listed} title="Duplicates" total=${totals.duplicates} pictures=${pictures} items=${audit.duplicates.map((paths) => [paths, "identical pixels"])} />
+    <${Listed} title="Near duplicates" total=${totals.near_duplicates} pictures=${pictures} items=${audit.near_duplicates.map((paths, place) => [paths, audit.near_rules?.[place]])} />
     <details>
       <summary>Images by class</summary>
       <${Classes} counts=${audit.class_counts.train} />

@@ -303,8 +303,8 @@ def _data(audit: Audit) -> Markup:
     bad = table(["file", "reason"], [(file.path, file.reason) for file in audit.bad[:MAX_ROWS]])
     said = f"{audit.layout}: {audit.files:,} files, {audit.images:,} good images; largest class over smallest: {audit.imbalance:g}."
     groups = (
-        ("Equal images", "duplicates", audit.duplicates),
-        ("Nearly equal images", "near_duplicates", audit.near_duplicates),
+        ("Equal images: identical pixels", "duplicates", audit.duplicates),
+        ("Near-duplicates", "near_duplicates", _ruled(audit)),
         ("The same image under two labels", "conflicts", audit.conflicts),
         ("Left out: also in validation or test", "left_out", [(path,) for path in audit.left_out]),
     )
@@ -315,6 +315,15 @@ def _data(audit: Audit) -> Markup:
         _folded(f"Bad files ({audit.totals['bad']})", bad, _more(audit.totals["bad"])) if audit.bad else None,
         *(_grouped(title, found, audit.totals[name]) for title, name, found in groups if found),
     )
+
+
+def _ruled(audit: Audit) -> list[tuple[str, ...]]:
+    """Near-duplicates, and the rule that found them behind the last path."""
+    rules = audit.near_rules or ("",) * len(audit.near_duplicates)  # a report from before there were rules has none
+    return [
+        (*group[:-1], f"{group[-1]} ({rule})" if rule else group[-1])
+        for group, rule in zip(audit.near_duplicates, rules, strict=True)
+    ]
 
 
 def _grouped(title: str, groups: Sequence[Sequence[str]], count: int) -> Markup:
