@@ -105,7 +105,7 @@ def test_the_hash_of_a_csv_follows_its_labels(tmp_path: Path) -> None:
         pytest.param("red/broken.png", b"\x89PNG\r\n\x1a\nnothing", "damaged PNG", id="damaged"),
         pytest.param("red/half.png", SAME[:-40], "truncated PNG", id="truncated"),
         pytest.param("red/zero.png", b"", "zero bytes", id="empty"),
-        pytest.param("red/notes.txt", b"buy milk\n", "not an image: text", id="text"),
+        pytest.param("red/notes.jpg", b"buy milk\n", "not an image: text", id="text"),
     ],
 )
 def test_a_bad_file_is_named_and_has_no_row(tmp_path: Path, name: str, content: bytes, reason: str) -> None:

@@ -14,6 +14,8 @@ def command(request: FinetuneRequest) -> str:
     given: dict[str, Any] = {"mode": request.mode, "folds": request.folds, "selection_epochs": request.selection_epochs}
     given |= {"val_fraction": request.val_fraction}
     given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
+    given |= {"layout": request.layout if request.layout != "auto" else None}
+    given |= {"min_per_class": request.min_per_class if request.min_per_class != 2 else None}
     given |= request.hyperparameters.model_dump(exclude_none=True)
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)

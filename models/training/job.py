@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import files
 from models.classifier import Backbone, BackboneRef, Preprocessing, Record
+from models.data.samples import AS_IT_IS, Reading
 from models.errors import DatasetError
 from models.records import read_record, to_json
 from models.runtime.options import Precision
@@ -82,6 +83,7 @@ class Job:
     clock: Clock
     run: Run
     device: torch.device
+    reading: Reading = AS_IT_IS  # of the dataset
     began: float = field(default_factory=time.monotonic)
     _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
     _precisions: dict[BackboneRef, Precision] = field(default_factory=dict)
@@ -122,7 +124,7 @@ class Job:
         if preprocessing not in self._pixels:
             alive = self.tell("features")
             self._pixels[preprocessing] = dataset.pixels(
-                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0)
+                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0), self.reading
             )
         return self._pixels[preprocessing]
 

@@ -36,6 +36,7 @@ def dry_run(
     *,
     cache: Path,
     device: str = "auto",
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """The audit with pictures, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and
     nothing is written.
@@ -43,7 +44,10 @@ def dry_run(
     Raises what `run` would raise up to the training.
     """
     tune_allocator()
-    job, selects = prepare(request, store, progress, None, cache, device=device), request.selects_architecture
+    job, selects = (
+        prepare(request, store, progress, None, cache, device=device, follow_links=follow_links),
+        request.selects_architecture,
+    )
     return {
         "audit": job.data.audit.model_dump(mode="json"),
         "pictures": {

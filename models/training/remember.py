@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import Classifier, ModelConfig
+from models.data.samples import Reading
 from models.decisions import PRECISION, Decisions
 from models.errors import DatasetError
 from models.reference import Conformal, Neighbourhood, Reference, kth, nearest, sample
@@ -50,14 +51,19 @@ def calibrate(
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
-    data = dataset.load(path, kinds[0], val_fraction=0.05, seed=0, progress=lambda done: progress(done / 2))
+    reading = Reading(follow_links=True)  # the command line's own: no server calls this
+    data = dataset.load(
+        path, kinds[0], val_fraction=0.05, seed=0, reading=reading, progress=lambda done: progress(done / 2)
+    )
     if data.classes != config.classes:
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":
         raise DatasetError(
             f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
         )
-    pixels = [data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind)[0] for kind in kinds]
+    pixels = [
+        data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, reading=reading)[0] for kind in kinds
+    ]
     features = _features(classifier, pixels)
     reference = _reference(
         data,
