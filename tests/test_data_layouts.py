@@ -138,7 +138,7 @@ def test_two_forms_of_unicode_are_one_class_and_a_note(tmp_path: Path) -> None:
 
 def test_layout_csv_reads_the_table_in_a_folder(tmp_path: Path) -> None:
     files = images("train") | {"labels.csv": b"path,label\ntrain/0.jpg,ant\ntrain/1.jpg,bee\n"}
-    assert "or give the table labels.csv" in refused(tmp_path, files)
+    assert "or give a table of them (labels.csv)" in refused(tmp_path, files)
     assert read(tmp_path, files, "csv").classes == ANT_BEE
     assert "needs one CSV at the top" in refused(tmp_path / "none", images(*ANT_BEE), "csv")
 

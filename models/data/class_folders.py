@@ -107,7 +107,7 @@ def _sorted_side(side: Collection[Parts], top: Parts) -> tuple[list[str], list[s
 
 def _table_hint(files: Files) -> str:
     tables = _tables(files)
-    return f"; where the labels are in a table, give that: {printable(tables[0])}" if tables else ""
+    return f"; where the labels are in a table, give that ({listed(tables)})" if tables else ""
 
 
 def _tables(files: Files) -> list[str]:
@@ -272,7 +272,7 @@ def _refuse_doubtful(found: _Found, tables: list[str]) -> None:
             _doubt(
                 f"{_folders(tops)} are called like parts, and none is for training", "`classes` takes them as classes"
             )
-        table = f"the table {printable(tables[0])} beside them" if tables else "a CSV with the columns path and label"
+        table = f"a table of them ({listed(tables)})" if tables else "a CSV with the columns path and label"
         raise TooFewClasses(
             f"{_no_classes(tops)}; make it train/<class>/*, or give {table}; if {_quoted(tops)} are the classes, set layout to "
             "`classes` (--layout classes)"
