@@ -145,7 +145,7 @@ class DryRun(BaseModel):
     """What the trainer found in a dataset, and what it would make of it."""
 
     audit: dict[str, Any] = Field(
-        description="Of the images: their layout, how many there are, and which are bad or duplicates"
+        description="Of the images: their layout, how many there are, what was ignored, and which are bad or duplicates"
     )
     pictures: dict[str, str] = Field(
         {}, description="Of the first bad files and duplicates, by path: small JPEGs as `data:` URLs"
@@ -343,6 +343,8 @@ DRY_RUN_EXAMPLE = {
         "images": 244,
         "bad": [{"path": "ants/17.jpg", "reason": "zero bytes"}],
         "duplicates": [],
+        "ignored": [{"reason": "left by Windows", "count": 2, "examples": ["ants/Thumbs.db", "ants/desktop.ini"]}],
+        "image_kinds": {"8-bit colour": 240, "8-bit gray": 4},
     },
     "split": {"train": 196, "val": 48, "test": 0},
     "mode": "head",

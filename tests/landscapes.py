@@ -49,7 +49,7 @@ def archive(path: Path, per_class: int, side: int = 48) -> Path:
         for kind in KINDS:
             for seed in range(per_class):
                 target.writestr(f"{kind}/{seed:03}.png", png(landscape(kind, seed, side)))
-        target.writestr("sea/notes.txt", "taken in June")
+        target.writestr("sea/notes.jpg", "taken in June")
         target.writestr("sea/cut.png", png(landscape("sea", 0, side))[:300])
         target.writestr("night/again.png", png(landscape("night", 0, side)))
     return path

@@ -16,14 +16,14 @@ from training_data import PREPROCESSING, coloured, folder
 from models.class_names import complaint
 from models.classifier import ModelConfig
 from models.data import table_text
-from models.data.samples import Source
+from models.data.samples import Reading, Source
 from models.data.sources import open_source
 from models.errors import DatasetError
 from models.training.dataset import load, pixels
 
 
 def listed(path: Path, encoding: str = "auto") -> Source:
-    with open_source(path, encoding) as source:
+    with open_source(path, Reading(encoding=encoding)) as source:
         return source
 
 
@@ -89,9 +89,10 @@ def test_class_names_in_a_code_page_are_read_by_it_or_refused(
 def test_the_encoding_reaches_every_look_at_the_dataset(tmp_path: Path) -> None:
     lines = "path,label\n" + "".join(f"{name},{name[0]}\u72d7\n" for name in coloured(3))
     path = folder(tmp_path, coloured(3) | {"t.csv": lines.encode("gbk")}) / "t.csv"
-    data = load(path, PREPROCESSING, val_fraction=0.3, seed=0, encoding="gbk")
+    gbk = Reading(encoding="gbk")
+    data = load(path, PREPROCESSING, val_fraction=0.3, seed=0, reading=gbk)
     assert data.classes == ("b\u72d7", "g\u72d7", "r\u72d7")
-    assert pixels(path, data, PREPROCESSING)[1] == data.digests
+    assert pixels(path, data, PREPROCESSING, reading=gbk)[1] == data.digests
 
 
 @pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(tarred, id="tar")])

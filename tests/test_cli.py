@@ -20,6 +20,7 @@ from models.classifier import Head, ModelConfig
 from models.store import ModelStore
 from service.batcher import DeviceThread
 from service.cli import COMMANDS, main
+from service.cli.finetune import first_and_last
 from service.cli.models import expanded
 from service.cli.options import settings_options
 from service.cli.progress import Update
@@ -429,9 +430,32 @@ def test_finetune_and_predict_accept_extra_formats(store: ModelStore, monkeypatc
         for n in range(4):
             photo(Path("fields") / name / f"{n}.tif", (colour + 3 * n, colour, colour - 3 * n))
     result = imago("finetune", "fields", "--name", "shade", "--base", "digits", "--dry-run")
-    assert "8 images of 8 files in 2 classes" in result.stdout, result.output
+    assert "8 images of 8 files: " in result.stdout, result.output
     assert imago("predict", "fields/dark/0.tif").exit_code == 0
     assert imago("finetune", "fields", "--name", "shade", "--max-image-side", 30, "--dry-run").exit_code != 0
+
+
+def test_a_dry_run_says_what_was_understood_and_follows_links(store: ModelStore) -> None:
+    for part, images in (("Training", 8), ("Testing", 3)):
+        for name, colour in (("dark", 20), ("light", 220)):
+            (Path("pool") / part / name).mkdir(parents=True)
+            for n in range(images):
+                photo(Path("pool") / part / name / f"{n}.png", (colour + n, colour, colour - n - len(part)))
+    Path("pool/Training/dark/Thumbs.db").write_bytes(b"x")
+    Path("photos").mkdir()
+    Path("photos/Training").symlink_to(Path("pool/Training").resolve())
+    Path("photos/Testing").symlink_to(Path("pool/Testing").resolve())
+    result = imago("finetune", "photos", "--name", "shade", "--base", "digits", "--dry-run")
+    assert "dataset: Training/ as train, Testing/ as test with a folder per class\n" in result.stdout
+    assert "2 classes: dark (11), light (11)\n" in result.stdout
+    assert "22 images of 22 files: 22 8-bit colour\n" in result.stdout
+    assert "ignored: 1, left by Windows: Training/dark/Thumbs.db\n" in result.stdout
+
+
+def test_many_classes_are_shown_by_the_first_and_the_last() -> None:
+    names = [f"{n:02}" for n in range(40)]
+    assert first_and_last(names) == [*names[:10], "... 20 more ...", *names[-10:]]
+    assert first_and_last(names[:21]) == names[:21]
 
 
 def test_finetune_explains_a_contradiction(store: ModelStore) -> None:

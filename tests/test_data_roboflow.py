@@ -24,7 +24,7 @@ def test_class_folders_and_no_word_of_the_readmes(tmp_path: Path) -> None:
     files = coloured(2, "train/") | coloured(1, "valid/") | coloured(1, "test/")
     source = listed(archive(tmp_path / "a.zip", files | READMES))
     assert [item.part for item in source.items].count("val") == 3
-    assert (source.strays, source.layout) == ((), "train/, val/, test/ with a folder per class")
+    assert (source.strays, source.layout) == ((), "train/, valid/ as val, test/ with a folder per class")
 
 
 @pytest.mark.parametrize("pack", [pytest.param(folder, id="folder"), pytest.param(archive, id="zip")])

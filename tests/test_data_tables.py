@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_data import archive, folder
 
-from models.data.samples import Source
+from models.data.samples import Reading, Source
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -30,13 +30,13 @@ def table(header: str, delimiter: str = ",") -> str:
 
 
 def listed(path: Path, encoding: str = "auto") -> Source:
-    with open_source(path, encoding) as source:
+    with open_source(path, Reading(encoding=encoding)) as source:
         return source
 
 
 def found(path: Path, encoding: str = "auto") -> list[tuple[str, str, str]]:
     """Content, class and part of each image."""
-    with open_source(path, encoding) as source:
+    with open_source(path, Reading(encoding=encoding)) as source:
         return sorted((source.read(item.file).decode(), item.class_name, item.part) for item in source.items)
 
 

@@ -28,7 +28,8 @@ def test_the_dry_run_says_what_was_recognised(tmp_path: Path, pack: Any) -> None
     path = pack(tmp_path / "digits", gzipped(mnist(per_class=4)))
     lines = imago(tmp_path, "finetune", str(path), "--name", "digits", "--dry-run", *SCRATCH).splitlines()
     assert lines[0] == ("dataset: IDX files: train-images-idx3-ubyte (40 images), t10k-images-idx3-ubyte (10 images)")
-    assert lines[1] == "50 images of 50 files in 10 classes"
+    assert lines[1].startswith("10 classes: 0 (5), 1 (5)")
+    assert lines[2].startswith("50 images of 50 files")
     assert "split: 30 train, 10 val, 10 test" in lines
 
 

@@ -452,7 +452,7 @@ def test_from_a_zip_to_a_served_model(admin: Page, tmp_path: Path) -> None:
     expect(admin.locator("main")).to_contain_text("41 good images in 4 classes")
     expect(admin.locator(".layout")).to_have_text("Recognised as: a folder per class")
     admin.get_by_text("Bad files, left out: 2").click()
-    expect(admin.locator("main")).to_contain_text("sea/notes.txt")
+    expect(admin.locator("main")).to_contain_text("sea/notes.jpg")
     admin.get_by_text("Duplicates: 1", exact=True).click()
     expect(admin.locator(".paths li", has_text="night/again.png").locator("img")).to_have_count(2)
     assert admin.locator(".paths li img").first.evaluate("image => image.naturalWidth") == 96

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
     result = work(folder, lambda *given, **named: DONE, print, never)
     assert result.error is not None
     assert (result.error.code, result.error.message) == ("invalid_dataset", NO_DATASET)
+
+
+@pytest.mark.abuse("J2")
+def test_the_servers_trainer_follows_no_links(folder: Path) -> None:
+    given: dict[str, object] = {}
+
+    def noted(*_: object, **named: object) -> Result:
+        given.update(named)
+        return DONE
+
+    assert work(folder, noted, print, never) == DONE
+    assert "follow_links" not in given
+    assert signature(finetune.run).parameters["follow_links"].default is False
+    assert signature(dry_run).parameters["follow_links"].default is False
 
 
 def test_an_order_for_a_gpu_fails_where_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

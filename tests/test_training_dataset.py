@@ -14,6 +14,7 @@ from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.classifier import Preprocessing
 from models.data import raw_pixels
+from models.data.samples import Reading
 from models.errors import DatasetError, TooFewImages, TooManyBadFiles
 from models.image_cost import Limits
 from models.training import dataset
@@ -131,7 +132,7 @@ def test_the_hash_of_a_csv_follows_its_labels(tmp_path: Path) -> None:
         pytest.param("red/broken.png", b"\x89PNG\r\n\x1a\nnothing", "damaged PNG", id="damaged"),
         pytest.param("red/half.png", SAME[:-40], "truncated PNG", id="truncated"),
         pytest.param("red/zero.png", b"", "zero bytes", id="empty"),
-        pytest.param("red/notes.txt", b"buy milk\n", "not an image: text", id="text"),
+        pytest.param("red/notes.jpg", b"buy milk\n", "not an image: text", id="text"),
     ],
 )
 def test_a_bad_file_is_named_and_has_no_row(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -158,6 +159,45 @@ def test_links_that_lead_outside_and_pipes_are_bad_files(tmp_path: Path) -> None
     reasons = {file.path: file.reason for file in load_all(root).audit.bad}
     assert reasons["red/link.png"] == "cannot be read: a link that leads out of the dataset"
     assert "pipe" in reasons["red/pipe.png"]
+
+
+def linked(root: Path) -> Path:
+    pool = folder(root / "pool", coloured(4))
+    for target in sorted(pool.rglob("*.png")):
+        link = root / "data" / target.relative_to(pool)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+    return root / "data"
+
+
+@pytest.mark.abuse("J2")
+def test_a_dataset_of_links_is_refused_with_the_remedy_unless_they_are_followed(tmp_path: Path) -> None:
+    root = linked(tmp_path)
+    with pytest.raises(TooManyBadFiles, match=r"12 are links that are not followed, .* `cp -rL`") as caught:
+        load_all(root)
+    assert "\n" not in str(caught.value)
+    data = load_all(root, reading=Reading(follow_links=True))
+    assert data.audit.images == 12
+    assert not any("links" in warning for warning in data.audit.warnings)
+
+
+def test_the_audit_counts_what_is_ignored_and_what_the_images_are(tmp_path: Path) -> None:
+    more = {"red/Thumbs.db": b"\xd0\xcf", "red/0.txt": b"0 1\n", "notes.md": b"hello"}
+    audit = load_all(folder(tmp_path, coloured(4) | more)).audit
+    assert (audit.files, audit.bad, audit.image_kinds) == (12, (), {"8-bit colour": 12})
+    assert [(left.reason, left.examples) for left in audit.ignored] == [
+        ("outside class folders", ("notes.md",)),
+        ("left by Windows", ("red/Thumbs.db",)),
+        ("text beside the images, such as annotations", ("red/0.txt",)),
+    ]
+
+
+def test_classes_smaller_than_asked_are_all_named(tmp_path: Path) -> None:
+    root = folder(tmp_path, coloured(4) | {"red/9.png": png((1, 2, 3), 77)})
+    assert load_all(root, min_per_class=4).audit.images == 13
+    message = r"2 of 3 classes are too small: class 'blue' has 4 .*; class 'green' has 4 .*at least 5 .*--min-per-class"
+    with pytest.raises(TooFewImages, match=message):
+        load_all(root, min_per_class=5)
 
 
 def test_animations_are_bad_files(tmp_path: Path) -> None:

@@ -447,11 +447,11 @@ def test_events_name_the_phases_in_order(workshop: Workshop) -> None:
 
 
 def test_a_bad_file_is_told_and_recorded(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, folder(tmp_path / "photos", FILES | {"train/red/notes.txt": b"hello"}))
+    workshop = Workshop(tmp_path, folder(tmp_path / "photos", FILES | {"train/red/notes.jpg": b"hello"}))
     result, events = workshop.ask(base="lenet5", mode="scratch", hyperparameters={"epochs": 1})
     lineage = workshop.store.config("colours", result.version).lineage
-    assert [file["path"] for file in lineage["dataset"]["skipped_files"]] == ["train/red/notes.txt"]
-    assert any("skipped train/red/notes.txt" in (event.message or "") for event in events)
+    assert [file["path"] for file in lineage["dataset"]["skipped_files"]] == ["train/red/notes.jpg"]
+    assert any("skipped train/red/notes.jpg" in (event.message or "") for event in events)
 
 
 def test_the_report_lies_in_the_jobs_folder(trained: Workshop) -> None:
@@ -669,7 +669,7 @@ def test_a_dry_run_shows_duplicates_and_the_bad_files_that_are_pictures(trained:
     asked = FinetuneRequest(dataset=dataset, name="new", base="colours")
     plan = dry_run(asked, trained.store, lambda event: None, cache=tmp_path)
     (same,) = plan["audit"]["duplicates"]
-    assert {file["path"] for file in plan["audit"]["bad"]} == {"sea/moving.gif", "sea/notes.txt", "sea/cut.png"}
+    assert {file["path"] for file in plan["audit"]["bad"]} == {"sea/moving.gif", "sea/notes.jpg", "sea/cut.png"}
     assert set(plan["pictures"]) - {"sea/moving.gif"} == set(same)  # the others are no pictures
     for picture in plan["pictures"].values():
         assert Image.open(BytesIO(b64decode(picture.removeprefix("data:image/jpeg;base64,")))).size == (96, 96)

@@ -154,6 +154,7 @@ def test_the_command_says_everything_but_where_the_dataset_lies() -> None:
             id="ensemble",
         ),
         pytest.param({**SCRATCH, "channels": 1}, id="gray"),
+        pytest.param({"layout": "classes", "min_per_class": 10}, id="layout"),
         pytest.param(
             {"mode": "scratch", "base": ["lenet5", "nin"], "folds": 4, "selection_epochs": 2},
             id="cross-validated choice",

@@ -1,45 +1,327 @@
-"""One folder per class: `<class>/*`, or `train/<class>/* [+ val/<class>/*] [+ test/<class>/*]`."""
+"""One folder per class: the one place that decides which folders are parts and which are classes.
+
+    <class>/*                  train/<class>/* [+ val/<class>/*] [+ test/<class>/*]         <class>/train/* [+ <class>/test/*]
+
+Parts have the names that `parts` knows. Folders that wrap all others are left out, also within a part (`seg_train/seg_train/<class>`).
+A layout that can be read in two ways is an error that names the field `layout`, which settles it.
+"""
+
+import posixpath
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
 
 from models.archive import printable
-from models.data.files import Files
-from models.data.samples import Item, Source, by_path, make_source, part_of
+from models.data.files import Files, is_text
+from models.data.parts import PARTS, Part, is_fold, is_unlabelled, part_of, parts_among
+from models.data.samples import Item, Layout, Source, by_path, listed, make_source, refuse_alike, tallied
+from models.errors import DatasetError, TooFewClasses
 
 # Roboflow puts these beside what it exports.
 IGNORED = ("README.roboflow.txt", "README.dataset.txt")
+# Annotations and documents, where their content is text
+SIDE_SUFFIXES = frozenset(
+    {
+        *(
+            ".txt",
+            ".csv",
+            ".tsv",
+            ".json",
+            ".jsonl",
+            ".ndjson",
+            ".xml",
+            ".md",
+            ".rst",
+            ".yaml",
+            ".yml",
+            ".toml",
+            ".ini",
+        ),
+        *(".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js", ".py", ".sh"),
+        *(".bat", ".ipynb", ".dvc", ".sha256", ".md5", ".url", ".geojson", ".prj", ".tfw", ".jgw", ".pgw", ".pts"),
+    }
+)
+SIDE_NAMES = frozenset({"readme", "license", "licence", "labels", "classes", "copying", "changelog", "notes"})
+# Beside each other these are views of the same images, and no classes
+GROUPS = frozenset({"images", "imgs", "masks", "labels", "annotations", "ground_truth", "jpegimages", "depth"})
+SHARED = (
+    0.6  # of the folders in folders that all have: from here on they group images within something else than classes
+)
 
-Names = dict[tuple[str, ...], str]
+Parts = tuple[str, ...]
+Names = dict[Parts, str]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""
 
 
-def read_class_folders(files: Files) -> Source:
-    """Raises TooFewClasses, DatasetError."""
-    found: Names = {tuple(name.split("/")): file for name, file in files.names.items()}
-    found, beside = _unwrap({parts: file for parts, file in found.items() if parts[-1] not in IGNORED})
-    split = any(part_of(parts[0]) == "train" and len(parts) > 2 for parts in found)
-    items, strays = [], [printable("/".join(parts)) for parts in beside]
-    for parts, file in found.items():
-        item = _item(parts, file, split)
-        if item:
-            items.append(item)
-        elif parts[-1]:
-            strays.append(printable("/".join(parts)))
-    layout = "train/, val/, test/ with a folder per class" if split else "a folder per class"
-    return make_source(layout, by_path(items), files.read, labelled=False, strays=sorted(strays))
+def read_class_folders(files: Files, layout: Layout = "auto") -> Source:
+    """Raises TooFewClasses; DatasetError: a layout that is in doubt."""
+    names: Names = {tuple(name.split("/")): file for name, file in files.names.items()}
+    side = {parts for parts in names if _is_side(files, parts)}
+    names, beside, top = _unwrap(
+        {parts: file for parts, file in names.items() if parts not in side and parts[-1] not in IGNORED}
+    )
+    side_strays, texts = _sorted_side(side, top)
+    found = _Found(names)
+    if layout == "splits" or (layout == "auto" and _has_parts(found)):
+        reading = _by_part(found, named=layout == "auto")
+    elif layout == "auto" and _has_inner_parts(found):
+        reading = _by_inner_part(found)
+    else:
+        if layout == "auto":
+            _refuse_doubtful(found, _tables(files))
+        reading = _by_class(found)
+    if layout == "auto":
+        refuse_alike({item.class_name for item in reading.items})
+    strays = sorted([*("/".join(parts) for parts in beside), *side_strays, *reading.strays])
+    left = [*reading.ignored, *(("text beside the images, such as annotations", name) for name in texts)]
+    return make_source(
+        reading.layout,
+        by_path(reading.items),
+        files.read,
+        labelled=False,
+        strays=[printable(name) for name in strays],
+        notes=reading.notes,
+        ignored=tallied(left),
+        hint=reading.hint or _table_hint(files),
+    )
 
 
-def _unwrap(found: Names) -> tuple[Names, list[tuple[str, ...]]]:
-    """Without the folders that wrap all others, and the files that lie in or beside those; such a file makes no class."""
-    top: tuple[str, ...] = ()
-    beside: list[tuple[str, ...]] = []
+# Files that are no images by their name
+
+
+def _is_side(files: Files, parts: Parts) -> bool:
+    stem, suffix = posixpath.splitext(parts[-1].lower())
+    named = suffix in SIDE_SUFFIXES or (not suffix and stem in SIDE_NAMES)
+    return named and parts[-1] not in IGNORED and is_text(files, "/".join(parts))
+
+
+def _sorted_side(side: Collection[Parts], top: Parts) -> tuple[list[str], list[str]]:
+    """The files of text that lie outside class folders, and those inside."""
+    strays: list[str] = []
+    texts: list[str] = []
+    for parts in side:
+        inside = parts[: len(top)] == top
+        rest = parts[len(top) :] if inside else parts
+        (texts if inside and len(rest) > 1 else strays).append("/".join(rest))
+    return strays, texts
+
+
+def _table_hint(files: Files) -> str:
+    tables = _tables(files)
+    return f"; where the labels are in a table, give that ({listed(tables)})" if tables else ""
+
+
+def _tables(files: Files) -> list[str]:
+    return sorted(name for name in files.names if name.lower().endswith((".csv", ".tsv")))
+
+
+# What lies where
+
+
+class _Found:
+    """The folders at the top, and what is in them."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.below: dict[str, list[Parts]] = {}  # by folder at the top
+        for parts in names:
+            if len(parts) > 1:
+                self.below.setdefault(parts[0], []).append(parts)
+        self.tops = sorted(self.below)
+        self.folders = {top: {parts[1] for parts in below if len(parts) > 2} for top, below in self.below.items()}
+        self.parts = parts_among(self.tops)
+
+    def level(self, top: str, known: Collection[str] = ()) -> int:
+        """How many folders lie above the classes of a part: `train/<class>` 1, `seg_train/seg_train/<class>` 2."""
+        level, below = 1, self.below[top]
+        while True:
+            folders = {parts[level] for parts in below if len(parts) > level + 1}
+            if len(folders) != 1 or folders & set(known):
+                return level
+            wraps = max(map(len, below)) > level + 2 or folders == {below[0][level - 1]} or _is_neutral(*folders)
+            if not wraps:
+                return level
+            level += 1
+
+    def classes(self, top: str, known: Collection[str] = ()) -> set[str]:
+        level = self.level(top, known)
+        return {parts[level] for parts in self.below[top] if len(parts) > level + 1}
+
+
+@dataclass(frozen=True)
+class _Read:
+    layout: str
+    items: list[Item]
+    strays: list[str]
+    ignored: list[tuple[str, str]]
+    notes: list[str]
+    hint: str = ""  # what to do where there are too few classes
+
+
+def _unwrap(found: Names) -> tuple[Names, list[Parts], Parts]:
+    """Without the folders that wrap all others, and the files that lie in or beside those, which make no class; and these folders."""
+    top: Parts = ()
+    beside: list[Parts] = []
     while len(folders := {parts[0] for parts in found if len(parts) > 1}) == 1 and max(map(len, found)) > 2:
         beside += [top + parts for parts in found if len(parts) == 1]
         top += tuple(folders)
         found = {parts[1:]: file for parts, file in found.items() if len(parts) > 1}
-    return found, beside
+    return found, beside, top
 
 
-def _item(parts: tuple[str, ...], file: str, split: bool) -> Item | None:
-    path = printable("/".join(parts))
-    if not split:
-        return Item(path, file, "train", printable(parts[0])) if len(parts) > 1 else None
-    part = part_of(parts[0])
-    return Item(path, file, part, printable(parts[1])) if part and len(parts) > 2 else None
+def _is_neutral(name: str) -> bool:
+    """Whether the only folder in a part says nothing of a class: `images`, `train`, `unlabeled`."""
+    return part_of(name) is not None or part_of(f"train_{name}") is not None or is_unlabelled(name)
+
+
+def _item(parts: Parts, file: str, part: Part, level: int) -> Item:
+    return Item(printable("/".join(parts)), file, part, printable(parts[level]))
+
+
+# train/<class>/*
+
+
+def _has_parts(found: _Found) -> bool:
+    """Whether the folders at the top are parts with class folders. Raises DatasetError where only one of several is."""
+    training = [top for top, part in found.parts.items() if part == "train" and found.classes(top)]
+    others = [top for top in found.tops if top not in found.parts and not is_unlabelled(top) and not is_fold(top)]
+    if training and others and len(set(found.parts.values())) == 1:
+        _doubt(
+            f"{_folders(training)} is called like a part and has folders in it, and beside it lies {_folders(others)}",
+            f"`classes` takes {_quoted(found.tops)} as classes, `splits` the folders in {_folders(training)}",
+        )
+    return bool(training)
+
+
+def _by_part(found: _Found, named: bool) -> _Read:
+    """`named`: parts have the names of parts; without, and where no training part has, every folder that is no part is for training."""
+    parts = dict(found.parts)
+    if not named and not any(part == "train" and found.classes(top) for top, part in parts.items()):
+        parts = {top: found.parts.get(top, "train") for top in found.tops}
+    trained = {name for top, part in parts.items() if part == "train" for name in found.classes(top)}
+    if not trained:
+        raise TooFewClasses(f"no folder for training has class folders in it; there are {_folders(found.tops)}")
+    items: list[Item] = []
+    strays, ignored, notes = ["/".join(parts) for parts in found.names if len(parts) == 1], [], []
+    for top in found.tops:
+        level, part = found.level(top, trained), parts.get(top)
+        below = [each for each in found.below[top] if each[-1] or len(each) > level + 1]
+        if part is None or not found.classes(top, trained):
+            why = _not_used(top) if part is None else _no_classes([top])
+            ignored += [(why, "/".join(each)) for each in below]
+            notes += [f"{len(below)} files are ignored: {why}"] if below else []
+            continue
+        items += [_item(each, found.names[each], part, level) for each in below if len(each) > level + 1]
+        strays += ["/".join(each) for each in below if len(each) <= level + 1]
+    with_items = {item.path.partition("/")[0] for item in items}
+    used = {top: part for top, part in parts.items() if printable(top) in with_items}
+    hint = f"; if {_quoted(found.tops)} are the classes, set layout to `classes` (--layout classes)"
+    return _Read(f"{_described(used)} with a folder per class", items, strays, ignored, notes, hint)
+
+
+def _described(parts: dict[str, Part]) -> str:
+    """`train/, test/`; with what they are taken for where their names are others: `Training/ as train`."""
+    ordered = sorted(parts.items(), key=lambda pair: (PARTS.index(pair[1]), pair[0]))
+    return ", ".join(f"{printable(top)}/" + ("" if top == part else f" as {part}") for top, part in ordered[:10])
+
+
+# <class>/train/*
+
+
+def _has_inner_parts(found: _Found) -> bool:
+    """Whether every class has its own parts. Raises DatasetError where some have."""
+    if found.parts or len(found.tops) < 2:
+        return False
+    inner = {top: parts_among(folders) for top, folders in found.folders.items()}
+    with_parts = [top for top, parts in inner.items() if "train" in parts.values() or len(set(parts.values())) > 1]
+    if not with_parts:
+        return False
+    loose = any(len(parts) == 2 and parts[1] for parts in found.names)
+    clean = all(set(inner[top]) == found.folders[top] and found.folders[top] for top in found.tops)
+    deeper = any(len(parts) > 3 for parts in found.names)
+    neutral = {top.lower() for top in found.tops} & GROUPS
+    if loose or not clean or deeper or neutral or not any("train" in parts.values() for parts in inner.values()):
+        shown = sorted({name for parts in inner.values() for name in parts})
+        _doubt(
+            f"some or all of {_folders(found.tops)} have folders called like parts in them ({_folders(shown)}), and other files too",
+            f"`classes` takes {_quoted(found.tops)} as classes and all images in them alike; otherwise make it "
+            "train/<class>/* and test/<class>/*",
+        )
+    return True
+
+
+def _by_inner_part(found: _Found) -> _Read:
+    items, strays = [], []
+    for parts, file in found.names.items():
+        part = parts_among(found.folders[parts[0]]).get(parts[1]) if len(parts) > 2 else None
+        if part:
+            items.append(_item(parts, file, part, 0))
+        elif parts[-1]:
+            strays.append("/".join(parts))
+    parts_used = {name: part for folders in found.folders.values() for name, part in parts_among(folders).items()}
+    return _Read(f"a folder per class, with {_described(parts_used)} in each", items, strays, [], [])
+
+
+# <class>/*
+
+
+def _refuse_doubtful(found: _Found, tables: list[str]) -> None:
+    """Raises DatasetError, TooFewClasses where the folders may be something else than classes."""
+    tops = found.tops
+    if tops and len(found.parts) == len(tops):
+        if any(found.classes(top) for top in tops):
+            _doubt(
+                f"{_folders(tops)} are called like parts, and none is for training", "`classes` takes them as classes"
+            )
+        table = f"a table of them ({listed(tables)})" if tables else "a CSV with the columns path and label"
+        raise TooFewClasses(
+            f"{_no_classes(tops)}; make it train/<class>/*, or give {table}; if {_quoted(tops)} are the classes, set layout to "
+            "`classes` (--layout classes)"
+        )
+    if found.parts:
+        _doubt(
+            f"{_folders(found.parts)} among {_folders(tops)} is called like a part",
+            f"`classes` takes {_quoted(tops)} as classes",
+        )
+    if len(tops) > 1 and all(map(is_fold, tops)):
+        _doubt(
+            f"{_folders(tops)} are called like folds",
+            "`classes` takes them as classes, `splits` the folders in them, all for training",
+        )
+    names = {name for folders in found.folders.values() for name in folders}
+    shared = sum(map(len, found.folders.values()))
+    if len(tops) > 1 and len(names) > 1 and shared >= SHARED * len(tops) * len(names):
+        _doubt(
+            f"all of {_folders(tops)} have the same folders in them ({_folders(sorted(names))})",
+            f"`classes` takes {_quoted(tops)} as classes, `splits` {_quoted(sorted(names))}, all for training",
+        )
+
+
+def _by_class(found: _Found) -> _Read:
+    items = [_item(parts, file, "train", 0) for parts, file in found.names.items() if len(parts) > 1]
+    strays = ["/".join(parts) for parts in found.names if len(parts) == 1]
+    return _Read("a folder per class", items, strays, [], [])
+
+
+# Messages
+
+
+def _doubt(what: str, choice: str) -> NoReturn:
+    raise DatasetError(f"the layout is in doubt: {what}; set layout (--layout on the command line): {choice}")
+
+
+def _no_classes(tops: Iterable[str]) -> str:
+    tops = list(tops)
+    return f"{_folders(tops)} {'has' if len(tops) == 1 else 'have'} no class folders, so the images have no labels"
+
+
+def _not_used(top: str) -> str:
+    no_labels = "has no labels by its name" if is_unlabelled(top) else "is no part (train, val or test)"
+    return f"{_folders([top])} {no_labels}"
+
+
+def _folders(names: Iterable[str]) -> str:
+    return listed(f"{name}/" for name in names)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return listed(names)

@@ -14,13 +14,13 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from models.archive import Archive, check_count, printable
-from models.data.samples import UNREADABLE
+from models.data.samples import UNREADABLE, Ignored, tallied
 from models.errors import DatasetError
 from models.image_cost import FILE_BYTES, TRAINING_BYTES
 from models.paths import open_beneath
@@ -30,19 +30,57 @@ from models.zip_directory import Member
 PIECE = 2**20
 SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it
 MAX_DEPTH = 32  # folders in folders
-# What macOS, Windows, network disks and file systems leave in folders
-SYSTEM = frozenset(
-    {
-        "__MACOSX",
-        "Thumbs.db",
-        "desktop.ini",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "@eaDir",
-        "#recycle",
-        "lost+found",
-    }
-)
+# What systems and tools leave in folders: the reason, and names in lower case; `*` at one end stands for anything.
+SYSTEM = {
+    "left by Windows": (
+        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"),
+        *("system volume information", "recycler", "autorun.inf", "pagefile.sys", "hiberfil.sys", "swapfile.sys"),
+        *("found.0*", "indexervolumeguid", "wpsettings.dat", "~$*"),
+        *("*:zone.identifier", "*.zone.identifier", "*:smartscreen"),
+    ),
+    "left by macOS": (
+        *("__macosx", ".ds_store", "._*", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", "icon\r"),
+        *(".documentrevisions-v100", ".appledouble", ".appledb", ".appledesktop", ".lsoverride", ".volumeicon.icns"),
+        *(".apdisk", "network trash folder", "temporary items", "thevolumesettingsfolder", "thefindbycontentfolder"),
+    ),
+    "left by a network disk": (
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb", "@tmp", "@sharebin"),
+        *("@synoeastream", "*@synoeastream", "*@synoresource", "@synoresource", "@transcode", ".@__qini", "~snapshot"),
+        *(".snapshot", ".snapshots"),
+    ),
+    "left by Linux": ("lost+found", ".trash", ".trash-*", ".fuse_hidden*", ".nfs*", ".directory", ".thumbnails"),
+    "left by a tool": (
+        *(
+            ".ipynb_checkpoints",
+            "__pycache__",
+            ".git",
+            ".gitignore",
+            ".gitattributes",
+            ".gitkeep",
+            ".dvc",
+            ".dvcignore",
+        ),
+        *(
+            ".cache",
+            ".svn",
+            ".hg",
+            ".idea",
+            ".vscode",
+            ".picasa.ini",
+            "picasa.ini",
+            ".picasaoriginals",
+            "zbthumbnail.info",
+        ),
+        *("*.swp", "*~"),
+    ),
+    "an unfinished download": (
+        *("*.crdownload", "*.part", "*.partial", "*.opdownload", "*.aria2", "*.filepart", "*.download"),
+    ),
+}
+NAMED = {name: why for why, names in SYSTEM.items() for name in names if "*" not in name}
+STARTS = {name[:-1]: why for why, names in SYSTEM.items() for name in names if name.endswith("*")}
+ENDS = {name[1:]: why for why, names in SYSTEM.items() for name in names if name.startswith("*")}
+HIDDEN = "hidden: the name begins with a dot"
 DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
@@ -56,6 +94,18 @@ class Files(ABC):
     notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
     encoding: str = AUTO  # of text files without a byte order mark; AUTO is UTF-8
     unread: Mapping[str, bytes] = {}  # names in an unknown code page, as they are shown, with their bytes
+    ignored: tuple[Ignored, ...] = ()  # what systems leave, once `names` was asked for
+    links: tuple[str, ...] = ()  # names of links that are not followed, once `names` was asked for
+
+    @property
+    def advice(self) -> str:
+        """What to do about the links that are not followed; empty where there are none."""
+        if not self.links:
+            return ""
+        said = f"{len(self.links)} are links that are not followed, the first {printable(self.links[0])}"
+        return f"{said}: {self.remedy}"
+
+    remedy = "pack the archive again with the files themselves (tar -h)"
 
     @property
     @abstractmethod
@@ -124,16 +174,26 @@ def _pieces(content: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 class FolderFiles(Files):
-    """Reads files below `root` alone, whatever is put in the place of a folder meanwhile."""
+    """Reads files below `root` alone, whatever is put in the place of a folder meanwhile; with `follow_links` also what links in it
+    lead to: for the command line, whose user may read these files anyway."""
 
-    def __init__(self, root: Path, only: str | None = None) -> None:
+    remedy = (
+        "upload the dataset as a zip, or copy it with `cp -rL`, which replaces links by what they lead to; "
+        "`imago finetune` on the command line follows them"
+    )
+
+    def __init__(self, root: Path, only: str | None = None, follow_links: bool = False) -> None:
         """`only`: the one file of it that is looked at."""
         self._root, self._inside, self.label, self.closing = root, os.path.realpath(root), root.name, ExitStack()
-        self._only = only
+        self._only, self._follow = only, follow_links
 
     @cached_property
     def names(self) -> dict[str, str]:
-        return {name: name for name in ([self._only] if self._only else _scan(self._root))}
+        if self._only:
+            return {self._only: self._only}
+        scan = _Scan(self._root, self._inside, self._follow)
+        self.links, self.ignored = tuple(sorted(scan.links)), tallied(scan.ignored)
+        return {name: name for name in scan.names}
 
     def has(self, name: str) -> bool:
         """Looks at this name alone: beside a table there may be folders that are no part of the dataset."""
@@ -146,8 +206,13 @@ class FolderFiles(Files):
         return name
 
     def open(self, file: str) -> BinaryIO:
-        real = os.path.realpath(os.path.join(self._inside, file), strict=True)
-        if not real.startswith(self._inside.rstrip("/") + "/"):
+        try:
+            real = os.path.realpath(os.path.join(self._inside, file), strict=True)
+        except FileNotFoundError:
+            if os.path.islink(os.path.join(self._inside, file)):
+                raise FileNotFoundError("a link to a file that does not exist") from None
+            raise
+        if not self._follow and not _lies_in(real, self._inside):
             raise OSError("a link that leads out of the dataset")
         handle = open_beneath("/", real.strip("/").split("/"), os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -167,7 +232,7 @@ class FolderFiles(Files):
 class ZipFiles(Files):
     def __init__(self, archive: Archive) -> None:
         self._archive, self.label, self.closing = archive, archive.path.name, ExitStack()
-        self._names, self.notes = relative_names(archive.names)
+        self._names, self.notes, self.ignored = relative_names(archive.names)
         self.unread = archive.unread
         if self.unread:
             first = described([next(iter(self.unread.values()))[:200]])
@@ -211,44 +276,101 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def is_text(files: Files, name: str) -> bool:
+    """Whether the file begins like text, or is empty. Reads no more than its beginning; False where that cannot be read."""
+    try:
+        with files.open(files.names[name]) as content:
+            start = content.read(512)
+    except (KeyError, *UNREADABLE):
+        return False
+    return start.startswith((b"\xff\xfe", b"\xfe\xff")) or all(byte >= 32 or byte in b"\t\r\n\f" for byte in start)
+
+
+def system_reason(name: str) -> str | None:
+    """Why a file or folder of this name is no part of a dataset; None where it may be one."""
+    lower = name.lower()
+    if why := NAMED.get(lower):
+        return why
+    if lower.endswith(tuple(ENDS)):
+        return next(why for end, why in ENDS.items() if lower.endswith(end))
+    if lower.startswith(tuple(STARTS)):
+        return next(why for start, why in STARTS.items() if lower.startswith(start))
+    return HIDDEN if name.startswith(".") else None
+
+
 # Folders
 
 
-def _scan(root: Path) -> list[str]:
-    """Every file below `root` by its relative name, and every empty folder by its name with a `/` at the end."""
-    names: list[str] = []
-    folders = [""]
-    while folders:
-        folder = folders.pop()
+def _lies_in(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
+
+
+class _Scan:
+    """`names`: every file below `root`, and every empty folder with a `/` at its end. `ignored`: a reason and a name each. `links`: those
+    that are not followed."""
+
+    def __init__(self, root: Path, inside: str, follow_links: bool) -> None:
+        self.names: list[str] = []
+        self.ignored: list[tuple[str, str]] = []
+        self.links: list[str] = []
+        self._root, self._inside, self._follow = root, inside, follow_links
+        folders: list[tuple[str, frozenset[str]]] = [("", frozenset({inside}))]  # with all real folders it lies in
+        looked = 0
+        while folders:
+            folder, above = folders.pop()
+            folders += self._look(folder, above)
+            looked += 1
+            check_count(len(self.names) + len(self.ignored) + looked)  # links may lead to a folder any number of times
+
+    def _look(self, folder: str, above: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
+        """Adds the files of one folder; -> the folders in it."""
         if folder.count("/") > MAX_DEPTH:
             raise DatasetError(f"{printable(folder)} lies more than {MAX_DEPTH} folders deep; this is no dataset")
         try:
-            entries = [entry for entry in os.scandir(root / folder) if not _hidden(entry.name)]
+            entries = list(os.scandir(self._root / folder))
         except OSError as error:
-            raise DatasetError(
-                f"the folder {printable(folder) or root.name} cannot be read: {error.strerror}"
-            ) from error
+            name = printable(folder) or self._root.name
+            raise DatasetError(f"the folder {name} cannot be read: {error.strerror}") from error
+        folders, kept = [], 0
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(f"{folder}{entry.name}/")
+            name = folder + entry.name
+            if why := system_reason(entry.name):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                self.ignored.append((why, f"{name}/" if is_folder else name))
+                continue
+            kept += 1
+            if entry.is_symlink() and entry.is_dir():
+                folders += self._linked(name, above)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append((f"{name}/", above))
             else:
-                names.append(folder + entry.name)
-        if folder and not entries:
-            names.append(folder)
-        check_count(len(names))
-    return names
+                self.names.append(name)
+                if entry.is_symlink() and not self._follow and not _lies_in(os.path.realpath(entry.path), self._inside):
+                    self.links.append(name)
+        if folder and not kept:
+            self.names.append(folder)
+        return folders
 
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM
+    def _linked(self, name: str, above: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
+        """The folder that a link leads to, unless it is one that the link lies in."""
+        if not self._follow:
+            self.links.append(name)
+            self.names.append(name)
+            return []
+        real = os.path.realpath(self._root / name)
+        above |= {os.path.realpath((self._root / name).parent)}
+        if any(folder == real or _lies_in(folder, real) for folder in above):
+            self.ignored.append(("a link to a folder that it lies in", name))
+            return []
+        return [(f"{name}/", above | {real})]
 
 
 # Archives
 
 
-def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """As `Files.names` and `notes`, of members whose names end in `/` where they are folders; a folder is empty where no other member
-    lies in it. Of several members with one name the last is kept."""
+def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[Ignored, ...]]:
+    """As `Files.names`, `notes` and `ignored`, of members whose names end in `/` where they are folders; a folder is empty where no other
+    member lies in it. Of several members with one name the last is kept."""
     names: dict[str, str] = {}
     twice: list[str] = []
     for member in members:
@@ -257,9 +379,23 @@ def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
             twice.append(name)
         names[name] = member
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
-    kept = {name: file for name, file in names.items() if name not in filled and not any(map(_hidden, name.split("/")))}
+    ignored = {name: left for name in names if (left := _left_by_systems(name))}
+    kept = {name: file for name, file in names.items() if name not in filled and name not in ignored}
     lost = f"{len(twice)} files have the name of another and are left out, the first {twice[0][:200]}" if twice else ""
-    return kept, (f"{printable(lost)}: only the last file of a name is read; give each its own",) if lost else ()
+    notes = (f"{printable(lost)}: only the last file of a name is read; give each its own",) if lost else ()
+    return kept, notes, tallied(dict.fromkeys(ignored.values()))
+
+
+def _left_by_systems(name: str) -> tuple[str, str] | None:
+    """The reason and the file, or the folder that it lies in, that a system has left: a folder counts once, however much is in it."""
+    parts = name.split("/")
+    for place, part in enumerate(parts):
+        if why := _cached_reason(part):
+            return why, "/".join(parts[: place + 1]) + ("/" if place + 1 < len(parts) else "")
+    return None
+
+
+_cached_reason = lru_cache(4096)(system_reason)  # folders come again with each of their files
 
 
 def plain_name(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from models.archive import printable
 from models.data.files import Files
 from models.data.raw_pixels import Array, check_image, class_names, names_beside, read_exactly, reader, unpacked
-from models.data.samples import PART_NAMES, Item, Part, Source, make_source
+from models.data.samples import Item, Part, Source, make_source, part_of
 from models.errors import DatasetError
 
 NAME = re.compile(
@@ -20,7 +20,7 @@ NAME = re.compile(
     r"[-_.]idx[13]-ubyte(?:\.gz)?",
     re.IGNORECASE,
 )
-PARTS: dict[str, Part] = {"": "train", "t10k": "test", **PART_NAMES}
+PARTS: dict[str, Part] = {"": "train", "t10k": "test"}
 NAMES = ("classes.txt", "labels.txt")
 DIMENSIONS = {"images": 3, "labels": 1}
 UBYTE = 0x08
@@ -66,7 +66,8 @@ def _pairs(files: Files) -> tuple[str, list[Pair]]:
     ):  # what is unpacked takes its place
         match = NAME.fullmatch(posixpath.basename(name))
         if match:
-            part = PARTS[(match["part"] or "").rstrip("-_.").lower()]
+            name_of_part = (match["part"] or "").rstrip("-_.").lower()
+            part = PARTS.get(name_of_part) or part_of(name_of_part) or "train"
             found.setdefault((_folder(name), match["set"]), {})[part, match["kind"].lower()] = name
     if len(found) > 1:
         listed = ", ".join(printable(f"{folder}/{prefix}*".lstrip("/")) for folder, prefix in sorted(found)[:10])

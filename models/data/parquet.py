@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from models.archive import check_count, check_growth, printable
 from models.data.files import Files
 from models.data.parquet_pages import unpacked_bytes
-from models.data.samples import PART_NAMES, UNREADABLE, Item, Part, Source, make_source, part_of
+from models.data.samples import UNREADABLE, Item, Part, Source, make_source, part_of
 from models.errors import DatasetError
 from models.image_cost import FILE_BYTES
 
@@ -79,7 +79,7 @@ def _part(name: str) -> Part | None:
     folder, file = posixpath.split(name)
     shard = SHARD.fullmatch(file)
     split = shard["split"] if shard else posixpath.splitext(file)[0]
-    return part_of(split) or (None if shard else PART_NAMES.get(posixpath.basename(folder).lower()))
+    return part_of(split) or (None if shard else part_of(posixpath.basename(folder)))
 
 
 class Shard:

@@ -1,25 +1,29 @@
 """The labelled images of a dataset, none read yet: the one form that every layout and format is turned into."""
 
+import re
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from lzma import LZMAError
 from operator import attrgetter
 from typing import Literal
 
-from models.archive import check_count
+from models.archive import check_count, printable
 from models.class_names import complaint, escaped
+from models.data.parts import PARTS, Part, part_of
 from models.errors import DatasetError, TooFewClasses
+from models.text_encodings import AUTO
 
-Part = Literal["train", "val", "test"]
+__all__ = ["PARTS", "Part", "part_of"]
+
+Layout = Literal["auto", "classes", "splits", "csv"]
 Read = Callable[[str], bytes]
 
-PARTS: tuple[Part, ...] = ("train", "val", "test")
-PART_NAMES: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
 MAX_NAMED = 20  # files, folders or classes in an error
+MAX_EXAMPLES = 5  # of what is ignored for one reason
 # RuntimeError: encrypted, an unknown zip method, or a loop of links
 UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, LZMAError)
 
@@ -37,6 +41,15 @@ class Item:
     class_name: str
 
 
+@dataclass(frozen=True)
+class Ignored:
+    """Files and folders that are no part of the dataset, and why."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...]  # the first by name
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """All images of a dataset, none opened yet."""
@@ -48,10 +61,42 @@ class Source:
     read: Read
     strays: tuple[str, ...] = ()  # files outside the class folders, which are left alone
     notes: tuple[str, ...] = ()  # what a person should know before training: sentences for the audit
+    ignored: tuple[Ignored, ...] = ()  # beside the strays: what systems leave, and files of text
+    advice: str = ""  # what to do about links that are not followed
 
 
-def part_of(name: str) -> Part | None:
-    return PART_NAMES.get(name.lower())
+@dataclass(frozen=True)
+class Reading:
+    """How a dataset is read, as far as its path does not say."""
+
+    layout: Layout = "auto"
+    encoding: str = AUTO  # of tables, and of names in archives, that are not UTF-8
+    follow_links: bool = False  # out of the folder: for the command line, never for the server
+
+
+AS_IT_IS = Reading()
+
+
+@contextmanager
+def advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Adds what to do about links to the errors of a dataset, where it has links that are not followed."""
+    try:
+        yield
+    except DatasetError as error:
+        if not (said := advice()):
+            raise
+        raise type(error)(f"{error}; {said}") from error
+
+
+def tallied(found: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:
+    """Of pairs of a reason and a name."""
+    by_reason: dict[str, list[str]] = {}
+    for why, name in found:
+        by_reason.setdefault(why, []).append(name)
+    return tuple(
+        Ignored(why, len(names), tuple(map(printable, sorted(names)[:MAX_EXAMPLES])))
+        for why, names in sorted(by_reason.items())
+    )
 
 
 def by_path(items: Iterable[Item]) -> list[Item]:
@@ -66,42 +111,75 @@ def make_source(
     labelled: bool,
     strays: Sequence[str] = (),
     notes: Sequence[str] = (),
+    ignored: tuple[Ignored, ...] = (),
+    hint: str = "",
 ) -> Source:
-    """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small.
+    """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small. `hint`: what to do
+    where there are too few classes.
 
     Raises TooFewClasses; DatasetError: too many images, or a class that the training part lacks.
     """
     check_count(len(items))
+    joined = _joined({item.class_name for item in items})
     items = [_normal(item) for item in items]
     classes = tuple(sorted({item.class_name for item in items if item.part == "train"}))
     if wrong := complaint(classes):
         raise DatasetError(wrong)
     files = tuple(item for item in items if not item.path.endswith("/"))
     if len(classes) < 2:
-        raise _too_few(classes, strays, labelled)
+        raise _too_few(classes, strays, labelled, hint)
     known = set(classes)
     strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in known})
     if strange:
+        raise DatasetError(f"{listed(strange, MAX_NAMED)}: no such class in train/, which has {listed(classes, 10)}")
+    return Source(layout, files, classes, labelled, read, tuple(strays), (*notes, *joined), ignored)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    shown = [escaped(name)[:100] for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def refuse_alike(names: Iterable[str]) -> None:
+    """Raises DatasetError where classes differ in case, width or separators alone (`Ant`, `ant`), and are likely to be one."""
+    alike: dict[str, set[str]] = {}
+    for name in map(_nfc, names):
+        key = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+        alike.setdefault(key, set()).add(name)
+    doubtful = [sorted(group) for group in alike.values() if len(group) > 1]
+    if doubtful:
+        pairs = "; ".join(", ".join(map(repr, map(escaped, group))) for group in sorted(doubtful)[:MAX_NAMED])
         raise DatasetError(
-            f"{_listed(strange[:MAX_NAMED])}: no such class in train/, which has {_listed(classes[:10])}"
-            + (" ..." if len(classes) > 10 else "")
+            f"classes differ in case, width or separators alone: {pairs}; rename those that are one class, or set layout to `classes`, "
+            "`splits` or `csv` (--layout on the command line), which keeps them apart"
         )
-    return Source(layout, files, classes, labelled, read, tuple(strays), tuple(notes))
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(escaped(name)[:100] for name in names)
+def _joined(names: Iterable[str]) -> list[str]:
+    """A note where classes were spelled in several forms of Unicode."""
+    forms: dict[str, int] = {}
+    for name in names:
+        forms[_nfc(name)] = forms.get(_nfc(name), 0) + 1
+    several = sorted(name for name, count in forms.items() if count > 1)
+    return (
+        [f"written in two forms of Unicode (NFC and NFD), and taken as one class: {listed(several)}"] if several else []
+    )
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _normal(item: Item) -> Item:
     """With the class name in NFC: macOS writes `é` as two characters, others as one, and nobody sees a difference."""
     if unicodedata.is_normalized("NFC", item.class_name):
         return item
-    return replace(item, class_name=unicodedata.normalize("NFC", item.class_name))
+    return replace(item, class_name=_nfc(item.class_name))
 
 
-def _too_few(classes: tuple[str, ...], strays: Sequence[str], labelled: bool) -> TooFewClasses:
+def _too_few(classes: tuple[str, ...], strays: Sequence[str], labelled: bool, hint: str) -> TooFewClasses:
     found = f"the dataset has {len(classes)} classes" + "".join(f" ({escaped(name)[:100]})" for name in classes)
     needed = "two labels" if labelled else "two folders, one per class, with images in them"
     beside = f"; {len(strays)} files lie outside class folders: {', '.join(strays[:MAX_NAMED])}" if strays else ""
-    return TooFewClasses(f"{found}; it needs at least {needed}{beside}")
+    return TooFewClasses(f"{found}; it needs at least {needed}{beside}{hint}")

@@ -20,7 +20,7 @@ from models.data.class_folders import read_class_folders
 from models.data.files import Files, FolderFiles, ZipFiles
 from models.data.idx import read_idx
 from models.data.parquet import read_parquet
-from models.data.samples import Source
+from models.data.samples import AS_IT_IS, Reading, Source, advised, refuse_alike
 from models.data.tables import TABLES, read_label_studio, read_one_hot, read_table, read_tables
 from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
@@ -31,63 +31,89 @@ ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `p
 MAX_SHOWN = 5  # classes in a message
 
 # Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
+OF_TABLES: tuple[Callable[[Files], Source | None], ...] = (read_one_hot, read_label_studio, read_tables)
 LAYOUTS: tuple[Callable[[Files], Source | None], ...] = (
     read_idx,
     read_cifar,
     read_parquet,
-    read_one_hot,
-    read_label_studio,
-    read_tables,
+    *OF_TABLES,
     read_class_folders,
 )
 
+NO_LAYOUT = "neither a folder nor a zip file nor a table; a dataset is a folder of class folders, a zip or tar of one, "
+
 
 @contextmanager
-def open_source(path: Path, encoding: str = AUTO) -> Iterator[Source]:
-    """List a dataset. `read` may be used by several threads at once, until the end of the block. `encoding`: of tables, and of the names
-    in a zip, which do not say theirs and are not UTF-8.
+def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[Source]:
+    """List a dataset. `read` may be used by several threads at once, until the end of the block.
 
-    Raises TooFewClasses; DatasetError: not a dataset, too many files, a name that points outside, or a malformed file of many images.
+    Raises TooFewClasses; DatasetError: not a dataset, too many files, a name that points outside, a layout in doubt, or a malformed
+    file of many images.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        with _recognised(FolderFiles(path), encoding) as source:
+        with _recognised(FolderFiles(path, follow_links=reading.follow_links), reading) as source:
             yield source
-    elif path.is_file() and suffix in TABLES:
-        yield read_table(_beside(path, encoding), path.name)
-    elif path.is_file() and suffix == ".json":
-        yield label_studio.read_json(_beside(path, encoding), path.name)
-    elif path.is_file() and suffix == ".parquet":
-        with _recognised(FolderFiles(path.parent, only=path.name), encoding) as source:
+    elif path.is_file() and suffix in (*TABLES, ".json", ".parquet"):
+        if reading.layout in ("classes", "splits"):
+            raise DatasetError(f"{path.name} is one file: layout {reading.layout} is for folders, zips and tars")
+        with _one_file(path, suffix, reading) as source:
             yield source
     elif path.is_file() and is_zipfile(path):
-        with open_archive(path, encoding) as archive, _recognised(ZipFiles(archive), encoding) as source:
+        with open_archive(path, reading.encoding) as archive, _recognised(ZipFiles(archive), reading) as source:
             yield source
     elif path.is_file() and is_tar(path):
-        with open_tar(path) as files, _recognised(files, encoding) as source:
+        with open_tar(path) as files, _recognised(files, reading) as source:
             yield source
     else:
         raise DatasetError(
-            f"{path.name} is neither a folder nor a zip file nor a CSV; a dataset is a folder of class folders, a zip or tar of one, "
-            "a CSV of path,label, or one of the formats that docs/training.md lists"
+            f"{path.name} is {NO_LAYOUT}a CSV of path,label, or one of the formats that docs/training.md lists"
         )
 
 
-def _beside(path: Path, encoding: str) -> Files:
-    """The files that a table may name."""
-    files = FolderFiles(path.parent)
-    files.encoding = encoding
-    return files
+@contextmanager
+def _one_file(path: Path, suffix: str, reading: Reading) -> Iterator[Source]:
+    only = path.name if suffix == ".parquet" else None
+    files = FolderFiles(path.parent, only, follow_links=reading.follow_links)
+    files.encoding = reading.encoding
+    if suffix == ".parquet":
+        with _recognised(files, reading) as source:
+            yield source
+        return
+    if suffix == ".json":
+        yield label_studio.read_json(files, path.name)
+        return
+    source = read_table(files, path.name)
+    if reading.layout != "csv":
+        refuse_alike(source.classes)
+    yield replace(source, advice=files.advice)
 
 
 @contextmanager
-def _recognised(files: Files, encoding: str) -> Iterator[Source]:
-    files.encoding = encoding
+def _recognised(files: Files, reading: Reading) -> Iterator[Source]:
+    files.encoding = reading.encoding
     with files.closing:
-        source = next(source for read in LAYOUTS if (source := read(files)) is not None)
+        with advised(lambda: files.advice):
+            source = _read(files, reading)
         _check_classes(source, files)
         source = _decoded(source, files)
-        yield replace(source, notes=(*source.notes, *files.notes))
+        ignored = (*files.ignored, *source.ignored)
+        yield replace(source, notes=(*source.notes, *files.notes), ignored=ignored, advice=files.advice)
+
+
+def _read(files: Files, reading: Reading) -> Source:
+    """Raises TooFewClasses, DatasetError."""
+    if reading.layout in ("classes", "splits"):
+        return read_class_folders(files, reading.layout)
+    if reading.layout == "csv":
+        source = next((source for read in OF_TABLES if (source := read(files)) is not None), None)
+        if source is None:
+            raise DatasetError(f"layout csv needs a table of images and labels, and {files.label} has none with both")
+        return source
+    source = next(source for read in LAYOUTS if (source := read(files)) is not None)
+    if source.labelled:
+        refuse_alike(source.classes)
+    return source
 
 
 def _check_classes(source: Source, files: Files) -> None:

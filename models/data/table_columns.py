@@ -35,18 +35,7 @@ SPLITS = _words(
 MAYBE_SPLITS = _words("set fold usage phase dataset stage group purpose")
 FOLD_NUMBERS = re.compile(r"(fold[ _-]?)?\d+(\.0)?", re.IGNORECASE)
 # Values of tables beside the names of `part_of`. fer2013 calls its parts Training, PublicTest and PrivateTest.
-VALUES: dict[str, Part] = {
-    "training": "train",
-    "dev": "val",
-    "development": "val",
-    "publictest": "val",
-    "privatetest": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-    "holdout": "test",
-    "heldout": "test",
-}
+VALUES: dict[str, Part] = {"publictest": "val", "privatetest": "test", "heldout": "test"}
 NO_NAME = re.compile(r"(unnamed:\d+)?")  # of the index that pandas writes
 TRUE, FALSE = frozenset(("true", "t", "yes", "y", "1", "1.0")), frozenset(("false", "f", "no", "n", "0", "0.0", ""))
 MARKS = TRUE | FALSE

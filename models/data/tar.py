@@ -66,6 +66,7 @@ class _Entry(NamedTuple):
     start: int
     size: int
     is_plain: bool  # a regular file, and not sparse
+    is_link: bool  # a symbolic link; a hard link is no less unreadable, and rare
 
 
 class TarFiles(Files):
@@ -85,11 +86,12 @@ class TarFiles(Files):
                     raise tarfile.ReadError("a member ends behind the archive, or before it begins")
                 names.append(f"{member.name}/" if member.isdir() else member.name)
                 is_plain = member.isreg() and not member.issparse()
-                self._members[names[-1]] = _Entry(member.offset_data, member.size, is_plain)
+                self._members[names[-1]] = _Entry(member.offset_data, member.size, is_plain, member.issym())
                 check_count(len(names))
         except (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError) as error:
             raise DatasetError(f"{path.name} is damaged or cut off: copy or download it again") from error
-        self._names, self.notes = relative_names(names)
+        self._names, self.notes, self.ignored = relative_names(names)
+        self.links = tuple(name for name in self._names if self._members[self._names[name]].is_link)
 
     @property
     def names(self) -> dict[str, str]:

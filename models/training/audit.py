@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from io import BytesIO
 
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from models.classifier import Record
-from models.data.samples import PARTS, Item, Part
+from models.data.samples import PARTS, Ignored, Item, Part
 from models.errors import EmptyImage, ImageError, UnsupportedImage
 from models.training.duplicates import Near, equal
 
@@ -56,6 +57,14 @@ class BadFile(Record):
     reason: str
 
 
+class IgnoredFiles(Record):
+    """Files and folders that were taken for no part of the dataset, and why."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """N good images."""
@@ -85,6 +94,12 @@ class Audit(Record):
     class_counts: dict[Part, dict[str, int]]
     imbalance: float  # largest over smallest class of the training part
     warnings: tuple[str, ...]
+    ignored: tuple[
+        IgnoredFiles, ...
+    ] = ()  # neither good nor bad: what systems leave, text, files outside class folders
+    image_kinds: dict[str, int] = Field(
+        default_factory=dict
+    )  # good images by bit depth and channels, the most frequent first
 
 
 # One file
@@ -171,8 +186,11 @@ def make_audit(
     remarks: Sequence[str] = (),
     *,
     layout: str,
+    ignored: Sequence[Ignored] = (),
+    image_kinds: Sequence[str] = (),
 ) -> Audit:
-    """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings."""
+    """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings; `image_kinds` of each
+    good image."""
     paths, labels, classes = images.paths, images.labels, images.classes
     duplicates = _groups(equal(images.digests))
     near = [near.rows for near in images.near]
@@ -194,6 +212,8 @@ def make_audit(
         class_counts={part: dict(zip(classes, counts[part], strict=True)) for part in PARTS},
         imbalance=round(max(counts["train"]) / max(1, min(counts["train"])), 2),
         warnings=(),
+        ignored=tuple(IgnoredFiles(reason=e.reason, count=e.count, examples=e.examples) for e in ignored),
+        image_kinds=dict(Counter(image_kinds).most_common()),
     )
     return audit.model_copy(update={"warnings": (*_warnings(audit), *remarks)})
 

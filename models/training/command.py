@@ -17,6 +17,8 @@ def command(request: FinetuneRequest) -> str:
     given |= {"test_fraction": request.test_fraction or None, "on_bad_file": request.on_bad_file}
     given |= {"encoding": request.encoding if request.encoding != AUTO else None}
     given |= {"near_duplicates": request.near_duplicates if request.near_duplicates != "group" else None}
+    given |= {"layout": request.layout if request.layout != "auto" else None}
+    given |= {"min_per_class": request.min_per_class if request.min_per_class != 2 else None}
     given |= request.hyperparameters.model_dump(exclude_none=True)
     given |= {"early_stopping" if name == "criterion" else name: value for name, value in stopping.items()}
     given |= request.budget.model_dump(exclude_none=True)

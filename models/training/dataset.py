@@ -19,21 +19,34 @@ from torch import Tensor
 from models.classifier import Preprocessing
 from models.data.files import reason
 from models.data.raw_pixels import Array, allocate
-from models.data.samples import MAX_NAMED, PARTS, UNREADABLE, Part, Read, Source
+from models.data.samples import (
+    AS_IT_IS,
+    MAX_EXAMPLES,
+    MAX_NAMED,
+    PARTS,
+    UNREADABLE,
+    Ignored,
+    Part,
+    Read,
+    Reading,
+    Source,
+    advised,
+)
 from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.image_cost import DEFAULT_LIMITS, Limits
 from models.images import decode
-from models.text_encodings import AUTO
 from models.training import audit, duplicates, split
 from models.training.audit import Audit, BadFile, Images
 from models.training.duplicates import Near
+from models.training.image_kinds import image_kind
 from models.training.progress import Progress, silent
 from models.training.request import NearDuplicates
 
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
+MAX_SMALL = 100  # classes with too few images that an error names
 MAX_HELD_OUT = 0.9  # of the images, validation and test together
 TICK_S = 0.25  # between two signs of progress
 DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
@@ -55,7 +68,6 @@ class Dataset:
     rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one of the parts that are held out here
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
-    encoding: str = AUTO  # that its tables and names were read by
 
     def warned(self, warnings: Sequence[str]) -> "Dataset":
         """With more warnings in its audit."""
@@ -73,6 +85,7 @@ class _Decoded(NamedTuple):
     files: tuple[bytes, ...]
     hashes: list[str]  # sha256
     bad: list[BadFile]
+    kinds: list[str]  # bit depth and channels of the good images
 
 
 def load(
@@ -83,32 +96,42 @@ def load(
     test_fraction: float = 0.0,
     seed: int,
     on_bad_file: Literal["skip", "fail"] = "skip",
-    encoding: str = AUTO,
     near_duplicates: NearDuplicates = "group",
+    min_per_class: int = 2,
+    reading: Reading = AS_IT_IS,
     progress: Progress = silent,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Dataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
-    `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than two training
-    images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset; OSError where the pixels need a temporary
-    file and the disk is full.
+    `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than `min_per_class`
+    training images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset, or one whose layout is in doubt;
+    OSError where the pixels need a temporary file and the disk is full.
     """
-    with open_source(path, encoding) as source:
+    with open_source(path, reading) as source:
         decoded = _decode_all(source, preprocessing, limits, lambda done: progress(DECODING * done))
-    _check_bad(decoded.bad, len(source.items), on_bad_file)
-    if not decoded.places:
-        raise TooFewImages(
-            f"none of the {len(source.classes)} class folders has an image in it; add at least 2 to each"
+    with advised(lambda: source.advice):
+        _check_bad(decoded.bad, len(source.items), on_bad_file)
+        if not decoded.places:
+            raise TooFewImages(
+                f"none of the {len(source.classes)} class folders has an image in it; add at least 2 to each"
+            )
+        images = _images(
+            source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
         )
-    images = _images(
-        source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
-    )
-    given = [source.items[place].part for place in decoded.places]
-    found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed))
+        given = [source.items[place].part for place in decoded.places]
+        found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed), min_per_class)
     remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
     report = audit.make_audit(
-        images, found.rows, found.left_out, len(source.items), decoded.bad, remarks, layout=source.layout
+        images,
+        found.rows,
+        found.left_out,
+        len(source.items),
+        decoded.bad,
+        remarks,
+        layout=source.layout,
+        ignored=_ignored(source),
+        image_kinds=decoded.kinds,
     )
     progress(1.0)
     return Dataset(
@@ -124,7 +147,6 @@ def load(
         rows=found.rows,
         split=found.rule,
         audit=report,
-        encoding=encoding,
     )
 
 
@@ -147,10 +169,11 @@ def pixels(
     data: Dataset,
     preprocessing: Preprocessing,
     progress: Progress = silent,
+    reading: Reading = AS_IT_IS,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Tensor, tuple[bytes, ...]]:
     """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
-    with open_source(path, data.encoding) as source:
+    with open_source(path, reading) as source:
         decoded = _decode_all(source, preprocessing, limits, progress)
     if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
         raise DatasetError(f"{data.name} has changed since the run began; leave it as it is, and start again")
@@ -185,11 +208,11 @@ class _Found(NamedTuple):
     rule: dict[str, Any]
 
 
-def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares) -> _Found:
+def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares, min_per_class: int) -> _Found:
     """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
     labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
-    _check_classes(labels[rows["train"]], labels[left_out], images.classes)
+    _check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
     rule = _rule(rows, shares)
     val = 0.0 if len(rows["val"]) else shares.val
     test = 0.0 if len(rows["test"]) else shares.test
@@ -212,18 +235,21 @@ def _rule(given: dict[Part, Tensor], shares: Shares) -> dict[str, Any]:
     return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
 
 
-def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...]) -> None:
+def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...], least: int) -> None:
     counts = train.bincount(minlength=len(classes)).tolist()
-    small = [(name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < 2]
+    small = [
+        (name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < least
+    ]
     if not small:
         return
     listed = "; ".join(
         f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
-        for name, count, index in small[:MAX_NAMED]
+        for name, count, index in small[:MAX_SMALL]
     )
-    more = f"; and {len(small) - MAX_NAMED} more classes" if len(small) > MAX_NAMED else ""
+    more = f"; and {len(small) - MAX_SMALL} more classes" if len(small) > MAX_SMALL else ""
+    why = "to train and to validate on" if least == 2 else "by min_per_class (--min-per-class)"
     raise TooFewImages(
-        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least 2 are needed, to train and to validate on; "
+        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least {least} are needed, {why}; "
         "add images, or remove the class"
     )
 
@@ -269,7 +295,12 @@ def _remarks(found: _Found, source: Source) -> list[str]:
         )
     if source.strays:
         remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
-    return [*remarks, *source.notes]
+    return [*remarks, *source.notes, *([source.advice] if source.advice else [])]
+
+
+def _ignored(source: Source) -> list[Ignored]:
+    strays = [Ignored("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
+    return [*(strays if source.strays else []), *source.ignored]
 
 
 # Pixels
@@ -280,6 +311,7 @@ class _Outcome(NamedTuple):
     digest: bytes = b""
     reason: str = ""  # why the file is bad
     drawn: tuple[int, int, int] | None = None  # see audit.drawn_colours
+    kind: str = ""  # see image_kinds
 
 
 def _decode_all(source: Source, preprocessing: Preprocessing, limits: Limits, progress: Progress) -> _Decoded:
@@ -301,6 +333,7 @@ def _decode_all(source: Source, preprocessing: Preprocessing, limits: Limits, pr
         files=tuple(bytes.fromhex(outcomes[place].sha256)[:16] for place in good),
         hashes=[outcome.sha256 for outcome in outcomes],
         bad=[BadFile(path=items[place].path, reason=reasons[place]) for place in sorted(reasons)],
+        kinds=[outcomes[place].kind for place in good],
     )
 
 
@@ -332,7 +365,7 @@ def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocess
     if audit.is_animated(data):
         return _Outcome(sha256, reason="animated: more than one frame; save the frames that matter as images")
     digest = hashlib.blake2b(target.tobytes(), digest_size=16).digest()
-    return _Outcome(sha256, digest, drawn=audit.drawn_colours(data))
+    return _Outcome(sha256, digest, drawn=audit.drawn_colours(data), kind=image_kind(data))
 
 
 def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:

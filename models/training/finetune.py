@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from models.classifier import ModelConfig
+from models.data.samples import Reading
 from models.image_cost import DEFAULT_LIMITS, Limits
 from models.reference import Reference
 from models.runtime import devices, tune_allocator
@@ -53,16 +54,17 @@ def run(
     stop: Stop = never,
     device: str = "auto",
     limits: Limits = DEFAULT_LIMITS,
+    follow_links: bool = False,
 ) -> Result:
     """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
 
     A run that was killed goes on when it is asked for again with the same `job_dir`. `stop` may become true: then the best so far is
     published. Raises ModelNotFound, ArchitectureNotFound (base), DatasetError, TrainingError, OSError, and DeviceUnavailable where
-    `device`, as the setting of that name, cannot be used.
+    `device`, as the setting of that name, cannot be used. `follow_links`: also out of the dataset's folder, which the server never does.
     """
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
-        job = prepare(request, store, progress, job_dir, cache, stop, device, limits)
+        job = prepare(request, store, progress, job_dir, cache, stop, device, limits, follow_links)
         job, choice = choose_base(job)
         torch.manual_seed(job.settings.seed)  # the same weights, whether folds were trained before or by a killed run
         trained = fitting.train(job)
@@ -101,6 +103,7 @@ def prepare(
     stop: Stop = never,
     device: str = "auto",
     limits: Limits = DEFAULT_LIMITS,
+    follow_links: bool = False,
 ) -> Job:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
     begun = Run.read(folder) if folder else None
@@ -111,7 +114,7 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with buffers of its own
         torch.cuda.set_device(there[0])
     leave_memory(there[0])
-    clock = Clock()
+    clock, reading = Clock(), Reading(request.layout, request.encoding, follow_links)
     with clock.phase("audit"):
         bases = begun.bases if begun else bases_of(request, store)
         data = dataset.load(
@@ -121,8 +124,9 @@ def prepare(
             test_fraction=request.test_fraction,
             seed=request.hyperparameters.seed,
             on_bad_file=request.on_bad_file,
-            encoding=request.encoding,
             near_duplicates=request.near_duplicates,
+            min_per_class=request.min_per_class,
+            reading=reading,
             progress=lambda done: progress(Event("audit", done)),
             limits=limits,
         )
@@ -141,7 +145,10 @@ def prepare(
     if folder:
         run.write(folder)
     kept, features = folder or Path(), FeatureCache(cache)
-    return Job(request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, there[0])
+    device_used = there[0]
+    return Job(
+        request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, device_used, reading
+    )
 
 
 def _mode(request: FinetuneRequest, data: dataset.Dataset, device: torch.device) -> Mode:

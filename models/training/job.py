@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import files
 from models.classifier import Backbone, BackboneRef, Preprocessing, Record
+from models.data.samples import AS_IT_IS, Reading
 from models.errors import DatasetError
 from models.image_cost import DEFAULT_LIMITS, Limits
 from models.records import read_record, to_json
@@ -84,6 +85,7 @@ class Job:
     clock: Clock
     run: Run
     device: torch.device
+    reading: Reading = AS_IT_IS  # of the dataset
     began: float = field(default_factory=time.monotonic)
     _pixels: dict[Preprocessing, tuple[Tensor, tuple[bytes, ...]]] = field(default_factory=dict)
     _precisions: dict[BackboneRef, Precision] = field(default_factory=dict)
@@ -128,7 +130,12 @@ class Job:
         if preprocessing not in self._pixels:
             alive = self.tell("features")
             self._pixels[preprocessing] = dataset.pixels(
-                self.request.dataset, self.data, preprocessing, lambda done: alive(0.0), self.limits
+                self.request.dataset,
+                self.data,
+                preprocessing,
+                lambda done: alive(0.0),
+                limits=self.limits,
+                reading=self.reading,
             )
         return self._pixels[preprocessing]
 

@@ -128,7 +128,7 @@ def _sampled(rows: Tensor) -> Tensor:
 
 
 def _contents(job: Job, paths: list[str]) -> dict[str, bytes]:
-    with open_source(job.request.dataset, job.request.encoding) as source:
+    with open_source(job.request.dataset, job.reading) as source:
         names = {item.path: item.file for item in source.items}
         found: dict[str, bytes] = {}
         for path in paths:

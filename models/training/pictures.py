@@ -26,7 +26,7 @@ def odd_ones(job: Job) -> dict[str, bytes]:
     shown = {path: jpeg(job.data.pixels[row]) for row, path in enumerate(job.data.paths) if path in twice}
     if not (bad := {file.path for file in audit.bad[:MOST_SHOWN]}):
         return shown  # the folder need not be looked through again
-    with open_source(job.request.dataset, job.request.encoding) as source:
+    with open_source(job.request.dataset, job.reading) as source:
         for item in source.items:
             if item.path in bad:
                 with suppress(ImageError, *UNREADABLE):

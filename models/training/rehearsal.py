@@ -38,6 +38,7 @@ def dry_run(
     cache: Path,
     device: str = "auto",
     limits: Limits = DEFAULT_LIMITS,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """The audit with pictures, the split, the hyperparameters and an estimate in seconds, fit for JSON. Nothing is trained and
     nothing is written.
@@ -45,7 +46,7 @@ def dry_run(
     Raises what `run` would raise up to the training.
     """
     tune_allocator()
-    job = prepare(request, store, progress, None, cache, device=device, limits=limits)
+    job = prepare(request, store, progress, None, cache, device=device, limits=limits, follow_links=follow_links)
     selects = request.selects_architecture
     return {
         "audit": job.data.audit.model_dump(mode="json"),

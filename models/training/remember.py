@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import Classifier, ModelConfig
+from models.data.samples import Reading
 from models.decisions import PRECISION, Decisions
 from models.errors import DatasetError
 from models.image_cost import DEFAULT_LIMITS, Limits
@@ -54,13 +55,14 @@ def calibrate(
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
+    reading = Reading(encoding=encoding, follow_links=True)  # the command line's own: no server calls this
     data = dataset.load(
         path,
         kinds[0],
         val_fraction=0.05,
         seed=0,
-        encoding=encoding,
         near_duplicates="off",
+        reading=reading,
         progress=lambda done: progress(done / 2),
         limits=limits,
     )
@@ -70,7 +72,10 @@ def calibrate(
         raise DatasetError(
             f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
         )
-    pixels = [data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, limits=limits)[0] for kind in kinds]
+    pixels = [
+        data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, reading=reading, limits=limits)[0]
+        for kind in kinds
+    ]
     features = _features(classifier, pixels)
     reference = _reference(
         data,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from models.classifier import NAME_PATTERN, Record
+from models.data.samples import Layout
 from models.decisions import PRECISION
 from models.errors import TrainingError
 from models.text_encodings import AUTO, check_encoding
@@ -224,6 +225,14 @@ class FinetuneRequest(_Asked):
     near_duplicates: NearDuplicates = Field(
         default="group",
         description="Versions of one photograph: group keeps them on one side of the split, report only lists them, off does not search",
+    )
+    layout: Layout = Field(
+        default="auto",
+        description="What the folders are where their names leave it in doubt: classes; splits, that is train, val and test with "
+        "class folders in them; or csv, where a CSV at the top has the labels",
+    )
+    min_per_class: int = Field(
+        default=2, ge=2, le=1_000_000, description="Training images that each class needs; one with fewer is refused"
     )
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping = EarlyStopping()

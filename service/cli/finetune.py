@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from models.data.parts import PARTS
 from models.store import ModelStore
 from models.training.audit import Audit
 from models.training.evaluate import Evaluation
@@ -33,6 +34,8 @@ REQUEST = (
     "on_bad_file",
     "encoding",
     "near_duplicates",
+    "layout",
+    "min_per_class",
     "deploy",
     "half",
     "channels",
@@ -98,6 +101,7 @@ def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
             cache=settings.data / "features",
             device=settings.device,
             limits=settings.limits(),
+            follow_links=True,  # the caller may read these files anyway
         )
 
 
@@ -111,9 +115,16 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
     store.check_writable()
     with progress("finetune", "%") as update, stopped_by_ctrl_c() as stop:
         told, cache = partial(tell, update=update), settings.data / "features"
-        limits = settings.limits()
         result = run(
-            request, store, told, job_dir=folder, cache=cache, stop=stop, device=settings.device, limits=limits
+            request,
+            store,
+            told,
+            job_dir=folder,
+            cache=cache,
+            stop=stop,
+            device=settings.device,
+            limits=settings.limits(),
+            follow_links=True,
         )
     forget(folder)
     report = Report.model_validate_json((folder / REPORT).read_bytes())
@@ -149,8 +160,7 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(plan, indent=2))
         return
     audit = Audit.model_validate(plan["audit"])
-    click.echo(f"dataset: {audit.layout}")
-    click.echo(f"{audit.images} images of {audit.files} files in {len(audit.class_counts['train'])} classes")
+    click.echo("\n".join(understood(audit)))
     for name in ("bad", "duplicates", "near_duplicates", "conflicts"):
         click.echo(f"{name.replace('_', ' ')}: {audit.totals[name]}")
     for group, rule in alike(audit)[:SHOWN]:
@@ -167,6 +177,29 @@ def alike(audit: Audit) -> list[tuple[tuple[str, ...], str]]:
     """Groups of duplicates and near-duplicates with the rule that found each."""
     equal = [(group, "identical pixels") for group in audit.duplicates]
     return [*equal, *zip(audit.near_duplicates, audit.near_rules, strict=True)]
+
+
+def understood(audit: Audit) -> list[str]:
+    """The layout, the classes, the parts, what the images are, and what was ignored: lines."""
+    counts = audit.class_counts
+    totals = {name: sum(counts[part].get(name, 0) for part in PARTS) for name in counts["train"]}
+    kinds = [f"{count} {kind}" for kind, count in audit.image_kinds.items()]
+    lines = [
+        f"dataset: {audit.layout}",
+        f"{len(totals)} classes: {', '.join(first_and_last([f'{name} ({count})' for name, count in totals.items()]))}",
+        f"{audit.images} images of {audit.files} files" + (f": {', '.join(kinds)}" if kinds else ""),
+    ]
+    for left in audit.ignored:
+        more = " ..." if left.count > len(left.examples) else ""
+        lines.append(f"ignored: {left.count}, {left.reason}: {', '.join(left.examples)}{more}")
+    return lines
+
+
+def first_and_last(names: list[str], ends: int = 10) -> list[str]:
+    """All of them, or the first and the last ten."""
+    if len(names) <= 2 * ends + 1:
+        return names
+    return [*names[:ends], f"... {len(names) - 2 * ends} more ...", *names[-ends:]]
 
 
 def summary(report: Report) -> str:

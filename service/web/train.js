@@ -14,16 +14,18 @@ export function Train({ detail }) {
 
 function Begin() {
   const [dataset, setDataset] = useState(null);
+  const [how, setHow] = useState({});
   const [datasets, trouble, reload] = useLoad(allDatasets);
+  const choose = (name) => (setDataset(name), setHow({}));
   return html`
     <p class="lead">From a folder of images to a served model: one folder per class, in a zip.</p>
     <h2>1. The images</h2>
     <${Trouble} error=${trouble} again=${reload} />
     ${datasets &&
-    html`<${Upload} done=${(kept) => (reload(), setDataset(kept.name))} />
-      <${Datasets} datasets=${datasets} chosen=${dataset} choose=${setDataset} />`}
-    ${dataset && html`<${Check} key=${dataset} dataset=${dataset} />`}
-    ${dataset && html`<${Start} key=${`start ${dataset}`} dataset=${dataset} />`}
+    html`<${Upload} done=${(kept) => (reload(), choose(kept.name))} />
+      <${Datasets} datasets=${datasets} chosen=${dataset} choose=${choose} />`}
+    ${dataset && html`<${Check} key=${dataset} dataset=${dataset} how=${how} change=${setHow} />`}
+    ${dataset && html`<${Start} key=${`start ${dataset}`} dataset=${dataset} how=${how} />`}
     ${datasets && html`<${Jobs} />`}
   `;
 }
@@ -95,23 +97,55 @@ function Datasets({ datasets, chosen, choose }) {
 
 // The audit
 
-function Check({ dataset }) {
-  const [found, trouble, again] = useLoad(() => send("POST", "datasets/validate", { dataset }), 0, [dataset]);
+function Check({ dataset, how, change }) {
+  const [found, trouble, again] = useLoad(() => audited(dataset, how), 0, [dataset, how]);
+  const current = found?.how === how ? found : null;
   return html`<h2>2. What is in them</h2>
+    <${Reading} how=${how} change=${change} />
     <${Trouble} error=${trouble} again=${again} />
-    ${!found && !trouble && html`<p class="faint pending" role="status">Every file is read</p>`}
-    ${found && html`<${Audit} ...${found} />`}`;
+    ${!current && !trouble && html`<p class="faint pending" role="status">Every file is read</p>`}
+    ${current && !trouble && html`<${Audit} ...${current} />`}`;
+}
+
+const audited = async (dataset, how) => ({ ...(await send("POST", "datasets/validate", { ...how, dataset })), how });
+
+const LAYOUTS = {
+  auto: "recognised by their names",
+  classes: "the classes",
+  splits: "train, val and test, with class folders in them",
+  csv: "described by a CSV at the top",
+};
+
+/** How the folders are read, where their names leave it in doubt; `how` is sent with the audit and with the job. */
+function Reading({ how, change }) {
+  const layout = (event) => change({ ...how, layout: event.target.value });
+  const least = (event) => change({ ...how, min_per_class: event.target.value.trim() === "" ? undefined : Number(event.target.value) });
+  return html`<div class="fields">
+    <div class="field">
+      <label for="layout">The folders are</label>
+      <select id="layout" onChange=${layout}>
+        ${Object.entries(LAYOUTS).map(([value, words]) => html`<option value=${value} selected=${value === (how.layout ?? "auto")}>${words}</option>`)}
+      </select>
+    </div>
+    <div class="field">
+      <label for="min_per_class">Training images needed per class</label>
+      <input id="min_per_class" inputmode="numeric" placeholder="2" value=${how.min_per_class ?? ""} onChange=${least} autocomplete="off" />
+    </div>
+  </div>`;
 }
 
 function Audit({ audit, pictures = {}, estimate }) {
-  const { parts, totals } = audit;
+  const { parts, totals, ignored = [], image_kinds = {} } = audit;
+  const kinds = Object.entries(image_kinds).map(([kind, images]) => `${count(images)} ${kind}`);
   return html`
     <p role="status">
       <strong>${plural(audit.images, "good image")}</strong> in ${plural(Object.keys(audit.class_counts.train).length, "class", "classes")}: ${count(parts.train)} to train on, ${count(parts.val)} to validate on${parts.test > 0 && `, ${count(parts.test)} to test on`}. A head is
       trained in about ${duration(estimate.total)}.
     </p>
     <p class="layout">Recognised as: <strong>${audit.layout}</strong></p>
+    ${kinds.length > 0 && html`<p class="kinds">Images: ${kinds.join(", ")}</p>`}
     ${audit.warnings.length > 0 && html`<ul class="warnings">${audit.warnings.map((said) => html`<li>${said}</li>`)}</ul>`}
+    ${ignored.map((left) => html`<${Listed} title=${`Ignored, ${left.reason}`} total=${left.count} pictures=${{}} items=${left.examples.map((path) => [[path]])} />`)}
     <${Listed} title="Bad files, left out" total=${totals.bad} pictures=${pictures} items=${audit.bad.map(({ path, reason }) => [[path], reason])} />
     <${Listed} title="The same picture under several labels" total=${totals.conflicts} pictures=${pictures} items=${audit.conflicts.map((paths) => [paths])} />
     <${Listed} title="Duplicates" total=${totals.duplicates} pictures=${pictures} items=${audit.duplicates.map((paths) => [paths, "identical pixels"])} />
@@ -142,12 +176,13 @@ function Classes({ counts }) {
 // The start
 
 const FIRST = ["name", "base", "mode", "deploy"];
+const ASKED = ["dataset", "layout", "min_per_class"]; // above, with the audit
 
-function Start({ dataset }) {
+function Start({ dataset, how }) {
   const [schema, trouble] = useLoad((quiet) => get("finetune/schema", { quiet }));
   const [values, setValues] = useState({ name: dataset.replace(/\.(zip|csv)$/, "").toLowerCase().replace(/[^a-z0-9._-]+/g, "-") });
   const [start, busy, failed] = useWork(async () => {
-    const job = await send("POST", "finetune", { ...bodyOf(values), dataset });
+    const job = await send("POST", "finetune", { ...bodyOf(values), ...how, dataset });
     location.hash = `#train/${job.id}`;
   });
   const change = (path, value) => setValues((others) => ({ ...others, [path]: value }));
@@ -167,7 +202,7 @@ function Start({ dataset }) {
       </div>
       <details>
         <summary>Everything else</summary>
-        <div class="fields"><${Fields} ...${shared} without=${[...FIRST, "dataset"]} /></div>
+        <div class="fields"><${Fields} ...${shared} without=${[...FIRST, ...ASKED]} /></div>
       </details>
       <${Trouble} error=${failed} />
       <button class="primary" disabled=${busy}>Start training</button>
