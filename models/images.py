@@ -20,7 +20,7 @@ import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models import image_process
+from models import image_process, sniff
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
@@ -151,31 +151,13 @@ def _check_bytes(data: bytes, limits: Limits) -> None:
 
 
 def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
-    file_format = _format_of(data)
+    file_format = sniff.format_of(data)
     allowed = [*FORMATS, *sorted(extra_formats)]
     if file_format not in allowed:
         names = [_name(each) for each in allowed]
-        raise UnsupportedImage(f"Send {', '.join(names[:-1])} or {names[-1]}.")
+        accepted = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise UnsupportedImage(f"The file is {sniff.described(data)}. Send {accepted}.")
     return file_format
-
-
-def _format_of(data: bytes) -> str | None:
-    """The format that the first bytes name: content decides, never a file name or a declared type."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith(b"BM") and data[16:18].strip(b"\0") == b"":  # a header of less than 64 KiB, unlike a text's
-        return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
-        return "AVIF"
-    return None
 
 
 def _ignore_pillow_warnings() -> None:
