@@ -8,6 +8,7 @@ A JSON parser holds the GIL until it returns, in a thread too. What is left besi
 the strings are decoded from base64 in PIECEs, so that the event loop has its turn.
 """
 
+import re
 from base64 import b64decode
 from binascii import a2b_base64
 from collections.abc import Collection, Iterator
@@ -26,6 +27,7 @@ REST, REST_PER_IMAGE = 2**16, 512  # bytes beside the long strings
 MAX_FIELD_BYTES = 4096
 PIECE = 2**20  # bytes of base64 that are decoded at once: about 4 ms
 
+_BLANKS = re.compile(rb"(?:\s|\\[nrt])*+")
 _ALPHABET = (ascii_letters + digits + "+/").encode()
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _ESCAPES = (
@@ -206,11 +208,12 @@ def _not_base64(letters: bytes) -> str:
 
 def _after_prefix(text: bytes, start: int, end: int, name: str) -> int:
     """Where base64 begins after blanks and `data:image/jpeg;base64,`."""
+    begin = _BLANKS.match(text, start, end)
+    start = start if begin is None else begin.end()
     head = text[start : min(end, start + LONG)]
-    start += len(head) - len(head.lstrip())
-    if is_address(head.lstrip().replace(rb"\/", b"/")):
+    if is_address(head.replace(rb"\/", b"/")):
         raise ValidationFailed("nothing is fetched from an address: send the image itself in base64", param=name)
-    if head.lstrip()[:5].lower() != b"data:":
+    if head[:5].lower() != b"data:":
         return start
     comma = text.find(b",", start, min(end, start + LONG))
     if comma == -1 or not text[start:comma].lower().endswith(b";base64"):
