@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 
+from models import heif
 from models.errors import ImageTooLarge, InvalidImage
 
 PIXEL_CEILING = 2 * 89_478_485  # where Pillow refuses on its own account
@@ -26,7 +27,8 @@ ARITHMETIC = 6
 
 # Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
 # beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
-EARLY = {"GIF": 1, "WEBP": 3}
+# HEIF is not opened here at all, and takes its pixels three times: in its process, in the pipe, and here.
+EARLY = {"GIF": 1, "WEBP": 3, "HEIF": 3}
 
 
 class NoRoom(Exception):
@@ -101,6 +103,8 @@ def size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None
     """What an opener of `EARLY` is about to allocate; None for the others, which read the header first."""
     if file_format == "GIF":
         return _first_frame(ImageBytes(data))
+    if file_format == "HEIF":
+        return heif.size(data)
     return _webp_canvas(data) if file_format == "WEBP" else None
 
 

@@ -32,7 +32,7 @@ from models.image_cost import OutOfTime as OutOfTime
 # Imported so that Pillow need not import all its 43 openers to find them.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # are decoded in processes of their own
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF", "HEIF": "HEIC"}  # are decoded in processes of their own
 OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
@@ -75,7 +75,7 @@ def decode(
     transparency on white: RGB and gray files are equal to the bit. Of other modes, and where the resized image is over 8 times the
     crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
     at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
-    `extra_formats`: of "TIFF" and "AVIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
+    `extra_formats`: of "TIFF", "AVIF" and "HEIF". `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
     `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`; WebP and PNG within 2 s.
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
@@ -88,6 +88,10 @@ def decode(
             if early := size_before_opening(data, file_format):
                 limits.check(early)
                 held.enter_context(hold(EARLY[file_format] * math.prod(early)))
+            if file_format == "HEIF":  # its library does not run in this process
+                stage = "image data"
+                image = image_process.load(data, file_format, deadline, math.prod(early or ()))
+                return _tensor(_cropped(image, image.size, preprocessing))
             file = ImageBytes(data, deadline)
             image = _open(file, file_format, limits)
             extent: Size = image.size

@@ -4,7 +4,8 @@ The first bytes decide. Every row is (what it begins with, what it is, what to d
 """
 
 import re
-from importlib.util import find_spec
+
+from models import heif
 
 AS_PNG = "save it as PNG or JPEG"
 RAW = "export it as JPEG from the photo editor"
@@ -101,7 +102,7 @@ def format_of(data: bytes) -> str | None:
         return "TIFF"
     if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
         return "AVIF"
-    return None
+    return "HEIF" if is_heif(data) else None
 
 
 def brands(data: bytes) -> bytes:
@@ -157,7 +158,7 @@ def _boxed(data: bytes, named: bytes) -> tuple[str, str]:
         return "an AVIF image", f"{AS_PNG}, or set IMAGO_EXTRA_FORMATS=avif"
     if is_heif(data):
         name = "a HEIC image" if b"he" in named else "a HEIF image"
-        installed = "" if find_spec("pillow_heif") else "install imago[heif] and "
+        installed = "" if heif.is_installed() else "install imago[heif] and "
         return name, f"{AS_PNG}, or {installed}set IMAGO_EXTRA_FORMATS=heif"
     return "a video", "send a frame of it as JPEG"
 

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
+from models import heif
 from models.cgroup import memory_limit
 
 if TYPE_CHECKING:
@@ -31,7 +33,17 @@ def _split(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidator(_split)]
+
+
+def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
+    if "heif" in formats and not heif.is_installed():
+        raise PydanticCustomError("not_installed", "heif needs the extra of that name: pip install 'imago[heif]'")
+    return formats
+
+
+Formats = Annotated[
+    tuple[Literal["tiff", "avif", "heif"], ...], NoDecode, BeforeValidator(_split), AfterValidator(_readable)
+]
 
 
 class Settings(BaseSettings):
@@ -160,7 +172,8 @@ class Settings(BaseSettings):
     )
     max_image_side: int = Field(65_535, ge=1, description="Longest side of an image, in pixels")
     extra_formats: Formats = Field(
-        (), description="Image formats to accept besides the usual: tiff, avif, comma separated"
+        (),
+        description="Image formats to accept besides the usual: tiff, avif, heif (HEIC; the extra `heif`), comma separated",
     )
     decode_threads: int | None = Field(
         None, ge=1, le=1024, description="Threads that decode images; by default one per core"

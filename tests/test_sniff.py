@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from image_files import photo, save, solid
 
-from models import sniff
+from models import heif, sniff
 from models.sniff import described
 
 JPEG, PNG = save(solid(), "JPEG"), save(solid(), "PNG")
@@ -82,9 +82,9 @@ def test_what_it_is_and_the_remedy(data: bytes, what: str) -> None:
 
 
 def test_heif_is_named_with_its_extra_where_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sniff, "find_spec", lambda name: None)
+    monkeypatch.setattr(heif, "is_installed", lambda: False)
     assert described(boxed(b"heic")).endswith("or install imago[heif] and set IMAGO_EXTRA_FORMATS=heif")
-    monkeypatch.setattr(sniff, "find_spec", lambda name: name)
+    monkeypatch.setattr(heif, "is_installed", lambda: True)
     assert described(boxed(b"heic")).endswith("or set IMAGO_EXTRA_FORMATS=heif")
 
 
