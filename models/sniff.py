@@ -184,7 +184,7 @@ def _text(start: bytes) -> tuple[str, str]:
             "its Content-Type must be multipart/form-data with its boundary; leave that header to your HTTP library",
         )
     if small.startswith((b"{", b"[")):
-        return "JSON", AS_JSON
+        return "JSON", "send it with Content-Type: application/json"
     if _BASE64.match(text):
         return "text that looks like base64", AS_JSON
     if any(byte < 32 and byte not in b"\t\r\n\f" for byte in start):

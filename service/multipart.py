@@ -113,6 +113,9 @@ class Multipart:
             raise self._no_boundary()
         if self._rest[line_end - 1 : line_end] != b"\r":
             self._line_end = b"\n"
+        blanks = b"[ \t]{0,%d}" % MAX_PADDING
+        delimiter = re.escape(self._line_end + self._boundary) + b"(--|" + blanks + re.escape(self._line_end) + b")"
+        self._delimiter = re.compile(delimiter)
         self._rest = self._rest[line_end + 1 :]
         self._step = self._head
         return True
@@ -142,25 +145,20 @@ class Multipart:
         return True
 
     def _content(self) -> bool:
-        delimiter, found = self._line_end + self._boundary, -1
-        while (found := self._rest.find(delimiter, found + 1)) != -1:
-            after = found + len(delimiter)
-            padded = self._rest[after : after + MAX_PADDING].lstrip(b" \t")
-            if padded.startswith(b"--"):
-                self._pass_on(found)
-                self._step = self._epilogue
-                return True
-            if padded.startswith(self._line_end):
-                head = self._rest.index(self._line_end, after) + len(self._line_end)
-                self._pass_on(found)
-                self._rest = self._rest[head - found :]
-                self._step = self._head
-                return True
-            if len(padded) < 2 and len(self._rest) - after < MAX_PADDING:  # it may become either
-                self._pass_on(found)
-                return False
-        self._pass_on(max(0, len(self._rest) - len(delimiter) + 1))
-        return False
+        """Up to a line that is the boundary; one that only begins like it is content."""
+        found = self._delimiter.search(self._rest)
+        if found is None:
+            size = len(self._line_end + self._boundary)
+            begun = self._rest.rfind(self._line_end + self._boundary, max(0, len(self._rest) - size - MAX_PADDING - 2))
+            self._pass_on(max(0, len(self._rest) - size + 1) if begun == -1 else begun)
+            return False
+        head = found.end() - found.start()
+        self._pass_on(found.start())
+        if found[1] == b"--":
+            self._step = self._epilogue
+        else:
+            self._rest, self._step = self._rest[head:], self._head
+        return True
 
     def _pass_on(self, count: int) -> None:
         """So many bytes of the rest, but for the line end that the head left before them."""

@@ -69,6 +69,12 @@ async def test_content_types_of_raw_images(http: httpx.AsyncClient, kind: str | 
     assert answer.status_code == 200
 
 
+async def test_an_image_that_lost_its_line_ends_is_told_of_curl(http: httpx.AsyncClient) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = await http.post("/predict", content=b"\xff\xd8\xff\xe0" + b"x" * 5000, headers=headers)
+    assert (answer.status_code, "--data-binary" in answer.json()["error"]["message"]) == (400, True)
+
+
 async def test_server_timing(http: httpx.AsyncClient) -> None:
     answer = await http.post("/predict", content=GOOD, headers=JPEG)
     assert answer.headers["server-timing"] == "decode;dur=1.50, queue;dur=0.25, compute;dur=3.00"

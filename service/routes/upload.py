@@ -83,8 +83,8 @@ async def _read_whole(kind: str, body: bytes, max_images: int, known: frozenset[
         read = partial(image_json.read, body, known, max_images)
         images, names, fields = read() if len(body) <= SMALL_BODY else await run_in_threadpool(read)
         return Upload(images, [None if name is None else printable(name) for name in names], fields)
-    if kind == FORM and is_image and len(body) > MAX_FIELD_BYTES and b"\0" not in body and b"\n" not in body:
-        raise BadRequest("the image has lost its line ends and zero bytes, as with curl -d: send it with --data-binary")
+    if kind == FORM and is_image and len(body) > MAX_FIELD_BYTES and b"\r" not in body and b"\n" not in body:
+        raise BadRequest("the image has lost its line ends, as with curl -d: send it with --data-binary")
     return Upload([body], [None])
 
 
