@@ -60,7 +60,7 @@ check: lint types contracts test
 LOCK := printf 'greenlet<3.4\nml-dtypes<0.6\n' | $(UV) pip compile -c - --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock:
 	$(LOCK) --extra openvino --extra onnx --extra otel -o requirements.lock
-	$(LOCK) --extra openvino --extra onnx --extra parquet --extra otel --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --extra openvino --extra onnx --extra parquet --extra heif --extra otel --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

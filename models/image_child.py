@@ -1,4 +1,4 @@
-"""The program that decodes TIFF, AVIF and large PNG and WebP for `image_process`, in its own process: imports nothing of ours.
+"""The program that decodes TIFF, AVIF, HEIC and large PNG and WebP for `image_process`, in its own process: imports nothing of ours.
 
 stdin: a line of JSON, then the file; stdout: a line of JSON, then the pixels. Ends with its stdin.
 """
@@ -32,7 +32,7 @@ def main() -> None:
             return
         _limit(order["cpu_s"], order["memory"])
         try:
-            answer, pixels = _decoded(data, order["format"])
+            answer, pixels = _decoded(data, order["format"], order["max_pixels"])
         except MemoryError:
             answer, pixels = {"error": "memory"}, b""
         except Exception as error:  # Pillow raises what comes to hand
@@ -50,9 +50,25 @@ def _limit(cpu_s: int, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def _decoded(data: bytes, file_format: str) -> tuple[dict[str, Any], bytes]:
+def _register_heif() -> None:
+    """Takes 0.1 s, and needs a package that may not be installed: at the first such image."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
+def _check_size(image: Image.Image, max_pixels: int | None) -> None:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError("more pixels than its header promised")
+
+
+def _decoded(data: bytes, file_format: str, max_pixels: int | None) -> tuple[dict[str, Any], bytes]:
+    if file_format == "HEIF" and file_format not in Image.OPEN:
+        _register_heif()
     with Image.open(BytesIO(data), formats=(file_format,)) as opened:
+        _check_size(opened, max_pixels)
         opened.load()
+        _check_size(opened, max_pixels)
         try:
             orientation = int(opened.getexif().get(ORIENTATION_TAG, 1))
         except Exception:  # broken EXIF is no reason to refuse a picture

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 
+from models import heif
 from models.errors import ImageTooLarge, InvalidImage
 
 PIXEL_CEILING = 2 * 89_478_485  # 716 MB, at 4 bytes a pixel
@@ -31,7 +32,8 @@ ARITHMETIC = 6
 
 # Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
 # beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
-EARLY = {"GIF": 1, "WEBP": 3}
+# HEIF is not opened in this process at all.
+EARLY = {"GIF": 1, "WEBP": 3, "HEIF": 0}
 
 
 # Decoders that may take all their input in one call, so that no deadline interrupts them, and the pixels from which they run in a process
@@ -133,6 +135,8 @@ def size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None
     """What an opener of `EARLY` is about to allocate; None for the others, which read the header first."""
     if file_format == "GIF":
         return _first_frame(ImageBytes(data))
+    if file_format == "HEIF":
+        return heif.size(data)
     return _webp_canvas(data) if file_format == "WEBP" else None
 
 

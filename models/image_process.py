@@ -1,7 +1,7 @@
 """Decoding in a process that can be ended, for formats whose libraries cannot be interrupted and whose headers do not bound the work.
 
-A TIFF may keep its pixels in any of a dozen compressions, in strips that overlap; an AVIF may hold thousands of hidden frames. What such a
-file takes is bounded from outside: by the deadline, CPU seconds and memory. Processes are kept for the next image.
+A TIFF may keep its pixels in any of a dozen compressions, in strips that overlap; an AVIF or HEIC may hold thousands of hidden frames.
+What such a file takes is bounded from outside: by the deadline, CPU seconds and memory. Processes are kept for the next image.
 """
 
 import atexit
@@ -32,8 +32,12 @@ _idle: "list[subprocess.Popen[bytes]]" = []
 _lock = threading.Lock()
 
 
-def load(data: bytes, file_format: str, deadline: float, left: Left = waits) -> Image.Image:
+def load(
+    data: bytes, file_format: str, deadline: float, left: Left = waits, max_pixels: int | None = None
+) -> Image.Image:
     """A file's pixels, and its orientation as EXIF: L, LA, RGB, RGBA, F, or integers of 16 and 32 bits.
+
+    max_pixels: what the header has promised; a file with more is refused before and after it is decoded.
 
     Raises OutOfTime after the deadline (`time.monotonic()`) or once the caller has `left`, ImageTooLarge, InvalidImage.
     """
@@ -43,7 +47,7 @@ def load(data: bytes, file_format: str, deadline: float, left: Left = waits) -> 
     if deadline < math.inf:
         timer.start()
     try:
-        answer, pixels = _exchange(process, data, file_format, left)
+        answer, pixels = _exchange(process, data, file_format, left, max_pixels)
     except (OSError, ValueError):
         _end(process)
         if time.monotonic() >= deadline:
@@ -70,12 +74,12 @@ def load(data: bytes, file_format: str, deadline: float, left: Left = waits) -> 
 
 
 def _exchange(
-    process: "subprocess.Popen[bytes]", data: bytes, file_format: str, left: Left
+    process: "subprocess.Popen[bytes]", data: bytes, file_format: str, left: Left, max_pixels: int | None
 ) -> tuple[dict[str, Any], bytes]:
     """Raises OutOfTime once the caller has `left`, OSError or ValueError where the process ends before it has answered."""
     if process.stdin is None or process.stdout is None:
         raise ValueError("started without pipes")
-    order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY}
+    order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY, "max_pixels": max_pixels}
     process.stdin.write(json.dumps(order).encode() + b"\n")
     process.stdin.write(data)
     process.stdin.flush()

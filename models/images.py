@@ -20,7 +20,7 @@ import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models import image_modes, image_process
+from models import image_modes, image_process, sniff
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 Image.MAX_IMAGE_PIXELS = None  # Pillow counts what a file holds; `Limits` count what is decoded
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF"}  # its name: Pillow's; they are decoded in processes of their own
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF", "HEIF": "HEIC"}  # are decoded in processes of their own
 OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
@@ -132,7 +132,7 @@ def _decode(
             stage = "image data"
             file.check_time()
             if outside:
-                image = image_process.load(data, _pillow(file_format), deadline, left)
+                image = image_process.load(data, file_format, deadline, left, math.prod(early) if early else None)
                 extent = image.size
             image.load()
             file.check_time()
@@ -180,40 +180,18 @@ def _is_outside(file_format: str, size: tuple[int, int]) -> bool:
     return file_format in EXTRA_FORMATS or math.prod(size) >= UNINTERRUPTED.get(file_format, math.inf)
 
 
-def _pillow(file_format: str) -> str:
-    return EXTRA_FORMATS.get(file_format, file_format)
-
-
 def _name(file_format: str) -> str:
-    return FORMATS.get(file_format, file_format)
+    return (FORMATS | EXTRA_FORMATS).get(file_format, file_format)
 
 
 def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
-    file_format = _format_of(data)
+    file_format = sniff.format_of(data)
     allowed = [*FORMATS, *sorted(extra_formats)]
     if file_format not in allowed:
         names = [_name(each) for each in allowed]
-        raise UnsupportedImage(f"Send {', '.join(names[:-1])} or {names[-1]}.")
+        accepted = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise UnsupportedImage(f"The file is {sniff.described(data)}. Send {accepted}.")
     return file_format
-
-
-def _format_of(data: bytes) -> str | None:
-    """The format that the first bytes name: content decides, never a file name or a declared type."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith(b"BM") and data[16:18].strip(b"\0") == b"":  # a header of less than 64 KiB, unlike a text's
-        return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
-        return "AVIF"
-    return None
 
 
 def _ignore_pillow_warnings() -> None:
@@ -227,7 +205,7 @@ def _ignore_pillow_warnings() -> None:
 
 def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
     """The image with its header read; no pixel is allocated yet, but for the formats of `EARLY`."""
-    image = Image.open(file, formats=(_pillow(file_format),))
+    image = Image.open(file, formats=(file_format,))
     if file_format != "JPEG":
         limits.check(image.size)
     return image

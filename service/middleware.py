@@ -207,8 +207,9 @@ class Edge:
             return self._multipart_limit
         if path not in IMAGE_PATHS:
             return SMALL_BODY
-        multipart = headers.get(b"content-type", b"")[:10].lower() == b"multipart/"
-        return self._multipart_limit if multipart else self._raw_limit
+        kind = headers.get(b"content-type", b"").partition(b";")[0].lower()
+        several = kind.lstrip().startswith(b"multipart/") or b"json" in kind
+        return self._multipart_limit if several else self._raw_limit
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
         """Raises what can be said of a request by its head alone."""

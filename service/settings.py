@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
+from models import heif
 from models.cgroup import memory_limit
 from service.injected import injected
 from service.prefix import prefix_of
@@ -47,7 +48,17 @@ def _lowered(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Formats = Annotated[tuple[Literal["tiff", "avif"], ...], NoDecode, BeforeValidator(_lowered)]
+
+
+def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
+    if "heif" in formats and not heif.is_installed():
+        raise PydanticCustomError("not_installed", "heif needs the extra of that name: pip install 'imago[heif]'")
+    return formats
+
+
+Formats = Annotated[
+    tuple[Literal["tiff", "avif", "heif"], ...], NoDecode, BeforeValidator(_lowered), AfterValidator(_readable)
+]
 
 
 class Settings(BaseSettings):
@@ -181,7 +192,8 @@ class Settings(BaseSettings):
     )
     max_image_side: int = Field(65_535, ge=1, description="Longest side of an image, in pixels")
     extra_formats: Formats = Field(
-        (), description="Image formats to accept besides the usual: tiff, avif, comma separated"
+        (),
+        description="Image formats to accept besides the usual: tiff, avif, heif (HEIC; the extra `heif`), comma separated",
     )
     decode_threads: int | None = Field(
         None, ge=1, le=1024, description="Threads that decode images; by default one per core"

@@ -68,6 +68,16 @@ def test_8_kb_of_gzip_do_not_stop_the_event_loop(server: LiveServer, name: str) 
     assert seen.stall_ms < LONGEST_STALL_MS
 
 
+@pytest.mark.abuse("A301")
+@pytest.mark.parametrize("name", ["images: empty lists", "images: one text", "image: escapes", "unknown: keys"])
+def test_no_large_json_for_predict_stops_the_event_loop(server: LiveServer, name: str) -> None:
+    bodies = hostile.json_bodies({"image": 1, "images": 1}, {}, 2**25)
+    [body] = [body for found, body in bodies if found == name]
+    seen = attack(server, [Hostile("POST", "/predict", body, {"Content-Type": "application/json"})])
+    assert seen.stall_ms < LONGEST_STALL_MS
+    assert set(seen.statuses) <= {400, 413, 422}
+
+
 @pytest.mark.soak
 @pytest.mark.abuse("A301")
 def test_no_json_for_v2_stops_the_event_loop(server: LiveServer) -> None:

@@ -80,6 +80,24 @@ async def test_a_zip_as_a_part(
     assert (root_of(service) / name).read_bytes() == GOOD
 
 
+@pytest.mark.parametrize(
+    ("head", "query", "name"),
+    [
+        pytest.param("form-data; name=file", "?name=bees", "bees.zip", id="no filename"),
+        pytest.param("form-data; name=file; filename*=utf-8''My%20Bees.zip", "", "my-bees.zip", id="rfc 5987"),
+        pytest.param('form-data; name="files[]"; filename="bees.zip"', "", "bees.zip", id="another name"),
+        pytest.param("form-data; name=data\r\nContent-Type: application/zip", "?name=bees", "bees.zip", id="type"),
+    ],
+)
+async def test_parts_as_clients_write_them(
+    http: httpx.AsyncClient, service: Training, head: str, query: str, name: str
+) -> None:
+    body = b"--b\r\nContent-Disposition: " + head.encode() + b"\r\n\r\n" + GOOD + b"\r\n--b--"
+    answer = await http.post(f"/datasets{query}", content=body, headers={"Content-Type": MULTIPART})
+    assert (answer.status_code, left_in(service)) == (201, {name})
+    assert (root_of(service) / name).read_bytes() == GOOD
+
+
 async def test_what_there_is_page_by_page(http: httpx.AsyncClient, service: Training, tmp_path: Path) -> None:
     (root_of(service) / "table.csv").write_text("path,label\n")
     (root_of(service) / "README.md").touch()

@@ -75,7 +75,8 @@ def test_servers_are_relative(document: dict[str, Any]) -> None:
 
 def test_predict_says_what_it_reads(document: dict[str, Any]) -> None:
     predict = operations(document)["predict"]
-    assert set(predict["requestBody"]["content"]) == {"application/octet-stream", "multipart/form-data"}
+    content = predict["requestBody"]["content"]
+    assert set(content) == {"application/octet-stream", "multipart/form-data", "application/json"}
     assert [field["name"] for field in predict["parameters"]] == [
         "model",
         "top_k",

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from models import sniff
 from models.classifier import Record
 from models.data.samples import PARTS, Ignored, Item, Part
 from models.errors import EmptyImage, ImageError, UnsupportedImage
@@ -29,25 +30,6 @@ DRAWN_COLOURS = 64
 DRAWN_PIXELS = 64 * 64
 DRAWN_BYTES = 0.25  # a pixel: a photograph as PNG takes 1.5 and more, and is not counted
 MAX_DRAWN = 0.05  # of the dataset and of the class: where there are more, they are what the dataset is about
-
-# What begins so is no image, or one that is not read
-SIGNATURES = (
-    (b"%PDF", "a PDF document"),
-    (b"PK\x03\x04", "a zip file or an office document"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"Rar!", "a RAR file"),
-    (b"7z\xbc\xaf", "a 7z file"),
-    (b"\x7fELF", "a program"),
-    (b"MZ", "a program"),
-    (b"SQLite format 3", "a database"),
-    (b"\xd0\xcf\x11\xe0", "an OLE file, such as Thumbs.db"),
-    (b"\x00\x00\x01\x00", "an icon; save it as PNG"),
-    (b"II*\0", "a TIFF image; save it as PNG or JPEG"),
-    (b"MM\0*", "a TIFF image; save it as PNG or JPEG"),
-    (b"8BPS", "a Photoshop image; save it as PNG or JPEG"),
-    (b"\x00\x00\x00\x0cjP", "a JPEG 2000 image; save it as PNG or JPEG"),
-)
-BOXED = {b"avif": "an AVIF image", b"heic": "a HEIC image", b"heix": "a HEIC image", b"mif1": "a HEIF image"}
 
 
 class BadFile(Record):
@@ -109,23 +91,7 @@ def reason_of(error: ImageError, data: bytes) -> str:
     """Why these bytes, which decode refused, are no usable image."""
     if isinstance(error, EmptyImage):
         return "zero bytes"
-    return f"not an image: {_kind(data)}" if isinstance(error, UnsupportedImage) else str(error)
-
-
-def _kind(data: bytes) -> str:
-    for start, kind in SIGNATURES:
-        if data.startswith(start):
-            return kind
-    if data[4:8] == b"ftyp":
-        boxed = BOXED.get(data[8:12])
-        return f"{boxed}; save it as PNG or JPEG" if boxed else "a video"
-    start = data[:512].lstrip().lower()
-    if start.startswith(b"<svg") or b"<svg" in start:
-        return "an SVG drawing; save it as PNG"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page"
-    printable = all(byte >= 32 or byte in b"\t\r\n\f" for byte in data[:512])
-    return "text" if printable else "of unknown format"
+    return f"not an image: {sniff.described(data)}" if isinstance(error, UnsupportedImage) else str(error)
 
 
 def is_animated(data: bytes) -> bool:

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
-from python_multipart import MultipartParser
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import parse_options_header
 
 from models.classifier import NAME_PATTERN
 from models.errors import NameConflict
@@ -16,6 +13,7 @@ from service.auth import AdminRoute, require_admin
 from service.datasets import Arrival, Dataset
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.middleware import encode
+from service.multipart import Multipart, Part, Sink
 from service.routes.upload import while_connected
 from service.schemas import (
     BINARY,
@@ -34,7 +32,14 @@ router = APIRouter(
 )
 
 BLOCK_BYTES = 2**20  # written to the disk at once
-ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
+ZIP_TYPES = (
+    "application/zip",
+    "application/x-zip-compressed",
+    "application/x-zip",
+    "multipart/x-zip",
+    "application/octet-stream",
+    "binary/octet-stream",
+)
 UPLOADED = {
     "requestBody": {
         "required": True,
@@ -101,7 +106,7 @@ async def validate_dataset(request: Request, jobs: JobsDep, body: Asked) -> Any:
 def _check_headers(request: Request) -> None:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not read; send the zip as it is, without Content-Encoding")
-    if _kind(request) not in (*ZIP_TYPES, "multipart/form-data"):
+    if _kind(request) not in ZIP_TYPES and not _is_multipart(request):
         raise UnsupportedMediaType(
             "send a zip with Content-Type application/zip, or multipart/form-data with a `file` part"
         )
@@ -109,6 +114,10 @@ def _check_headers(request: Request) -> None:
 
 def _kind(request: Request) -> str:
     return request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+
+
+def _is_multipart(request: Request) -> bool:
+    return _kind(request).startswith("multipart/") and _kind(request) not in ZIP_TYPES
 
 
 def _file_of(name: str) -> str:
@@ -126,16 +135,13 @@ def _name_from(filename: str) -> str:
 
 async def _write(request: Request, arrival: Arrival, in_pool: Callable[..., Any]) -> str:
     """Writes the zip as it arrives; -> the name of its file, empty where it has none."""
-    if _kind(request) != "multipart/form-data":
+    if not _is_multipart(request):
         async for block in _blocks(request):
             await in_pool(arrival.write, block)
         return ""
     part = FilePart(request.headers["content-type"], arrival.write)
-    try:
-        async for block in _blocks(request):
-            await in_pool(part.feed, block)
-    except MultipartParseError as error:
-        raise BadRequest(f"malformed multipart: {error}") from None
+    async for block in _blocks(request):
+        await in_pool(part.feed, block)
     return part.end()
 
 
@@ -151,62 +157,27 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
 
 
 class FilePart:
-    """Passes the one `file` part of a multipart body on as it arrives. Starlette's parser would write it to the temporary folder first."""
+    """Passes the one `file` part of a multipart body on as it arrives. The methods raise BadRequest, UnknownField and MissingFile."""
 
-    def __init__(self, content_type: str, write: Callable[[bytes], None]) -> None:
-        """Raises BadRequest, as do the methods; they also raise UnknownField and MissingFile."""
-        boundary = parse_options_header(content_type)[1].get(b"boundary")
-        if not boundary:
-            raise BadRequest("malformed multipart: the Content-Type has no boundary")
+    def __init__(self, content_type: str, write: Sink) -> None:
         self._write = write
-        self._filename: str | None = None
-        self._header, self._value, self._disposition = b"", b"", b""
-        self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_header_field": self._on_header,
-                "on_header_value": self._on_value,
-                "on_header_end": self._on_header_end,
-                "on_headers_finished": self._on_part,
-                "on_part_data": self._on_data,
-                "on_end": self._on_end,
-            },
-        )
+        self._part: Part | None = None
+        self._parser = Multipart(content_type, self._begin)
 
     def feed(self, data: bytes) -> None:
-        self._parser.write(data)
+        self._parser.feed(data)
 
     def end(self) -> str:
-        """The name of the file. Raises MissingFile where there was none."""
-        if not self._ended:
-            raise BadRequest("malformed multipart: it ends before its last boundary")
-        if self._filename is None:
-            raise MissingFile("there is no `file` part with a filename; send one", param="file")
-        return self._filename
+        """The name of the file, empty where it has none. Raises MissingFile where there was no file."""
+        self._parser.end()
+        if self._part is None:
+            raise MissingFile("there is no `file` part; send one: curl -F file=@bees.zip", param="file")
+        return self._part.filename or ""
 
-    def _on_header(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _on_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._header = self._value = b""
-
-    def _on_part(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        self._disposition = b""
-        if options.get(b"name") != b"file" or b"filename" not in options:
-            raise UnknownField("the body has one part, `file`, with a filename; `name` and `replace` go into the query")
-        if self._filename is not None:
+    def _begin(self, part: Part) -> Sink:
+        if not part.is_file and part.kind not in ZIP_TYPES:
+            raise UnknownField("the body has one part, `file`; `name` and `replace` go into the query")
+        if self._part is not None:
             raise BadRequest("there are two `file` parts; send one dataset at a time", param="file")
-        self._filename = options[b"filename"].decode("utf-8", "replace")
-
-    def _on_data(self, data: bytes, start: int, end: int) -> None:
-        self._write(data[start:end])
-
-    def _on_end(self) -> None:
-        self._ended = True
+        self._part = part
+        return self._write

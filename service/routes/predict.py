@@ -14,25 +14,27 @@ from models.reference import NEAREST
 from service.answers import Answer, Embedding, Explain, Prediction, Timings, Wanted, failed
 from service.auth import UserRoute, client_of
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
-from service.middleware import encode, encode_each
-from service.routes.upload import Upload, read_upload, while_connected
-from service.schemas import (
+from service.image_requests import (
     ALPHA_FIELD,
-    EMBED_EXAMPLE,
-    ERROR_ANSWERS,
     EXPLAIN_FIELD,
     MODEL_FIELD,
     MODELS_FIELD,
     NEIGHBOURS_FIELD,
+    TIMEOUT_FIELD,
+    TOP_K_FIELD,
+    image_request,
+)
+from service.middleware import encode, encode_each
+from service.routes.upload import Upload, read_upload, while_connected
+from service.schemas import (
+    EMBED_EXAMPLE,
+    ERROR_ANSWERS,
     PREDICT_EXAMPLE,
     PREDICT_EXPLAINED_EXAMPLE,
     PREDICT_SEVERAL_EXAMPLE,
-    TIMEOUT_FIELD,
-    TOP_K_FIELD,
     EmbedAnswer,
     PredictAnswer,
     PredictAnswers,
-    image_request,
     json_answer,
 )
 from service.state import state_of
@@ -66,8 +68,8 @@ EMBED_FIELDS = frozenset({"model", "timeout_ms"})
     openapi_extra=image_request(MODELS_FIELD, TOP_K_FIELD, TIMEOUT_FIELD, EXPLAIN_FIELD, ALPHA_FIELD, NEIGHBOURS_FIELD),
 )
 async def predict(request: Request) -> Response:
-    """Send a raw image, or multipart with one `file` part per image. One bad image is an error in its place; only if all fail does the
-    request fail. Several `model`s are answered from one forward pass per backbone."""
+    """Send a raw image, multipart with one `file` part per image, or images in base64 as JSON. One bad image is an error in its place; only
+    if all fail does the request fail. Several `model`s are answered from one forward pass per backbone."""
     state = state_of(request)
     upload = await read_upload(request, state["settings"], PREDICT_FIELDS)
     models = list(dict.fromkeys(upload.fields.get("model", ())))

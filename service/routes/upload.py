@@ -1,27 +1,37 @@
-"""From a request's body and query to images and fields: a raw image, or multipart with `file` parts."""
+"""From a request's body and query to images and fields. Content decides what a body is; three kinds of it are told by their type.
+
+multipart/*                 parts that are images or fields: service/multipart.py
+application/json, *+json    images in base64, and fields: service/image_json.py
+any other type, or none     one image, as are the two above where they begin as an image does
+"""
 
 import asyncio
 import re
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from pydantic_core import from_json
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from models.sniff import format_of
+from service import image_json
 from service.body import Body
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
+from service.image_json import MAX_FIELD_BYTES
+from service.middleware import SMALL_BODY
+from service.multipart import Multipart, Part, Sink
 from service.settings import Settings
 
 T = TypeVar("T")
 
-MAX_FIELDS, MAX_FIELD_BYTES, MAX_NAME = 16, 4096, 128
-WHAT_TO_SEND = (
-    "send an image with Content-Type image/* or application/octet-stream, or multipart/form-data with `file` parts"
-)
+MAX_FIELDS, MAX_NAME = 16, 128
+FORM = "application/x-www-form-urlencoded"
 
 
 @dataclass(slots=True)
@@ -54,21 +64,32 @@ async def read_upload(request: Request, settings: Settings, known: frozenset[str
     headers = request.headers
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not read; send the image as it is, without Content-Encoding")
-    kind = headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        upload = await _read_multipart(request, settings.max_files)
-    elif kind.startswith("image/") or kind == "application/octet-stream":
-        upload = Upload([(await read_body(request)).take()], [None])
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        upload = await _read_multipart(request, settings.max_files, known)
     else:
-        raise UnsupportedMediaType(WHAT_TO_SEND)
+        upload = await _read_whole(kind, (await read_body(request)).take(), settings.max_files, known)
     if query := request.scope["query_string"]:
         _add_fields(upload, parse_qsl(query.decode("latin-1"), keep_blank_values=True))
     for name in upload.fields:
         if name not in known:
-            raise UnknownField(
-                f"there is no field of that name; there are {', '.join(sorted(known))}", param=printable(name)
-            )
+            raise _unknown_field(name, known)
     return upload
+
+
+async def _read_whole(kind: str, body: bytes, max_images: int, known: frozenset[str]) -> Upload:
+    is_image = format_of(body) is not None
+    if "json" in kind and not is_image:
+        read = partial(image_json.read, body, known, max_images)
+        images, names, fields = read() if len(body) <= SMALL_BODY else await run_in_threadpool(read)
+        return Upload(images, [None if name is None else printable(name) for name in names], fields)
+    if kind == FORM and is_image and len(body) > MAX_FIELD_BYTES and b"\r" not in body and b"\n" not in body:
+        raise BadRequest("the image has lost its line ends, as with curl -d: send it with --data-binary")
+    return Upload([body], [None])
+
+
+def _unknown_field(name: str, known: Collection[str]) -> UnknownField:
+    return UnknownField(f"there is no field of that name; there are {', '.join(sorted(known))}", param=printable(name))
 
 
 async def read_body(request: Request) -> Body:
@@ -83,75 +104,103 @@ async def read_body(request: Request) -> Body:
     return body
 
 
-class _InMemory(MultiPartParser):
-    """Keeps multipart files in memory, in `bodies` by part: the middleware bounds the bytes of all requests, and there are no
-    temporary files to leave behind. The files that the framework opens for the parts stay empty."""
+class _Form:
+    """What the parts of a multipart body hold, in memory: the middleware bounds the bytes of all requests."""
 
-    ended = False
+    def __init__(self, max_files: int, known: Collection[str]) -> None:
+        self._max_files, self._known = max_files, known
+        self.images: list[tuple[Part, Body]] = []
+        self.fields: list[tuple[Part, bytearray]] = []
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.bodies: dict[int, Body] = {}  # by the id of the part's UploadFile
+    def begin(self, part: Part) -> Sink:
+        """Returns where the bytes of this part go."""
+        if (name := part.name.removesuffix("[]")) in self._known:
+            return self._field(name, part)
+        if not part.is_file:
+            raise _no_image(part, self._known)
+        if len(self.images) == self._max_files:
+            raise BadRequest(f"more than {self._max_files} images; IMAGO_MAX_FILES is the limit")
+        self.images.append((part, body := Body()))
+        return body.add
 
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        file = self._current_part.file
-        if file is None:
-            super().on_part_data(data, start, end)
-        else:
-            self.bodies.setdefault(id(file), Body()).add(memoryview(data)[start:end])
+    def _field(self, name: str, part: Part) -> Sink:
+        if len(self.fields) == MAX_FIELDS:
+            raise BadRequest(f"more than {MAX_FIELDS} fields in the form")
+        self.fields.append((part, text := bytearray()))
 
-    def on_end(self) -> None:
-        self.ended = True
+        def add(data: bytes) -> None:
+            if len(text) + len(data) > MAX_FIELD_BYTES:
+                raise BadRequest(
+                    f"the field `{name}` is longer than {MAX_FIELD_BYTES >> 10} KB; an image goes into a part `file`",
+                    param=name,
+                )
+            text.extend(data)
 
-    def take(self, file: UploadFile) -> bytes:
-        """Returns the content of a part, once."""
-        body = self.bodies.get(id(file))
-        return b"" if body is None else body.take()
+        return add
 
     def close(self) -> None:
-        """Closes the files of all parts, including a part that was never finished, which no form holds."""
-        for file in self._files_to_close_on_error:
-            file.close()
-        for body in self.bodies.values():
+        for _, body in self.images:
             body.close()
 
 
-async def _read_multipart(request: Request, max_files: int) -> Upload:
-    parser = _InMemory(
-        request.headers, request.stream(), max_files=max_files, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+def _no_image(part: Part, known: Collection[str]) -> UnknownField | BadRequest:
+    if not part.name:
+        return BadRequest("malformed multipart: a part has no name; an image is a part `file`")
+    fields = ", ".join(sorted(known))
+    return UnknownField(
+        f"an image is a part `file`, or one of type image/*; fields are {fields}", param=printable(part.name)
     )
+
+
+async def _read_multipart(request: Request, max_files: int, known: frozenset[str]) -> Upload:
+    form, first = _Form(max_files, known), b""
+    parser: Multipart | None = None
     try:
-        form = await parser.parse()
-        if not parser.ended:  # else its last part would be missing without a word
-            raise BadRequest("malformed multipart: it breaks off before its closing boundary")
-        upload = _files_of(form, parser)
-    except MultiPartException as error:
-        raise BadRequest(f"malformed multipart: {error.message}") from None
-    except ValueError:  # UnicodeError among them: some of Python's codecs are no charsets
-        raise BadRequest("malformed multipart: its charset cannot be read; send UTF-8") from None
+        async for chunk in request.stream():
+            first = first or chunk[:512]
+            parser = parser or Multipart(request.headers["content-type"], form.begin)
+            parser.feed(chunk)
+        if parser is not None:
+            parser.end()
+        chosen = [(part, body.take()) for part, body in form.images]
+    except BadRequest as error:
+        if format_of(first) is not None:
+            raise BadRequest(
+                f"the body is an image, not multipart: send it with Content-Type: application/octet-stream ({error})"
+            ) from None
+        raise
     finally:
-        parser.close()
-    _add_fields(upload, ((name, value) for name, value in form.multi_items() if isinstance(value, str)))
+        form.close()
+    chosen = [(part, data) for part, data in chosen if data or part.filename != ""]  # a file input left empty
+    upload = Upload(
+        [data if part.encoding != "base64" else await _from_base64(data) for part, data in chosen],
+        [None if part.filename is None else printable(part.filename) for part, _ in chosen],
+    )
+    for part, text in form.fields:
+        _add_fields(upload, ((part.name.removesuffix("[]"), value) for value in _values(part, bytes(text))))
     if not upload.images:
-        raise MissingFile("there is no `file` part with a filename; send one or more", param="file")
+        raise MissingFile("there is no image; send it in a part `file`: curl -F file=@photo.jpg", param="file")
     return upload
 
 
-def _files_of(form: FormData, parser: _InMemory) -> Upload:
-    upload = Upload([], [])
-    for name, part in form.multi_items():
-        if isinstance(part, UploadFile):
-            if name != "file":
-                raise UnknownField("images are sent in parts named `file`", param=printable(name))
-            upload.images.append(parser.take(part))
-            upload.filenames.append(printable(part.filename or ""))
-    return upload
+async def _from_base64(data: bytes) -> bytes:
+    """A part with `Content-Transfer-Encoding: base64`, as clients built on mail libraries send it."""
+    work = partial(image_json.decoded, data, 0, len(data), "file")
+    return work() if len(data) <= SMALL_BODY else await run_in_threadpool(work)
+
+
+def _values(part: Part, text: bytes) -> list[str]:
+    """A field's text; of one that says it is JSON, the string, the number, or the list of them."""
+    if "json" in part.kind:
+        with suppress(ValueError):
+            value = from_json(text)
+            if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+                return [value] if isinstance(value, str) else value
+    return [text.decode("utf-8", "replace")]
 
 
 def _add_fields(upload: Upload, pairs: Iterable[tuple[str, str]]) -> None:
     for name, value in pairs:
-        if name == "file":
-            raise MissingFile("`file` must be a file part: it needs a filename", param="file")
         upload.fields.setdefault(name, []).append(value)
 
 

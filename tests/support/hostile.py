@@ -140,7 +140,7 @@ def _of_route(
         schema = _object_of(document, content[JSON].get("schema", {}))
         bodies = json_bodies(schema.get("properties", {}), _example_of(content[JSON], schema), size)
         yield from (Hostile(method, path, body, {**headers, "Content-Type": JSON}, name) for name, body in bodies)
-    elif content:
+    if set(content) - {JSON}:
         form = {**headers, "Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
         yield from (Hostile(method, path, body, form, name) for name, body in multipart_bodies(size))
     if content:
