@@ -317,7 +317,7 @@ def _other_classifier(expected: _Expected, body: Body) -> str | None:
     if not odd or len(odd) > len(expected.body) // 2 or not all(key.startswith(f"{first}.") for key in odd):
         return None
     return (
-        f"its {first!r} was replaced as a whole, and {tensors.listed(odd[:4])} belong to the network here: "
+        f"its layer {first!r} was replaced as a whole, and {tensors.listed(odd[:4])} belong to the network here: "
         "train the head anew on this network (`imago finetune`)"
     )
 
