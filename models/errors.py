@@ -100,6 +100,10 @@ class DatasetError(ModelError):
     code = "invalid_dataset"
 
 
+class NoSuchColumn(DatasetError):
+    """A table without a column of labels, or of images that are there."""
+
+
 class TooFewClasses(DatasetError):
     """A dataset of fewer than two classes."""
 

@@ -247,6 +247,7 @@ STATUS: dict[type[Exception], int] = {
     model.ModelNotFound: 404,
     model.ArchitectureNotFound: 404,
     model.DatasetError: 422,
+    model.NoSuchColumn: 422,
     model.TooFewClasses: 422,
     model.TooFewImages: 422,
     model.TooManyBadFiles: 422,

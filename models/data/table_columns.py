@@ -11,7 +11,7 @@ from models.archive import printable
 from models.data.samples import Part, part_of
 from models.data.table_paths import is_image
 from models.data.table_text import Row
-from models.errors import DatasetError
+from models.errors import DatasetError, NoSuchColumn
 
 
 def _words(text: str) -> frozenset[str]:
@@ -41,10 +41,6 @@ TRUE, FALSE = frozenset(("true", "t", "yes", "y", "1", "1.0")), frozenset(("fals
 MARKS = TRUE | FALSE
 MAX_VALUES = 1000  # different ones that are kept of a column
 SHOWN = 5  # values or columns in a message
-
-
-class NoSuchColumn(DatasetError):
-    """A table without a column of labels, or of images that are there."""
 
 
 class Survey(NamedTuple):

@@ -24,7 +24,6 @@ from models.data.table_columns import (
     MAX_VALUES,
     TRUE,
     Columns,
-    NoSuchColumn,
     Survey,
     has_names,
     may_be_labelled,
@@ -33,7 +32,7 @@ from models.data.table_columns import (
 )
 from models.data.table_paths import Finder, is_image, leads_outside, parts_of_folders
 from models.data.table_text import JSON_LINES, Row, Table, open_table
-from models.errors import DatasetError
+from models.errors import DatasetError, NoSuchColumn
 
 IN_FOLDERS = (".csv", ".tsv", *JSON_LINES)
 TABLES = (*IN_FOLDERS, ".tab", ".psv", ".txt")
