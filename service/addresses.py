@@ -8,6 +8,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 MAX_REMEMBERED = 1024  # addresses of connections
 
 
+@lru_cache(4096)  # it is asked with each request
 def network_of(address: str) -> str:
     """The client that an address belongs to: IPv6 clients are grouped by /64, and IPv4 within IPv6 counts as IPv4."""
     try:

@@ -14,13 +14,14 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from models.archive import Archive, check_count, printable
 from models.data.samples import UNREADABLE, Ignored, tallied
+from models.data.system_files import left_by_systems, system_reason
 from models.errors import DatasetError
 from models.image_cost import FILE_BYTES, TRAINING_BYTES
 from models.paths import open_beneath
@@ -30,57 +31,6 @@ from models.zip_directory import Member
 PIECE = 2**20
 SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it
 MAX_DEPTH = 32  # folders in folders
-# What systems and tools leave in folders: the reason, and names in lower case; `*` at one end stands for anything.
-SYSTEM = {
-    "left by Windows": (
-        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"),
-        *("system volume information", "recycler", "autorun.inf", "pagefile.sys", "hiberfil.sys", "swapfile.sys"),
-        *("found.0*", "indexervolumeguid", "wpsettings.dat", "~$*"),
-        *("*:zone.identifier", "*.zone.identifier", "*:smartscreen"),
-    ),
-    "left by macOS": (
-        *("__macosx", ".ds_store", "._*", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", "icon\r"),
-        *(".documentrevisions-v100", ".appledouble", ".appledb", ".appledesktop", ".lsoverride", ".volumeicon.icns"),
-        *(".apdisk", "network trash folder", "temporary items", "thevolumesettingsfolder", "thefindbycontentfolder"),
-    ),
-    "left by a network disk": (
-        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb", "@tmp", "@sharebin"),
-        *("@synoeastream", "*@synoeastream", "*@synoresource", "@synoresource", "@transcode", ".@__qini", "~snapshot"),
-        *(".snapshot", ".snapshots"),
-    ),
-    "left by Linux": ("lost+found", ".trash", ".trash-*", ".fuse_hidden*", ".nfs*", ".directory", ".thumbnails"),
-    "left by a tool": (
-        *(
-            ".ipynb_checkpoints",
-            "__pycache__",
-            ".git",
-            ".gitignore",
-            ".gitattributes",
-            ".gitkeep",
-            ".dvc",
-            ".dvcignore",
-        ),
-        *(
-            ".cache",
-            ".svn",
-            ".hg",
-            ".idea",
-            ".vscode",
-            ".picasa.ini",
-            "picasa.ini",
-            ".picasaoriginals",
-            "zbthumbnail.info",
-        ),
-        *("*.swp", "*~"),
-    ),
-    "an unfinished download": (
-        *("*.crdownload", "*.part", "*.partial", "*.opdownload", "*.aria2", "*.filepart", "*.download"),
-    ),
-}
-NAMED = {name: why for why, names in SYSTEM.items() for name in names if "*" not in name}
-STARTS = {name[:-1]: why for why, names in SYSTEM.items() for name in names if name.endswith("*")}
-ENDS = {name[1:]: why for why, names in SYSTEM.items() for name in names if name.startswith("*")}
-HIDDEN = "hidden: the name begins with a dot"
 DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
@@ -286,18 +236,6 @@ def is_text(files: Files, name: str) -> bool:
     return start.startswith((b"\xff\xfe", b"\xfe\xff")) or all(byte >= 32 or byte in b"\t\r\n\f" for byte in start)
 
 
-def system_reason(name: str) -> str | None:
-    """Why a file or folder of this name is no part of a dataset; None where it may be one."""
-    lower = name.lower()
-    if why := NAMED.get(lower):
-        return why
-    if lower.endswith(tuple(ENDS)):
-        return next(why for end, why in ENDS.items() if lower.endswith(end))
-    if lower.startswith(tuple(STARTS)):
-        return next(why for start, why in STARTS.items() if lower.startswith(start))
-    return HIDDEN if name.startswith(".") else None
-
-
 # Folders
 
 
@@ -379,23 +317,11 @@ def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
             twice.append(name)
         names[name] = member
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
-    ignored = {name: left for name in names if (left := _left_by_systems(name))}
+    ignored = {name: left for name in names if (left := left_by_systems(name))}
     kept = {name: file for name, file in names.items() if name not in filled and name not in ignored}
     lost = f"{len(twice)} files have the name of another and are left out, the first {twice[0][:200]}" if twice else ""
     notes = (f"{printable(lost)}: only the last file of a name is read; give each its own",) if lost else ()
     return kept, notes, tallied(dict.fromkeys(ignored.values()))
-
-
-def _left_by_systems(name: str) -> tuple[str, str] | None:
-    """The reason and the file, or the folder that it lies in, that a system has left: a folder counts once, however much is in it."""
-    parts = name.split("/")
-    for place, part in enumerate(parts):
-        if why := _cached_reason(part):
-            return why, "/".join(parts[: place + 1]) + ("/" if place + 1 < len(parts) else "")
-    return None
-
-
-_cached_reason = lru_cache(4096)(system_reason)  # folders come again with each of their files
 
 
 def plain_name(name: str) -> str:

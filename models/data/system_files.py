@@ -1,0 +1,77 @@
+"""Files and folders that operating systems, network disks and tools leave: no part of a dataset. The one place that knows them."""
+
+from functools import lru_cache
+
+# What systems and tools leave in folders: the reason, and names in lower case; `*` at one end stands for anything.
+SYSTEM = {
+    "left by Windows": (
+        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"),
+        *("system volume information", "recycler", "autorun.inf", "pagefile.sys", "hiberfil.sys", "swapfile.sys"),
+        *("found.0*", "indexervolumeguid", "wpsettings.dat", "~$*"),
+        *("*:zone.identifier", "*.zone.identifier", "*:smartscreen"),
+    ),
+    "left by macOS": (
+        *("__macosx", ".ds_store", "._*", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", "icon\r"),
+        *(".documentrevisions-v100", ".appledouble", ".appledb", ".appledesktop", ".lsoverride", ".volumeicon.icns"),
+        *(".apdisk", "network trash folder", "temporary items", "thevolumesettingsfolder", "thefindbycontentfolder"),
+    ),
+    "left by a network disk": (
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb", "@tmp", "@sharebin"),
+        *("@synoeastream", "*@synoeastream", "*@synoresource", "@synoresource", "@transcode", ".@__qini", "~snapshot"),
+        *(".snapshot", ".snapshots"),
+    ),
+    "left by Linux": ("lost+found", ".trash", ".trash-*", ".fuse_hidden*", ".nfs*", ".directory", ".thumbnails"),
+    "left by a tool": (
+        *(
+            ".ipynb_checkpoints",
+            "__pycache__",
+            ".git",
+            ".gitignore",
+            ".gitattributes",
+            ".gitkeep",
+            ".dvc",
+            ".dvcignore",
+        ),
+        *(
+            ".cache",
+            ".svn",
+            ".hg",
+            ".idea",
+            ".vscode",
+            ".picasa.ini",
+            "picasa.ini",
+            ".picasaoriginals",
+            "zbthumbnail.info",
+        ),
+        *("*.swp", "*~"),
+    ),
+    "an unfinished download": (
+        *("*.crdownload", "*.part", "*.partial", "*.opdownload", "*.aria2", "*.filepart", "*.download"),
+    ),
+}
+NAMED = {name: why for why, names in SYSTEM.items() for name in names if "*" not in name}
+STARTS = {name[:-1]: why for why, names in SYSTEM.items() for name in names if name.endswith("*")}
+ENDS = {name[1:]: why for why, names in SYSTEM.items() for name in names if name.startswith("*")}
+HIDDEN = "hidden: the name begins with a dot"
+
+
+@lru_cache(4096)  # folders come again with each of their files
+def system_reason(name: str) -> str | None:
+    """Returns the reason why a file or folder of this name is no part of a dataset; None where it may be one."""
+    lower = name.lower()
+    if why := NAMED.get(lower):
+        return why
+    if lower.endswith(tuple(ENDS)):
+        return next(why for end, why in ENDS.items() if lower.endswith(end))
+    if lower.startswith(tuple(STARTS)):
+        return next(why for start, why in STARTS.items() if lower.startswith(start))
+    return HIDDEN if name.startswith(".") else None
+
+
+def left_by_systems(name: str) -> tuple[str, str] | None:
+    """The reason and the file, or the folder that it lies in, that a system has left: a folder counts once, however much is in it."""
+    parts = name.split("/")
+    for place, part in enumerate(parts):
+        if why := system_reason(part):
+            return why, "/".join(parts[: place + 1]) + ("/" if place + 1 < len(parts) else "")
+    return None
