@@ -424,6 +424,28 @@ def test_the_audit_of_many_classes(admin: Page) -> None:
     expect(admin.locator(".bars li")).to_have_text("class 100100")
 
 
+def test_how_a_dataset_is_read_is_sent_with_the_audit_and_the_job(admin: Page, bodies: list[dict[str, Any]]) -> None:
+    with_dataset(admin)
+    asked = {"layout": "classes", "near_duplicates": "report", "min_per_class": 5, "encoding": "cp932"}
+    for name, value in asked.items():
+        field = admin.locator(f"#{name}")
+        expect(field).to_have_count(1)
+        with admin.expect_request("**/datasets/validate") as audited:
+            if isinstance(value, str) and name != "encoding":
+                field.select_option(value)
+            else:
+                field.fill(str(value))
+                field.press("Tab")
+    assert json.loads(audited.value.post_data or "") == asked | {"dataset": "photos.zip"}
+    expect(admin.locator(".layout")).to_be_visible()
+    body = start_training(admin, bodies)
+    assert {name: body[name] for name in asked} == asked
+    with admin.expect_request("**/datasets/validate") as audited:
+        admin.get_by_label("Encoding of names and tables").fill(" ")
+        admin.keyboard.press("Tab")
+    assert "encoding" not in json.loads(audited.value.post_data or "")
+
+
 def test_several_bases_are_typed(admin: Page, bodies: list[dict[str, Any]]) -> None:
     with_dataset(admin)
     admin.get_by_label("base", exact=True).select_option("other")

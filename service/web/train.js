@@ -116,21 +116,30 @@ const LAYOUTS = {
   csv: "described by a CSV at the top",
 };
 
+const NEAR_DUPLICATES = {
+  group: "kept in one part",
+  report: "listed only",
+  off: "not looked for",
+};
+
 /** How the folders are read, where their names leave it in doubt; `how` is sent with the audit and with the job. */
 function Reading({ how, change }) {
-  const layout = (event) => change({ ...how, layout: event.target.value });
-  const least = (event) => change({ ...how, min_per_class: event.target.value.trim() === "" ? undefined : Number(event.target.value) });
+  const typed = (name, parse) => (event) => change({ ...how, [name]: event.target.value.trim() === "" ? undefined : parse(event.target.value.trim()) });
+  const choice = (name, label, choices, standard) => html`<div class="field">
+    <label for=${name}>${label}</label>
+    <select id=${name} onChange=${typed(name, String)}>
+      ${Object.entries(choices).map(([value, words]) => html`<option value=${value} selected=${value === (how[name] ?? standard)}>${words}</option>`)}
+    </select>
+  </div>`;
+  const text = (name, label, placeholder, parse, inputmode) => html`<div class="field">
+    <label for=${name}>${label}</label>
+    <input id=${name} inputmode=${inputmode} placeholder=${placeholder} value=${how[name] ?? ""} onChange=${typed(name, parse)} autocomplete="off" />
+  </div>`;
   return html`<div class="fields">
-    <div class="field">
-      <label for="layout">The folders are</label>
-      <select id="layout" onChange=${layout}>
-        ${Object.entries(LAYOUTS).map(([value, words]) => html`<option value=${value} selected=${value === (how.layout ?? "auto")}>${words}</option>`)}
-      </select>
-    </div>
-    <div class="field">
-      <label for="min_per_class">Training images needed per class</label>
-      <input id="min_per_class" inputmode="numeric" placeholder="2" value=${how.min_per_class ?? ""} onChange=${least} autocomplete="off" />
-    </div>
+    ${choice("layout", "The folders are", LAYOUTS, "auto")}
+    ${choice("near_duplicates", "Near duplicates are", NEAR_DUPLICATES, "group")}
+    ${text("min_per_class", "Training images needed per class", "2", Number, "numeric")}
+    ${text("encoding", "Encoding of names and tables", "recognised", String, "text")}
   </div>`;
 }
 
@@ -176,7 +185,7 @@ function Classes({ counts }) {
 // The start
 
 const FIRST = ["name", "base", "mode", "deploy"];
-const ASKED = ["dataset", "layout", "min_per_class"]; // above, with the audit
+const ASKED = ["dataset", "layout", "near_duplicates", "min_per_class", "encoding"]; // above, with the audit
 
 function Start({ dataset, how }) {
   const [schema, trouble] = useLoad((quiet) => get("finetune/schema", { quiet }));
