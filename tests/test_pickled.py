@@ -9,15 +9,18 @@ import os
 import pickle
 import struct
 import time
-from pathlib import PurePosixPath
+import tracemalloc
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from models.checkpoints import read_bytes
+from models.checkpoints import read_bytes, read_checkpoint
 from models.checkpoints.content import class_lists
+from models.checkpoints.matching import bodies
 from models.checkpoints.pickled import Reader, Unreadable
 from models.checkpoints.placeholders import Array, Thing, plain
 from models.errors import WeightsError
@@ -161,3 +164,122 @@ def test_what_are_no_class_names(content: Any) -> None:
 
 def test_an_array_without_its_bytes() -> None:
     assert plain(Array("<f4", (2,), b"1234")) == []
+
+
+def saved(
+    pickled: bytes, path: Path, members: dict[str, bytes] | None = None, packing: int = zipfile.ZIP_STORED
+) -> Path:
+    """A file of torch.save with this pickle."""
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("a/data.pkl", pickled)
+        for name, data in (members or {}).items():
+            archive.writestr(f"a/data/{name}", data)
+    return path
+
+
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n%s\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuL%d\ntQ"
+    b"K\x00%s%sI00\n}tR"
+)
+
+
+def tensor(shape: bytes, stride: bytes, count: int = 1, kind: bytes = b"FloatStorage") -> bytes:
+    return TENSOR % (kind, count, shape, stride)
+
+
+def named(value: bytes, key: bytes = b"w") -> bytes:
+    return b"\x80\x02}X" + struct.pack("<I", len(key)) + key + value + b"s."
+
+
+HUGE = b"(" + b"\x8b" + struct.pack("<I", 4000) + b"\x7f" * 4000 + b"2" * 300_000 + b"t"
+
+
+@pytest.mark.abuse("J12")
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(named(tensor(HUGE, HUGE)), id="a product of huge sides"),
+        pytest.param(
+            named(tensor(b"L1000000000000\n\x85", b"K\x00\x85", 10**12, b"UntypedStorage")), id="expanded, untyped"
+        ),
+        pytest.param(named(tensor(b"L1000000000000\n\x85", b"K\x00\x85", 10**12)), id="expanded, its count a lie"),
+        pytest.param(named(tensor(b"K\x01\x85", b"K\x01\x85").replace(b"\x000X", b"\x009X")), id="no such storage"),
+        pytest.param(named(tensor(b"J\xff\xff\xff\xff\x85", b"K\x01\x85")), id="negative side"),
+        pytest.param(named(tensor(b"K\x01\x85", b"K\x01\x85"), b"." * 2_000_000), id="dots"),
+        pytest.param(
+            b"\x80\x02cbuiltins\nlist\nq\x00(" + b"N" * 100_000 + b"tq\x01(" + b"h\x00h\x01\x85R" * 900_000 + b"t.",
+            id="copies of a tuple",
+        ),
+        pytest.param(
+            b"\x80\x02N" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(100_000)) + b".", id="memo of one hash"
+        ),
+        pytest.param(
+            named(
+                b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01Ncnumpy\ndtype\nX\x02\x00\x00\x00f4\x85RI00\nC\x04abcdtb"
+            ),
+            id="array without a shape",
+        ),
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(code: bytes, tmp_path: Path) -> None:
+    began = time.monotonic()
+    path = saved(code, tmp_path / "x", {"0": bytes(4)})
+    with pytest.raises(WeightsError) as refused:
+        read_checkpoint(path).state  # noqa: B018
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.abuse("J12")
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_holds_more_than_it_says(packing: int, tmp_path: Path) -> None:
+    path = saved(named(tensor(b"K\x01\x85", b"K\x01\x85")), tmp_path / "x", {"0": bytes(300_000_000)}, packing)
+    size = struct.pack("<I", 300_000_000)
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<I", 4)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError):
+            read_checkpoint(path).state  # noqa: B018
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_encrypted_or_damaged_member(tmp_path: Path) -> None:
+    path = saved(named(b"N") + b"x" * 500, tmp_path / "x", packing=zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    data[30 + len("a/data.pkl") : 30 + len("a/data.pkl") + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="damaged"):
+        read_checkpoint(path)
+
+
+def test_views_of_one_storage_are_not_copied_without_end(tmp_path: Path) -> None:
+    entries = b"".join(b"X\x06\x00\x00\x00%06d" % n + b"h\x00" for n in range(3000))
+    first = b"X\x01\x00\x00\x00w" + tensor(b"M\xe8\x03M\xe8\x03\x86", b"K\x01M\xe8\x03\x86", 10**6) + b"q\x00"
+    path = saved(b"\x80\x02}(" + first + entries + b"u.", tmp_path / "x", {"0": bytes(4_000_000)})
+    with pytest.raises(WeightsError, match="many times its size"):
+        read_checkpoint(path).state  # noqa: B018
+
+
+def test_class_names_in_lists_that_hold_each_other() -> None:
+    names: Any = Thing("builtins.x", elements=["a", "b"])
+    for _ in range(60):
+        names = Thing("builtins.x", elements=[names, names])
+    assert class_lists({"classes": names}) == []
+
+
+def test_many_dictionaries_are_read_in_linear_time(tmp_path: Path) -> None:
+    content = {f"k{n}": {"a": 1.5} for n in range(90_000)}
+    began = time.monotonic()
+    with pytest.raises(WeightsError, match="not a state dict"):
+        read_bytes(pickle.dumps(content, 4), "x")
+    assert time.monotonic() - began < 20
+
+
+def test_keys_of_many_prefixes_are_placed_in_bounded_memory() -> None:
+    expected = {f"layer.{n}": (1,) for n in range(1000)}
+    found = {f"{n}.layer.0": (1,) for n in range(20_000)} | {f"m.layer.{n}": (1,) for n in range(1000)}
+    assert bodies(expected, found, {})[0].prefix == "m."
+    assert len(bodies(expected, found, {})) <= 100

@@ -10,7 +10,6 @@ import io
 import json
 import sys
 import tarfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +118,7 @@ def _read(opened: Open, source: str) -> Checkpoint:
         raise WeightsError(f"{source} is refused: {what}")
     try:
         return _understood(_torch_file(opened, start, size, source), source)
-    except (Unreadable, zipfile.BadZipFile, tarfile.TarError, OSError, KeyError, ValueError, TypeError) as error:
+    except (*torch_files.DAMAGE, OverflowError) as error:
         reason = f" ({error})" if isinstance(error, Unreadable) else ""
         raise WeightsError(f"{source} is refused: {UNKNOWN}{reason}") from error
 

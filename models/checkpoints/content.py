@@ -1,5 +1,6 @@
 """Everything a checkpoint holds beside its weights: which entries are tensors, class names, the architecture's name."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from models.errors import WeightsError
 
 MAX_DEPTH = 5  # of wrappers in each other
 MAX_ENTRIES = 200_000  # looked at: dictionaries that refer to each other would be endless
+MAX_LIST = 16  # of dictionaries
 MAX_SHOWN = 12
+MAX_KEY = 500  # characters; timm's longest has about 100
+MAX_NAMES = 100_000  # as many classes as a model may have
 # Not the network's: optimizers keep tensors of the same shapes.
 STATE_OF_TRAINING = re.compile(r"optim|sched|scaler|^amp$|^loops$|rng_|random_state", re.IGNORECASE)
 
@@ -64,6 +68,11 @@ def contents(value: Any) -> Content:
 
 
 def _collect(value: Any, path: tuple[str, ...], content: Content) -> None:
+    inside = value.pairs if isinstance(value, Thing) else value
+    if isinstance(inside, dict) or (isinstance(inside, list | tuple) and len(inside) <= MAX_LIST):
+        content.entries += len(inside)
+    if content.entries > MAX_ENTRIES:
+        raise WeightsError(f"it has more than {MAX_ENTRIES:,} entries: save the state dict alone")
     items = _items(value)
     if items is None:
         if is_model(value) and content.model is None:
@@ -73,10 +82,9 @@ def _collect(value: Any, path: tuple[str, ...], content: Content) -> None:
         return
     wrapper = ".".join(path)
     for key, entry in items:
-        content.entries += 1
-        if content.entries > MAX_ENTRIES:
-            raise WeightsError(f"it has more than {MAX_ENTRIES:,} entries: save the state dict alone")
         name = f"{wrapper}.{key}" if path else key
+        if len(name) > MAX_KEY:
+            raise WeightsError(f"a name in it has more than {MAX_KEY} characters: save the state dict alone")
         if key.endswith(("_extra_state", "rng_state", "n_averaged")) or (
             not is_strided(entry) and STATE_OF_TRAINING.search(key)
         ):
@@ -88,13 +96,15 @@ def _collect(value: Any, path: tuple[str, ...], content: Content) -> None:
         elif isinstance(entry, TensorAt | StorageAt):
             content.broken[name] = (entry.problem if isinstance(entry, TensorAt) else None) or "no plain tensor"
         elif len(path) < MAX_DEPTH:
-            before, count = dict(content.others), len(content.tensors) + len(content.broken)
+            before, count = content.others, len(content.tensors) + len(content.broken)
+            content.others = {}
             _collect(entry, (*path, key), content)
-            if (
-                len(content.tensors) + len(content.broken) == count
-            ):  # one name for all that is in it, but for foreign classes
-                new = {k: kind for k, kind in content.others.items() if k not in before and kind}
-                content.others = before | (new or {name: ""})
+            new = content.others
+            if len(content.tensors) + len(content.broken) == count:
+                # One name for all that is in it, but for foreign classes.
+                new = {k: kind for k, kind in new.items() if kind} or {name: ""}
+            before.update(new)
+            content.others = before
 
 
 def _items(value: Any) -> list[tuple[str, Any]] | None:
@@ -102,7 +112,7 @@ def _items(value: Any) -> list[tuple[str, Any]] | None:
         value = value.pairs or None
     if isinstance(value, dict):
         return [(str(key), entry) for key, entry in value.items() if isinstance(key, str | int | bytes)]
-    if isinstance(value, list | tuple) and len(value) <= 16 and any(isinstance(v, dict | Thing) for v in value):
+    if isinstance(value, list | tuple) and len(value) <= MAX_LIST and any(isinstance(v, dict | Thing) for v in value):
         return [(str(index), entry) for index, entry in enumerate(value)]
     return None
 
@@ -128,7 +138,7 @@ def _mappings(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
     if found is None or is_model(value) or depth > MAX_DEPTH:
         return
     yield path, found
-    for key, entry in list(found.items())[:1000]:
+    for key, entry in itertools.islice(found.items(), 1000):
         if isinstance(key, str) and not STATE_OF_TRAINING.search(key) and mapping_of(entry):
             yield from _mappings(entry, f"{path}.{key}" if path else key, depth + 1)
 
@@ -144,17 +154,24 @@ def class_lists(value: Any) -> list[ClassList]:
     """Class names, the surest first."""
     found = []
     places = list(_bounded(value))
+    read: dict[int, list[str] | None] = {}  # one value may lie under many keys
     for keys, is_sure in ((CLASS_KEYS, True), (WEAK_KEYS, False)):
         for key in keys:
             for path, mapping in places:
-                names = _names(mapping.get(key))
-                if names:
+                entry = mapping.get(key)
+                if id(entry) not in read:
+                    read[id(entry)] = _names(entry)
+                if names := read[id(entry)]:
                     found.append(ClassList(f"{path}.{key}" if path else key, names, is_sure))
     return found
 
 
 def _names(value: Any) -> list[str] | None:
+    if isinstance(value, Array) and len(value.data) > MAX_NAMES * 256:
+        return None
     content = plain(value)
+    if isinstance(content, Mapping | list | tuple) and len(content) > MAX_NAMES:
+        return None
     if isinstance(content, Mapping) and isinstance(content.get("classes_"), Array):  # a LabelEncoder of scikit-learn
         content = plain(content["classes_"])
     if isinstance(content, list | tuple):

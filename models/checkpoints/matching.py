@@ -22,6 +22,7 @@ FOREIGN = re.compile(
     r"queue|queue_ptr|center|aux\w*|AuxLogits|total_ops|total_params|n_averaged|num_batches_tracked|pos_weight|class_weights?|"
     r"discriminator|decoder|prototypes?|temperature|logit_scale)([._]|$)|(train|val|valid|test)_\w*(acc|f1|loss|metric)"
 )
+MAX_PLACES = 100
 COUNTER = "num_batches_tracked"
 
 
@@ -61,6 +62,9 @@ def bodies(expected: Mapping[str, Shape], found: Mapping[str, Shape], aliases: M
                 is_alias = names[inner] != inner
                 for kind in (True, False) if not is_alias else (True,):
                     places[full[:start], kind].setdefault(names[inner], full)
+    if len(places) > MAX_PLACES:
+        largest = set(sorted(places, key=lambda place: len(places[place]), reverse=True)[:MAX_PLACES])
+        places = defaultdict(dict, {place: keys for place, keys in places.items() if place in largest})
     made = [_body(prefix, keys, expected, found) for (prefix, _), keys in places.items()]
     return sorted(made, key=lambda body: (not body.fits, -rank(body.prefix) if body.fits else 0, -_agreeing(body)))
 

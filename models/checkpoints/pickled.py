@@ -125,7 +125,9 @@ class Reader:
         if made is None or not isinstance(arguments, tuple):
             self._push(Thing(name, arguments))
             return
-        self._spend(sum(len(a) >> 3 for a in arguments if isinstance(a, str | bytes | list | dict)))
+        self._spend(
+            sum(len(a) >> 3 for a in (arguments, *arguments) if isinstance(a, str | bytes | list | tuple | dict))
+        )
         try:
             self._push(made(*arguments))
         except (TypeError, ValueError, AttributeError, LookupError):
@@ -145,6 +147,8 @@ class Reader:
             target.state = state
 
     def _remember(self, place: int) -> None:
+        if not 0 <= place <= MAX_STEPS:  # larger numbers could be made to have one hash
+            raise Unreadable("the pickle is damaged")
         self.memo[place] = self.stack[-1]
 
     def _bytes(self, layout: str) -> None:

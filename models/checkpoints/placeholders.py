@@ -61,7 +61,7 @@ class Array:
         try:
             flat = np.frombuffer(self.data, np.dtype(self.dtype))
             return flat.reshape(self.shape, order="F" if self.fortran else "C")
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
 
 
@@ -72,21 +72,23 @@ def mapping_of(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, Thing):
         state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
         if isinstance(state, dict) and isinstance(state.get("_content"), dict):  # OmegaConf's
-            return dict(state["_content"])
+            content: Mapping[Any, Any] = state["_content"]
+            return content
         return value.pairs or (state if isinstance(state, dict) else None)
     return None
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON would have it: OmegaConf's nodes and enumerations opened, arrays as lists. Anything else stays a placeholder."""
+    """A value as JSON would have it: OmegaConf's nodes and enumerations opened, arrays as lists. Anything else stays a placeholder, and
+    so do the elements: lists that hold each other would be endless."""
     if isinstance(value, Thing):
         state = mapping_of(value)
         if state is not None and "_val" in state:
             return state["_val"]
         if value.elements:
-            return [plain(element) for element in value.elements]
+            return list(value.elements)
         if state is not None and isinstance(value.state, dict) and isinstance(value.state.get("_content"), list):
-            return [plain(element) for element in value.state["_content"]]
+            return list(value.state["_content"])
         return state if state is not None else value
     if isinstance(value, Array):
         if isinstance(value.data, list):

@@ -9,6 +9,7 @@ import io
 import math
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,20 @@ from models.errors import WeightsError
 
 MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 2**30
+MAX_DIMENSIONS = 64
+MAX_SHARING = 8  # tensors may share a storage, and each is copied out of it: this often on average
+# What Python's readers of damaged archives raise.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)
 MAX_EXPANSION = 4  # of a zip whose members are compressed, over its own size
 BYTES_OF_A_STORAGE = "torch.storage._load_from_bytes"  # what plain pickle keeps of one
 KINDS = {
@@ -55,12 +70,14 @@ class TorchFile:
 
     def load(self, tensors: Mapping[str, Any], source: str) -> dict[str, Tensor]:
         """These tensors' values by the same keys. Raises WeightsError."""
-        storages: dict[str, bytearray] = {}
+        storages: dict[Any, Any] = {}
         with self.open() as file:
+            if sum(map(_bytes_of, tensors.values())) > MAX_SHARING * file.seek(0, io.SEEK_END) + MAX_PICKLE // 16:
+                raise WeightsError(f"{source} is refused: its tensors would take many times its size in memory")
             archive = zipfile.ZipFile(file) if self.members else None
             try:
                 return {key: self._tensor(at, file, archive, storages) for key, at in tensors.items()}
-            except (Unreadable, zipfile.BadZipFile, OSError, ValueError, RuntimeError, TypeError) as error:
+            except DAMAGE as error:
                 raise WeightsError(
                     f"{source} is damaged or truncated: a tensor's values are not in it; copy or download it again"
                 ) from error
@@ -68,9 +85,7 @@ class TorchFile:
                 if archive is not None:
                     archive.close()
 
-    def _tensor(
-        self, at: Any, file: BinaryIO, archive: zipfile.ZipFile | None, storages: dict[str, bytearray]
-    ) -> Tensor:
+    def _tensor(self, at: Any, file: BinaryIO, archive: zipfile.ZipFile | None, storages: dict[Any, Any]) -> Tensor:
         if isinstance(at, Array):
             values = at.values()
             if values is None:
@@ -78,7 +93,10 @@ class TorchFile:
             return torch.from_numpy(values.copy())
         storage = at.storage
         if isinstance(storage, Thing) and storage.name == BYTES_OF_A_STORAGE:
-            data, storage = _storage_in(storage)
+            source = id(storage.arguments[0]) if isinstance(storage.arguments, tuple) and storage.arguments else 0
+            if source not in storages:
+                storages[source] = _storage_in(storage)
+            data, storage = storages[source]
         else:
             if storage.key not in storages:
                 storages[storage.key] = self._storage(storage, file, archive)
@@ -97,13 +115,33 @@ class TorchFile:
 
     def _storage(self, at: StorageAt, file: BinaryIO, archive: zipfile.ZipFile | None) -> bytearray:
         if archive is not None:
-            return bytearray(archive.read(self.members[at.key]))
+            return bytearray(_read(archive, self.members[at.key]))
         offset, length = self.offsets[at.key]
         file.seek(offset)
         data = bytearray(length)
         if file.readinto(data) != length:  # type: ignore[attr-defined]
             raise Unreadable("the file is cut off")
         return data
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member, never more than its size in the table of contents. Raises Unreadable, or what zipfile raises."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are inflated in one piece
+        raise Unreadable("its members are packed in a way that torch does not use")
+    with archive.open(info) as member:
+        data = member.read(info.file_size)
+    if len(data) != info.file_size:
+        raise Unreadable("the file is cut off")
+    return data
+
+
+def _bytes_of(at: Any) -> int:
+    """What a tensor takes in memory."""
+    if isinstance(at, Array):
+        return len(at.data)
+    dtype = dtype_of(at, at.storage) if isinstance(at.storage, StorageAt) else None
+    return math.prod(map(int, at.shape)) * (dtype.itemsize if dtype else 8)
 
 
 def dtype_of(at: TensorAt, storage: StorageAt) -> torch.dtype | None:
@@ -114,12 +152,12 @@ def dtype_of(at: TensorAt, storage: StorageAt) -> torch.dtype | None:
 def is_strided(value: Any) -> bool:
     """True for a tensor or array whose values can be read, and which has them: an expanded one could claim terabytes."""
     if isinstance(value, Array):
-        return value.dtype.lstrip("<>=|")[:1] in tuple("biuf") and isinstance(value.data, bytes | bytearray)
+        is_number = value.dtype.lstrip("<>=|")[:1] in tuple("biuf") and isinstance(value.data, bytes | bytearray)
+        return is_number and _is_shape(value.shape) and value.values() is not None
     if not isinstance(value, TensorAt) or value.problem:
         return False
     shape, stride = value.shape, value.stride
-    numbers = (value.offset, *shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(stride):
+    if not (_is_shape(shape) and _is_shape(stride) and _is_shape((value.offset,)) and len(shape) == len(stride)):
         return False
     storage = value.storage
     if isinstance(storage, Thing):
@@ -128,6 +166,15 @@ def is_strided(value: Any) -> bool:
         isinstance(storage, StorageAt)
         and dtype_of(value, storage) is not None
         and math.prod(shape) * (1 if storage.kind != "UntypedStorage" else 0) <= max(storage.count, 0)
+    )
+
+
+def _is_shape(numbers: Any) -> bool:
+    """True for a few sizes that a file could hold: the product of a million huge numbers takes hours."""
+    return (
+        isinstance(numbers, tuple)
+        and len(numbers) <= MAX_DIMENSIONS
+        and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     )
 
 
@@ -152,9 +199,9 @@ def read_zip(opened: Open, size: int) -> TorchFile:
             raise Unreadable("it would take many times its size in memory")
         pickle = next(name for name in sizes if name.rpartition("/")[2] == "data.pkl")
         root = pickle.removesuffix("data.pkl")
-        if f"{root}byteorder" in sizes and archive.read(f"{root}byteorder") != b"little":
+        if f"{root}byteorder" in sizes and _read(archive, f"{root}byteorder") != b"little":
             raise Unreadable("it was written on a big-endian machine")
-        content = _one(archive.read(pickle))
+        content = _one(_read(archive, pickle))
     members = {name.removeprefix(f"{root}data/"): name for name in sizes if name.startswith(f"{root}data/")}
     return TorchFile(opened, content, "torch.save (zip)", members or {"": pickle})
 
