@@ -13,7 +13,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-NO_TEXT = frozenset({"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "utf-7"})
+NO_TEXT = frozenset({"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "utf-7"})
 SHOWN = 3  # readings in a message
 
 
@@ -45,7 +45,7 @@ def check_encoding(name: str) -> str:
         codec = codecs.lookup(name)
     except (LookupError, ValueError):
         codec = None
-    if codec is None or not codec._is_text_encoding or codec.name in NO_TEXT:
+    if codec is None or not codec._is_text_encoding or codec.name.replace("_", "-") in NO_TEXT:
         raise ValueError(f"encoding {name[:40]!r} is not the name of a text encoding; take {AUTO}, {EXAMPLES}")
     return name
 

@@ -203,7 +203,7 @@ def _not_base64(letters: bytes) -> str:
         return (
             "the base64 has blanks in it: where a form has decoded it, they were +; encode it once more, or send JSON"
         )
-    return "an image must be in base64: this has characters that base64 has not"
+    return "the image is not base64: it has other characters; send the file in standard or URL-safe base64"
 
 
 def _after_prefix(text: bytes, start: int, end: int, name: str) -> int:
