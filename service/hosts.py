@@ -14,16 +14,18 @@ LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # a name without a
 
 
 class Hosts:
-    """The hosts that this server answers for: addresses of this machine, its names, names without a dot, and the setting
-    `allowed_hosts`.
+    """The hosts that this server answers for: addresses of this machine, its names, and the setting `allowed_hosts`; where that is
+    empty, names without a dot too.
 
-    A name without a dot cannot be had in the public DNS, so no rebinding page has one; nginx sends such a one, that of its `upstream`.
+    Hardly any name without a dot resolves in the public DNS, and nginx sends such a one, that of its `upstream`. A neighbour on the same
+    network may have one resolve (LLMNR, a search domain): `allowed_hosts` keeps those out.
     Checked where the server listens on loopback, or where `allowed_hosts` names some; elsewhere a name may lead here by any proxy.
     """
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
         allowed = [_name(_without_port(name)) for name in allowed]
         self.checked = ANY not in allowed and (bool(allowed) or is_loopback(host))
+        self._takes_labels = not allowed
         machine = _name(socket.gethostname())
         self._names = {"localhost", _name(host), machine, machine.partition(".")[0], *allowed}
         self._right: set[bytes] = set()  # values that passed: one look-up for those that come again
@@ -33,7 +35,7 @@ class Hosts:
         if not self.checked or value in self._right or value is None:
             return
         name = _name(_without_port(value.decode("latin-1").strip(" \t")))
-        if name not in self._names and not _is_label(name) and not _is_own_address(name):
+        if name not in self._names and not (self._takes_labels and _is_label(name)) and not _is_own_address(name):
             raise Misdirected(
                 "this server does not answer for that Host; add it to `allowed_hosts` (IMAGO_ALLOWED_HOSTS), or let the proxy "
                 "before the server send `Host: localhost`"
@@ -48,7 +50,7 @@ def _name(host: str) -> str:
 
 
 def _is_label(name: str) -> bool:
-    """Not a number: 2130706433 and 0x7f000001 are addresses."""
+    """A name without a dot, and no number: 2130706433 and 0x7f000001 are addresses."""
     return LABEL.fullmatch(name) is not None and not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name)
 
 

@@ -78,6 +78,12 @@ def test_elsewhere_any_host_may_come_until_some_are_named() -> None:
     assert answers(hosts, b"127.0.0.1")
 
 
+def test_names_without_a_dot_pass_only_where_none_is_named() -> None:
+    """A neighbour in the network may have them resolve; nginx sends that of its `upstream`."""
+    assert answers(Hosts("127.0.0.1"), b"backend:8000")
+    assert not answers(Hosts("127.0.0.1", ["imago.example"]), b"backend:8000")
+
+
 def test_an_allowed_name_may_have_a_port() -> None:
     hosts = Hosts("127.0.0.1", ["imago.example:8443", "[2001:db8::7]:1", "2001:db8::8"])
     named = [b"imago.example:8443", b"imago.example", b"[2001:db8::7]", b"[2001:db8::8]:1", b"2001:db8::9"]
