@@ -218,6 +218,12 @@ def jpeg_cost(data: bytes) -> JpegCost:
     return JpegCost(math.ceil(pixels * sum(shares.values())), math.ceil(scanned), kind in _LOSSLESS)
 
 
+def jpeg_frame(data: bytes) -> tuple[int, int] | None:
+    """Bits of a sample and number of channels, by the first frame header; None where there is none, or a broken one."""
+    frame = next((content for marker, content in _segments(data) if marker != _SOS), b"")
+    return (frame[0], frame[5]) if len(frame) > 5 else None
+
+
 def _frame(content: bytes) -> tuple[int, dict[int, float]]:
     """Pixels of a frame, and the share of them that each channel has."""
     pixels = int.from_bytes(content[1:3], "big") * int.from_bytes(content[3:5], "big")
