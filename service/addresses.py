@@ -5,19 +5,26 @@ from contextlib import suppress
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
-MAX_REMEMBERED = 1024  # addresses of connections
+MAX_REMEMBERED = 1024  # addresses: each request asks for some, and parsing takes up to 20 us
+MAX_LENGTH = 64  # of what is remembered: a proxy can write anything into its header
 
 
-@lru_cache(4096)  # it is asked with each request
 def network_of(address: str) -> str:
     """The client that an address belongs to: IPv6 clients are grouped by /64, and IPv4 within IPv6 counts as IPv4."""
+    return _remembered(address) if len(address) <= MAX_LENGTH else _network_of(address)
+
+
+def _network_of(address: str) -> str:
     try:
         found = ip_address(address)
-    except ValueError:  # a proxy can write anything into its header
-        return address[:64]
+    except ValueError:
+        return address[:MAX_LENGTH]
     if not isinstance(found, IPv6Address):
         return address
     return str(found.ipv4_mapped or f"{int(found) >> 64:x}/64")
+
+
+_remembered = lru_cache(MAX_REMEMBERED)(_network_of)
 
 
 def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
@@ -29,7 +36,7 @@ def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
         with suppress(ValueError):  # uvicorn allows names that are no addresses
             networks.append(ip_network(name, strict=False))
 
-    @lru_cache(MAX_REMEMBERED)  # it is asked for each request, and parsing takes up to 20 us
+    @lru_cache(MAX_REMEMBERED)
     def is_proxy(address: str) -> bool:
         return any(ip_address(address) in network for network in networks)
 
