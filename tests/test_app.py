@@ -1,12 +1,12 @@
 """The application as a whole: one shape for every failure, request ids, CORS."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 from service_fakes import ADMIN, GOOD, Service, client_of
+from service_fakes import http as http
 
 pytestmark = pytest.mark.anyio
 
@@ -14,12 +14,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     return Service(tmp_path, cors_origins="https://page.example")
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(service) as client:
-        yield client
 
 
 @pytest.mark.abuse("H22")

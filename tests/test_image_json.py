@@ -3,13 +3,14 @@
 import base64
 import json
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from service_fakes import BAD, GOOD, Service, client_of
+from service_fakes import http as http
+from service_fakes import service as service
 
 from service import image_json
 from service.errors import BadRequest, ValidationFailed
@@ -18,17 +19,6 @@ from service.image_json import decoded, lifted, read
 pytestmark = pytest.mark.anyio
 KNOWN = frozenset({"model", "top_k", "alpha", "explain"})
 LARGE = os.urandom(3 * 2**20)
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Service:
-    return Service(tmp_path)
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(service) as client:
-        yield client
 
 
 def b64(data: bytes) -> str:

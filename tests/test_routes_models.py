@@ -1,14 +1,15 @@
 """`/models`: what serves, and the admin's routes."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from service_fakes import ADMIN, CLASSES, Service, client_of
+from service_fakes import ADMIN, CLASSES, Service
+from service_fakes import http as http
+from service_fakes import service as service
 
 from models import architectures
 from models.classifier import Head
@@ -18,17 +19,6 @@ from models.store import ModelStore
 from service.routes.models import list_versions
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Service:
-    return Service(tmp_path)
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(service) as client:
-        yield client
 
 
 async def test_list(http: httpx.AsyncClient) -> None:

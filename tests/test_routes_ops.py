@@ -2,12 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import API_KEY, GOOD, Service, client_of
+from service_fakes import API_KEY, GOOD, Service
+from service_fakes import http as http
 
 pytestmark = pytest.mark.anyio
 
@@ -15,12 +15,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     return Service(tmp_path, api_key=API_KEY)  # health and metrics are open all the same
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(service) as client:
-        yield client
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"])

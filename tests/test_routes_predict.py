@@ -1,29 +1,19 @@
 """`POST /predict` and `POST /embed`, around an engine that answers at once."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from service_fakes import BAD, GOOD, TEXT, Service, client_of
+from service_fakes import http as http
+from service_fakes import service as service
 
 from models.errors import InferenceFailed, ModelNotFound
 from service.errors import DeadlineExceeded, QueueFull
 
 pytestmark = pytest.mark.anyio
 JPEG = {"Content-Type": "image/jpeg"}
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Service:
-    return Service(tmp_path)
-
-
-@pytest.fixture
-async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(service) as client:
-        yield client
 
 
 def parts(*contents: bytes) -> list[tuple[str, tuple[str, bytes]]]:
