@@ -20,33 +20,17 @@ from models.errors import DatasetError, TooFewClasses
 # Roboflow puts these beside what it exports.
 IGNORED = ("README.roboflow.txt", "README.dataset.txt")
 # Annotations and documents, where their content is text
-SIDE_SUFFIXES = frozenset(
-    {
-        *(
-            ".txt",
-            ".csv",
-            ".tsv",
-            ".json",
-            ".jsonl",
-            ".ndjson",
-            ".xml",
-            ".md",
-            ".rst",
-            ".yaml",
-            ".yml",
-            ".toml",
-            ".ini",
-        ),
-        *(".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js", ".py", ".sh"),
-        *(".bat", ".ipynb", ".dvc", ".sha256", ".md5", ".url", ".geojson", ".prj", ".tfw", ".jgw", ".pgw", ".pts"),
-    }
-)
+SIDE_SUFFIXES = frozenset({
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".rst", ".yaml", ".yml", ".toml",
+    ".ini", ".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js",
+    ".py", ".sh", ".bat", ".ipynb", ".dvc", ".sha256", ".md5", ".url", ".geojson", ".prj", ".tfw", ".jgw",
+    ".pgw", ".pts",
+})  # fmt: skip
 SIDE_NAMES = frozenset({"readme", "license", "licence", "labels", "classes", "copying", "changelog", "notes"})
 # Beside each other these are views of the same images, and no classes
 GROUPS = frozenset({"images", "imgs", "masks", "labels", "annotations", "ground_truth", "jpegimages", "depth"})
-SHARED = (
-    0.6  # of the folders in folders that all have: from here on they group images within something else than classes
-)
+# Of the folders in folders that all have: from here on they group images within something else than classes.
+SHARED = 0.6
 
 Parts = tuple[str, ...]
 Names = dict[Parts, str]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""

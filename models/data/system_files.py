@@ -2,51 +2,37 @@
 
 from functools import lru_cache
 
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split(" | "))
+
+
 # What systems and tools leave in folders: the reason, and names in lower case; `*` at one end stands for anything.
 SYSTEM = {
-    "left by Windows": (
-        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"),
-        *("system volume information", "recycler", "autorun.inf", "pagefile.sys", "hiberfil.sys", "swapfile.sys"),
-        *("found.0*", "indexervolumeguid", "wpsettings.dat", "~$*"),
-        *("*:zone.identifier", "*.zone.identifier", "*:smartscreen"),
+    "left by Windows": _names(
+        "thumbs.db | thumbs.db:encryptable | ehthumbs.db | ehthumbs_vista.db | desktop.ini | $recycle.bin | "
+        "system volume information | recycler | autorun.inf | pagefile.sys | hiberfil.sys | swapfile.sys | "
+        "found.0* | indexervolumeguid | wpsettings.dat | ~$* | *:zone.identifier | *.zone.identifier | "
+        "*:smartscreen"
     ),
-    "left by macOS": (
-        *("__macosx", ".ds_store", "._*", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", "icon\r"),
-        *(".documentrevisions-v100", ".appledouble", ".appledb", ".appledesktop", ".lsoverride", ".volumeicon.icns"),
-        *(".apdisk", "network trash folder", "temporary items", "thevolumesettingsfolder", "thefindbycontentfolder"),
+    "left by macOS": _names(
+        "__macosx | .ds_store | ._* | .trashes | .spotlight-v100 | .fseventsd | .temporaryitems | icon\r | "
+        ".documentrevisions-v100 | .appledouble | .appledb | .appledesktop | .lsoverride | .volumeicon.icns | "
+        ".apdisk | network trash folder | temporary items | thevolumesettingsfolder | thefindbycontentfolder"
     ),
-    "left by a network disk": (
-        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb", "@tmp", "@sharebin"),
-        *("@synoeastream", "*@synoeastream", "*@synoresource", "@synoresource", "@transcode", ".@__qini", "~snapshot"),
-        *(".snapshot", ".snapshots"),
+    "left by a network disk": _names(
+        "@eadir | #recycle | #snapshot | @recycle | @recently-snapshot | .@__thumb | @tmp | @sharebin | "
+        "@synoeastream | *@synoeastream | *@synoresource | @synoresource | @transcode | .@__qini | ~snapshot | "
+        ".snapshot | .snapshots"
     ),
-    "left by Linux": ("lost+found", ".trash", ".trash-*", ".fuse_hidden*", ".nfs*", ".directory", ".thumbnails"),
-    "left by a tool": (
-        *(
-            ".ipynb_checkpoints",
-            "__pycache__",
-            ".git",
-            ".gitignore",
-            ".gitattributes",
-            ".gitkeep",
-            ".dvc",
-            ".dvcignore",
-        ),
-        *(
-            ".cache",
-            ".svn",
-            ".hg",
-            ".idea",
-            ".vscode",
-            ".picasa.ini",
-            "picasa.ini",
-            ".picasaoriginals",
-            "zbthumbnail.info",
-        ),
-        *("*.swp", "*~"),
+    "left by Linux": _names("lost+found | .trash | .trash-* | .fuse_hidden* | .nfs* | .directory | .thumbnails"),
+    "left by a tool": _names(
+        ".ipynb_checkpoints | __pycache__ | .git | .gitignore | .gitattributes | .gitkeep | .dvc | .dvcignore | "
+        ".cache | .svn | .hg | .idea | .vscode | .picasa.ini | picasa.ini | .picasaoriginals | "
+        "zbthumbnail.info | *.swp | *~"
     ),
-    "an unfinished download": (
-        *("*.crdownload", "*.part", "*.partial", "*.opdownload", "*.aria2", "*.filepart", "*.download"),
+    "an unfinished download": _names(
+        "*.crdownload | *.part | *.partial | *.opdownload | *.aria2 | *.filepart | *.download"
     ),
 }
 NAMED = {name: why for why, names in SYSTEM.items() for name in names if "*" not in name}

@@ -76,12 +76,10 @@ class Audit(Record):
     class_counts: dict[Part, dict[str, int]]
     imbalance: float  # largest over smallest class of the training part
     warnings: tuple[str, ...]
-    ignored: tuple[
-        IgnoredFiles, ...
-    ] = ()  # neither good nor bad: what systems leave, text, files outside class folders
-    image_kinds: dict[str, int] = Field(
-        default_factory=dict
-    )  # good images by bit depth and channels, the most frequent first
+    # Neither good nor bad: what systems leave, text, files outside class folders.
+    ignored: tuple[IgnoredFiles, ...] = ()
+    # Good images by bit depth and channels, the most frequent first.
+    image_kinds: dict[str, int] = Field(default_factory=dict)
 
 
 # One file

@@ -21,10 +21,8 @@ log = logging.getLogger(__name__)
 
 SAMPLE = 1000  # images of which the components are computed
 COMPONENTS = 32  # at most, and one of every 8 images
-SHARED = (
-    5.0,
-    0.1,
-)  # images, and share of the sample, that a component must belong to: a photograph with four copies is none
+# Images, and share of the sample, that a component must belong to: a photograph with four copies is none.
+SHARED = (5.0, 0.1)
 PAIRS = 10_000  # compared at a time
 
 REFERENCE = packaged.DEFAULT
