@@ -115,6 +115,7 @@ def test_tables(export: bytes, classes: bytes) -> None:
 
 @SOON
 @given(damaged(hub()[TRAIN]))
+@example(hub()[TRAIN][:12] + b"\x0c" + hub()[TRAIN][13:])  # a dictionary without values, and rows that refer to them
 def test_parquet(content: bytes) -> None:
     look(read_parquet, {TRAIN: content})
 

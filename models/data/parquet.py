@@ -162,10 +162,12 @@ class Shard:
     def image(self, row: int) -> bytes:
         """At most one byte more than decode may allow. Raises OSError."""
         group = bisect_right(self._ends, row)
-        value = self._images(group)[row - (self._ends[group - 1] if group else 0)]
-        if not value.is_valid:
+        images = self._images(group)
+        with _readable_row(self._name):
+            value = images[row - (self._ends[group - 1] if group else 0)]
+            data: bytes | None = value.value.as_buffer()[: FILE_BYTES + 1].to_pybytes() if value.is_valid else None
+        if data is None:
             raise OSError("the row holds no bytes of an image")
-        data: bytes = value.value.as_buffer()[: FILE_BYTES + 1].to_pybytes()
         return data
 
     def _images(self, group: int) -> Any:
@@ -173,11 +175,8 @@ class Shard:
             if group not in self._groups:
                 while len(self._groups) >= KEPT:
                     self._groups.popitem(last=False)
-                try:
-                    with _readable(self._name):
-                        table = self._file.read_row_group(group, columns=[self._image], use_threads=False)
-                except DatasetError as error:
-                    raise OSError(str(error)) from error
+                with _readable_row(self._name):
+                    table = self._file.read_row_group(group, columns=[self._image], use_threads=False)
                 self._groups[group] = table.flatten().column(self._image)
             self._groups.move_to_end(group)
             return self._groups[group]
@@ -217,6 +216,16 @@ def _readable(name: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, ValueError, LookupError, OverflowError, *UNREADABLE) as error:
         raise DatasetError(f"{name} is damaged, or no parquet file: download it again") from error
+
+
+@contextmanager
+def _readable_row(name: str) -> Iterator[None]:
+    """As `_readable`, for what concerns the images alone: raises OSError."""
+    try:
+        with _readable(name):
+            yield
+    except DatasetError as error:
+        raise OSError(str(error)) from error
 
 
 def _uncompressed(group: Any, names: Sequence[str], content: IO[bytes]) -> int:
