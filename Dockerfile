@@ -55,6 +55,6 @@ VOLUME ["/var/lib/imago/weights", "/var/lib/imago/data"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
-    CMD ["python3", "-m", "service.healthcheck"]
+    CMD ["python3", "-m", "service.system.healthcheck"]
 ENTRYPOINT ["python3", "-m", "service.cli"]
 CMD ["serve"]

@@ -30,7 +30,7 @@ import httpx
 import psutil
 
 from benchmarks import rig
-from service.bench import Connection, Load, connect, percentiles, request_head, run
+from service.diagnostics.load_generator import Connection, Load, connect, percentiles, request_head, run
 
 HEAVY, LIGHT = "resnet18", "lenet5"  # the first is the default model
 SLOW, TIMES_CAPACITY = 500, 10

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from models.classifier import Preprocessing
-from models.images import decode
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
 
 IMAGENET = Preprocessing(resize=256, crop=224)
 REFERENCE = T.Compose([T.Resize(IMAGENET.resize), T.CenterCrop(IMAGENET.crop), T.PILToTensor()])

@@ -17,15 +17,16 @@ import torch
 from benchmarks import rig
 from benchmarks.finetune import datasets
 from benchmarks.transfer import PAIR, subset
+from models.data import dataset
 from models.data.samples import Part
-from models.ensembles import ensemble
-from models.packaged import PACKAGES
-from models.store import ModelStore
-from models.training import dataset, finetune
-from models.training.evaluate import evaluate
-from models.training.features import FeatureCache
-from models.training.report import Report
-from models.training.request import FinetuneRequest
+from models.store.ensembles import ensemble
+from models.store.packaged import PACKAGES
+from models.store.store import ModelStore
+from models.training import run
+from models.training.evaluation.evaluate import evaluate
+from models.training.head.features import FeatureCache
+from models.training.job.request import FinetuneRequest
+from models.training.reports import Report
 
 
 def few_tests(source: Path, target: Path, most: int) -> Path:
@@ -44,7 +45,7 @@ def train(root: Path, name: str, data: Path, base: Any, part: Part) -> dict[str,
     """-> accuracy on the held-out part with its interval, and seconds."""
     request = FinetuneRequest.model_validate({"dataset": data, "name": name, "base": base})
     folder = root / "jobs" / name
-    finetune.run(request, ModelStore(root / "weights"), lambda event: None, job_dir=folder, cache=root / "features")
+    run.run(request, ModelStore(root / "weights"), lambda event: None, job_dir=folder, cache=root / "features")
     report = Report.model_validate_json((folder / "report.json").read_bytes())
     found = report.test if part == "test" else report.val
     if found is None:

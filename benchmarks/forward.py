@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks import rig
 from models import architectures
-from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
+from models.classifier import Backbone, BackboneRef
+from models.preprocessing import Preprocessing, normalise
 from models.runtime import Options, compile_backbone, pick_device, tune_allocator
 from models.runtime.device import half_precisions
 from models.runtime.openvino_engine import openvino_version

@@ -25,7 +25,7 @@ def publish_heads(weights: Path, architecture: str, count: int) -> None:
 
     from models import architectures
     from models.classifier import Head
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
     store = ModelStore(weights)
     torch.manual_seed(0)

@@ -187,7 +187,7 @@ def check_at_rest(root: Path, orphans: list[psutil.Process], found: Found) -> No
 
 def unloadable(weights: Path) -> list[str]:
     """The versions of the store that do not load, and why."""
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
     store, problems = ModelStore(weights), list[str]()
     for name in store.names():

@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from benchmarks import rig
-from service.bench import Connection, Load, connect, request_head
+from service.diagnostics.load_generator import Connection, Load, connect, request_head
 
 NETWORK = "resnet20_v1"
 KEY = "benchmark-" * 4
@@ -153,7 +153,7 @@ def publish_two(weights: Path) -> None:
 
     from models import architectures
     from models.classifier import Head
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
     torch.manual_seed(1)
     parts = architectures.cut(NETWORK, architectures.build(NETWORK))

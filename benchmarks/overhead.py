@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from benchmarks import rig
 from benchmarks.serve import latencies_ms, limit_of
-from service.bench import complete
+from service.diagnostics.load_generator import complete
 
 NETWORK = "lenet5"
 BARE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -29,7 +29,7 @@ import psutil
 from PIL import Image
 
 from models.cgroup import cpu_count
-from service.bench import Load, Report, run
+from service.diagnostics.load_generator import Load, Report, run
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = "imagenet-samples.zip"
@@ -97,7 +97,7 @@ def publish_random(weights: Path, names: Sequence[str], save_to: Path | None = N
 
     from models import architectures
     from models.classifier import Head
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
     store = ModelStore(weights)
     for name in names:

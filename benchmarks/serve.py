@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from models.classifier import Head, Preprocessing
+    from models.classifier import Head
+    from models.preprocessing import Preprocessing
 
 BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (8, 16, 32, 64, 128, 256)}
 AHEAD = (0, 1)  # batches that are decoded while the one before them is in the network
@@ -48,14 +49,14 @@ class InProcess:
         self.decoders = ThreadPoolExecutor(decoders)
 
     def decode(self, data: bytes) -> "Tensor":
-        from models.images import decode
+        from models.images.decoding import decode
 
         return decode(data, self.preprocessing)
 
     def classify(self, pixels: "Sequence[Tensor]") -> "Tensor":
         import torch
 
-        from models.images import stack
+        from models.images.decoding import stack
 
         with torch.inference_mode():
             return self.head.combine([self.head.part(0, self.network(stack(pixels)))]).cpu()
@@ -93,7 +94,7 @@ choice: tuple[str, str, int | None]
 
 def open_limit(root: Path, name: str, device: str) -> None:
     from models.runtime import compile_backbone, pick_device, tune_allocator
-    from models.store import ModelStore
+    from models.store.store import ModelStore
     from service.settings import Settings
 
     global limit, choice

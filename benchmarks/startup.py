@@ -25,8 +25,8 @@ IMPORTS = "import service.server"
 
 def publish_group(weights: Path) -> None:
     """The group `imagenet` with random weights, its ensemble included."""
-    from models.pull import publish_ensemble
-    from models.store import ModelStore
+    from models.store.pull import publish_ensemble
+    from models.store.store import ModelStore
 
     rig.publish_random(weights, GROUP)
     store = ModelStore(weights)

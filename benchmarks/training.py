@@ -22,12 +22,12 @@ from torch import nn
 
 from benchmarks import rig
 from models import architectures
-from models.classifier import Preprocessing
+from models.data.dataset import Dataset, load
+from models.preprocessing import Preprocessing
+from models.progress import never
 from models.runtime import pick_device, tune_allocator
-from models.training.dataset import Dataset, load
-from models.training.network import History, Limits, Trainer
-from models.training.progress import never
-from models.training.request import Budget, Effective, FinetuneRequest, Hyperparameters, effective
+from models.training.job.request import Budget, Effective, FinetuneRequest, Hyperparameters, effective
+from models.training.network.trainer import History, Limits, Trainer
 
 CLASSES = ("even", "odd")
 BATCH, LR, DECAY = 64, 0.01, 1e-4

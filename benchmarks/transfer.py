@@ -16,10 +16,10 @@ import torch
 
 from benchmarks import rig
 from benchmarks.finetune import datasets
-from models.store import ModelStore
-from models.training import finetune
-from models.training.report import Report
-from models.training.request import FinetuneRequest
+from models.store.store import ModelStore
+from models.training import run
+from models.training.job.request import FinetuneRequest
+from models.training.reports import Report
 
 PAIR = ("cat", "dog")
 FEW = (20, 100, 500)
@@ -51,7 +51,7 @@ def train(root: Path, name: str, dataset: Path, **asked: Any) -> dict[str, Any]:
     """-> accuracy and interval on the test images, and seconds."""
     request = FinetuneRequest.model_validate({"dataset": dataset, "name": name, "val_fraction": 0.2, **asked})
     folder = root / "jobs" / name
-    finetune.run(request, ModelStore(root / "weights"), lambda event: None, job_dir=folder, cache=root / "features")
+    run.run(request, ModelStore(root / "weights"), lambda event: None, job_dir=folder, cache=root / "features")
     report = Report.model_validate_json((folder / "report.json").read_bytes())
     assert report.test is not None
     rig.say(f"{name}: {report.test.accuracy:.1%} {report.test.interval}")

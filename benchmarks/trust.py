@@ -22,15 +22,15 @@ from benchmarks.trust_duplicates import duplicates
 from benchmarks.trust_picture import write_picture
 from benchmarks.trust_scores import aurocs, scores
 from benchmarks.trust_tasks import Extractor, Sizes, Task, tasks
-from models import packaged
 from models.classifier import Head
-from models.decisions import Decisions
-from models.reference import Conformal, Neighbourhood, kth, nearest, sample
-from models.store import ModelStore
-from models.training.calibrate import expected_calibration_error, temperature
-from models.training.evaluate import label_errors
-from models.training.head import Fit, fit
-from models.training.request import FinetuneRequest, effective
+from models.decision_rules import Decisions
+from models.store import packaged
+from models.store.store import ModelStore
+from models.training.evaluation.calibrate import expected_calibration_error, temperature
+from models.training.evaluation.evaluate import label_errors
+from models.training.head.regression import Fit, fit
+from models.training.job.request import FinetuneRequest, effective
+from models.uncertainty import Conformal, Neighbourhood, kth, nearest, sample
 
 MODEL = "efficientnet_lite0"
 FLIPPED = 0.05  # of the labels

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks import rig
 from benchmarks.finetune import datasets
-from models.classifier import Preprocessing
-from models.images import decode
-from models.training.duplicates import search
+from models.data.duplicates.groups import search
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
 
 SHAPE = Preprocessing(resize=256, crop=224)
 

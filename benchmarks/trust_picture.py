@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.classifier import Head
-from models.reference import Neighbourhood, kth, nearest
+from models.uncertainty import Neighbourhood, kth, nearest
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 760, 420, 60, 30, 70, 20
 DOTS = {"right": "#2b7a3d", "wrong": "#d62728", "CIFAR-10": "#1f77b4", "ImageNet": "#9467bd", "noise": "#7f7f7f"}

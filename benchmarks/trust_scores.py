@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.classifier import Head
-from models.reference import sample
+from models.uncertainty import sample
 
 Score = Callable[[Tensor], Tensor]  # features (n, D) -> (n,)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.finetune import datasets
 from models.classifier import Backbone
 from models.errors import ModelError
-from models.images import decode
-from models.training.features import FeatureCache
+from models.images.decoding import decode
+from models.training.head.features import FeatureCache
 
 INSECTS = ("ant", "bee", "apiary")  # ImageNet photographs that show what the hymenoptera head knows
 PAIRS = (("cat", "dog"), ("ship", "truck"))

@@ -11,10 +11,8 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from models.store import ModelStore
-from service.auth import Keys, require_user
+from models.store.store import ModelStore
 from service.datasets import Datasets
-from service.engine import Engine
 from service.errors import (
     BadRequest,
     Internal,
@@ -25,17 +23,19 @@ from service.errors import (
     UnknownField,
     ValidationFailed,
 )
-from service.exports import Exports
+from service.http.auth import Keys, require_user
+from service.http.middleware import Edge, Traffic, UserCORS
+from service.http.uploads.upload import printable
+from service.inference.engine import Engine
+from service.inference.traces import Traces
 from service.jobs import Jobs
-from service.metrics import Metrics
-from service.middleware import Edge, Traffic, UserCORS
-from service.routes import datasets, finetune, models, ops, page, predict, v2
-from service.routes.upload import printable
+from service.jobs.exports import Exports
+from service.observability.metrics import Metrics
+from service.oip.metadata import HEADER_LENGTH
+from service.routes import datasets, finetune, models, oip, ops, page, predict
+from service.routes.dependencies import State
+from service.routes.shared_answers import Listings
 from service.settings import Settings
-from service.shared import Listings
-from service.state import State
-from service.traces import Traces
-from service.v2_documents import HEADER_LENGTH
 
 DESCRIPTION = (
     "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`; "
@@ -90,10 +90,10 @@ def create_app(
     app.include_router(models.admin_router)
     app.include_router(finetune.router)
     app.include_router(datasets.router)
-    app.include_router(v2.infer_router, dependencies=user)
-    app.include_router(v2.router, dependencies=user)
-    app.include_router(v2.admin_router)
-    app.include_router(v2.health_router)
+    app.include_router(oip.infer_router, dependencies=user)
+    app.include_router(oip.router, dependencies=user)
+    app.include_router(oip.admin_router)
+    app.include_router(oip.health_router)
     app.include_router(ops.router)
     app.include_router(page.router)
     app.mount("/web", page.Files(directory=page.WEB))

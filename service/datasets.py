@@ -22,9 +22,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from models.errors import DatasetError, NameConflict
-from models.files import TEMPORARY, locked, move, staging, sweep
-from models.paths import open_beneath
-from models.training.handover import NO_DATASET
+from models.files.atomic_files import TEMPORARY, locked, move, staging, sweep
+from models.files.safe_open import open_beneath
+from models.training.job.job_files import NO_DATASET
 from service.errors import InsufficientStorage
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Arrival:
 def _check_table(path: Path) -> None:
     """Checks a zip's table of contents in a process with a bound on its memory, so that a hostile one costs the server neither memory nor
     the GIL: 4,000,000 entries take 2 GB as Python objects. Raises DatasetError."""
-    command = (sys.executable, "-P", "-m", "models.archive", str(path))
+    command = (sys.executable, "-P", "-m", "models.files.zip_file", str(path))
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_S)  # noqa: S603  (our own module)
     except subprocess.TimeoutExpired:

@@ -22,21 +22,21 @@ import uvicorn
 from fastapi import FastAPI
 
 from models.runtime import tune_allocator
-from models.store import ModelStore
-from service import logs
+from models.store.store import ModelStore
 from service.app import create_app
-from service.auth import Keys
-from service.engine import Engine
 from service.errors import NotReady
-from service.guards import Guards
-from service.injected import injected
-from service.metrics import Metrics
-from service.middleware import LINGER_S, Traffic
-from service.open_files import connections_within, raise_limit
-from service.protocol import GuardedProtocol
+from service.http.auth import Keys
+from service.http.connection.guarded_protocol import GuardedProtocol
+from service.http.connection.guards import Guards
+from service.http.memory_trimming import Trimmer
+from service.http.middleware import LINGER_S, Traffic
+from service.inference.engine import Engine
+from service.inference.traces import Traces
+from service.observability import logs
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.traces import Traces
-from service.trimming import Trimmer
+from service.system.open_files import connections_within, raise_limit
+from service.system.platform_variables import injected
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
-from models import heif
 from models.cgroup import memory_limit
-from service.injected import injected
-from service.prefix import prefix_of
+from models.images import heif
+from service.system.platform_variables import injected
+from service.system.prefix import prefix_of
 
 if TYPE_CHECKING:
-    from models.images import Limits
+    from models.images.decoding import Limits
     from models.runtime import Options
 
 PREFIX = "IMAGO_"
@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     max_dataset_mb: int = Field(10_240, ge=1, description="Largest upload of a dataset, in megabytes")
     max_files: int = Field(32, ge=1, le=1000, description="Most images in one request")
     max_image_mb: int = Field(10, ge=1, description="Largest encoded image, in megabytes")
-    max_image_megapixels: int = Field(  # at most what models.image_cost.PIXEL_CEILING lets through
+    max_image_megapixels: int = Field(  # at most what models.images.cost.PIXEL_CEILING lets through
         50, ge=1, le=178, description="Largest image, in millions of pixels that are decoded: of a large JPEG, 1/64"
     )
     max_megapixels_in_flight: int = Field(
@@ -255,7 +255,7 @@ class Settings(BaseSettings):
 
     def limits(self) -> "Limits":
         """What one image may weigh and measure."""
-        from models.images import Limits
+        from models.images.decoding import Limits
 
         return Limits(
             max_bytes=self.max_image_mb * 2**20,

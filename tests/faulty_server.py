@@ -9,8 +9,8 @@ import torch
 
 from models.runtime import failures
 from models.runtime.torch_engine import TorchEngine
-from service import engine
 from service.cli import main
+from service.inference import engine
 
 file, fault = Path(sys.argv[1]), sys.argv[2]
 call = TorchEngine.__call__

@@ -18,11 +18,11 @@ from image_files import SMALL, photo, save, solid
 from starlette.requests import Request
 from starlette.types import Message
 
-from models import tensors
 from models.errors import ImageError, WeightsError
-from models.images import EXTRA_FORMATS, Limits, decode
+from models.files import weights_file
+from models.images.decoding import EXTRA_FORMATS, Limits, decode
 from service.errors import ServiceError
-from service.routes.upload import read_upload
+from service.http.uploads.upload import read_upload
 from service.settings import Settings
 
 LIMITS = Limits(max_bytes=2**20, max_pixels=2**22, extra_formats=frozenset(EXTRA_FORMATS))
@@ -48,7 +48,7 @@ def fuzz_decode(data: bytes) -> None:
 
 def fuzz_weights(data: bytes) -> None:
     try:
-        found = tensors.parse(bytearray(data), Path("fuzz.safetensors"))
+        found = weights_file.parse(bytearray(data), Path("fuzz.safetensors"))
     except WeightsError as error:
         promise(error, "fuzz.safetensors ")
     else:
@@ -131,7 +131,7 @@ def main() -> None:
 
     logging.disable()
     target, seeds = TARGETS[sys.argv.pop(1)]
-    for module in (tensors, sys.modules["models.images"], sys.modules["service.routes.upload"]):
+    for module in (weights_file, sys.modules["models.images.decoding"], sys.modules["service.http.uploads.upload"]):
         for name, function in vars(module).items():
             if getattr(function, "__module__", None) == module.__name__ and hasattr(function, "__code__"):
                 setattr(module, name, atheris.instrument_func(function))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from models.classifier import Preprocessing
+from models.preprocessing import Preprocessing
 
 IMAGENET = Preprocessing(resize=256, crop=224)
 SMALL = Preprocessing(resize=32, crop=32)

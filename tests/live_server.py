@@ -19,7 +19,7 @@ from support.pulse import Pulse
 
 from models import architectures
 from models.classifier import Head
-from models.store import ModelStore
+from models.store.store import ModelStore
 
 CLASSES = ["ant", "bee", "cat"]
 READY_S = 120.0

@@ -10,18 +10,10 @@ from torch import Tensor, nn
 
 from models import architectures
 from models.architectures import Network
-from models.classifier import (
-    Classifier,
-    ConvLayer,
-    Head,
-    HeadConfig,
-    LayerConfig,
-    ModelConfig,
-    Preprocessing,
-    normalise,
-)
-from models.export.graph import graph_inputs
-from models.store import ModelStore
+from models.classifier import Classifier, ConvLayer, Head, HeadConfig, LayerConfig, ModelConfig
+from models.preprocessing import Preprocessing, normalise
+from models.store.export.graph import graph_inputs
+from models.store.store import ModelStore
 
 CLASSES = ("ant", "bee", "\N{LATIN SMALL LETTER U WITH DIAERESIS}nicorn")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 ADMIN_KEY = "k" * 40

@@ -21,14 +21,14 @@ from models.errors import (
     UnsupportedImage,
     WeightsError,
 )
-from models.store import ModelStore, Serving
-from service.answers import PLAIN, Answer, Embedding, Prediction, Sample, Timings, Wanted
+from models.store.store import ModelStore, Serving
 from service.app import create_app
-from service.batcher import DeviceState
-from service.engine import Engine
-from service.loaded import ModelStatus, Served
-from service.metrics import Metrics
-from service.middleware import Traffic
+from service.http.middleware import Traffic
+from service.inference.batcher import DeviceState
+from service.inference.engine import Engine
+from service.inference.registry.loader import ModelStatus, Served
+from service.inference.results import PLAIN, Answer, Embedding, Prediction, Sample, Timings, Wanted
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 ADMIN_KEY = "a" * 32

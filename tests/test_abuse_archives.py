@@ -14,11 +14,11 @@ import pytest
 from hostile_zips import claim, many_entries, overlapping, packed, zeros
 from training_data import PREPROCESSING, coloured
 
-from models import archive
-from models.archive import open_archive
+from models.data.dataset import load
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
+from models.files import zip_file
+from models.files.zip_file import open_archive
 
 MIB = 2**20
 BOMB = 256 * MIB  # of a stream; a reader that believes in it takes twice as much
@@ -117,21 +117,21 @@ def test_a_zip64_with_data_descriptors_and_a_prefix_is_read(tmp_path: Path) -> N
 
 @pytest.mark.abuse("A1001")
 def test_the_number_of_entries_is_read_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_FILES", 1000)
-    monkeypatch.setattr(archive, "read_directory", lambda *given: pytest.fail("the table was read"))
+    monkeypatch.setattr(zip_file, "MAX_FILES", 1000)
+    monkeypatch.setattr(zip_file, "read_directory", lambda *given: pytest.fail("the table was read"))
     with at_most(MIB), pytest.raises(DatasetError, match="more than 1,000 files"):
-        archive.check(many_entries(tmp_path / "a.zip", 20_000))
+        zip_file.check(many_entries(tmp_path / "a.zip", 20_000))
 
 
 @pytest.mark.abuse("A1001")
 def test_an_end_record_that_lies_costs_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_FILES", 1000)
+    monkeypatch.setattr(zip_file, "MAX_FILES", 1000)
     path = many_entries(tmp_path / "a.zip", 200_000, claimed=3)
     with at_most(MIB), pytest.raises(DatasetError, match="more than 1,000 files"):
-        archive.check(path)
-    monkeypatch.setattr(archive, "MAX_DIRECTORY_BYTES", 2**16)
+        zip_file.check(path)
+    monkeypatch.setattr(zip_file, "MAX_DIRECTORY_BYTES", 2**16)
     with at_most(MIB), pytest.raises(DatasetError, match="its table of contents has 9,400,000 bytes"):
-        archive.check(path)
+        zip_file.check(path)
 
 
 @pytest.mark.abuse("A1002")
@@ -140,7 +140,7 @@ def test_the_check_of_an_upload_has_a_bound_on_its_memory(tmp_path: Path) -> Non
     """As the server runs it, with a smaller bound."""
     path = many_entries(tmp_path / "a.zip", 300_000)
     script = (
-        f"import models.archive as a; from pathlib import Path; a.CHECK_BYTES = 2**25; a.main(Path({str(path)!r}));"
+        f"import models.files.zip_file as a; from pathlib import Path; a.CHECK_BYTES = 2**25; a.main(Path({str(path)!r}));"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

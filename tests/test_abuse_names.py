@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from test_data_tar import packed as tarred
 from training_data import PREPROCESSING, coloured, folder
 
-from models.class_names import complaint
 from models.classifier import ModelConfig
-from models.data import table_text
+from models.data.dataset import load, pixels
 from models.data.samples import Reading, Source
 from models.data.sources import open_source
+from models.data.tables import text
 from models.errors import DatasetError
-from models.training.dataset import load, pixels
+from models.files.class_names import complaint
 
 
 def listed(path: Path, encoding: str = "auto") -> Source:
@@ -189,7 +189,7 @@ def test_names_of_all_scripts_are_printable() -> None:
     ],
 )
 def test_a_row_of_a_table_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str) -> None:
-    monkeypatch.setattr(table_text, "MAX_ROW", 1000)
+    monkeypatch.setattr(text, "MAX_ROW", 1000)
     (tmp_path / "t.csv").write_text(f"path,label\n1.png,red\n{row}\n")
     with pytest.raises(DatasetError, match="row of more than 1,000 characters"):
         listed(tmp_path / "t.csv")

@@ -19,23 +19,24 @@ from torch import nn
 from training_data import coloured, folder
 
 from models import architectures
-from models.agreement import CEILING, FLOOR, allowed, distances, heads_agree
-from models.classifier import Backbone, Classifier, Head, ModelConfig, Preprocessing
+from models.classifier import Backbone, Classifier, Head, ModelConfig
 from models.errors import WeightsError
-from models.store import ModelStore
-from models.training import finetune
-from models.training.comparison import Compared, decide
-from models.training.features import FeatureCache
-from models.training.finetune import FinetuneRequest
-from models.training.fitting import Trained
-from models.training.handover import PARITY, Result
-from models.training.job import Job
-from models.training.parity import parity
-from models.training.report import Parity, Report
-from service.answers import Sample
-from service.engine import Engine
+from models.preprocessing import Preprocessing
+from models.runtime.tolerances import CEILING, FLOOR, allowed, distances, heads_agree
+from models.store.store import ModelStore
+from models.training import run as finetune
+from models.training.context import Job
+from models.training.head.features import FeatureCache
+from models.training.job.job_files import PARITY, Result
+from models.training.outcome.comparison import Compared, decide
+from models.training.outcome.parity import parity
+from models.training.reports import Parity, Report
+from models.training.run import FinetuneRequest
+from models.training.train import Trained
+from service.inference.engine import Engine
+from service.inference.results import Sample
 from service.jobs.worker import _samples
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[1] / "weights"
@@ -195,7 +196,7 @@ def test_versions_of_two_precisions_are_compared_in_float32(tmp_path: Path, monk
     store.activate("colours", 1)
     own = {"lenet5": "float32"}
     precision_of = lambda backbone, device: own.get(backbone.ref.architecture, "bfloat16")  # noqa: E731
-    monkeypatch.setattr("models.training.job.feature_precision", precision_of)
+    monkeypatch.setattr("models.training.context.feature_precision", precision_of)
     computed, features = list[str](), FeatureCache.features
 
     def noted(self: FeatureCache, backbone: Backbone, *args: Any, **options: Any) -> Any:

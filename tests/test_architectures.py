@@ -12,7 +12,8 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from models import architectures, classics
+from models import architectures
+from models.architectures import classics
 from models.classifier import ConvLayer, Head, Tap, layer_config, make_layer
 from models.errors import ArchitectureNotFound, WeightsError
 

@@ -16,7 +16,7 @@ from support.attack_driver import LONGEST_STALL_MS, Hostile, attack
 
 from models import architectures
 from models.classifier import Head
-from models.store import ModelStore
+from models.store.store import ModelStore
 
 KEY = "k" * 32
 ADMIN = {"Authorization": f"Bearer {KEY}"}

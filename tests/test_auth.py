@@ -9,8 +9,8 @@ from fastapi.routing import iter_route_contexts
 from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 from starlette.types import Message
 
-from service.auth import Keys, admin_key_of
 from service.errors import Forbidden, Unauthorized
+from service.http.auth import Keys, admin_key_of
 
 OPEN = {"/", "/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"}
 OPEN |= {"/v2/health/live", "/v2/health/ready"}

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 
-from service import auth
-from service.auth import Attempts, Keys
 from service.errors import TooManyAttempts, Unauthorized
+from service.http import auth
+from service.http.auth import Attempts, Keys
 from service.server import make_server
 
 WRONG = {"Authorization": "Bearer " + "w" * 32}

@@ -13,7 +13,7 @@ import httpx
 from live_server import LiveServer, live_server
 from live_server import weights as weights
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 
 OPERATIONS = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
 BACK_UP, RESTORE = re.findall(

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from models import architectures, packaged
+from models import architectures
 from models.classifier import BackboneRef, Head, ModelConfig
-from models.ensembles import ensemble
 from models.runtime import Agreement, Candidate, RuntimeInfo
-from models.store import ModelStore
-from service.bases import training_bases
-from service.loaded import BackboneStatus, ModelStatus
+from models.store import packaged
+from models.store.ensembles import ensemble
+from models.store.store import ModelStore
+from service.inference.registry.loader import BackboneStatus, ModelStatus
+from service.jobs.bases import training_bases
 
 MISSING = sorted(packaged.PACKAGES, reverse=True)  # lite2 first: the most accurate
 

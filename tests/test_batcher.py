@@ -14,11 +14,11 @@ from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from models.runtime import failures
-from service import forward
-from service.batcher import BackboneQueue, Batcher
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
-from service.items import Output
-from service.metrics import Metrics
+from service.inference import forward
+from service.inference.batcher import BackboneQueue, Batcher
+from service.inference.items import Output
+from service.observability.metrics import Metrics
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -157,7 +157,7 @@ async def test_the_limit_is_raised_again_after_a_while(monkeypatch: pytest.Monke
     queue = BackboneQueue("fake", {CPU: FakeRuntime(max_batch=8)}, 100, 100, Metrics())
     queue.lower_limit(CPU, 8)
     assert queue.batch_limit(CPU) == 4
-    monkeypatch.setattr("service.batcher.RAISE_LIMIT_AFTER_S", 0.0)
+    monkeypatch.setattr("service.inference.batcher.RAISE_LIMIT_AFTER_S", 0.0)
     assert [queue.batch_limit(CPU) for _ in range(2)] == [8, 8]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.bench import Load, complete, percentiles, plan, read_images, run
+from service.diagnostics.load_generator import Load, complete, percentiles, plan, read_images, run
 
 Seen = list[tuple[str, bytes]]  # path, body
 

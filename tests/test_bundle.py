@@ -11,12 +11,12 @@ import lively
 import pytest
 import torch
 
-from models.bundle import import_bundle, write_bundle
 from models.errors import WeightsError
-from models.importing import import_model
-from models.records import SEAL
-from models.reference import Conformal, Reference
-from models.store import ModelStore
+from models.files.records import SEAL
+from models.store.bundle import import_bundle, write_bundle
+from models.store.importing import import_model
+from models.store.store import ModelStore
+from models.uncertainty import Conformal, Reference
 
 EMBEDDED = ModelStore(Path(__file__).parents[1] / "weights")
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from models import architectures
-from models.checkpoints import read_checkpoint
-from models.checkpoints.foreign_files import named_folder
 from models.errors import WeightsError
-from models.importing import import_model, import_weights
-from models.store import ModelStore
+from models.store.checkpoints import read_checkpoint
+from models.store.checkpoints.foreign_files import named_folder
+from models.store.importing import import_model, import_weights
+from models.store.store import ModelStore
 
 State = dict[str, Tensor]
 

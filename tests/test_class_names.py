@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from models.class_names import read_classes
 from models.errors import WeightsError
+from models.files.class_names import read_classes
 
 NAMES = ["ant", "bee", "wasp"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from models import architectures
-from models.classics import NETWORKS
-from models.classics.inception import SharedInception, narrow_inception
-from models.classics.residual import LeakyBottleneck, resnet_bottleneck_28
+from models.architectures.classics import NETWORKS
+from models.architectures.classics.inception import SharedInception, narrow_inception
+from models.architectures.classics.residual import LeakyBottleneck, resnet_bottleneck_28
 
 LARGE = "resnet_bottleneck_28"  # 1.7 GB of weights: only outlined, on the meta device
 SOME_LAYERS = ((1, 16, 1), (2, 32, 2))  # of the same blocks, small enough to train

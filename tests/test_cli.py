@@ -17,13 +17,13 @@ from PIL import Image
 
 from models import architectures
 from models.classifier import Head, ModelConfig
-from models.store import ModelStore
-from service.batcher import DeviceThread
+from models.store.store import ModelStore
 from service.cli import COMMANDS, main
 from service.cli.finetune import first_and_last
 from service.cli.models import expanded
 from service.cli.options import settings_options
 from service.cli.progress import Update
+from service.inference.batcher import DeviceThread
 from service.settings import Settings
 
 
@@ -286,7 +286,7 @@ def test_pull_passes_on_what_is_asked_for(store: ModelStore, monkeypatch: pytest
         progress(1, None)
         return publish(store, name)
 
-    monkeypatch.setattr("models.pull.pull", pull)
+    monkeypatch.setattr("models.store.pull.pull", pull)
     words = ["--pretrained", "IMAGENET1K_V2", "--weights-url", "http://mirror", "--data", "d"]
     assert imago("models", "pull", "resnet18", "vgg13", *words).exit_code == 0
     assert asked == [(name, Path("d/downloads"), "IMAGENET1K_V2", "http://mirror") for name in ("resnet18", "vgg13")]
@@ -324,7 +324,7 @@ def test_predict_prints_json(store: ModelStore) -> None:
 
 
 def test_predict_gives_the_classifiers_own_numbers(store: ModelStore) -> None:
-    from models.images import decode
+    from models.images.decoding import decode
 
     path = photo(Path("green.png"), (10, 200, 40))
     classifier = store.load("digits")
@@ -388,7 +388,7 @@ def test_predict_leaves_a_device_that_hangs(
 ) -> None:
     left: list[int] = []
     monkeypatch.setattr("os._exit", left.append)
-    monkeypatch.setattr("service.engine.Engine.join", lambda self, timeout_s: False)
+    monkeypatch.setattr("service.inference.engine.Engine.join", lambda self, timeout_s: False)
     result = imago("predict", photo(Path("red.png")), "--model", "nobody", *OFFLINE)
     assert left == [1]
     assert "nobody" in result.stderr.splitlines()[0]
@@ -469,7 +469,7 @@ def test_finetune_explains_a_contradiction(store: ModelStore) -> None:
 
 
 def test_bench_prints_json_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.bench import Load, Report
+    from service.diagnostics.load_generator import Load, Report
 
     def run(load: Load, bodies: list[bytes], on_tick: object) -> Report:
         assert (load.duration_s, load.requests, len(bodies)) == (None, 5, 1)

@@ -6,7 +6,7 @@ import lively
 import pytest
 from click.testing import CliRunner, Result
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 from service.cli import main
 
 

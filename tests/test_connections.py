@@ -18,10 +18,10 @@ from test_server import HEAD, OK, PATIENCE_S, port_of, serving, small, talk, unt
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service import protocol
-from service.guards import Guards
-from service.held import HeldBytes
-from service.protocol import GuardedProtocol
+from service.http.connection import guarded_protocol as protocol
+from service.http.connection.guarded_protocol import GuardedProtocol
+from service.http.connection.guards import Guards
+from service.http.connection.held_bytes import HeldBytes
 from service.server import Server
 from service.settings import Settings
 

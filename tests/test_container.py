@@ -78,7 +78,7 @@ def test_the_image_runs_as_nobody_in_particular_and_says_how_it_is() -> None:
     final = DOCKERFILE.rpartition("\nFROM ")[2]
     assert re.findall(r"^USER (\S+)", final, re.MULTILINE) == ["imago"]
     assert re.search(r"useradd --uid 10001 .*--shell /usr/sbin/nologin imago", final)
-    assert re.search(r'^HEALTHCHECK .*\n +CMD \["python3", "-m", "service.healthcheck"\]$', final, re.MULTILINE)
+    assert re.search(r'^HEALTHCHECK .*\n +CMD \["python3", "-m", "service.system.healthcheck"\]$', final, re.MULTILINE)
     assert not re.search(r"(KEY|PASSWORD|TOKEN|SECRET)\s*=|chmod|\bADD\b|curl .*\|", DOCKERFILE)
 
 

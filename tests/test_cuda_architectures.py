@@ -11,8 +11,8 @@ from models import architectures
 from models.classifier import Backbone, Head, HeadConfig, LayerConfig
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
-from service.forward import Part, apply_parts
-from service.loaded import HeadPart, NearPart
+from service.inference.forward import Part, apply_parts
+from service.inference.registry.loader import HeadPart, NearPart
 
 SAMPLE = (
     "alexnet",

@@ -6,12 +6,12 @@ import pytest
 from packed_data import CIFAR10, CIFAR100, cifar_rows
 from training_data import PREPROCESSING, archive, folder
 
-from models.classifier import Preprocessing
+from models.data.dataset import load
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.images import decode
-from models.training.dataset import load
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
 
 PLAIN = Preprocessing(resize=32, crop=32)
 

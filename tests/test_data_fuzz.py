@@ -15,13 +15,13 @@ from test_data_parquet import TRAIN, hub
 from test_data_roboflow import table
 from training_data import coloured
 
-from models.data.cifar import read_cifar
 from models.data.files import Files
-from models.data.idx import read_idx
-from models.data.parquet import read_parquet
+from models.data.formats.cifar import read_cifar
+from models.data.formats.idx import read_idx
+from models.data.formats.parquet import read_parquet
 from models.data.samples import UNREADABLE, Source
 from models.data.sources import open_source
-from models.data.tables import read_label_studio, read_one_hot
+from models.data.tables.table import read_label_studio, read_one_hot
 from models.errors import DatasetError
 
 SOON = settings(max_examples=60, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])

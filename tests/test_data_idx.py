@@ -8,12 +8,12 @@ import pytest
 from packed_data import SIDE, digits, gzipped, idx, mnist
 from training_data import archive, folder
 
-from models.classifier import Preprocessing
+from models.data.dataset import Dataset, load
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.images import decode
-from models.training.dataset import Dataset, load
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
 
 GRAY = Preprocessing(resize=SIDE, crop=SIDE, channels=1, mean=(0.5,), std=(0.5,))
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from training_data import PREPROCESSING, archive, coloured, folder
 
-from models.data.label_studio import Beside
+from models.data.dataset import load
+from models.data.formats.label_studio import Beside
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
 
 PHOTOS = {f"images/{name}.png": name.encode() for name in ("a", "b", "c")}
 UPLOADS = [("/data/upload/1/0a1b2c3d-a.png", "ant"), ("/data/upload/1/b.png", "bee")]

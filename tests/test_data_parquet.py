@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from training_data import COLOURS, PREPROCESSING, archive, folder, png
 
-from models.data import parquet
+from models.data.dataset import load
 from models.data.files import FolderFiles
+from models.data.formats import parquet
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
 
 TRAIN, TEST = "data/train-00000-of-00001.parquet", "data/test-00000-of-00001-0a1b2c3d.parquet"
 NAMES = tuple(COLOURS)

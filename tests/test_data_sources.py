@@ -158,7 +158,7 @@ def test_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [
-        pytest.param("models.archive.MAX_FILES", 3, "more than 3 files", id="files"),
+        pytest.param("models.files.zip_file.MAX_FILES", 3, "more than 3 files", id="files"),
         pytest.param("models.data.files.MAX_DEPTH", 0, "folders deep", id="depth"),
     ],
 )

@@ -13,10 +13,10 @@ from packed_data import CIFAR10, gzipped, mnist
 from training_data import PREPROCESSING, coloured, folder
 
 from models.data import tar
+from models.data.dataset import load
 from models.data.samples import Source
 from models.data.sources import open_source
 from models.errors import DatasetError
-from models.training.dataset import load
 
 
 def packed(path: Path, files: Mapping[str, bytes], mode: str = "w:gz", format: int = tarfile.GNU_FORMAT) -> Path:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from packed_data import gzipped, mnist
 from training_data import archive, folder
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 from service.cli import main
 
 SCRATCH = ("--base", "lenet5", "--mode", "scratch", "--channels", "1", "--epochs", "2", "--batch-size", "8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import DatasetError
-from models.training.handover import NO_DATASET
+from models.training.job.job_files import NO_DATASET
 from service import datasets
 
 

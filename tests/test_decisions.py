@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.decisions import CONFIDENCE, MAX_THRESHOLDS, Decisions, images_needed, proven
+from models.decision_rules import CONFIDENCE, MAX_THRESHOLDS, Decisions, images_needed, proven
 
 
 def held_out(confidences: list[float], right: list[bool]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.decoding import DecodePool
+from service.inference.decoding import DecodePool
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client import Metric
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

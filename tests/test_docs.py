@@ -14,11 +14,11 @@ from command_lines import in_page, make_files, parse, words
 from pydantic_core import PydanticUndefined
 
 from models.errors import ModelError
-from service import schemas
 from service.app import create_app
 from service.cli import COMMANDS
 from service.errors import STATUS, ServiceError
-from service.metrics import Metrics
+from service.http import schemas
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -21,9 +21,9 @@ from fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
 from live_server import weights as weights
 from pydantic import SecretStr
 
-from service import doctor
-from service.auth import admin_key_of
 from service.cli import main
+from service.diagnostics import doctor
+from service.http.auth import admin_key_of
 from service.settings import Settings
 
 KEY, PASSWORD = "the-admin-key-" + "k" * 32, "a-long-password"
@@ -129,7 +129,7 @@ def test_a_record_without_its_hash_is_a_warning() -> None:
 
 def test_without_torch_all_but_torch_and_store_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "models.store")
+    monkeypatch.delitem(sys.modules, "models.store.store")
     monkeypatch.delitem(sys.modules, "models.classifier")
     code, sections = examined()
     assert (code, set(problems(sections))) == (1, {"torch", "store"})

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from starlette.types import Message, Receive
 
-from service.encodings import PIECE, accepted, compressed, inflating
 from service.errors import BadRequest, UnsupportedMediaType
+from service.http.compression import PIECE, accepted, compressed, inflating
 
 TEXT = random.Random(0).randbytes(3000) + b"x" * 3 * PIECE
 

@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models import architectures, images
-from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, normalise
-from models.decisions import Decisions
-from models.download import Progress
+from models import architectures
+from models.classifier import Head, HeadConfig, LayerConfig, ModelConfig
+from models.decision_rules import Decisions
 from models.errors import (
     DownloadError,
     EmptyImage,
@@ -29,15 +28,18 @@ from models.errors import (
     OutOfMemory,
     WeightsError,
 )
-from models.reference import Conformal, Neighbourhood, Reference
-from models.store import ModelStore
-from service.answers import Answer, Prediction, Wanted
-from service.batcher import Batcher
-from service.engine import Engine
+from models.images import decoding
+from models.preprocessing import Preprocessing, normalise
+from models.store.download import Progress
+from models.store.store import ModelStore
+from models.uncertainty import Conformal, Neighbourhood, Reference
 from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull
-from service.loaded import Loader, Served
-from service.metrics import Metrics
-from service.pixels import PixelBudget
+from service.inference.batcher import Batcher
+from service.inference.engine import Engine
+from service.inference.pixel_budget import PixelBudget
+from service.inference.registry.loader import Loader, Served
+from service.inference.results import Answer, Prediction, Wanted
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 KIND = Preprocessing(resize=32, crop=32)
@@ -112,7 +114,7 @@ async def serving(store: ModelStore, ready: bool = True, **flags: Any) -> AsyncI
 def reference(store: ModelStore, model: str, data: bytes) -> torch.Tensor:
     """Probabilities by the uncompiled float32 network, alone."""
     classifier = store.load(model)
-    pixels = [images.decode(data, backbone.ref.preprocessing)[None] for backbone in classifier.backbones]
+    pixels = [decoding.decode(data, backbone.ref.preprocessing)[None] for backbone in classifier.backbones]
     return classifier.probabilities(pixels)[0]
 
 
@@ -161,7 +163,7 @@ async def test_models_on_one_backbone_share_it_and_cost_one_forward_pass(store: 
 
 @pytest.mark.abuse("A701")
 async def test_a_model_names_a_few_of_those_on_its_backbone(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.loaded.SHARED_SHOWN", 1)
+    monkeypatch.setattr("service.inference.registry.loader.SHARED_SHOWN", 1)
     async with serving(store) as engine:
         shown = [engine.model(name).backbones[0] for name in ("a", "b")]
         assert [(backbone.shared_with, backbone.shared_with_count) for backbone in shown] == [(["b"], 2), (["a"], 2)]
@@ -238,9 +240,9 @@ async def test_an_image_whose_deadline_passes_while_it_is_decoded_is_late(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*_: Any) -> torch.Tensor:
-        raise images.OutOfTime
+        raise decoding.OutOfTime
 
-    monkeypatch.setattr(images, "decode", late)
+    monkeypatch.setattr(decoding, "decode", late)
     async with serving(store) as engine:
         with pytest.raises(DeadlineExceeded):
             await engine.predict([picture(1), picture(2)], ["a"])
@@ -248,13 +250,13 @@ async def test_an_image_whose_deadline_passes_while_it_is_decoded_is_late(
 
 async def test_a_full_queue_refuses_before_decoding(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
-    decode = images.decode
+    decode = decoding.decode
 
     def recorded(data: bytes, *rest: Any) -> torch.Tensor:
         decoded.append(data)
         return decode(data, *rest)
 
-    monkeypatch.setattr(images, "decode", recorded)
+    monkeypatch.setattr(decoding, "decode", recorded)
     async with serving(store, max_queue_images=4) as engine:
         first = asyncio.create_task(engine.predict([picture(i) for i in range(4)], ["a"]))
         await asyncio.sleep(0)
@@ -301,7 +303,7 @@ async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch:
     async with serving(store, max_batch=4) as engine:
         backbone = engine.catalogue.served["a"].backbones[0]
         [runtime] = backbone.queue.runtimes.values()
-        poison = images.decode(picture(2), KIND)
+        poison = decoding.decode(picture(2), KIND)
 
         def fail(self: Any, pixels: torch.Tensor) -> torch.Tensor:
             if any(torch.equal(row, poison) for row in pixels):
@@ -619,7 +621,7 @@ def remembering(store: ModelStore, name: str, count: int = 30) -> list[bytes]:
     """Gives `name` the pictures as its training images, their order as their names; -> the pictures."""
     classifier = store.load(name)
     pictures = [picture(seed) for seed in range(count)]
-    pixels = torch.stack([images.decode(data, KIND) for data in pictures])
+    pixels = torch.stack([decoding.decode(data, KIND) for data in pictures])
     features = classifier.backbones[0].module(normalise(pixels, KIND))
     probabilities = classifier.probabilities([pixels])
     near = Neighbourhood.of(features, [f"{n}.png" for n in range(count)], features)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from models import architectures
-from models.classifier import Head, Preprocessing
-from models.ensembles import ensemble
+from models.classifier import Head
 from models.errors import WeightsError
-from models.store import ModelStore
+from models.preprocessing import Preprocessing
+from models.store.ensembles import ensemble
+from models.store.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
 

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models import architectures, explain
-from models.classifier import Backbone, BackboneRef, ConvLayer, Head, HeadConfig, LayerConfig, Tap, normalise
+from models import architectures, heatmaps
+from models.classifier import Backbone, BackboneRef, ConvLayer, Head, HeadConfig, LayerConfig, Tap
+from models.preprocessing import normalise
 from models.runtime import Options, compile_backbone
 from models.runtime.openvino_engine import openvino_version
 
@@ -26,7 +27,7 @@ def made(name: str, tap: str | None = None) -> tuple[Backbone, Head]:
     module: nn.Module = network.backbone.eval().requires_grad_(False)
     if tap:
         module = Tap(module, tap)
-    features, found = explain.find_map(module, explain.probe(network.preprocessing, 2))
+    features, found = heatmaps.find_map(module, heatmaps.probe(network.preprocessing, 2))
     layer = nn.Linear(features.shape[1], 10) if tap else network.layer
     return Backbone(ref, module, features.shape[1], found), Head.of(layer.requires_grad_(False))
 
@@ -46,7 +47,7 @@ class InPlace(nn.Module):
 def test_a_map_that_is_activated_in_place(engine: str) -> None:
     torch.manual_seed(0)
     ref, module = made("lenet5")[0].ref, InPlace().eval().requires_grad_(False)
-    backbone = Backbone(ref, module, 4, explain.find_map(module, explain.probe(ref.preprocessing, 2))[1])
+    backbone = Backbone(ref, module, 4, heatmaps.find_map(module, heatmaps.probe(ref.preprocessing, 2))[1])
     assert backbone.map == "conv"
     runtime = compile_backbone(backbone, CPU, Options(engine=engine, precision="float32", threads=1, max_batch=2))  # type: ignore[arg-type]
     features, maps = runtime.with_maps(photo(backbone))
@@ -77,7 +78,7 @@ def test_the_maps_of_a_cam_network_add_up_to_its_scores(engine: str, name: str, 
     layer, scores = head.layers[0], head.part(0, features)
     assert len(maps) == 2
     for row in range(2):
-        heat = explain.class_maps(head, 0, maps[row], range(10))
+        heat = heatmaps.class_maps(head, 0, maps[row], range(10))
         pooled = backbone.feature_dim == maps.shape[1] or isinstance(layer, ConvLayer)
         found = heat.mean(dim=(1, 2)) if pooled else heat.sum(dim=(1, 2))
         expected = scores[row] - layer.bias if isinstance(layer, nn.Linear) else scores[row]
@@ -87,7 +88,7 @@ def test_the_maps_of_a_cam_network_add_up_to_its_scores(engine: str, name: str, 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet_32", "vgg11_32", "mobilenet_v3_small"])
 def test_other_networks_have_no_map_and_are_explained_by_gradients(name: str) -> None:
     backbone, head = made(name)
-    heat = explain.GradCam(backbone)(head, 0, photo(backbone)[0], [3, 5])
+    heat = heatmaps.GradCam(backbone)(head, 0, photo(backbone)[0], [3, 5])
     assert backbone.map is None
     assert heat.shape[0] == 2
     assert heat.shape[1] > 1
@@ -114,7 +115,7 @@ def test_grad_cam_is_hot_where_the_map_is() -> None:
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
     pixels[:, 8:16, 16:24] = 255  # brighter than the mean at row 1, column 2 only
     head.layers[0].weight.data = torch.tensor([[0.0, -1.0], [0.0, 1.0]])
-    heat = explain.heat_maps([explain.GradCam(Backbone(ref, Corner(), 2))(head, 0, pixels, [0])])
+    heat = heatmaps.heat_maps([heatmaps.GradCam(Backbone(ref, Corner(), 2))(head, 0, pixels, [0])])
     assert heat.argmax() == 1 * 4 + 2
     assert heat.max() == 1
 
@@ -134,7 +135,7 @@ def test_a_transformer_is_explained_by_the_words_that_its_class_token_looks_at()
     torch.manual_seed(0)
     ref = made("lenet5")[0].ref
     head = Head(HeadConfig(layers=(LayerConfig(in_features=8),)), 2)
-    grad_cam = explain.GradCam(Backbone(ref, Words().eval().requires_grad_(False), 8))
+    grad_cam = heatmaps.GradCam(Backbone(ref, Words().eval().requires_grad_(False), 8))
     assert grad_cam(head, 0, photo(made("lenet5")[0])[0], [0, 1]).shape == (2, 4, 4)
 
 
@@ -156,39 +157,39 @@ def test_a_named_module_is_explained_by_its_own_output(words: bool) -> None:
     head.layers[0].weight.data = torch.tensor([[-1.0] * 8, [1.0] * 8])
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
     pixels[:, 8:16, 16:24] = 255
-    grad_cam = explain.GradCam(Backbone(ref, Tap(Bright().eval().requires_grad_(False), "last"), 8))
+    grad_cam = heatmaps.GradCam(Backbone(ref, Tap(Bright().eval().requires_grad_(False), "last"), 8))
     heat = grad_cam(head, 0, pixels, [1])
     assert (heat.shape, int(heat.argmax())) == ((1, 4, 4), 1 * 4 + 2)
 
 
 def test_a_network_without_any_map_says_so() -> None:
     with pytest.raises(ValueError, match="none of its last layers has a map"):
-        explain.GradCam(Backbone(made("lenet5")[0].ref, nn.Flatten(), 3072))
+        heatmaps.GradCam(Backbone(made("lenet5")[0].ref, nn.Flatten(), 3072))
 
 
 def test_a_feature_sum_is_split_among_its_members() -> None:
     layers = (LayerConfig(in_features=3), LayerConfig(in_features=4))
     head = Head(HeadConfig(kind="feature_sum", layers=layers, hidden=6), 5).eval()
     maps = [torch.randn(3, 2, 2), torch.randn(4, 3, 3)]
-    heat = [explain.class_maps(head, member, maps[member], range(5)) for member in range(2)]
+    heat = [heatmaps.class_maps(head, member, maps[member], range(5)) for member in range(2)]
     pooled = [m.mean(dim=(1, 2))[None] for m in maps]
     zero = head(torch.zeros(1, 3), torch.zeros(1, 4))
     torch.testing.assert_close(sum(h.mean(dim=(1, 2)) for h in heat), (head(*pooled) - zero)[0])
 
 
 def test_heat_is_between_nothing_and_one_at_the_finest_members_size() -> None:
-    heat = explain.heat_maps([torch.tensor([[[1.0, -3.0], [0.5, 0.0]]]), torch.rand(1, 4, 4)])
+    heat = heatmaps.heat_maps([torch.tensor([[[1.0, -3.0], [0.5, 0.0]]]), torch.rand(1, 4, 4)])
     assert heat.shape == (1, 4, 4)
     assert float(heat.min()) >= 0
     assert float(heat.max()) == 1
-    assert not explain.heat_maps([-torch.rand(1, 2, 2)]).any()
+    assert not heatmaps.heat_maps([-torch.rand(1, 2, 2)]).any()
 
 
 def test_an_overlay_is_the_image_where_it_is_cold_and_red_where_it_is_hot() -> None:
     gray = torch.full((1, 8, 8), 100, dtype=torch.uint8)
     heat = torch.zeros(2, 2)
     heat[1, 1] = 1
-    shown = Image.open(io.BytesIO(base64.b64decode(explain.overlay(gray, heat))))
+    shown = Image.open(io.BytesIO(base64.b64decode(heatmaps.overlay(gray, heat))))
     assert shown.size == (8, 8)
     assert shown.getpixel((0, 0)) == (100, 100, 100)
     red, green, blue = shown.getpixel((7, 7))  # type: ignore[misc]

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from models import architectures
-from models.classifier import Preprocessing
-from models.ensembles import ensemble
 from models.errors import ExportError, WeightsError
-from models.export.files import SCRIPT, export
-from models.export.graph import graph_inputs
-from models.store import ModelStore
+from models.preprocessing import Preprocessing
+from models.store.ensembles import ensemble
+from models.store.export.files import SCRIPT, export
+from models.store.export.graph import graph_inputs
+from models.store.store import ModelStore
 
 AGREES = 1e-4
 SMALL = ("lenet5", "nin", "preact_resnet", "googlenet_small", "squeezenet1_1", "shallow_narrow", "vgg11_32")
@@ -151,7 +151,7 @@ def unconverted(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"x")
         return [path]
 
-    monkeypatch.setattr("models.export.files.write_onnx", write)
+    monkeypatch.setattr("models.store.export.files.write_onnx", write)
 
 
 @pytest.mark.usefixtures("unconverted")
@@ -190,8 +190,8 @@ def test_a_missing_package_is_named(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: Any, out: str, missing: str
 ) -> None:
     found = lambda name: None if name == missing else object()  # noqa: E731
-    monkeypatch.setattr("models.export.onnx_file.find_spec", found)
-    monkeypatch.setattr("models.export.openvino_file.openvino_version", lambda: None)
+    monkeypatch.setattr("models.store.export.onnx_file.find_spec", found)
+    monkeypatch.setattr("models.store.export.openvino_file.openvino_version", lambda: None)
     with pytest.raises(ExportError, match=rf"needs {missing}: pip install 'imago\[{file_format}\]'"):
         export(store, lively.publish(store, "mine", "lenet5"), file_format, tmp_path / out)
 

@@ -15,10 +15,10 @@ import torch
 from image_files import photo, save, solid
 from PIL import Image
 
-from models.export.files import export
-from models.store import ModelStore
-from service.answers import PLAIN
+from models.store.export.files import export
+from models.store.store import ModelStore
 from service.cli.predict import classify, document
+from service.inference.results import PLAIN
 from service.settings import Settings
 
 AGREES = 1e-4

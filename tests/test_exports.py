@@ -17,10 +17,10 @@ from service_fakes import ADMIN, Service, client_of
 
 from models.classifier import ModelConfig
 from models.errors import ExportError, WeightsError
-from models.export import __main__ as process
-from models.store import ModelStore
+from models.store.export import __main__ as process
+from models.store.store import ModelStore
 from service.errors import ExportBusy, InsufficientStorage
-from service.exports import Exports
+from service.jobs.exports import Exports
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -148,7 +148,7 @@ async def test_what_a_killed_server_left_is_removed(tmp_path: Path, weights: Pat
 
 def test_the_process_ends_with_its_stdin(tmp_path: Path, weights: Path) -> None:
     out = tmp_path / "x.zip"
-    command = [sys.executable, "-m", "models.export", str(weights), "mine", "1", "onnx", str(out)]
+    command = [sys.executable, "-m", "models.store.export", str(weights), "mine", "1", "onnx", str(out)]
     process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
     process.stdin.close()
     assert process.wait(timeout=60) == 1
@@ -164,6 +164,6 @@ def test_memory_that_runs_out_is_one_line(
         raise error
 
     monkeypatch.setattr(process, "bound_memory", lambda weights: None)  # it would bound the tests
-    monkeypatch.setattr("models.export.files.export", fail)
+    monkeypatch.setattr("models.store.export.files.export", fail)
     report = process.main(str(weights), "mine", "1", "onnx", str(tmp_path / "x.zip"))
     assert report == {"code": "export_failed", "message": "there is not enough memory to export mine@1"}

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from models import architectures
 from models.classifier import Head
-from models.store import ModelStore
-from service.batcher import BackboneQueue
-from service.engine import Engine
+from models.store.store import ModelStore
 from service.errors import QueueFull
-from service.items import Flow, Item
-from service.loaded import Served
-from service.metrics import Metrics
-from service.pace import QUIET_S, Pace
+from service.inference.batch_budget import QUIET_S, Pace
+from service.inference.batcher import BackboneQueue
+from service.inference.engine import Engine
+from service.inference.fair_queue import FairQueue
+from service.inference.items import Flow, Item
+from service.inference.registry.loader import Served
+from service.inference.shares import Shares
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.shares import Shares
-from service.turns import FairQueue
 
 IMAGE = torch.zeros(1, 2, 2, dtype=torch.uint8)
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import architectures, files
-from models.classifier import Head, ModelConfig, Preprocessing
-from models.store import ModelStore
+from models import architectures
+from models.classifier import Head, ModelConfig
+from models.files import atomic_files
+from models.preprocessing import Preprocessing
+from models.store.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
 
@@ -48,30 +50,30 @@ def test_threads_take_turns(store: ModelStore) -> None:
 
 def test_a_folder_that_is_being_written_is_not_swept(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    with files.staging(tmp_path, lock) as folder:
-        files.temporary(tmp_path).mkdir()
-        files.temporary(tmp_path).touch()
-        with files.locked(lock):
-            files.sweep(tmp_path)
+    with atomic_files.staging(tmp_path, lock) as folder:
+        atomic_files.temporary(tmp_path).mkdir()
+        atomic_files.temporary(tmp_path).touch()
+        with atomic_files.locked(lock):
+            atomic_files.sweep(tmp_path)
         assert list(tmp_path.glob(".tmp-*")) == [folder]
     assert list(tmp_path.glob(".tmp-*")) == []
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "serving.json"
-    files.replace(path, b"old")
+    atomic_files.replace(path, b"old")
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.replace(path, b"new")
+        atomic_files.replace(path, b"new")
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "models.store", "models.architectures", "models.ensembles"])
+FORKS.set_forkserver_preload(["pytest", "models.store.store", "models.architectures", "models.store.ensembles"])
 
 
 def publish_many(root: Path, count: int) -> None:
@@ -108,8 +110,8 @@ def publish_until(root: Path, step: int) -> None:
 
         return act
 
-    files.write, files.move = deadly(files.write), deadly(files.move)
-    files.flush_folder = deadly(files.flush_folder)
+    atomic_files.write, atomic_files.move = deadly(atomic_files.write), deadly(atomic_files.move)
+    atomic_files.flush_folder = deadly(atomic_files.flush_folder)
     torch.set_num_threads(1)
     store = ModelStore(root)
     store.activate("digits", publish(store, seed=99).version)

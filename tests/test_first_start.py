@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 from service.cli import main
-from service.engine import Engine
-from service.metrics import Metrics
+from service.inference.engine import Engine
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "shipped.json"
@@ -72,7 +72,7 @@ async def test_a_store_that_cannot_be_written_says_what_to_do(weights: Path, mon
     def refuse(*args: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("models.packaged.pull", refuse)
+    monkeypatch.setattr("models.store.packaged.pull", refuse)
     chosen = Settings(weights=weights, data=weights / "data", engine="torch")
     engine = Engine(chosen, ModelStore(weights), Metrics())
     engine.start()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from models import architectures
-from models.ensembles import ensemble
 from models.errors import WeightsError
-from models.explain import class_maps
-from models.fit import Choices, alike, fit, of_state
-from models.importing import import_weights
-from models.store import ModelStore
+from models.heatmaps import class_maps
+from models.store.checkpoint_fit import Choices, alike, fit, of_state
+from models.store.ensembles import ensemble
+from models.store.importing import import_weights
+from models.store.store import ModelStore
 
 State = dict[str, Tensor]
 WIDTH = 84  # features of lenet5
@@ -240,7 +240,7 @@ def test_one_output_takes_two_names(tmp_path: Path) -> None:
 
 def test_squeezenets_one_output() -> None:
     network = architectures.create("nin", 1)
-    from models.checkpoints.heads import two_classes
+    from models.store.checkpoints.heads import two_classes
 
     features = torch.rand(2, network.feature_dim)
     yes = network.layer(features).sigmoid()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.architectures.efficientnet_lite import SameConv
 from models.classifier import Tap
-from models.efficientnet_lite import SameConv
 from models.runtime.folding import fold_batch_norm
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.runtime.torch_engine import TorchEngine
-from service import forward
-from service.loaded import HeadPart, NearPart
+from service.inference import forward
+from service.inference.registry.loader import HeadPart, NearPart
 
 CPU = torch.device("cpu")
 Asked = list[list[forward.Part]]

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.framing import Outcome, Request, through_h11, through_ours
 
-from service.protocol import GuardedProtocol
+from service.http.connection.guarded_protocol import GuardedProtocol
 
 SMUGGLED = b"DELETE /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"

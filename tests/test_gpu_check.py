@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 from pydantic import BaseModel, ValidationError
 
 from service.cli import main
-from service.gpu_check import checks, report, runner
-from service.gpu_check.records import CheckResult, Document, Measurement
-from service.gpu_check.runner import Check, Run
+from service.diagnostics.gpu_check import checks, report, runner
+from service.diagnostics.gpu_check.records import CheckResult, Document, Measurement
+from service.diagnostics.gpu_check.runner import Check, Run
 
 FAKES = "support.gpu_checks"
 TESTS = Path(__file__).parent

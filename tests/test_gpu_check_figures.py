@@ -9,29 +9,26 @@ import pytest
 import torch
 from PIL import Image
 
-from models.classifier import Preprocessing
+from models.data import dataset
+from models.preprocessing import Preprocessing
 from models.runtime.torch_engine import TorchEngine
-from models.store import ModelStore
-from models.training import dataset
-from service.bench import Report
-from service.gpu_check import (
+from models.store.store import ModelStore
+from service.diagnostics.gpu_check import errors, facts, pictures, server
+from service.diagnostics.gpu_check.measures import (
     agreement,
     batches,
-    errors,
-    facts,
     graphs,
     jobs,
     memory,
     own_tests,
-    pictures,
-    server,
     serving,
     shapes,
     transfers,
 )
-from service.gpu_check.records import Measurement
-from service.gpu_check.server import Server
-from service.gpu_check.session import TINY, Session
+from service.diagnostics.gpu_check.records import Measurement
+from service.diagnostics.gpu_check.server import Server
+from service.diagnostics.gpu_check.session import TINY, Session
+from service.diagnostics.load_generator import Report
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ from support.simulated_device import LOST, SimulatedGpu, SimulatedRuntime, out_o
 
 from models.errors import OutOfMemory
 from models.runtime.torch_engine import TorchEngine
-from service.gpu_check import batches, errors, facts, graphs, memory, own_tests, server, serving, transfers
-from service.gpu_check.session import Session, random_pixels
+from service.diagnostics.gpu_check import errors, facts, server
+from service.diagnostics.gpu_check.measures import batches, graphs, memory, own_tests, serving, transfers
+from service.diagnostics.gpu_check.session import Session, random_pixels
+from service.inference import forward
 
 
 def on_gpu(folder: Path) -> Session:
@@ -183,7 +185,7 @@ def test_waits_of_a_batch_are_counted(per_head: bool, problems: int, tmp_path: P
     def wait() -> None:
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
 
-    def head(session: Session, width: int) -> batches.Part:
+    def head(session: Session, width: int) -> forward.PartFunction:
         part = real_head(session, width)
 
         def waiting(features: torch.Tensor) -> torch.Tensor:

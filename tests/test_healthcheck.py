@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 from service_fakes import ADMIN_KEY
 
-from service import healthcheck
-from service.bench import Load, request_head
 from service.cli import main
 from service.cli.jobs import connect
+from service.diagnostics.load_generator import Load, request_head
+from service.system import healthcheck
 
 DEAD = "http://127.0.0.1:9"
 VARIABLES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
@@ -116,7 +116,7 @@ def test_it_asks_where_the_server_listens(monkeypatch: pytest.MonkeyPatch, host:
 def test_its_exit_code(server: http.server.HTTPServer, status: int, code: int) -> None:
     server.status = status  # type: ignore[attr-defined]
     environment = {**os.environ, "IMAGO_PORT": str(server.server_port), "IMAGO_HOST": "127.0.0.1", "http_proxy": DEAD}
-    command = [sys.executable, "-m", "service.healthcheck"]
+    command = [sys.executable, "-m", "service.system.healthcheck"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == code
     assert (f"{status}" in ended.stderr) == bool(code)

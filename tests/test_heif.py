@@ -15,10 +15,10 @@ from live_server import live_server
 from live_server import weights as weights
 from PIL import Image
 
-from models import heif, image_process
 from models.errors import ImageTooLarge, InvalidImage, UnsupportedImage
-from models.image_cost import OutOfTime
-from models.images import Limits, decode
+from models.images import decoder_process, heif
+from models.images.cost import OutOfTime
+from models.images.decoding import Limits, decode
 from service.settings import Settings, SettingsError
 
 pillow_heif = pytest.importorskip("pillow_heif")
@@ -29,7 +29,7 @@ READS_HEIF = Limits(extra_formats=HEIF)
 @pytest.fixture(autouse=True, scope="module")
 def ended() -> Iterator[None]:
     yield
-    image_process.close()
+    decoder_process.close()
 
 
 def heic(image: Image.Image, **options: object) -> bytes:
@@ -92,7 +92,7 @@ def test_off_by_default() -> None:
 def test_huge_sizes_are_refused_before_anything_is_decoded(
     monkeypatch: pytest.MonkeyPatch, width: int, height: int
 ) -> None:
-    monkeypatch.setattr(image_process, "load", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(decoder_process, "load", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ImageTooLarge, match="limit"):
         decode(sized(heic(photo(64, 48)), width, height), SMALL, READS_HEIF)
 

@@ -9,7 +9,7 @@ from live_server import weights as weights
 from service_fakes import GOOD, Service, client_of
 
 from service.errors import Misdirected
-from service.hosts import Hosts
+from service.system.hosts import Hosts
 
 OWN = [b"localhost", b"LOCALHOST:8000", b"localhost.", b"127.0.0.1:8000", b"127.8.0.1", b"[::1]:8000", b"[::1]", b"::1"]
 OTHERS = [

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from hub_server import COMMIT, Hub, running_hub
 from torch import nn
 
-from models import architectures, pull
+from models import architectures
 from models.errors import ArchitectureNotFound, DownloadError, InvalidName, ModelError, WeightsError
-from models.store import ModelStore
+from models.store import pull
+from models.store.store import ModelStore
 from service.cli import main
 
 NETWORK, REPOSITORY = "timm/test_vit", "someone/Tiny_ViT"

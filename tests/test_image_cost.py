@@ -9,10 +9,10 @@ import pytest
 from hostile_images import ARITHMETIC, BASELINE, EXTENDED, PROGRESSIVE, at_the_limit, jpeg, many_scans, segment
 from image_files import IMAGENET, SMALL, photo, save
 
-from models import image_cost
 from models.errors import ImageTooLarge, InvalidImage
-from models.image_cost import MAX_SCANNED, JpegCost, Limits, OutOfTime, jpeg_cost
-from models.images import decode
+from models.images import cost
+from models.images.cost import MAX_SCANNED, JpegCost, Limits, OutOfTime, jpeg_cost
+from models.images.decoding import decode
 
 MANY = many_scans()
 
@@ -115,14 +115,14 @@ def test_nothing_is_loaded_for_a_caller_who_has_left(monkeypatch: pytest.MonkeyP
 def test_a_deadline_interrupts_the_decoder(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time stands still until the decoder has asked for its second piece of input."""
     data, at = save(photo(600, 600), file_format, quality=98), list[int]()
-    read = image_cost.ImageBytes.read
+    read = cost.ImageBytes.read
 
-    def recorded(self: image_cost.ImageBytes, size: int | None = -1) -> bytes:
+    def recorded(self: cost.ImageBytes, size: int | None = -1) -> bytes:
         at.append(self.tell())
         return read(self, size)
 
-    monkeypatch.setattr(image_cost.ImageBytes, "read", recorded)
-    monkeypatch.setattr("models.image_cost.time.monotonic", lambda: 2.0 if max(at, default=0) > 2**16 else 0.0)
+    monkeypatch.setattr(cost.ImageBytes, "read", recorded)
+    monkeypatch.setattr("models.images.cost.time.monotonic", lambda: 2.0 if max(at, default=0) > 2**16 else 0.0)
     with pytest.raises(OutOfTime):
         decode(data, IMAGENET, deadline=1.0)
     assert max(at) < len(data) - 2**16

@@ -12,9 +12,9 @@ from service_fakes import BAD, GOOD, Service, client_of
 from service_fakes import http as http
 from service_fakes import service as service
 
-from service import image_json
 from service.errors import BadRequest, ValidationFailed
-from service.image_json import decoded, lifted, read
+from service.http.uploads import image_json
+from service.http.uploads.image_json import decoded, lifted, read
 
 pytestmark = pytest.mark.anyio
 KNOWN = frozenset({"model", "top_k", "alpha", "explain"})

@@ -10,11 +10,11 @@ from image_files import SMALL, save, solid
 from PIL import Image
 from torch import Tensor
 
-from models import image_process, images
-from models.classifier import Preprocessing
 from models.errors import InvalidImage
-from models.image_modes import significant_bits
-from models.images import Limits, decode
+from models.images import decoder_process, decoding
+from models.images.decoding import Limits, decode
+from models.images.modes import significant_bits
+from models.preprocessing import Preprocessing
 
 WHOLE = Preprocessing(resize=64, crop=64)
 TIFF = Limits(extra_formats=frozenset({"TIFF"}))
@@ -88,8 +88,8 @@ def test_an_error_of_our_own_concerns_one_image(
     def fail(*_: object) -> None:
         raise KeyError("tiff")
 
-    monkeypatch.setattr(images, "_sniff", fail)
+    monkeypatch.setattr(decoding, "_sniff", fail)
     with pytest.raises(InvalidImage, match="the server's log says why"), caplog.at_level(logging.ERROR):
         decode(save(solid()), SMALL)
     assert "KeyError: 'tiff'" in caplog.text
-    image_process.close()
+    decoder_process.close()

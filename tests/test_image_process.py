@@ -8,10 +8,10 @@ from hostile_images import tiff_of_one_strip
 from image_files import SMALL, photo, save
 from PIL import Image
 
-from models import image_process
 from models.errors import ImageTooLarge, InvalidImage
-from models.image_cost import OutOfTime
-from models.images import Limits, decode
+from models.images import decoder_process
+from models.images.cost import OutOfTime
+from models.images.decoding import Limits, decode
 
 EXTRA = Limits(extra_formats=frozenset({"TIFF", "AVIF"}))
 ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
@@ -19,22 +19,22 @@ ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
 
 @pytest.fixture(autouse=True)
 def ended() -> Iterator[None]:
-    image_process.close()
+    decoder_process.close()
     yield
-    image_process.close()
+    decoder_process.close()
 
 
 def test_a_process_is_kept_for_the_next_image() -> None:
     decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
-    [process] = image_process._idle
+    [process] = decoder_process._idle
     decode(save(photo(40, 30), "AVIF"), SMALL, EXTRA)
-    assert image_process._idle == [process]
+    assert decoder_process._idle == [process]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_modes_come_back_as_they_were(mode: str) -> None:
     image = photo(40, 30).convert("L").convert("I;16" if mode == "I;16" else mode)
-    loaded = image_process.load(save(image, "TIFF"), "TIFF", deadline=time.monotonic() + 30)
+    loaded = decoder_process.load(save(image, "TIFF"), "TIFF", deadline=time.monotonic() + 30)
     expected = {"1": "L", "P": "RGB", "CMYK": "RGB"}.get(mode, mode)
     assert loaded.mode == expected
     assert loaded.tobytes() == image.convert(expected).tobytes()
@@ -43,13 +43,15 @@ def test_modes_come_back_as_they_were(mode: str) -> None:
 def test_an_orientation_comes_back() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert image_process.load(save(photo(40, 30), "AVIF", exif=exif), "AVIF", time.monotonic() + 30).getexif()[274] == 6
+    assert (
+        decoder_process.load(save(photo(40, 30), "AVIF", exif=exif), "AVIF", time.monotonic() + 30).getexif()[274] == 6
+    )
 
 
 @pytest.mark.abuse("A402")
 def test_the_deadline_ends_the_process() -> None:
     decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
-    [process] = image_process._idle
+    [process] = decoder_process._idle
     start = time.monotonic()
     with pytest.raises(OutOfTime):
         decode(ENDLESS, SMALL, EXTRA, deadline=start + 0.3)
@@ -64,19 +66,19 @@ def test_the_process_ends_once_the_caller_has_left() -> None:
     with pytest.raises(OutOfTime):
         decode(ENDLESS, SMALL, EXTRA, left=lambda: time.monotonic() > start + 0.3)
     assert time.monotonic() - start < 3
-    assert image_process._idle == []
+    assert decoder_process._idle == []
 
 
 @pytest.mark.abuse("A402")
 def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_process, "CPU_S", 0)
+    monkeypatch.setattr(decoder_process, "CPU_S", 0)
     with pytest.raises(InvalidImage, match="more than 0 s to decode"):
         decode(ENDLESS, SMALL, EXTRA)
 
 
 @pytest.mark.abuse("A402")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_process, "MEMORY", 2**20)
+    monkeypatch.setattr(decoder_process, "MEMORY", 2**20)
     with pytest.raises((ImageTooLarge, InvalidImage)):
         decode(save(photo(400, 300), "TIFF"), SMALL, EXTRA)
 
@@ -87,7 +89,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is large."""
-    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+    monkeypatch.setattr("models.images.decoding.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
 
 
 @pytest.mark.parametrize(
@@ -104,22 +106,22 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_large_image_is_the_same_from_a_process(data: bytes, tolerance: int, monkeypatch: pytest.MonkeyPatch) -> None:
     here = decode(data, SMALL)
-    monkeypatch.setattr("models.images.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
+    monkeypatch.setattr("models.images.decoding.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
     there = decode(data, SMALL)
-    assert len(image_process._idle) == 1
+    assert len(decoder_process._idle) == 1
     assert (here.int() - there.int()).abs().max() <= tolerance
 
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_a_large_image_ends_with_its_deadline(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, exchange = save(photo(61, 40), file_format), image_process._exchange
+    data, exchange = save(photo(61, 40), file_format), decoder_process._exchange
 
     def slow(*args: object) -> object:
         time.sleep(0.5)
         return exchange(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(image_process, "_exchange", slow)
+    monkeypatch.setattr(decoder_process, "_exchange", slow)
     with pytest.raises(OutOfTime):
         decode(data, SMALL, deadline=time.monotonic() + 0.2)
-    assert image_process._idle == []
+    assert decoder_process._idle == []

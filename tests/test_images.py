@@ -24,9 +24,9 @@ from image_files import (
 from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
-from models import timm_networks
-from models.classifier import CropMode, Preprocessing
-from models.images import ORIENTATION_TAG, ORIENTATIONS, Limits, decode, stack
+from models.architectures import timm_networks
+from models.images.decoding import ORIENTATION_TAG, ORIENTATIONS, Limits, decode, stack
+from models.preprocessing import CropMode, Preprocessing
 
 
 def reference(data: bytes, preprocessing: Preprocessing) -> Tensor:

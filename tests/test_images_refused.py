@@ -33,7 +33,7 @@ from image_files import (
 from PIL import Image, ImageFile
 
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
-from models.images import FORMATS, Limits, decode
+from models.images.decoding import FORMATS, Limits, decode
 
 # 415 and 422 are interchangeable for fuzzed files.
 STATUS = {200: "ok", 413: "too large", 415: "refused", 422: "refused"}
@@ -158,7 +158,7 @@ def test_no_bomb_leaves_memory_behind() -> None:
 import re
 from image_files import SMALL, avif, gif, save, solid, tiff, webp
 from models.errors import ImageTooLarge
-from models.images import EXTRA_FORMATS, Limits, decode
+from models.images.decoding import EXTRA_FORMATS, Limits, decode
 from models.runtime import tune_allocator
 
 def resident():

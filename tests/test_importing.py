@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from models import architectures
 from models.errors import ArchitectureNotFound, InvalidName, WeightsError
-from models.importing import import_weights, read_classes, read_state
-from models.store import ModelStore
+from models.store.importing import import_weights, read_classes, read_state
+from models.store.store import ModelStore
 
 State = dict[str, Tensor]
 

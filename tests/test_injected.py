@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.injected import injected
 from service.settings import Settings, SettingsError
+from service.system.platform_variables import injected
 
 # As a kubelet sets them for the Services `imago`, `imago-web` and `imago-dns`, and docker for `--link imago` and `--link imago-server`.
 SET = {

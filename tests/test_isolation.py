@@ -10,13 +10,13 @@ import torch
 from test_engine import add_backbone, add_head, picture, probabilities, reference, serving
 from test_engine import store as store
 
-from models import images
 from models.errors import InferenceFailed, InvalidImage, ModelError, ModelNotFound
-from models.store import ModelStore
-from service.answers import Prediction
-from service.batcher import DeviceThread
-from service.engine import Engine
+from models.images import decoding
+from models.store.store import ModelStore
 from service.errors import DeviceLost
+from service.inference.batcher import DeviceThread
+from service.inference.engine import Engine
+from service.inference.results import Prediction
 
 CALLERS, BAD = 32, 13
 SOLO = 1e-4  # of a probability: a batch of another size sums in another order, in float32
@@ -30,7 +30,7 @@ def runtime_of(engine: Engine, model: str = "b") -> Any:
 def poisoned(monkeypatch: pytest.MonkeyPatch, engine: Engine, data: bytes, error: Exception) -> None:
     """The network raises this for every batch that holds the image."""
     runtime = runtime_of(engine)
-    poison, call = images.decode(data, engine.catalogue.served["b"].backbones[0].ref.preprocessing), runtime.__call__
+    poison, call = decoding.decode(data, engine.catalogue.served["b"].backbones[0].ref.preprocessing), runtime.__call__
 
     def fail(self: Any, pixels: torch.Tensor) -> torch.Tensor:
         if any(torch.equal(row, poison) for row in pixels):

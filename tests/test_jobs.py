@@ -20,13 +20,13 @@ from postgres_server import postgres as postgres
 from service_fakes import FakeEngine, FakeStore
 
 from models.errors import DatasetError, ModelNotFound, NameConflict
-from models.training.request import FinetuneRequest
+from models.training.job.request import FinetuneRequest
 from service import datasets
-from service.answers import Sample
 from service.errors import IdempotencyMismatch, InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
+from service.inference.registry.loader import ModelStatus
+from service.inference.results import Sample
 from service.jobs import Job, Jobs, stall, trainer
 from service.jobs.trainer import Trainers
-from service.loaded import ModelStatus
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -493,8 +493,8 @@ async def test_a_server_killed_with_9_loses_no_job(tmp_path: Path, alone: None) 
     assert not {"sqlalchemy", "dbos", "torchvision"} & set(imported)
     assert {m for m in imported if "models.training" in m} <= {
         "models.training",
-        "models.training.request",
-        "models.training.handover",
+        "models.training.job.request",
+        "models.training.job.job_files",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from service_fakes import FakeEngine, FakeStore
 
-from models.files import staging
+from models.files.atomic_files import staging
 from service.jobs import Jobs
 from service.jobs import queue as module
 from service.jobs.jobs import STAGING_LOCK

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from postgres_server import postgres as postgres
 
 from models.errors import NameConflict
-from service import doctor
+from service.diagnostics import doctor
 from service.errors import (
     BadRequest,
     IdempotencyMismatch,
@@ -286,7 +286,7 @@ def test_durations_are_by_a_clock_that_nobody_sets() -> None:
     users = {
         str(path.relative_to(root)) for path in paths if "time.time()" in path.read_text().replace("# time.time()", "")
     }
-    assert users == {"service/jobs/table.py", "service/answers.py"}
+    assert users == {"service/jobs/table.py", "service/inference/results.py"}
 
 
 @pytest.mark.abuse("J13")

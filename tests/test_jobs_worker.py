@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 
 from models.errors import OutOfMemory
-from models.files import replace
-from models.training.handover import EXIT_DEVICE_LOST, EXIT_DISK_FULL
-from service.answers import Sample
+from models.files.atomic_files import replace
+from models.training.job.job_files import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 from service.errors import DeadlineExceeded, DeviceLost, Internal, NotReady, QueueFull
+from service.inference.results import Sample
 from service.jobs import worker as module
 from service.jobs.events import EVENTS, Tail
 from service.jobs.job import Job

@@ -3,7 +3,7 @@
 import pytest
 
 from models import architectures
-from models.layers import Layer, LayerTable, layer_table
+from models.architectures.layer_table import Layer, LayerTable, layer_table
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "squeezenet1_1", "swin_v2_t", "regnet_x_400mf", "maxvit_t"])

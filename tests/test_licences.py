@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from models.licences import UNKNOWN, licences_of, warning, warnings_of
+from models.architectures.licences import UNKNOWN, licences_of, warning, warnings_of
 
 FREE = [
     *("Apache-2.0", "apache-2.0", "Apache License 2.0", "Apache License, Version 2.0", "MIT", "MIT License"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from service import logs
-from service.logs import ErrorCounter, Fields, JsonLines, TextLines
-from service.metrics import Metrics
+from service.observability import logs
+from service.observability.logs import ErrorCounter, Fields, JsonLines, TextLines
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 HOSTILE = 'a\n2026-11-22 15:00:00,000 INFO forged\x1b[31m\x00\u2028"}\x9b'
@@ -88,10 +88,10 @@ def test_a_line_written_during_a_request_has_its_id() -> None:
 @pytest.mark.parametrize(
     ("name", "level", "counted"),
     [
-        pytest.param("service.catalogue", logging.ERROR, 1, id="a model that does not load"),
+        pytest.param("service.inference.registry.registry", logging.ERROR, 1, id="a model that does not load"),
         pytest.param("asyncio", logging.CRITICAL, 1, id="a task of which nobody knows"),
-        pytest.param("service.middleware", logging.ERROR, 0, id="a request is counted as one"),
-        pytest.param("service.engine", logging.WARNING, 0, id="a warning is no error"),
+        pytest.param("service.http.middleware", logging.ERROR, 0, id="a request is counted as one"),
+        pytest.param("service.inference.engine", logging.WARNING, 0, id="a warning is no error"),
     ],
 )
 def test_errors_outside_of_requests_are_counted(name: str, level: int, counted: int) -> None:

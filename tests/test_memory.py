@@ -14,10 +14,10 @@ from image_files import photo, save
 from live_server import LiveServer, live_server, weights  # noqa: F401  (a fixture)
 from service_fakes import Service, client_of
 
-from service.body import BLOCK, MOST_SPARE, SMALL, Body
-from service.middleware import BODY_SHARE, Traffic
-from service.shares import Shares
-from service.trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
+from service.http.memory_trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
+from service.http.middleware import BODY_SHARE, Traffic
+from service.http.uploads.body import BLOCK, MOST_SPARE, SMALL, Body
+from service.inference.shares import Shares
 
 MB = 2**20
 JPEG = {"Content-Type": "image/jpeg"}
@@ -37,7 +37,7 @@ def test_a_body_is_what_was_added(size: int, step: int) -> None:
 
 GROW = """
 import runpy
-from service.body import Body
+from service.http.uploads.body import Body
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 runpy.run_path("models/runtime/allocator.py")["tune_allocator"]()
 bodies = [Body() for _ in range(30)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 
 def test_names_start_with_imago() -> None:

@@ -9,7 +9,7 @@ import pytest
 from service_fakes import GOOD, Service, client_of
 
 from service.errors import BadRequest
-from service.multipart import Multipart, Part, is_image_name, parameters_of, part_of
+from service.http.uploads.multipart import Multipart, Part, is_image_name, parameters_of, part_of
 
 pytestmark = pytest.mark.anyio
 FORM = "multipart/form-data; boundary=b"

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from service.open_files import connections_within
+from service.system.open_files import connections_within
 
 RAISE = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-from service.open_files import raise_limit
+from service.system.open_files import raise_limit
 print(raise_limit())
 """
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import architectures, packaged
+from models import architectures
 from models.errors import WeightsError
-from models.packaged import PACKAGES, Package
-from models.store import ModelStore
+from models.store import packaged
+from models.store.packaged import PACKAGES, Package
+from models.store.store import ModelStore
 
 
 @pytest.fixture(scope="module")

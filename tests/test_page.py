@@ -15,7 +15,7 @@ from landscapes import archive, landscape, png
 from page_server import ADMIN_KEY, PATIENCE_S, QUIET, PageServer, add_twin, chromium, embedded, page_server
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from service.schemas import JOB_EXAMPLE
+from service.http.schemas import JOB_EXAMPLE
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
 

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import images, packaged
-from models.classifier import Classifier, denormalise
-from models.packaged import PACKAGES
+from models.classifier import Classifier
+from models.images import decoding
+from models.preprocessing import denormalise
 from models.runtime import Options, compile_backbone
 from models.runtime.openvino_engine import openvino_version
-from models.store import ModelStore
+from models.store import packaged
+from models.store.packaged import PACKAGES
+from models.store.store import ModelStore
 
 CPU = torch.device("cpu")
 BOUND = (
@@ -42,7 +44,7 @@ def classifier(request: pytest.FixtureRequest, tmp_path: Path) -> Classifier:
 
 def pixels(photographs: list[bytes], classifier: Classifier) -> Tensor:
     kind = classifier.backbones[0].ref.preprocessing
-    return images.stack([images.decode(photograph, kind) for photograph in photographs])
+    return decoding.stack([decoding.decode(photograph, kind) for photograph in photographs])
 
 
 def batches(shown: Tensor) -> list[Tensor]:

@@ -12,13 +12,16 @@ from service_fakes import ADMIN, Service, client_of
 from test_importing import Payload
 from training_data import coloured, folder
 
-from models import architectures, images
-from models.classifier import Head, Preprocessing
+from models import architectures
+from models.classifier import Head
+from models.data import dataset
 from models.errors import ImageError, WeightsError
-from models.files import write
-from models.store import ModelStore
-from models.training import checkpoint, dataset
-from models.training.features import FeatureCache, _name_of, _Shards
+from models.files.atomic_files import write
+from models.images import decoding
+from models.preprocessing import Preprocessing
+from models.store.store import ModelStore
+from models.training.head.features import FeatureCache, _name_of, _Shards
+from models.training.network import checkpoint
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 
@@ -85,7 +88,7 @@ def test_as_cached_features(tmp_path: Path, touched: Path, payload: bytes) -> No
 @pytest.mark.abuse("J12")
 def test_as_an_image(touched: Path, payload: bytes) -> None:
     with pytest.raises(ImageError):
-        images.decode(payload, PREPROCESSING, images.Limits())
+        decoding.decode(payload, PREPROCESSING, decoding.Limits())
     assert not touched.exists()
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoints import read_bytes, read_checkpoint
-from models.checkpoints.content import class_lists
-from models.checkpoints.matching import bodies
-from models.checkpoints.pickled import Reader, Unreadable
-from models.checkpoints.placeholders import Array, Thing, plain
 from models.errors import WeightsError
+from models.store.checkpoints import read_bytes, read_checkpoint
+from models.store.checkpoints.content import class_lists
+from models.store.checkpoints.matching import bodies
+from models.store.checkpoints.pickled import Reader, Unreadable
+from models.store.checkpoints.placeholders import Array, Thing, plain
 
 
 class Colour(enum.Enum):

@@ -8,8 +8,8 @@ import pytest
 from image_files import SMALL, photo, save
 
 from models.errors import InvalidImage
-from models.images import NoRoom, decode
-from service.pixels import LARGE, PixelBudget
+from models.images.decoding import NoRoom, decode
+from service.inference.pixel_budget import LARGE, PixelBudget
 
 MP = 10**6
 

@@ -13,8 +13,8 @@ from test_proxies import path_of, proxy
 from test_routes_finetune import BODY, Training
 from test_server import port_of, serving, small, talk, url_of
 
-from service.prefix import OWN, forwarded, prefix_of, without
 from service.settings import Settings, SettingsError
+from service.system.prefix import OWN, forwarded, prefix_of, without
 
 pytestmark = pytest.mark.anyio
 

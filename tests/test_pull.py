@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from models import architectures, download, pull
-from models.classifier import Preprocessing
+from models import architectures
 from models.errors import DownloadError, WeightsError
-from models.store import ModelStore
+from models.preprocessing import Preprocessing
+from models.store import download, pull
+from models.store.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=32, crop=32)
 

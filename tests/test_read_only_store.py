@@ -15,12 +15,12 @@ from test_v2 import CLASSES
 from test_v2 import weights as weights
 from v2_requests import PICTURES
 
-from models import files
 from models.errors import ReadOnlyStore
-from models.store import ModelStore
+from models.files import atomic_files
+from models.store.store import ModelStore
 from service.app import create_app
-from service.engine import Engine
-from service.plan import plan_serving
+from service.inference.engine import Engine
+from service.inference.registry.served_models import plan_serving
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -95,13 +95,13 @@ async def test_a_store_without_permission_is_507(
         raise OSError(code, os.strerror(code))
 
     for function in ("try_write", "replace", "discard", "staging"):
-        monkeypatch.setattr(files, function, refuse)
+        monkeypatch.setattr(atomic_files, function, refuse)
     [(status, message)] = await refusals(http)
     assert (status, os.strerror(code) in message) == (507, True)
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="full") as raised, files.writing(tmp_path):
+    with pytest.raises(OSError, match="full") as raised, atomic_files.writing(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert not isinstance(raised.value, ReadOnlyStore)
 

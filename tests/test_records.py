@@ -11,8 +11,8 @@ from live_server import weights as weights
 
 from models.classifier import ModelConfig
 from models.errors import ModelError, WeightsError
-from models.records import SEAL, parse_record, read_record, to_sealed_json
-from models.store import ModelStore, Serving
+from models.files.records import SEAL, parse_record, read_record, to_sealed_json
+from models.store.store import ModelStore, Serving
 
 Fields = dict[str, Any]
 INFINITE, NAN = "1e999", "NaN"

@@ -14,7 +14,7 @@ import pytest
 from service_fakes import FakeEngine, FakeStore
 from training_data import coloured, folder
 
-from models.training.request import FinetuneRequest
+from models.training.job.request import FinetuneRequest
 from service.jobs import Job, Jobs
 from service.jobs.events import EVENTS
 from service.settings import Settings

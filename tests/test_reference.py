@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from models.classifier import Head
-from models.decisions import Decisions
+from models.decision_rules import Decisions
 from models.errors import WeightsError
-from models.images import decode
-from models.reference import (
+from models.images.decoding import decode
+from models.store.store import ModelStore
+from models.training.evaluation.evaluate import outputs, wilson
+from models.uncertainty import (
     KTH,
     MAX_BYTES,
     MAX_SCORES,
@@ -30,8 +32,6 @@ from models.reference import (
     sample,
     to_file,
 )
-from models.store import ModelStore
-from models.training.evaluate import outputs, wilson
 
 
 class Shown(NamedTuple):

@@ -22,13 +22,13 @@ from torch import nn
 from models.errors import OutOfMemory
 from models.runtime import GpuProblem
 from models.runtime.steps import steps_up_to
-from models.store import ModelStore
-from service import catalogue, replicas
-from service.answers import Prediction
-from service.engine import Engine
+from models.store.store import ModelStore
 from service.errors import DeviceLost, NotReady
-from service.health import why_no_gpu
-from service.plan import plan_serving
+from service.inference.device_health import why_no_gpu
+from service.inference.engine import Engine
+from service.inference.registry import registry, replicas
+from service.inference.registry.served_models import plan_serving
+from service.inference.results import Prediction
 
 ONLY_A: dict[str, Any] = {"models": ("a",), "device": "cuda"}
 
@@ -143,7 +143,7 @@ async def test_a_lost_device_leaves_the_serving_to_the_others(
 
 
 async def test_a_device_that_hangs_beside_others_is_lost(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.health.WATCH_S", 0.01)
+    monkeypatch.setattr("service.inference.device_health.WATCH_S", 0.01)
     first, second = SimulatedGpu(0, max_batch=1), SimulatedGpu(1, max_batch=1)
     async with on_gpus(store, first, second) as engine:
         first.held.set()
@@ -162,7 +162,7 @@ async def test_a_device_that_hangs_beside_others_is_lost(store: ModelStore, monk
 async def test_a_device_that_hangs_while_a_version_is_tried_does_not_hold_up_the_others(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.health.WATCH_S", 0.01)
+    monkeypatch.setattr("service.inference.device_health.WATCH_S", 0.01)
     monkeypatch.setattr(replicas.DeviceWork, "_warm_up", AsyncMock())  # so that the probe alone hangs
     first, second = SimulatedGpu(0), SimulatedGpu(1)
     async with on_gpus(store, first, second) as engine:
@@ -184,7 +184,7 @@ async def test_a_device_that_hangs_while_a_version_is_tried_does_not_hold_up_the
 async def test_memory_missing_on_one_device_is_a_reason_to_try_again(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch, error: Exception | str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.01)
     first, second = SimulatedGpu(0), SimulatedGpu(1)
     first.fail_to_compile(error, times=2)
     second.fail_to_compile(out_of_memory())
@@ -199,7 +199,7 @@ async def test_a_load_that_loses_one_device_is_tried_again_on_the_others(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the server stays live, because a device works, and never becomes ready."""
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.01)
     first, second = SimulatedGpu(0), SimulatedGpu(1)
     for gpu in (first, second):
         gpu.fail(at=len(steps_up_to(64)) + 1, error=LOST)  # the probe, on the one that takes it
@@ -236,7 +236,7 @@ def test_why_no_gpu_is_used(
     monkeypatch: pytest.MonkeyPatch, setting: str, devices: list[str], note: str | None
 ) -> None:
     problem = GpuProblem("driver_too_old", "the driver is too old", "install another")
-    monkeypatch.setattr("service.health.gpu_problem", lambda: problem)
+    monkeypatch.setattr("service.inference.device_health.gpu_problem", lambda: problem)
     assert why_no_gpu(setting, [torch.device(name) for name in devices]) == note
 
 
@@ -244,7 +244,7 @@ def test_why_no_gpu_is_used(
 
 
 async def test_a_load_without_memory_is_tried_again(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.05)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.05)
     gpu = SimulatedGpu(memory=2**33)
     gpu.fail_to_compile(out_of_memory(), times=3)
     async with on_gpus(store, gpu, ready=False) as engine:
@@ -281,7 +281,7 @@ async def test_the_time_between_tries_doubles_to_a_limit(store: ModelStore, monk
 async def test_a_store_that_cannot_be_read_for_a_moment_does_not_end_the_tries(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.01)
     plan, calls = plan_serving, []
 
     def failing_once(*given: Any) -> Any:
@@ -290,7 +290,7 @@ async def test_a_store_that_cannot_be_read_for_a_moment_does_not_end_the_tries(
             raise OSError("Stale file handle")
         return plan(*given)
 
-    monkeypatch.setattr(catalogue, "plan_serving", failing_once)
+    monkeypatch.setattr(registry, "plan_serving", failing_once)
     gpu = SimulatedGpu()
     gpu.fail_to_compile(out_of_memory())
     async with on_gpus(store, gpu, ready=False) as engine:
@@ -301,7 +301,7 @@ async def test_a_store_that_cannot_be_read_for_a_moment_does_not_end_the_tries(
 async def test_what_is_not_to_be_served_any_more_is_not_tried_again(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.05)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.05)
     gpu = SimulatedGpu()
     gpu.fail_to_compile(out_of_memory(), times=10**6)
     async with on_gpus(store, gpu, ready=False, models=()) as engine:
@@ -315,7 +315,7 @@ async def test_what_is_not_to_be_served_any_more_is_not_tried_again(
 async def test_a_gpu_that_another_process_has_is_tried_again(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(registry, "RETRY_FIRST_S", 0.01)
     gpu = SimulatedGpu()
     gpu.fail_to_compile("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
     async with on_gpus(store, gpu, ready=False) as engine:

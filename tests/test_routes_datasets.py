@@ -14,7 +14,8 @@ from service_fakes import ADMIN, ADMIN_KEY, Service, client_of
 from test_routes_finetune import Training, code_of, ended, start
 from test_server import port_of, serving, talk, until
 
-from service import datasets, protocol
+from service import datasets
+from service.http.connection import guarded_protocol
 
 pytestmark = pytest.mark.anyio
 ZIPPED = {"Content-Type": "application/zip"}
@@ -268,7 +269,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(tmp_path: Path)
 async def test_a_slow_upload_is_borne_and_one_that_stands_still_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "BODY_RATE", 20)
+    monkeypatch.setattr(guarded_protocol, "BODY_RATE", 20)
     service = Training(tmp_path, port=0, body_timeout_s=0.5)
     async with serving(service) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))

@@ -13,9 +13,9 @@ from service_fakes import service as service
 
 from models import architectures
 from models.classifier import Head
-from models.download import Progress
 from models.errors import DownloadError
-from models.store import ModelStore
+from models.store.download import Progress
+from models.store.store import ModelStore
 from service.routes.models import list_versions
 
 pytestmark = pytest.mark.anyio
@@ -170,7 +170,7 @@ def pulls(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return SimpleNamespace(name=as_name or name, version=1, lineage={"licence": licence})
 
     monkeypatch.setattr(service.engine, "pull", pull)
-    monkeypatch.setattr("models.pull.check", lambda name: None)
+    monkeypatch.setattr("models.store.pull.check", lambda name: None)
     return names
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone, BackboneRef, Preprocessing, Tap, normalise
-from models.efficientnet_lite import conv
+from models.architectures.efficientnet_lite import conv
+from models.classifier import Backbone, BackboneRef, Tap
 from models.errors import DeviceUnavailable
+from models.preprocessing import Preprocessing, normalise
 from models.runtime import Options, choice, compile_backbone, compiler
 from models.runtime.openvino_engine import converted_folder, openvino_version
 from models.runtime.options import Candidate

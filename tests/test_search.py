@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from models import search
 from models.classifier import Head
 from models.errors import ArchitectureNotFound
-from models.store import ModelStore
+from models.store import search
+from models.store.store import ModelStore
 from service.cli import main
 
 

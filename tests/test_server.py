@@ -17,9 +17,9 @@ import pytest
 from service_fakes import GOOD, Service
 
 import service.server as server_module
-from service import protocol
 from service.errors import NotReady
-from service.guards import Guards
+from service.http.connection import guarded_protocol
+from service.http.connection.guards import Guards
 from service.server import Server, make_server, process_age_s
 from service.settings import Settings
 
@@ -176,8 +176,8 @@ async def test_a_chunked_body(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pieces", "status"), [(8, 200), (3, 408)])
 async def test_a_body_must_come_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, status: int) -> None:
     """Two bytes of sixteen each fifth of a second, for as many times; ten bytes a second are asked."""
-    monkeypatch.setattr(protocol, "BODY_SPAN_S", 0.8)
-    monkeypatch.setattr(protocol, "BODY_RATE", 5)
+    monkeypatch.setattr(guarded_protocol, "BODY_SPAN_S", 0.8)
+    monkeypatch.setattr(guarded_protocol, "BODY_RATE", 5)
     async with serving(small(tmp_path, body_timeout_s=PATIENCE_S)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
         writer.write(HEAD + b"Connection: close\r\nContent-Length: 16\r\n\r\n")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.image_cost import Limits
+from models.images.cost import Limits
 from service.settings import Settings, SettingsError
 
 

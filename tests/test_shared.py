@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from service_fakes import FakeEngine, FakeStore
 
-from service.answers import MAX_MAPS, MAX_PREDICTIONS, PLAIN, Wanted, check_size
 from service.errors import ValidationFailed
-from service.loaded import ModelStatus
-from service.metrics import Metrics
-from service.schemas import ModelList
-from service.shared import Listings, Shared
+from service.http.schemas import ModelList
+from service.inference.registry.loader import ModelStatus
+from service.inference.results import MAX_MAPS, MAX_PREDICTIONS, PLAIN, Wanted, check_size
+from service.observability.metrics import Metrics
+from service.routes.shared_answers import Listings, Shared
 
 pytestmark = pytest.mark.anyio
 

@@ -9,8 +9,8 @@ import zipfile
 import pytest
 from image_files import photo, save, solid
 
-from models import heif, sniff
-from models.sniff import described
+from models.images import formats, heif
+from models.images.formats import described
 
 JPEG, PNG = save(solid(), "JPEG"), save(solid(), "PNG")
 
@@ -89,10 +89,10 @@ def test_heif_is_named_with_its_extra_where_that_is_missing(monkeypatch: pytest.
 
 
 def test_every_remedy_is_one_short_line() -> None:
-    assert all("\n" not in what + remedy and len(what + remedy) < 160 for *_, what, remedy in sniff.SIGNATURES)
+    assert all("\n" not in what + remedy and len(what + remedy) < 160 for *_, what, remedy in formats.SIGNATURES)
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_an_image_that_is_read_matches_no_row(file_format: str) -> None:
     data = save(photo(40, 30), file_format)
-    assert not [what for offset, start, what, _ in sniff.SIGNATURES if data.startswith(start, offset)]
+    assert not [what for offset, start, what, _ in formats.SIGNATURES if data.startswith(start, offset)]

@@ -9,8 +9,9 @@ from support.fake_cuda import CUDA, crossings, fake_cuda
 from test_runtime import NETWORKS, make_backbone, make_pixels, tapped
 from torch import nn
 
-from models.classics.residual import Mirrored
-from models.classifier import Backbone, normalise
+from models.architectures.classics.residual import Mirrored
+from models.classifier import Backbone
+from models.preprocessing import normalise
 from models.runtime import BATCH_STEPS, batch_step, choice, steps_up_to
 from models.runtime.torch_engine import TorchEngine
 

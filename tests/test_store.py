@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from models import architectures, backbones
-from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Preprocessing, Tap, pooled
+from models import architectures
+from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Tap, pooled
 from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
-from models.records import to_sealed_json
-from models.store import ModelStore
+from models.files.records import to_sealed_json
+from models.preprocessing import Preprocessing
+from models.store import backbones
+from models.store.store import ModelStore
 
 PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
 CLASSES = ["a", "b", "c"]

@@ -16,9 +16,9 @@ from torch import nn
 from models import architectures
 from models.classifier import Head
 from models.runtime.torch_engine import TorchEngine
-from models.store import ModelStore
-from service.engine import Engine
-from service.metrics import Metrics
+from models.store.store import ModelStore
+from service.inference.engine import Engine
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 # fake_cuda

@@ -9,17 +9,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from models import tensors
 from models.errors import WeightsError
+from models.files import weights_file
 
 PATH = Path("model.safetensors")
 GOOD = safetensors.torch.save({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7), "c": torch.zeros(0, 4)})
 
 
-@pytest.mark.parametrize("dtype", tensors.DTYPES.values(), ids=tensors.DTYPES)
+@pytest.mark.parametrize("dtype", weights_file.DTYPES.values(), ids=weights_file.DTYPES)
 def test_every_type_is_read_as_the_library_reads_it(dtype: torch.dtype) -> None:
     written = {"x": torch.tensor([[0, 1, 2], [3, 1, 0]]).to(dtype), "scalar": torch.tensor(1).to(dtype)}
-    found = tensors.parse(bytearray(safetensors.torch.save(written, {"format": "pt"})), PATH)
+    found = weights_file.parse(bytearray(safetensors.torch.save(written, {"format": "pt"})), PATH)
     for name, tensor in written.items():
         expected = tensor.float() if dtype.is_floating_point else tensor
         torch.testing.assert_close(found[name], expected, rtol=0, atol=0)
@@ -30,7 +30,7 @@ def test_values_that_are_not_aligned_are_read(tmp_path: Path) -> None:
     data = struct.pack("<Q", len(header)) + header + struct.pack("<ff", 1.5, -2)
     assert len(header) % 4 != 0
     (tmp_path / "odd.safetensors").write_bytes(data)
-    assert tensors.read(tmp_path / "odd.safetensors")["a"].tolist() == [1.5, -2]
+    assert weights_file.read(tmp_path / "odd.safetensors")["a"].tolist() == [1.5, -2]
 
 
 def with_header(content: object, values: bytes = b"") -> bytes:
@@ -74,29 +74,29 @@ def tensor_at(*offsets: int, **changes: object) -> dict[str, object]:
 )
 def test_damage_is_refused_with_the_files_name(data: bytes) -> None:
     with pytest.raises(WeightsError, match=r"^model\.safetensors "):
-        tensors.parse(bytearray(data), PATH)
+        weights_file.parse(bytearray(data), PATH)
 
 
 def test_a_good_file_passes() -> None:
-    found = tensors.parse(bytearray(GOOD), PATH)
+    found = weights_file.parse(bytearray(GOOD), PATH)
     assert (found["a"].tolist(), found["b"].item(), found["c"].shape) == ([[0, 1, 2], [3, 4, 5]], 7, (0, 4))
 
 
 def test_the_same_values_make_the_same_file() -> None:
     values = {"a": torch.randn(4, 3, 3, 3), "b": torch.ones(4)}
     turned = {"b": values["b"], "a": values["a"].to(memory_format=torch.channels_last)}
-    assert tensors.serialise(values) == tensors.serialise(turned)
+    assert weights_file.serialise(values) == weights_file.serialise(turned)
 
 
 def test_tied_weights_are_stored_twice() -> None:
     weight = torch.ones(2, 2)
-    found = tensors.parse(bytearray(tensors.serialise({"a": weight, "b": weight})), PATH)
+    found = weights_file.parse(bytearray(weights_file.serialise({"a": weight, "b": weight})), PATH)
     assert torch.equal(found["a"], found["b"])
 
 
 def test_what_overflows_float16_is_said() -> None:
     with pytest.raises(WeightsError, match="as float16 has weights that are NaN or infinite, in a"):
-        tensors.serialise({"a": torch.full((2, 2), 1e6), "b": torch.full((2,), 1e6)}, half=True)
+        weights_file.serialise({"a": torch.full((2, 2), 1e6), "b": torch.full((2,), 1e6)}, half=True)
 
 
 @pytest.mark.abuse("J11")
@@ -115,18 +115,20 @@ def test_what_does_not_fit_is_listed(change: Callable[[dict[str, torch.Tensor]],
     state = dict(nn.Linear(3, 2).state_dict())
     change(state)
     with pytest.raises(WeightsError, match=f"mine does not fit: .*{problem}"):
-        tensors.load_into(nn.Linear(3, 2), state, "mine")
+        weights_file.load_into(nn.Linear(3, 2), state, "mine")
 
 
 def test_the_batch_counter_may_miss() -> None:
     norm = nn.BatchNorm2d(2, device="meta")
-    tensors.load_into(norm, {name: torch.ones(2) for name in ("weight", "bias", "running_mean", "running_var")}, "mine")
+    weights_file.load_into(
+        norm, {name: torch.ones(2) for name in ("weight", "bias", "running_mean", "running_var")}, "mine"
+    )
     assert norm.num_batches_tracked == 0
 
 
 def test_a_single_number_may_say_that_there_is_no_bound() -> None:
-    tensors.check_finite({"clip.max": torch.tensor(float("inf"))}, "a test")
+    weights_file.check_finite({"clip.max": torch.tensor(float("inf"))}, "a test")
     with pytest.raises(WeightsError, match="NaN or infinite"):
-        tensors.check_finite({"clip.max": torch.tensor(float("nan"))}, "a test")
+        weights_file.check_finite({"clip.max": torch.tensor(float("nan"))}, "a test")
     with pytest.raises(WeightsError, match="NaN or infinite"):
-        tensors.check_finite({"weight": torch.tensor([1.0, float("inf")])}, "a test")
+        weights_file.check_finite({"weight": torch.tensor([1.0, float("inf")])}, "a test")

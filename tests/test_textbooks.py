@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from command_lines import make_files, words
 
 from models import architectures
-from models.training.request import FinetuneRequest
+from models.training.job.request import FinetuneRequest
 from service.cli import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "textbooks.md").read_text()

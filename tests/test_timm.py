@@ -9,17 +9,19 @@ import pytest
 import torch
 from training_data import coloured, folder
 
-from models import architectures, timm_networks
-from models.classifier import BackboneRef, ModelConfig, Preprocessing
+from models import architectures
+from models.architectures import timm_networks
+from models.architectures.layer_table import layer_table
+from models.architectures.timm_names import MAX_LENGTH, TimmName, parse
+from models.classifier import BackboneRef, ModelConfig
 from models.errors import ArchitectureNotFound, WeightsError
-from models.images import decode
-from models.layers import layer_table
-from models.store import ModelStore
-from models.timm_names import MAX_LENGTH, TimmName, parse
-from models.training import finetune
-from models.training.freezing import stages
-from models.training.request import FinetuneRequest
-from service.v2_documents import _input
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
+from models.store.store import ModelStore
+from models.training import run
+from models.training.job.request import FinetuneRequest
+from models.training.network.freezing import stages
+from service.oip.metadata import _input
 
 SHA = "0123456789abcdef" * 4
 
@@ -165,7 +167,7 @@ def test_training_from_scratch_then_thawed_then_frozen(architecture: str, tmp_pa
         asked = {"dataset": data, "name": name, "hyperparameters": quick, **request}
         if request["mode"] == "head":
             del asked["hyperparameters"]
-        result = finetune.run(
+        result = run.run(
             FinetuneRequest.model_validate(asked),
             store,
             lambda event: None,

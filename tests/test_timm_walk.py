@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from timm_walk import Walked, exported, families, heat_map, serve, walk
 
-from models import architectures, timm_networks
+from models import architectures
+from models.architectures import timm_networks
 from models.errors import ExportError
-from models.images import decode
+from models.images.decoding import decode
 
 EXACT = 1e-5  # of the largest score
 EXPORT = 1e-4  # of a probability

@@ -11,8 +11,8 @@ import torch
 
 from models import architectures
 from models.errors import WeightsError
-from models.importing import import_model
-from models.store import ModelStore
+from models.store.importing import import_model
+from models.store.store import ModelStore
 
 LABELS = {"0": "ant", "1": ["n2", "bee"], "2": "wasp"}
 

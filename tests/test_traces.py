@@ -24,11 +24,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from service_fakes import GOOD, Service, client_of
 
-from models.store import ModelStore
+from models.store.store import ModelStore
 from service.app import create_app
-from service.engine import Engine
+from service.inference.engine import Engine
+from service.inference.traces import Traces
 from service.settings import Settings, SettingsError
-from service.traces import Traces
 
 pytestmark = pytest.mark.anyio
 IMAGE = save(solid())
@@ -233,7 +233,7 @@ def test_a_server_sends_its_traces_and_names_them_in_its_log(
 
 
 def test_a_collector_that_is_away_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.traces.CLOSE_S", 0.2)
+    monkeypatch.setattr("service.inference.traces.CLOSE_S", 0.2)
     away = Traces.of(Settings(trace_endpoint="http://127.0.0.1:9"))
     assert away is not None
     away.begin({"method": "GET", "path": "/"}, {}).end()

@@ -8,22 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models.classifier import Preprocessing
+from models.data import audit
+from models.data.audit import Audit, BadFile, Images, drawn_colours, is_animated, make_audit, odd_drawings, reason_of
+from models.data.duplicates.groups import Near
 from models.data.samples import PARTS, Item
 from models.errors import ImageError
-from models.images import decode
-from models.training import audit
-from models.training.audit import (
-    Audit,
-    BadFile,
-    Images,
-    drawn_colours,
-    is_animated,
-    make_audit,
-    odd_drawings,
-    reason_of,
-)
-from models.training.duplicates import Near
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from training_data import settings
 
-from models.training.augment import (
+from models.training.network.augment import (
     augment,
     augmented_copy,
     flip,
@@ -189,5 +189,5 @@ def test_mixed_labels_are_shares(images: Tensor, chosen: dict[str, Any], mixed: 
 
 
 def test_light_does_without_torchvision() -> None:
-    code = "import sys, models.training.network; sys.exit('torchvision' in sys.modules)"
+    code = "import sys, models.training.network.trainer; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models import architectures
-from models.training.auxiliary import Auxiliary, auxiliary
+from models.training.network.auxiliary import Auxiliary, auxiliary
 
 
 @pytest.mark.parametrize(

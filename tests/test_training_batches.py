@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
-from models.classifier import denormalise, normalise
-from models.training.batches import Batch, Batches, first_images
-from models.training.network import train
-from models.training.pictures import caption, training_batch
-from models.training.ranks import ALONE, Ranks
-from models.training.request import Budget, EarlyStopping, Effective
+from models.preprocessing import denormalise, normalise
+from models.training.job.request import Budget, EarlyStopping, Effective
+from models.training.network.batches import Batch, Batches, first_images
+from models.training.network.process_group import ALONE, Ranks
+from models.training.network.trainer import train
+from models.training.outcome.thumbnails import caption, training_batch
 
 DATA = in_memory()
 CLASSES = DATA.classes

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.training.calibrate import calibrate, expected_calibration_error, reliability, temperature
+from models.training.evaluation.calibrate import calibrate, expected_calibration_error, reliability, temperature
 
 
 def drawn(count: int, sharpness: float) -> tuple[Tensor, Tensor]:

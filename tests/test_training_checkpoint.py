@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.training import checkpoint
-from models.training.checkpoint import load, previous, remove, save
+from models.training.network import checkpoint
+from models.training.network.checkpoint import load, previous, remove, save
 
 CPU = torch.device("cpu")
 

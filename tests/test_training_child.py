@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from models.errors import DatasetError
-from models.image_cost import Limits
-from models.records import read_record, to_json
-from models.training import child, finetune
-from models.training.child import EXIT_ORPHANED, Reporter, rehearsal, work
-from models.training.handover import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
-from models.training.process import explain
-from models.training.rehearsal import dry_run
-from models.training.request import Event, FinetuneRequest
+from models.files.records import read_record, to_json
+from models.images.cost import Limits
+from models.training import run as finetune
+from models.training import trainer_process as child
+from models.training.dry_run import dry_run
+from models.training.job.job_files import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
+from models.training.job.parent_process import explain
+from models.training.job.request import Event, FinetuneRequest
+from models.training.trainer_process import EXIT_ORPHANED, Reporter, rehearsal, work
 from service.jobs.trainer import visible_gpus
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
@@ -190,9 +191,9 @@ def test_what_json_cannot_say_is_left_out() -> None:
 MAIN = """
 import os, sys, time
 from pathlib import Path
-from models.training.child import be_modest, main
-from models.training.handover import Result
-from models.training.request import Event
+from models.training.trainer_process import be_modest, main
+from models.training.job.job_files import Result
+from models.training.job.request import Event
 
 def run(request, store, progress, *, job_dir, cache, stop, device, limits):
     print("a library's chatter")

@@ -10,16 +10,19 @@ from training_data import coloured, folder
 
 from models import architectures
 from models.errors import ArchitectureNotFound, TrainingError
-from models.store import ModelStore
-from models.training import choosing, cross_validation, finetune, fitting
-from models.training.cross_validation import FoldResult, FoldResults
-from models.training.finetune import Event, FinetuneRequest, folder_of
-from models.training.job import Job, Run
-from models.training.network import History
-from models.training.rehearsal import dry_run
-from models.training.report import Report
+from models.store.store import ModelStore
+from models.training import run as finetune
+from models.training import train
+from models.training.context import Job, Run
+from models.training.dry_run import dry_run
+from models.training.network.trainer import History
+from models.training.reports import Report
+from models.training.run import Event, FinetuneRequest, folder_of
+from models.training.selection import architectures as cross_validation
+from models.training.selection import bases
+from models.training.selection.architectures import FoldResult, FoldResults
 from service.cli.finetune import show_plan, summary
-from service.schemas import DryRun
+from service.http.schemas import DryRun
 
 CHOSEN = {"epochs": 3, "batch_size": 8, "lr": 0.02}
 BASES = ["mnist_cnn", "lenet5"]  # 28 and 32 px
@@ -59,14 +62,14 @@ def bench(tmp_path: Path, photos: Path) -> Bench:
 @pytest.fixture
 def trained_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Job, History]]:
     """Each training that was done, folds and the full one."""
-    done, fit_network = [], fitting.fit_network
+    done, fit_network = [], train.fit_network
 
     def noted(job: Job, network: Any, path: Path) -> History:
         history = fit_network(job, network, path)
         done.append((job.bases[0].name, job, history))
         return history
 
-    monkeypatch.setattr(fitting, "fit_network", noted)
+    monkeypatch.setattr(train, "fit_network", noted)
     return done
 
 
@@ -101,13 +104,13 @@ def test_folds_are_stratified_parts_of_the_training_images(
 
 def test_a_fold_starts_from_its_own_seed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was trained before it: a resumed choice starts each fold from the same weights."""
-    started, fit_network = [], fitting.fit_network
+    started, fit_network = [], train.fit_network
 
     def noted(job: Job, network: Any, path: Path) -> History:
         started.append(network[1].weight.detach().clone())
         return fit_network(job, network, path)
 
-    monkeypatch.setattr(fitting, "fit_network", noted)
+    monkeypatch.setattr(train, "fit_network", noted)
     bench.run(hyperparameters={**CHOSEN, "seed": 7, "epochs": 1})
     for place, seed in ((2, 7), (3, 8)):  # after the two folds of mnist_cnn
         torch.manual_seed(seed)
@@ -171,7 +174,7 @@ def test_a_choice_that_was_made_is_kept(bench: Bench, monkeypatch: pytest.Monkey
     with pytest.raises(TypeError):
         bench.run()
     monkeypatch.undo()
-    monkeypatch.setattr(choosing, "choose_architecture", None)
+    monkeypatch.setattr(bases, "choose_architecture", None)
     begun = Run.read(bench.folder)
     assert begun is not None
     assert begun.choice is not None
@@ -225,7 +228,7 @@ def test_more_folds_than_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_failure_names_the_architecture_and_the_fold(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.training.network.Trainer.validate", lambda trainer: (float("nan"), 0.0))
+    monkeypatch.setattr("models.training.network.trainer.Trainer.validate", lambda trainer: (float("nan"), 0.0))
     with pytest.raises(TrainingError, match="mnist_cnn, fold 1: the loss is no longer finite"):
         bench.run()
 
@@ -240,7 +243,7 @@ def test_an_unknown_architecture_is_refused_at_once(bench: Bench) -> None:
 
 def test_the_dry_run_counts_every_fold(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(
-        "models.training.rehearsal.seconds_per_image", lambda job, base: {"lenet5": 1.0}.get(base.name, 3.0)
+        "models.training.dry_run.seconds_per_image", lambda job, base: {"lenet5": 1.0}.get(base.name, 3.0)
     )
     plan = dry_run(bench.request(), bench.store, lambda event: None, cache=bench.root)
     shown, held = plan["split"]["train"], plan["split"]["val"]

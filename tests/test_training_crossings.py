@@ -8,8 +8,8 @@ from support.fake_cuda import CUDA, crossings, fake_cuda
 from torch import nn
 from training_data import PREPROCESSING, in_memory, settings
 
-from models.training.batches import Batches
-from models.training.step import Stepper
+from models.training.network.batches import Batches
+from models.training.network.step import Stepper
 
 DATA = in_memory()
 

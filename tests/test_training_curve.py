@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models.training.curve import CurvePoint, advice, learning_curve
-from models.training.request import FinetuneRequest, effective
+from models.training.evaluation.learning_curve import CurvePoint, advice, learning_curve
+from models.training.job.request import FinetuneRequest, effective
 
 SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 200)
 

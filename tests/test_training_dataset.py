@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
-from models.classifier import Preprocessing
-from models.data import raw_pixels
+from models.data import dataset
+from models.data.dataset import Dataset, load, pixels
+from models.data.formats import raw_pixels
 from models.data.samples import Reading
 from models.errors import DatasetError, TooFewImages, TooManyBadFiles
-from models.image_cost import Limits
-from models.training import dataset
-from models.training.dataset import Dataset, load, pixels
+from models.images.cost import Limits
+from models.preprocessing import Preprocessing
 
 BAD = {"red/broken.png": b"\x89PNG\r\n\x1a\nnothing"}
 SAME = png((200, 40, 40), 7)

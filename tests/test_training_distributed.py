@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
-from models.training import distributed, network
-from models.training.augment import Part, augment
-from models.training.handover import Failure
-from models.training.network import History
-from models.training.ranks import Ranks
-from models.training.request import Budget, EarlyStopping, Effective, Event
-from models.training.step import Halved, Stepper
+from models.training.job.job_files import Failure
+from models.training.job.request import Budget, EarlyStopping, Effective, Event
+from models.training.network import distributed, trainer
+from models.training.network.augment import Part, augment
+from models.training.network.process_group import Ranks
+from models.training.network.step import Halved, Stepper
+from models.training.network.trainer import History
 
 DATA = in_memory()
 TWO = (torch.device("cpu"), torch.device("cpu"))
@@ -83,7 +83,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Sequential
 def test_two_come_to_what_one_comes_to(undisturbed: tuple[nn.Sequential, History], tmp_path: Path) -> None:
     module, history = undisturbed
     alone = tiny()
-    one = network.train(alone, DATA, PREPROCESSING, chosen(), RULE, FREE, tmp_path / "c.pt", print)
+    one = trainer.train(alone, DATA, PREPROCESSING, chosen(), RULE, FREE, tmp_path / "c.pt", print)
     assert history.losses == pytest.approx(one.losses, rel=1e-4)
     assert history.val_losses == pytest.approx(one.val_losses, rel=1e-4)
     assert history.train_accuracies == pytest.approx(one.train_accuracies)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.training import duplicates, likeness
-from models.training.duplicates import Found, equal, near_pairs, search
-from models.training.request import NearDuplicates
+from models.data.duplicates import groups, likeness
+from models.data.duplicates.groups import Found, equal, near_pairs, search
+from models.data.samples import NearDuplicates
 
 
 def pictures(count: int, seed: int = 0, side: int = 32, blobs: int = 6) -> Tensor:
@@ -72,7 +72,7 @@ def test_flat_images_are_alike_only_where_equal() -> None:
 
 
 def test_groups_are_chains_of_pairs() -> None:
-    numbers = duplicates._joined(torch.tensor([0, 1, 2, 1, 3]), torch.tensor([[1, 4], [0, 4]]))
+    numbers = groups._joined(torch.tensor([0, 1, 2, 1, 3]), torch.tensor([[1, 4], [0, 4]]))
     assert numbers.tolist() == [0, 0, 1, 0, 0]
 
 
@@ -80,14 +80,14 @@ def test_in_a_large_group_only_closer_pairs_count(monkeypatch: pytest.MonkeyPatc
     chain = np.stack([np.full(299, 4), np.arange(299), np.arange(1, 300)], axis=1)  # bits, places
     alike = torch.full((299,), 0.92)
     alike[::2] = 0.995
-    monkeypatch.setattr(duplicates, "_candidates", lambda thumbs: chain)
+    monkeypatch.setattr(groups, "_candidates", lambda thumbs: chain)
     monkeypatch.setattr(likeness, "details", lambda gray, basis, pairs: alike)
     assert near_pairs(pictures(300), torch.arange(300)).pairs.tolist() == chain[::2, 1:].tolist()
 
 
 def test_the_closest_candidates_are_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pictures(40)
-    monkeypatch.setattr(duplicates, "MAX_CANDIDATES", 1)
+    monkeypatch.setattr(groups, "MAX_CANDIDATES", 1)
     found = near_pairs(torch.cat([pixels, pixels[7:8]]), torch.arange(41))
     assert found.pairs.tolist() == [[7, 40]]
 
@@ -136,7 +136,7 @@ def test_reported_near_duplicates_do_not_group_and_off_finds_none() -> None:
 def test_features_decide_where_details_are_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pictures(50, side=64, blobs=5)
     both = torch.cat([pixels, changed(pixels[3], "gray")[None]])
-    monkeypatch.setattr(duplicates, "_levels", lambda usual, images: (0.7, 1.01))
+    monkeypatch.setattr(groups, "_levels", lambda usual, images: (0.7, 1.01))
     monkeypatch.setattr(likeness, "_reference", lambda: None)
     assert not searched(both).near
     monkeypatch.setattr(likeness, "_reference", lambda: lambda images: images.mean(dim=1).flatten(1))

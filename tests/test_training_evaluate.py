@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Preprocessing, normalise
-from models.training.evaluate import Evaluation, Pair, evaluate, label_errors, outputs, wilson
+from models.preprocessing import Preprocessing, normalise
+from models.training.evaluation.evaluate import Evaluation, Pair, evaluate, label_errors, outputs, wilson
 
 CLASSES = ("a", "b", "c")
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from models.classifier import Head
 from models.errors import TrainingError
-from models.training.feature_sum import SumRecipe, fit_sum
-from models.training.head import Fit
-from models.training.request import FinetuneRequest, effective
+from models.training.head.feature_sum import SumRecipe, fit_sum
+from models.training.head.regression import Fit
+from models.training.job.request import FinetuneRequest, effective
 
 SETTINGS = replace(effective(FinetuneRequest(dataset="images", name="test"), "head", 90), epochs=15)
 

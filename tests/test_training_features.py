@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone, BackboneRef, Preprocessing, normalise
+from models.classifier import Backbone, BackboneRef
 from models.errors import TrainingError
+from models.preprocessing import Preprocessing, normalise
 from models.runtime.torch_engine import TorchEngine
-from models.training import features as module
-from models.training.features import FeatureCache, Stopped
+from models.training.head import features as module
+from models.training.head.features import FeatureCache, Stopped
 
 PREPROCESSING = Preprocessing(resize=8, crop=8)
 PIXELS = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).permute(
@@ -238,7 +239,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     told: list[str] = []
-    monkeypatch.setattr("models.files.replace", full)
+    monkeypatch.setattr("models.files.atomic_files.replace", full)
     monkeypatch.setattr(module, "SHARD_BYTES", 1)
     assert ask(tmp_path, backbone, warn=told.append).shape == (20, 6)
     assert len(told) == 1

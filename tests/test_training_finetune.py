@@ -17,24 +17,26 @@ from PIL import Image
 from training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
+from models.data.dataset import load
 from models.errors import ArchitectureNotFound, DatasetError, DeviceUnavailable, ModelNotFound, TrainingError
-from models.images import Limits, decode, stack
-from models.packaged import PACKAGES
+from models.images.decoding import Limits, decode, stack
 from models.runtime import devices
-from models.store import ModelStore
-from models.training import distributed, finetune, fitting
-from models.training import network as whole
-from models.training.dataset import load
-from models.training.evaluate import outputs
-from models.training.finetune import Event, FinetuneRequest
-from models.training.handover import ParitySamples, Result
-from models.training.job import Run, forget
-from models.training.network import Trainer
-from models.training.rehearsal import dry_run
-from models.training.remember import calibrate
-from models.training.report import Report
+from models.store.packaged import PACKAGES
+from models.store.store import ModelStore
+from models.training import run as finetune
+from models.training import train as fitting
+from models.training.context import Run, forget
+from models.training.dry_run import dry_run
+from models.training.evaluation.evaluate import outputs
+from models.training.job.job_files import ParitySamples, Result
+from models.training.network import distributed
+from models.training.network import trainer as whole
+from models.training.network.trainer import Trainer
+from models.training.outcome.uncertainty import calibrate
+from models.training.reports import Report
+from models.training.run import Event, FinetuneRequest
 from service.cli import main
-from service.schemas import DryRun
+from service.http.schemas import DryRun
 
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"
@@ -208,7 +210,7 @@ def test_a_second_head_on_the_same_images_computes_no_features(
     trained: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained.run(name="first", base="colours")
-    monkeypatch.setattr("models.training.features.Extractor", None)
+    monkeypatch.setattr("models.training.head.features.Extractor", None)
     assert trained.run(name="second", base="colours").head_sha256 == first.head_sha256
 
 
@@ -412,7 +414,7 @@ def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest
     with pytest.raises(TypeError):
         trained.ask(name="kept", base="auto")
     monkeypatch.undo()
-    monkeypatch.setattr("models.training.choosing.choose", None)
+    monkeypatch.setattr("models.training.selection.bases.choose", None)
     begun = Run.read(trained.root / "jobs" / "kept")
     result, _ = trained.ask(name="kept", base="auto")
     assert begun is not None
@@ -602,7 +604,7 @@ def test_a_version_of_another_split_may_have_seen_the_images(trained: Workshop) 
 def test_without_a_single_image_to_ask_the_server_nothing_is_served(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.training.parity.PARITY_BYTES", 0)
+    monkeypatch.setattr("models.training.outcome.parity.PARITY_BYTES", 0)
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "manual"
     assert "nobody knows" in (result.reason or "")
@@ -642,7 +644,7 @@ def test_memory_of_a_gpu_is_bounded_before_anything_is_read(trained: Workshop, m
     monkeypatch.setattr(finetune, "devices", lambda name: [torch.device(name)])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(finetune, "leave_memory", bound)
-    monkeypatch.setattr("models.training.dataset.load", lambda *args, **rest: pytest.fail("read"))
+    monkeypatch.setattr("models.data.dataset.load", lambda *args, **rest: pytest.fail("read"))
     with pytest.raises(TrainingError, match="bounded"):
         finetune.prepare(asked, trained.store, lambda event: None, None, trained.root, device="cuda:1")
     assert chosen == [torch.device("cuda", 1)]
@@ -693,7 +695,7 @@ def moving() -> bytes:
 def test_the_estimate_follows_from_what_one_image_takes(
     trained: Workshop, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], features: float, train: float
 ) -> None:
-    monkeypatch.setattr("models.training.rehearsal.seconds_per_image", lambda job, base: 1.0)
+    monkeypatch.setattr("models.training.dry_run.seconds_per_image", lambda job, base: 1.0)
     request = FinetuneRequest.model_validate({"dataset": trained.photos, "name": "new", "base": "colours", **asked})
     found = dry_run(request, trained.store, lambda event: None, cache=trained.root)["estimate"]
     assert (found["features"], found["train"]) == (features, train)

@@ -6,7 +6,7 @@ from torch import nn
 
 from models import architectures
 from models.errors import TrainingError
-from models.training.freezing import Freezing, fresh_stages, initialise_anew, stages
+from models.training.network.freezing import Freezing, fresh_stages, initialise_anew, stages
 
 
 def backbone() -> nn.Sequential:

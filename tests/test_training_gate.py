@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.training.gate import compare, images_needed, mcnemar, paired_interval
+from models.training.evaluation.gate import compare, images_needed, mcnemar, paired_interval
 
 
 def answers(both: int, only_served: int, only_new: int, neither: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from models.classifier import Head
 from models.errors import TrainingError
-from models.training.head import FOLDS, STRENGTHS, Fit, class_weights, fit, fit_at, fold_of
-from models.training.request import Effective, FinetuneRequest, effective
+from models.training.head.regression import FOLDS, STRENGTHS, Fit, class_weights, fit, fit_at, fold_of
+from models.training.job.request import Effective, FinetuneRequest, effective
 
 SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 300)
 Clouds = tuple[Tensor, Tensor]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.training.image_kinds import image_kind
+from models.data.image_kinds import image_kind
 
 
 @pytest.mark.parametrize(

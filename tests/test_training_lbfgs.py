@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from models.errors import TrainingError
-from models.training.lbfgs import minimise
+from models.training.head.lbfgs import minimise
 
 
 def quadratic(weights: Tensor) -> tuple[float, Tensor]:

@@ -6,9 +6,9 @@ import pytest
 from training_data import PREPROCESSING, in_memory
 
 from models.classifier import BackboneRef
-from models.store import ModelStore
+from models.store.store import ModelStore
 from models.training.bases import Base
-from models.training.lineage import seen_before
+from models.training.outcome.lineage import seen_before
 
 DATA = in_memory()  # "squares", a third to validate on, seed 0
 OTHER = {**DATA.split, "seed": 1}

@@ -10,12 +10,12 @@ from torch import nn
 from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
-from models.training import network as whole
-from models.training.auxiliary import Auxiliary
-from models.training.checkpoint import previous
-from models.training.network import History, Trainer, deterministic
-from models.training.progress import never
-from models.training.request import Budget, EarlyStopping, Effective, Event
+from models.progress import never
+from models.training.job.request import Budget, EarlyStopping, Effective, Event
+from models.training.network import trainer as whole
+from models.training.network.auxiliary import Auxiliary
+from models.training.network.checkpoint import previous
+from models.training.network.trainer import History, Trainer, deterministic
 
 DATA = in_memory()
 NONE, FREE = EarlyStopping(criterion="none"), Budget()

@@ -7,8 +7,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from models import architectures
-from models.training.freezing import stages
-from models.training.recompute import recomputing
+from models.training.network.freezing import stages
+from models.training.network.gradient_checkpointing import recomputing
 
 
 def forward_and_back(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:

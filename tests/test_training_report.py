@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from training_reports import HOSTILE, report
 
-from models.training.report import Batch, Report, html, write_tensorboard
-from models.training.report.markup import Markup, element
-from models.training.report.plots import Scale, Series, confusion, lines
-from models.training.report.tensorboard import scalars
-from models.training.select import Choice, Scored
+from models.training.candidates import Choice, Scored
+from models.training.reports import Batch, Report, html, write_tensorboard
+from models.training.reports.markup import Markup, element
+from models.training.reports.plots import Scale, Series, confusion, lines
+from models.training.reports.tensorboard import scalars
 
 JPEG = b"\xff\xd8\xff\xe0thumbnail"
 

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from models.errors import TrainingError
-from models.training.command import command
-from models.training.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
+from models.training.job.command import command
+from models.training.job.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
 from service.cli import main
 
 

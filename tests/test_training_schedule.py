@@ -1,6 +1,6 @@
 import pytest
 
-from models.training.schedule import SHAPES, constant, cosine, one_cycle, plateau, share, thirds
+from models.training.network.schedule import SHAPES, constant, cosine, one_cycle, plateau, share, thirds
 
 
 def test_one_cycle_rises_for_a_fifth_and_falls_to_nothing() -> None:

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.classifier import Backbone, BackboneRef, Preprocessing
+from models.classifier import Backbone, BackboneRef
 from models.errors import TrainingError
-from models.training import choosing, rehearsal, select
+from models.preprocessing import Preprocessing
+from models.training import candidates, dry_run
 from models.training.bases import Base
-from models.training.head import Validation, cross_validate
-from models.training.job import Job
-from models.training.request import FinetuneRequest, effective
-from models.training.select import Candidate, Choice, choose
+from models.training.candidates import Candidate, Choice, choose
+from models.training.context import Job
+from models.training.head.regression import Validation, cross_validate
+from models.training.job.request import FinetuneRequest, effective
+from models.training.selection import bases
 
 SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 90)
 LABELS = torch.arange(90) % 3
@@ -67,7 +69,7 @@ def test_stopped_it_tries_one_strength_of_each(monkeypatch: pytest.MonkeyPatch) 
         tried.append(len(found.path))
         return found
 
-    monkeypatch.setattr(select, "cross_validate", counted)
+    monkeypatch.setattr(candidates, "cross_validate", counted)
     choose(CANDIDATES, LABELS, torch.arange(90), 3, SETTINGS, None, lambda done: None, lambda: True)
     assert tried == [1] * len(CANDIDATES)
 
@@ -95,16 +97,16 @@ def computing_s(monkeypatch: pytest.MonkeyPatch) -> float:
 def test_the_latency_is_that_of_the_answer_and_not_of_asking(
     monkeypatch: pytest.MonkeyPatch, computing_s: float, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(choosing, "compile_backbone", lambda *args: Lazy())
+    monkeypatch.setattr(bases, "compile_backbone", lambda *args: Lazy())
     ref = BackboneRef(architecture="tiny", sha256="0" * 64, preprocessing=Preprocessing(resize=8, crop=8))
     backbone = Backbone(ref, torch.nn.Identity(), 4)
-    assert choosing.latency_ms(backbone, torch.device("cuda")) >= 1000 * computing_s
+    assert bases.latency_ms(backbone, torch.device("cuda")) >= 1000 * computing_s
 
 
 def test_a_dry_run_times_the_arithmetic_of_the_run_to_its_end(
     monkeypatch: pytest.MonkeyPatch, computing_s: float
 ) -> None:
-    monkeypatch.setattr(rehearsal, "_extractor", lambda job, base: Lazy())
+    monkeypatch.setattr(dry_run, "_extractor", lambda job, base: Lazy())
     base = Base(name="a", version=None, architecture="lenet5", preprocessing=Preprocessing(resize=8, crop=8), ref=None)
     job = cast("Job", SimpleNamespace(mode="head", device=torch.device("cuda")))
-    assert rehearsal.seconds_per_image(job, base) >= computing_s / rehearsal.IMAGES
+    assert dry_run.seconds_per_image(job, base) >= computing_s / dry_run.IMAGES

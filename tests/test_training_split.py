@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.data.samples import Part
-from models.training.split import break_up, given_rows, hold_out
+from models.data.split import break_up, given_rows, hold_out
 
 
 def digests_of(names: list[str]) -> list[bytes]:

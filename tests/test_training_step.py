@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from training_data import settings
 
 from models.errors import OutOfMemory
-from models.training.auxiliary import Auxiliary
-from models.training.request import Effective
-from models.training.step import Stepper
+from models.training.job.request import Effective
+from models.training.network.auxiliary import Auxiliary
+from models.training.network.step import Stepper
 
 IMAGES = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])

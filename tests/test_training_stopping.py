@@ -2,8 +2,8 @@
 
 import pytest
 
-from models.training.request import EarlyStopping
-from models.training.stopping import generalisation_loss, name_of, progress, reason_to_stop, trade
+from models.training.job.request import EarlyStopping
+from models.training.network.early_stopping import generalisation_loss, name_of, progress, reason_to_stop, trade
 
 FLAT = [1.0] * 40  # a training loss that does not move
 

@@ -16,10 +16,11 @@ from service_fakes import ADMIN, Service, client_of
 from v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
 
 from models import architectures
-from models.classifier import Head, HeadConfig, LayerConfig, Preprocessing, normalise
-from models.store import ModelStore
+from models.classifier import Head, HeadConfig, LayerConfig
+from models.preprocessing import Preprocessing, normalise
+from models.store.store import ModelStore
 from service.app import create_app
-from service.engine import Engine
+from service.inference.engine import Engine
 
 pytestmark = pytest.mark.anyio
 OTHER = Preprocessing(resize=40, crop=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

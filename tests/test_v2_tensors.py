@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from v2_requests import binary, body, elements, tensor
 
-from models.classifier import Preprocessing, normalise
 from models.errors import InvalidImage
-from models.images import unnormalise
+from models.images.decoding import unnormalise
+from models.preprocessing import Preprocessing, normalise
 from service.errors import BadRequest, PayloadTooLarge, ServiceError
-from service.v2_tensors import MAX_JSON, Inference, fitted, parse, reply
+from service.oip.tensors import MAX_JSON, Inference, fitted, parse, reply
 
 KIND = Preprocessing(resize=32, crop=32)
 PIXELS = np.arange(3 * 32 * 32, dtype=np.uint8).reshape(1, 3, 32, 32)

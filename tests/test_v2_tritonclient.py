@@ -14,8 +14,9 @@ from tritonclient.utils import InferenceServerException
 from v2_requests import KIND, PICTURES, PIXELS
 
 from models import architectures
-from models.classifier import Head, normalise
-from models.store import ModelStore
+from models.classifier import Head
+from models.preprocessing import normalise
+from models.store.store import ModelStore
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from service_fakes import Service, client_of
 from starlette.types import Message
 from test_middleware import Call, chunk
 
-from service import windows
 from service.errors import QueueFull
-from service.middleware import LARGE_BODY
-from service.windows import Windows
+from service.http import large_requests as windows
+from service.http.large_requests import Windows
+from service.http.middleware import LARGE_BODY
 
 pytestmark = pytest.mark.anyio
 FLOW = ("10.0.0.1", "a")

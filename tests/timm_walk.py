@@ -13,13 +13,15 @@ import torch
 from image_files import photo, save
 from torch import Tensor, nn
 
-from models import architectures, timm_networks
-from models.classifier import Backbone, normalise
-from models.explain import GradCam
-from models.images import decode
-from models.importing import fit
+from models import architectures
+from models.architectures import timm_networks
+from models.classifier import Backbone
+from models.heatmaps import GradCam
+from models.images.decoding import decode
+from models.preprocessing import normalise
 from models.runtime import Options, compile_backbone
-from models.store import ModelStore
+from models.store.importing import fit
+from models.store.store import ModelStore
 
 FAMILIES = Path(__file__).with_name("timm_families.json")
 CLASSES = 7
@@ -140,7 +142,7 @@ def exported(walked: Walked, folder: Path) -> float:
     from lively import answers
 
     from models.classifier import Head
-    from models.export.files import export
+    from models.store.export.files import export
 
     store, layer = ModelStore(folder), cast(nn.Linear, walked.layer)
     classes = [f"class_{index}" for index in range(CLASSES)]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.classifier import Preprocessing
-from models.training.audit import Images, make_audit
-from models.training.dataset import Dataset, Part
-from models.training.request import Effective, FinetuneRequest, Hyperparameters, effective
+from models.data.audit import Images, make_audit
+from models.data.dataset import Dataset, Part
+from models.preprocessing import Preprocessing
+from models.training.job.request import Effective, FinetuneRequest, Hyperparameters, effective
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 SIDE = 8

@@ -2,15 +2,15 @@
 
 import torch
 
-from models.training.audit import Audit, BadFile
-from models.training.calibrate import calibrate
-from models.training.curve import CurvePoint, LearningCurve
-from models.training.evaluate import evaluate, label_errors
-from models.training.gate import compare
-from models.training.head import STRENGTHS, PathPoint
-from models.training.layers import TrainedLayer
-from models.training.report import Epoch, Parity, Report
-from models.training.select import Choice, Scored
+from models.data.audit import Audit, BadFile
+from models.training.candidates import Choice, Scored
+from models.training.evaluation.calibrate import calibrate
+from models.training.evaluation.evaluate import evaluate, label_errors
+from models.training.evaluation.gate import compare
+from models.training.evaluation.layer_activity import TrainedLayer
+from models.training.evaluation.learning_curve import CurvePoint, LearningCurve
+from models.training.head.regression import STRENGTHS, PathPoint
+from models.training.reports import Epoch, Parity, Report
 
 CLASSES = ("ant", "bee", "cat & <dog>")
 HOSTILE = 'ant/"><script>alert(1)</script>.jpg'

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models import images
-from models.classifier import Preprocessing
+from models.images import decoding
+from models.preprocessing import Preprocessing
 
 
 def tensor(datatype: str = "UINT8", shape: tuple[int, ...] = (1, 3, 32, 32), **more: Any) -> dict[str, Any]:
@@ -40,4 +40,4 @@ def picture(seed: int) -> bytes:
 
 KIND = Preprocessing(resize=40, crop=32)
 PICTURES = [picture(1), picture(2)]
-PIXELS = torch.stack([images.decode(file, KIND) for file in PICTURES])
+PIXELS = torch.stack([decoding.decode(file, KIND) for file in PICTURES])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rig
-from service.bench import Report
+from service.diagnostics.load_generator import Report
 
 CONNECTIONS = 32
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imago-benchmarks" / "peers"

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from models.archive import printable
 from models.data.files import Files, is_text
 from models.data.parts import PARTS, Part, is_fold, is_unlabelled, part_of, parts_among
 from models.data.samples import Item, Layout, Source, by_path, listed, make_source, refuse_alike, tallied
 from models.errors import DatasetError, TooFewClasses
+from models.files.zip_file import printable
 
 # Roboflow puts these beside what it exports.
 IGNORED = ("README.roboflow.txt", "README.dataset.txt")

@@ -19,14 +19,14 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from models.archive import Archive, check_count, printable
 from models.data.samples import UNREADABLE, Ignored, tallied
 from models.data.system_files import left_by_systems, system_reason
 from models.errors import DatasetError
-from models.image_cost import FILE_BYTES, TRAINING_BYTES
-from models.paths import open_beneath
-from models.text_encodings import AUTO, decode_text, described
-from models.zip_directory import Member
+from models.files.safe_open import open_beneath
+from models.files.text_encodings import AUTO, decode_text, described
+from models.files.zip_directory import Member
+from models.files.zip_file import Archive, check_count, printable
+from models.images.cost import FILE_BYTES, TRAINING_BYTES
 
 PIECE = 2**20
 SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it

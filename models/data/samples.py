@@ -11,11 +11,14 @@ from lzma import LZMAError
 from operator import attrgetter
 from typing import Literal
 
-from models.archive import check_count, printable
-from models.class_names import complaint, escaped
 from models.data.parts import PARTS, Part, part_of
 from models.errors import DatasetError, TooFewClasses
-from models.text_encodings import AUTO
+from models.files.class_names import complaint, escaped
+from models.files.text_encodings import AUTO
+from models.files.zip_file import check_count, printable
+
+NearDuplicates = Literal["group", "report", "off"]
+
 
 __all__ = ["PARTS", "Part", "part_of"]
 

@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from zipfile import is_zipfile
 
-from models.archive import open_archive
-from models.class_names import complaint
-from models.data import label_studio
-from models.data.cifar import read_cifar
 from models.data.class_folders import read_class_folders
 from models.data.files import Files, FolderFiles, ZipFiles
-from models.data.idx import read_idx
-from models.data.parquet import read_parquet
+from models.data.formats import label_studio
+from models.data.formats.cifar import read_cifar
+from models.data.formats.idx import read_idx
+from models.data.formats.parquet import read_parquet
 from models.data.samples import AS_IT_IS, Reading, Source, advised, refuse_alike
-from models.data.tables import TABLES, read_label_studio, read_one_hot, read_table, read_tables
+from models.data.tables.table import TABLES, read_label_studio, read_one_hot, read_table, read_tables
 from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
-from models.text_encodings import AUTO, described
-from models.zip_directory import CODE_PAGE
+from models.files.class_names import complaint
+from models.files.text_encodings import AUTO, described
+from models.files.zip_directory import CODE_PAGE
+from models.files.zip_file import open_archive
 
 ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `printable` shows it
 MAX_SHOWN = 5  # classes in a message

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from models.archive import Window, check_count, check_growth, check_name
 from models.data.files import DAMAGED, Files, relative_names
 from models.errors import DatasetError
+from models.files.zip_file import Window, check_count, check_growth, check_name
 
 BLOCK = 2**20  # bytes unpacked at once
 MAX_HEADER_BYTES = 2**14  # of one member, all its headers together; a long name takes 4 KiB

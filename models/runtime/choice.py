@@ -17,7 +17,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.classifier import BackboneRef, Preprocessing, Record
+from models.classifier import BackboneRef
+from models.files.records import Record
+from models.preprocessing import Preprocessing
 from models.runtime.device import cpu_count
 from models.runtime.failures import is_device_lost, is_out_of_memory
 from models.runtime.openvino_engine import openvino_version

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone, Preprocessing, normalise
+from models.classifier import Backbone
 from models.errors import OutOfMemory
+from models.preprocessing import Preprocessing, normalise
 from models.runtime.options import DTYPES, Precision
 
 MB = 2**20

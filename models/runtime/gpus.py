@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 Code = Literal[
     "torch_without_cuda",
     "gpu_hidden",
@@ -238,9 +238,9 @@ def _broken(device: torch.device, sentence: str) -> GpuProblem:
     )
 
 
-def _within(seconds: float, function: Callable[[], Result]) -> Result:
+def _within(seconds: float, function: Callable[[], _Result]) -> _Result:
     """The function's result. Raises TimeoutError; the thread is then left behind, because a call into the driver cannot be stopped."""
-    future: Future[Result] = Future()
+    future: Future[_Result] = Future()
 
     def run() -> None:
         try:

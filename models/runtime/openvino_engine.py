@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone, Preprocessing
-from models.explain import upright
+from models.classifier import Backbone
+from models.heatmaps import upright
+from models.preprocessing import Preprocessing
 from models.runtime.options import EngineName, MemoryFormat, Precision
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from models.classifier import Record
+from models.files.records import Record
 
 EngineName = Literal["torch", "openvino"]
 Precision = Literal["float32", "bfloat16", "float16"]

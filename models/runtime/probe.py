@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.classifier import Backbone, Preprocessing, normalise
+from models.classifier import Backbone
+from models.preprocessing import Preprocessing, normalise
 from models.runtime.options import Agreement
 
 IMAGES = 32

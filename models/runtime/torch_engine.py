@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.classifier import Backbone
-from models.explain import upright
+from models.heatmaps import upright
 from models.runtime.device import use_ieee_float32
 from models.runtime.folding import fold_batch_norm
 from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
@@ -48,7 +48,7 @@ class TorchEngine:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         self._own_threads()
-        x = self._on_device(pixels).float().sub_(self.mean).div_(self.std)  # as models.classifier.normalise
+        x = self._on_device(pixels).float().sub_(self.mean).div_(self.std)  # as models.preprocessing.normalise
         features: Tensor = self.module(x.to(self.dtype))
         return features[: len(pixels)].float()
 

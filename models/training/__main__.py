@@ -1,11 +1,11 @@
-"""One training run in a process of its own: `python -m models.training [JOB_DIR]`. See `models.training.child`."""
+"""One training run in a process of its own: `python -m models.training [JOB_DIR]`. See `models.training.trainer_process`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from models.training.child import be_modest, main
+from models.training.trainer_process import be_modest, main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m models.training", description="Run the job that JOB_DIR holds.")

@@ -1,10 +1,13 @@
 """What a run starts from: backbones of the store, or an architecture without weights."""
 
-from models import architectures, packaged
-from models.classifier import BackboneRef, Preprocessing, Record
+from models import architectures
+from models.classifier import BackboneRef
 from models.errors import ModelNotFound, TrainingError
-from models.store import ModelStore
-from models.training.request import MAX_BASES, FinetuneRequest
+from models.files.records import Record
+from models.preprocessing import Preprocessing
+from models.store import packaged
+from models.store.store import ModelStore
+from models.training.job.request import MAX_BASES, FinetuneRequest
 
 
 class Base(Record):

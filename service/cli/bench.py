@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from service.bench import Load, Report, read_images, run
 from service.cli.options import a_number, examples
 from service.cli.progress import progress
+from service.diagnostics.load_generator import Load, Report, read_images, run
 
 
 @click.command(

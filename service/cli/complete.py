@@ -6,7 +6,7 @@ from service.settings import Settings, SettingsError
 
 
 def stored_models(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Names in the store that begin so, read off its folders: `models.store` stands on torch, which takes seconds to import."""
+    """Names in the store that begin so, read off its folders: `models.store.store` stands on torch, which takes seconds to import."""
     try:
         folder = Settings.load(weights=context.params.get("weights")).weights / "models"
         names = [entry.name for entry in folder.iterdir()]

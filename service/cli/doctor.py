@@ -10,8 +10,8 @@ import click
 from service.cli.options import settings_options
 
 if TYPE_CHECKING:
-    from service.doctor import Section
-    from service.gpu_check.records import Document
+    from service.diagnostics.doctor import Section
+    from service.diagnostics.gpu_check.records import Document
 
 STDOUT = "-"
 
@@ -56,7 +56,7 @@ def command(
         raise SystemExit(check_gpu(json_to, names, dataset, rehearse, flags["device"]))
     if names or dataset or rehearse:
         raise click.UsageError("--check, --dataset and --rehearse need --gpu")
-    from service.doctor import examine
+    from service.diagnostics.doctor import examine
 
     sections = []
     for section in examine(flags):
@@ -110,9 +110,9 @@ def check_gpu(
     json_to: str | None, names: tuple[str, ...], dataset: Path | None, rehearse: bool, device: str | None
 ) -> int:
     """The table on stdout as the checks end, then the document as the last line; its exit code."""
-    from service.gpu_check import report
-    from service.gpu_check.checks import selected
-    from service.gpu_check.runner import Run, run
+    from service.diagnostics.gpu_check import report
+    from service.diagnostics.gpu_check.checks import selected
+    from service.diagnostics.gpu_check.runner import Run, run
     from service.settings import Settings
 
     device = Settings.load(device=device).device

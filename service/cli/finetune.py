@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
+from models.data.audit import Audit
 from models.data.parts import PARTS
-from models.store import ModelStore
-from models.training.audit import Audit
-from models.training.evaluate import Evaluation
-from models.training.handover import Result
-from models.training.report import Report
-from models.training.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
-from models.training.select import Scored
+from models.store.store import ModelStore
+from models.training.candidates import Scored
+from models.training.evaluation.evaluate import Evaluation
+from models.training.job.job_files import Result
+from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from models.training.reports import Report
 from service.cli.complete import stored_models
 from service.cli.options import IMAGES, examples, fields_options, settings_options
 from service.cli.progress import Update, progress
@@ -90,7 +90,7 @@ def command(dry_run: bool, fresh: bool, as_json: bool, **options: Any) -> None:
 
 
 def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
-    from models.training.rehearsal import dry_run
+    from models.training.dry_run import dry_run
 
     use_cores(settings)
     with progress("finetune", "%") as update:
@@ -106,9 +106,9 @@ def rehearse(request: FinetuneRequest, settings: Settings) -> dict[str, Any]:
 
 
 def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bool) -> None:
-    from models.training.finetune import folder_of, run
-    from models.training.handover import REPORT, REPORT_PAGE
-    from models.training.job import forget
+    from models.training.context import forget
+    from models.training.job.job_files import REPORT, REPORT_PAGE
+    from models.training.run import folder_of, run
 
     use_cores(settings)
     store, folder = ModelStore(settings.weights), folder_of(request, settings.data / "finetune", fresh)

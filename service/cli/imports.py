@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from models.activations import Activation
+from models.classifier import Activation
 from service.cli.options import examples, settings_options
 from service.cli.progress import progress
 from service.cli.store import open_store, stored
 
 if TYPE_CHECKING:
     from models.classifier import ModelConfig
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
 
 @click.command(
@@ -58,8 +58,8 @@ def import_model(
     FILE is a state dict or checkpoint (.pth, .ckpt, .safetensors), a folder of timm's, a TorchServe archive (.mar), or a version that
     `imago models export --format store` wrote. Its content says which, never its suffix.
     """
-    from models.importing import Choices, read_classes
-    from models.importing import import_model as publish
+    from models.store.importing import Choices, read_classes
+    from models.store.importing import import_model as publish
 
     store = open_store(flags)
     if source.is_dir():
@@ -79,8 +79,8 @@ def import_model(
 
 def import_folder(store: "ModelStore", folder: Path, name: str | None, given: tuple[object, ...]) -> "ModelConfig":
     """A folder in the Hub's format, which names its own architecture, classes and channels."""
-    from models.checkpoints.foreign_files import named_folder
-    from models.timm_weights import pull_folder
+    from models.store.checkpoints.foreign_files import named_folder
+    from models.store.timm_weights import pull_folder
 
     if what := named_folder(folder):
         raise click.ClickException(f"{folder} is refused: {what}")

@@ -46,8 +46,8 @@ def connect(url: str, flags: Mapping[str, Any]) -> "httpx.Client":
     (`http_proxy`, `ALL_PROXY`) unless the server is on this machine."""
     import httpx
 
-    from models.download import client_of
-    from service.hosts import is_loopback
+    from models.store.download import client_of
+    from service.system.hosts import is_loopback
 
     headers = {"Authorization": f"Bearer {admin_key(Settings.load(**flags))}"}
     local = is_loopback(httpx.URL(url).host)
@@ -58,7 +58,7 @@ def admin_key(settings: Settings) -> str:
     """Of the settings, or of the data folder; nothing is made here, for only the server can."""
     if settings.admin_key:
         return settings.admin_key.get_secret_value()
-    from service.auth import ADMIN_KEY_FILE
+    from service.http.auth import ADMIN_KEY_FILE
 
     try:
         return (settings.data / ADMIN_KEY_FILE).read_text().strip()

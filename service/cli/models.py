@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from models.classifier import ModelConfig
-    from models.export.files import ExportFormat
-    from models.search import Found
-    from models.store import ModelStore
+    from models.store.export.files import ExportFormat
+    from models.store.search import Found
+    from models.store.store import ModelStore
 
 ACTIVATED_AGAIN = "A running server picks it up when this version is activated again, or at its next start."
 GROUP = "imagenet"  # what `pull` knows several models by
@@ -70,8 +70,8 @@ def list_models(as_json: bool, **flags: Any) -> None:
 @settings_options("weights")
 def show(name: str, classes: int, channels: str, **flags: Any) -> None:
     """Show a stored model, or an architecture: its layers with output shapes, parameters and multiply-adds."""
-    from models.layers import layer_table
-    from models.licences import licences_of, warning
+    from models.architectures.layer_table import layer_table
+    from models.architectures.licences import licences_of, warning
 
     store = open_store(flags)
     stored, version = split_version(name)
@@ -96,8 +96,8 @@ def search(pattern: str, limit: int, as_json: bool, **flags: Any) -> None:
 
     Weights are packaged (no download), stored, published (`imago models pull NAME` fetches them) or none.
     """
-    from models.search import describe
-    from models.search import search as find
+    from models.store.search import describe
+    from models.store.search import search as find
 
     names = find(pattern)
     found = describe(names[:limit], open_store(flags))
@@ -136,8 +136,8 @@ def pull(names: tuple[str, ...], as_name: str | None, pretrained: str, **flags: 
     """
     if as_name is not None and len(names) > 1:
         raise click.UsageError("--name names one model; pull one at a time")
-    from models.pull import IMAGENET_ENSEMBLE, publish_ensemble
-    from models.pull import pull as pull_weights
+    from models.store.pull import IMAGENET_ENSEMBLE, publish_ensemble
+    from models.store.pull import pull as pull_weights
 
     settings = Settings.load(**flags)
     store = open_store(flags)
@@ -178,7 +178,7 @@ def export_model(
     name: str, out: Path, version: int | None, file_format: "ExportFormat", force: bool, **flags: Any
 ) -> None:
     """Write a stored version to OUT: pixels in, calibrated probabilities out. A name in .zip holds all files."""
-    from models.export.files import export
+    from models.store.export.files import export
 
     model, number = split_version(name)
     if number is not None and version is not None and number != version:
@@ -196,7 +196,7 @@ def export_model(
 @settings_options("weights")
 def ensemble(name: str, members: tuple[str, ...], **flags: Any) -> None:
     """Store a model that answers the mean of its members' probabilities. It shares their backbones."""
-    from models.ensembles import ensemble as join
+    from models.store.ensembles import ensemble as join
 
     store = open_store(flags)
     stored(store, join(store, name, list(members)))
@@ -262,8 +262,8 @@ def calibrate(
 
     DATASET has a train/ and a test/ (or val/) of its own; the latter must be new to the model.
     """
-    from models.decisions import PRECISION
-    from models.training.remember import calibrate as make_reference
+    from models.decision_rules import PRECISION
+    from models.training.outcome.uncertainty import calibrate as make_reference
 
     store = open_store(flags)
     config = store.config(*split_version(name))
@@ -320,7 +320,7 @@ def split_version(name: str) -> tuple[str, int | None]:
 
 def expanded(names: tuple[str, ...]) -> list[str]:
     """The names with the group `imagenet` replaced by its members and their ensemble, each once."""
-    from models.pull import IMAGENET_ENSEMBLE, IMAGENET_GROUP
+    from models.store.pull import IMAGENET_ENSEMBLE, IMAGENET_GROUP
 
     group = (*IMAGENET_GROUP, IMAGENET_ENSEMBLE)
     members = [member for name in names for member in (group if name == GROUP else (name,))]
@@ -329,7 +329,7 @@ def expanded(names: tuple[str, ...]) -> list[str]:
 
 def warn(config: "ModelConfig") -> None:
     """Says what to know of a pulled version before it is used."""
-    from models.licences import warnings_of
+    from models.architectures.licences import warnings_of
 
     for line in warnings_of(config.lineage):
         click.echo(f"warning: {config.name}: {line}", err=True)

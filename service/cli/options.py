@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from models.text_encodings import check_encoding
+from models.files.text_encodings import check_encoding
 from service.settings import PREFIX, Settings
 
 F = TypeVar("F", bound=Callable[..., Any])

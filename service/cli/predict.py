@@ -20,8 +20,8 @@ from service.cli.progress import Update, progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.answers import Answer, Prediction, Wanted
-    from service.engine import Engine
+    from service.inference.engine import Engine
+    from service.inference.results import Answer, Prediction, Wanted
 
 AT_ONCE = 32  # images that are in the engine together
 END_S = 10.0  # for the batch that a device thread is in when nobody needs it any more
@@ -74,7 +74,7 @@ def command(
     Exit code 1 if no image could be classified.
     """
     settings = Settings.load(**flags, top_k=top_k, timeout_ms=PATIENCE_MS)
-    from service.answers import Wanted
+    from service.inference.results import Wanted
 
     wanted = Wanted("overlay" if explain else None, alpha, neighbours)
     with progress("predict", "images") as update:
@@ -93,10 +93,10 @@ async def classify(
     settings: Settings, files: Sequence[Path], models: Sequence[str], wanted: "Wanted", update: Update
 ) -> "list[Answer]":
     """One answer per model, over all files in their order. Only the models that are asked are loaded."""
-    from models.store import ModelStore
-    from service.engine import Engine
-    from service.metrics import Metrics
-    from service.plan import plan_serving
+    from models.store.store import ModelStore
+    from service.inference.engine import Engine
+    from service.inference.registry.served_models import plan_serving
+    from service.observability.metrics import Metrics
 
     store = ModelStore(settings.weights)
     names = tuple(models) or tuple(filter(None, [plan_serving(settings, store).default]))

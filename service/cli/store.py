@@ -9,14 +9,14 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from models.classifier import ModelConfig
-    from models.store import ModelStore
+    from models.store.store import ModelStore
 
 
 def open_store(flags: dict[str, Any]) -> "ModelStore":
     """The store, with the packaged models that it serves converted; a read-only one is left as it is."""
-    from models import packaged
     from models.errors import ReadOnlyStore
-    from models.store import ModelStore
+    from models.store import packaged
+    from models.store.store import ModelStore
 
     store = ModelStore(Settings.load(**flags).weights)
     with suppress(OSError, ReadOnlyStore):

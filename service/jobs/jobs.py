@@ -19,22 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from models.errors import DatasetError
-from models.files import locked, replace, staging, sweep
-from models.records import read_record, to_json
-from models.store import ModelStore
-from models.training.handover import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, Result
-from models.training.request import FinetuneRequest
+from models.files.atomic_files import locked, replace, staging, sweep
+from models.files.records import read_record, to_json
+from models.store.store import ModelStore
+from models.training.job.job_files import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, Result
+from models.training.job.request import FinetuneRequest
 from service import datasets
-from service.answers import Sample
-from service.engine import Engine
-from service.errors import (
-    DeadlineExceeded,
-    Draining,
-    ReportNotFound,
-    ServiceError,
-    TrainerUnavailable,
-    error_of,
-)
+from service.errors import DeadlineExceeded, Draining, ReportNotFound, ServiceError, TrainerUnavailable, error_of
+from service.inference.engine import Engine
+from service.inference.results import Sample
 from service.jobs.events import EVENTS, Tail, append
 from service.jobs.job import ACTIVE, ID_PATTERN, TERMINAL, Job
 from service.jobs.trainer import TRAINER, Trainers, order_of

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.training.handover import Order
-from models.training.request import FinetuneRequest
+from models.training.job.job_files import Order
+from models.training.job.request import FinetuneRequest
 from service.datasets import resolve
 from service.settings import Settings
 

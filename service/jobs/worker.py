@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError, OutOfMemory
-from models.files import replace
-from models.records import read_record, to_json
-from models.store import ModelStore
-from models.training.handover import (
+from models.files.atomic_files import replace
+from models.files.records import read_record, to_json
+from models.store.store import ModelStore
+from models.training.job.job_files import (
     EXIT_DEVICE_LOST,
     EXIT_DISK_FULL,
     JOB,
@@ -35,8 +35,7 @@ from models.training.handover import (
     Result,
     published,
 )
-from models.training.request import FinetuneRequest
-from service.answers import Sample
+from models.training.job.request import FinetuneRequest
 from service.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -46,6 +45,7 @@ from service.errors import (
     ServiceError,
     TrainerUnavailable,
 )
+from service.inference.results import Sample
 from service.jobs.events import EVENTS, append
 from service.jobs.job import Job
 from service.jobs.pace import Pace, Reached

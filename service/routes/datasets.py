@@ -7,15 +7,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
 
-from models.classifier import NAME_PATTERN
 from models.errors import NameConflict
-from service.auth import AdminRoute, require_admin
+from models.files.records import NAME_PATTERN
 from service.datasets import Arrival, Dataset
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
-from service.middleware import encode
-from service.multipart import Multipart, Part, Sink
-from service.routes.upload import while_connected
-from service.schemas import (
+from service.http.auth import AdminRoute, require_admin
+from service.http.middleware import encode
+from service.http.schemas import (
     BINARY,
     DATASET_EXAMPLE,
     DRY_RUN_EXAMPLE,
@@ -25,7 +23,9 @@ from service.schemas import (
     Validate,
     json_answer,
 )
-from service.state import DatasetsDep, JobsDep
+from service.http.uploads.multipart import Multipart, Part, Sink
+from service.http.uploads.upload import while_connected
+from service.routes.dependencies import DatasetsDep, JobsDep
 
 router = APIRouter(
     tags=["datasets"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS

@@ -12,16 +12,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
-from models.training.request import FinetuneRequest
-from service.auth import AdminRoute, require_admin
-from service.bases import training_bases
-from service.engine import Engine
+from models.training.job.request import FinetuneRequest
 from service.errors import JobNotFound, TrainerUnavailable, ValidationFailed
-from service.jobs import Job, Jobs
-from service.jobs.job import ID_PATTERN
-from service.middleware import encode
-from service.routes.upload import while_connected
-from service.schemas import (
+from service.http.auth import AdminRoute, require_admin
+from service.http.middleware import encode
+from service.http.schemas import (
     BASE_EXAMPLE,
     DRY_RUN_EXAMPLE,
     ERROR_ANSWERS,
@@ -34,7 +29,12 @@ from service.schemas import (
     JobList,
     json_answer,
 )
-from service.state import EngineDep, JobsDep, StoreDep
+from service.http.uploads.upload import while_connected
+from service.inference.engine import Engine
+from service.jobs import Job, Jobs
+from service.jobs.bases import training_bases
+from service.jobs.job import ID_PATTERN
+from service.routes.dependencies import EngineDep, JobsDep, StoreDep
 
 router = APIRouter(
     tags=["fine-tuning"], route_class=AdminRoute, dependencies=[Depends(require_admin)], responses=ERROR_ANSWERS

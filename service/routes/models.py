@@ -11,17 +11,15 @@ from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
-from models import licences
-from models.classifier import NAME_PATTERN, ModelConfig
+from models.architectures import licences
+from models.classifier import ModelConfig
 from models.errors import ModelError, ModelNotFound
-from models.export.files import ExportFormat
-from models.store import ModelStore
-from service.auth import AdminRoute, require_admin
-from service.engine import Engine
+from models.files.records import NAME_PATTERN
+from models.store.export.files import ExportFormat
+from models.store.store import ModelStore
 from service.errors import ServiceError
-from service.loaded import ModelStatus
-from service.routes.upload import while_connected
-from service.schemas import (
+from service.http.auth import AdminRoute, require_admin
+from service.http.schemas import (
     BINARY,
     ERROR_ANSWERS,
     MODEL_EXAMPLE,
@@ -33,7 +31,10 @@ from service.schemas import (
     VersionStatus,
     json_answer,
 )
-from service.state import EngineDep, ExportsDep, ListingsDep, StoreDep
+from service.http.uploads.upload import while_connected
+from service.inference.engine import Engine
+from service.inference.registry.loader import ModelStatus
+from service.routes.dependencies import EngineDep, ExportsDep, ListingsDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(
@@ -113,7 +114,7 @@ async def pull_model(body: Pull, engine: EngineDep, store: StoreDep) -> Streamin
 
 
 def _check_published(name: str) -> None:
-    from models.pull import check
+    from models.store.pull import check
 
     check(name)
 

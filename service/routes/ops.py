@@ -11,9 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from models.runtime import memory
 from service.errors import Draining, NotReady
-from service.metrics import Metrics
-from service.schemas import ERROR_ANSWERS, Health, json_answer
-from service.state import EngineDep, JobsDep, ListingsDep, MetricsDep
+from service.http.schemas import ERROR_ANSWERS, Health, json_answer
+from service.observability.metrics import Metrics
+from service.routes.dependencies import EngineDep, JobsDep, ListingsDep, MetricsDep
 
 router = APIRouter(tags=["operations"])
 

@@ -10,23 +10,11 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from models.errors import ModelError
-from models.reference import NEAREST
-from service.answers import Answer, Embedding, Explain, Prediction, Timings, Wanted, failed
-from service.auth import UserRoute, client_of
+from models.uncertainty import NEAREST
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
-from service.image_requests import (
-    ALPHA_FIELD,
-    EXPLAIN_FIELD,
-    MODEL_FIELD,
-    MODELS_FIELD,
-    NEIGHBOURS_FIELD,
-    TIMEOUT_FIELD,
-    TOP_K_FIELD,
-    image_request,
-)
-from service.middleware import encode, encode_each
-from service.routes.upload import Upload, read_upload, while_connected
-from service.schemas import (
+from service.http.auth import UserRoute, client_of
+from service.http.middleware import encode, encode_each
+from service.http.schemas import (
     EMBED_EXAMPLE,
     ERROR_ANSWERS,
     PREDICT_EXAMPLE,
@@ -37,7 +25,19 @@ from service.schemas import (
     PredictAnswers,
     json_answer,
 )
-from service.state import state_of
+from service.http.uploads.image_requests import (
+    ALPHA_FIELD,
+    EXPLAIN_FIELD,
+    MODEL_FIELD,
+    MODELS_FIELD,
+    NEIGHBOURS_FIELD,
+    TIMEOUT_FIELD,
+    TOP_K_FIELD,
+    image_request,
+)
+from service.http.uploads.upload import Upload, read_upload, while_connected
+from service.inference.results import Answer, Embedding, Explain, Prediction, Timings, Wanted, failed
+from service.routes.dependencies import state_of
 
 router = APIRouter(tags=["images"], route_class=UserRoute)
 

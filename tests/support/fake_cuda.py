@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from models import architectures
-from models.backbones import skeleton
 from models.classifier import Backbone, BackboneRef
+from models.store.backbones import skeleton
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.guards import Guards
-from service.protocol import GuardedProtocol
+from service.http.connection.guarded_protocol import GuardedProtocol
+from service.http.connection.guards import Guards
 from service.settings import Settings
 
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from service.gpu_check import child
-from service.gpu_check.records import Measurement, Order
+from service.diagnostics.gpu_check import child
+from service.diagnostics.gpu_check.records import Measurement, Order
 
 
 def passes(order: Order) -> Measurement:

@@ -50,7 +50,7 @@ async def beat(path: Path) -> None:
 def main() -> None:
     path = Path(sys.argv.pop(1))
     from service.cli import main as imago
-    from service.engine import Engine
+    from service.inference.engine import Engine
 
     start, tasks = Engine.start, list[asyncio.Task[None]]()
 

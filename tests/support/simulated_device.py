@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from models.classifier import Backbone
 from models.runtime.options import Agreement, Options, RuntimeInfo
-from service import engine as engine_module
-from service import loaded as loaded_module
+from service.inference import engine as engine_module
+from service.inference.registry import loader as loaded_module
 
 LOST = "CUDA error: unspecified launch failure"
 STICKY = (LOST, "CUDA error: an illegal memory access was encountered", "CUDA error: device-side assert triggered")

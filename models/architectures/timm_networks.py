@@ -1,0 +1,288 @@
+"""timm's networks by name (see `timm_names`), cut like any other. timm is imported when one of them is first asked for.
+
+    images --network with Identity in the classifier's place--> features (N, D) --Linear--> scores
+
+Where the classifier stands, timm itself says: never the last linear layer. A distilled network has two, whose scores it averages in
+eval mode, and some networks have four: then the features are all their inputs side by side, see `Beside`.
+"""
+
+import difflib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from models.architectures.timm_names import PREFIX, TimmName, parse
+from models.classifier import pooled
+from models.errors import ArchitectureNotFound, WeightsError
+from models.preprocessing import Preprocessing
+
+# Classifiers beside the last layer that are left out. VOLO's answers for each token, and the largest of these scores, halved, is added
+# to those of the class token: no layer on features could do it.
+AUXILIARY = ("aux_head", "AuxLogits")
+
+# Paths of the modules that answer scores: one, or several whose weighted sum is the answer.
+Classifiers = tuple[str, ...]
+
+
+@cache
+def networks() -> tuple[str, ...]:
+    """Every network of timm, without tag or prefix, in its order."""
+    import timm
+
+    return tuple(timm.list_models())
+
+
+def names() -> tuple[str, ...]:
+    return tuple(PREFIX + name for name in networks())
+
+
+def published_names() -> tuple[str, ...]:
+    """Every `timm/<network>.<tag>` of which timm knows weights."""
+    import timm
+
+    return tuple(PREFIX + name for name in timm.list_pretrained())
+
+
+def tags(network: str) -> tuple[str, ...]:
+    """Of the weights that are published for a network, the default first."""
+    from timm.models import get_arch_pretrained_cfgs
+
+    return tuple(name.partition(".")[2] for name, cfg in get_arch_pretrained_cfgs(network).items() if cfg.has_weights)
+
+
+def find(architecture: str) -> TimmName:
+    """The name, which timm has. Raises ArchitectureNotFound with the nearest names, or with the tags that there are."""
+    name = parse(architecture)
+    if name.network not in networks():
+        near = [PREFIX + n for n in difflib.get_close_matches(name.network, networks(), n=5)]
+        remedy = f"the nearest are {', '.join(near)}" if near else "`imago models search` lists them"
+        raise ArchitectureNotFound(f"timm has no network {name.network!r} among {len(networks())}; {remedy}")
+    if name.tag is not None and config(name) is None:
+        there = ", ".join(tags(name.network)) or "none"
+        raise ArchitectureNotFound(f"timm knows no weights {name.tag!r} of {name.network}; it knows {there}")
+    return name
+
+
+def config(name: TimmName) -> dict[str, Any] | None:
+    """timm's own record of these weights, or of the default ones; None for a tag that it does not know."""
+    from timm.models import get_pretrained_cfg
+
+    try:
+        found = get_pretrained_cfg(name.tagged)
+    except RuntimeError:
+        return None
+    return None if found is None else dict(found.to_dict())
+
+
+def build(architecture: str, num_classes: int, channels: int) -> nn.Module:
+    """The uncut network, randomly initialised, in training mode."""
+    import timm
+
+    name = find(architecture)
+    try:
+        network: nn.Module = timm.create_model(
+            name.tagged, pretrained=False, num_classes=num_classes, in_chans=channels, **name.options
+        )
+    except Exception as error:  # a constructor of timm's raises what comes to hand
+        cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise ArchitectureNotFound(
+            f"timm cannot build {architecture} for {channels}-channel images: {cause}"
+        ) from error
+    if getattr(network, "aux_head", None) is not None:
+        setattr(network, "aux_head", None)  # noqa: B010
+    if not callable(getattr(network, "get_classifier", None)):
+        return Encoder(network, num_classes)
+    return network
+
+
+class Encoder(nn.Module):
+    """A vision encoder of a language model, which answers tokens (N, T, D) and has no classifier: their mean, and a new classifier."""
+
+    pretrained_cfg: Mapping[str, Any] = {"classifier": "classifier"}
+
+    def __init__(self, encoder: Any, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.head_hidden_size, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(pooled(self.encoder(images)))
+        return scores
+
+
+def renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor] | None:
+    """With the keys that the network has: timm's own filter renames those of other libraries and of older versions. None where it has
+    nothing to rename, or expects another layout."""
+    from timm.models import model_entrypoint
+
+    with torch.device("meta"):
+        network = build(architecture, 1000, 3)
+    module = model_entrypoint(find(architecture).network).__module__
+    rename = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    if rename is None or state.keys() <= network.state_dict().keys():
+        return None
+    try:
+        with torch.no_grad():
+            found = rename(dict(state), network)
+    except Exception:  # a filter of timm's raises what comes to hand
+        return None
+    return found if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()) else None
+
+
+def preprocessing(architecture: str, channels: int) -> Preprocessing:
+    """Of the weights that the name says; of the default ones where it says none."""
+    name = find(architecture)
+    return preprocessing_from((config(name) or {}) | size_option(name), channels, architecture)
+
+
+def size_option(name: TimmName) -> dict[str, Any]:
+    """The input size that the option `img_size` sets, as `pretrained_cfg` would say it."""
+    if (size := name.options.get("img_size")) is None:
+        return {}
+    sides = (size, size) if isinstance(size, int) else size
+    if not is_size(sides, 2):
+        raise ArchitectureNotFound(f"the option 'img_size' of {name} must be a number of pixels, or [height, width]")
+    return {"input_size": (3, *sides)}
+
+
+def is_size(values: Any, count: int) -> bool:
+    """True for `count` positive whole numbers."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    )
+
+
+def preprocessing_from(config: Mapping[str, Any], channels: int, source: str) -> Preprocessing:
+    """As `timm.data.create_transform` makes it of a `pretrained_cfg`, for evaluation. Raises WeightsError for what it cannot be."""
+    if not is_size(config.get("input_size") or (3, 224, 224), 3):
+        raise WeightsError(
+            f"{source}: its input_size must be [channels, height, width], not {config['input_size']!r}"[:300]
+        )
+    _, height, width = config.get("input_size") or (3, 224, 224)
+    share = config.get("crop_pct") or 0.875
+    if not isinstance(share, int | float) or not 0.05 <= share <= 2:
+        raise WeightsError(f"{source}: its crop_pct must be a share of the image, such as 0.875, not {share!r}"[:300])
+    mean, std = config.get("mean") or (0.485, 0.456, 0.406), config.get("std") or (0.229, 0.224, 0.225)
+    if channels == 1 and len(mean) != 1:
+        mean, std = ([round(sum(values) / len(values), 4)] for values in (mean, std))
+    try:
+        return Preprocessing.model_validate(
+            {
+                "resize": (math.floor(height / share), math.floor(width / share)),
+                "crop": (height, width),
+                "channels": channels,
+                "interpolation": config.get("interpolation") or "bicubic",
+                "mean": mean,
+                "std": std,
+                "crop_mode": config.get("crop_mode") or "center",
+            }
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"][:1])) or "preprocessing"
+        raise WeightsError(f"{source}: its {where} is not supported: {fault['msg']}") from error
+
+
+# The cut
+
+
+def take_layer(network: nn.Module) -> tuple[str, nn.Linear]:
+    """Takes the classifier off an uncut network; returns the name of its place and the layer."""
+    places = classifiers(network)
+    weights = [_weight_and_bias(network.get_submodule(place)) for place in places]
+    if len(places) == 1:
+        network.set_submodule(places[0], nn.Identity())
+        return places[0], _layer(*weights[0])
+    widths = [weight.shape[1] + (bias is not None) for weight, bias in weights]
+    for number, (place, (_, bias)) in enumerate(zip(places, weights, strict=True)):
+        network.set_submodule(place, Beside(widths, number, bias is not None))
+    return places[0], _layer(_joined(weights), None)
+
+
+def split_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict of this uncut network -> the backbone's and the last layer's own; the latter is empty where a classifier is missing."""
+    places = classifiers(network)
+    if isinstance(network, Encoder) and not any(key.startswith("encoder.") for key in state):
+        state = {f"encoder.{key}": value for key, value in state.items()}  # as it is published
+    own = {f"{place}.{name}" for place in places for name in ("weight", "bias")}
+    kept = {key: value for key, value in state.items() if key.partition(".")[0] not in AUXILIARY}
+    backbone = {key: value for key, value in kept.items() if key not in own}
+    if any(f"{place}.weight" not in state for place in places):
+        return backbone, {}
+    weights = [(state[f"{place}.weight"].flatten(1), state.get(f"{place}.bias")) for place in places]
+    if len(places) > 1:
+        return backbone, {"weight": _joined(weights)}
+    weight, bias = weights[0]
+    return backbone, {"weight": weight} | ({} if bias is None else {"bias": bias})
+
+
+def classifiers(network: nn.Module) -> Classifiers:
+    """Where the layers are that answer scores: `pretrained_cfg["classifier"]`, and beside it whatever `get_classifier` says.
+
+    Some of timm's records name one of a distilled network's two. Raises ArchitectureNotFound for a network without a classifier.
+    """
+    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    places = (named,) if isinstance(named, str) else tuple(named)
+    places = tuple(place for place in places if place not in AUXILIARY)
+    paths = {id(module): path for path, module in network.named_modules()}
+    get_classifier: Any = getattr(network, "get_classifier", tuple)
+    answer = get_classifier()
+    parts = [paths.get(id(part), "") for part in (answer if isinstance(answer, tuple | list) else ())]
+    for part in parts:  # "head_dist" beside "head.linear" has its layer at "head_dist.linear"
+        inner = next((p.removeprefix(first) for first in parts for p in places if p.startswith(f"{first}.")), "")
+        places += () if not part or any(f"{p}.".startswith(f"{part}.") for p in places) else (part + inner,)
+    modules = dict(network.named_modules())
+    if not places or not all(isinstance(modules.get(place), nn.Linear | nn.Conv2d) for place in places):
+        raise ArchitectureNotFound(f"{type(network).__name__} of timm has no classifier that can be taken off")
+    return places
+
+
+Weights = tuple[Tensor, Tensor | None]  # (out, in), and the bias (out,)
+
+
+def _weight_and_bias(classifier: nn.Module) -> Weights:
+    """A 1x1 convolution over one position is a linear layer too."""
+    weight, bias = classifier.weight, classifier.bias
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a classifier has a weight, which {type(classifier).__name__} has not")
+    return weight.detach().flatten(1), bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _joined(weights: Sequence[Weights]) -> Tensor:
+    """(out, sum of all in + 1): each weight, and its bias as the column of the constant that `Beside` appends."""
+    return torch.cat([torch.cat([w, b[:, None]], dim=1) if b is not None else w for w, b in weights], dim=1)
+
+
+def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+class Beside(nn.Module):
+    """In a classifier's place, where a network adds up the answers of several, each times a factor of its own.
+
+    Its input (N, D), and a 1 for the bias, in its own columns between zeros -> (N, sum of all D + 1). The network's sum of these, with
+    its factors, are features of which one linear layer answers the same scores.
+    """
+
+    def __init__(self, widths: Sequence[int], number: int, has_bias: bool) -> None:
+        super().__init__()
+        self.has_bias, self.zeros = has_bias, (sum(widths[:number]), sum(widths[number + 1 :]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.has_bias:
+            features = F.pad(features, (0, 1), value=1.0)
+        return F.pad(features, self.zeros)

@@ -1,0 +1,391 @@
+"""A dataset's images in memory, once for the whole run, with duplicates found and a split that keeps them on one side.
+
+sources.open_source --read--> bytes --images.decode, in a thread pool--> one uint8 array (N, H, W, C)
+pixels --duplicates.search--> groups --split--> rows of train, val, test;   all of it --audit.make_audit--> Audit
+"""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.data import audit, split
+from models.data.audit import Audit, BadFile, Images
+from models.data.duplicates import groups as duplicates
+from models.data.duplicates.groups import Near
+from models.data.files import reason
+from models.data.formats.raw_pixels import Array, allocate
+from models.data.image_kinds import image_kind
+from models.data.samples import (
+    AS_IT_IS,
+    MAX_EXAMPLES,
+    MAX_NAMED,
+    PARTS,
+    UNREADABLE,
+    Ignored,
+    NearDuplicates,
+    Part,
+    Read,
+    Reading,
+    Source,
+    advised,
+)
+from models.data.sources import open_source
+from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
+from models.images.cost import DEFAULT_LIMITS, Limits
+from models.images.decoding import decode
+from models.preprocessing import Preprocessing
+from models.progress import Progress, silent
+
+__all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
+
+MAX_BAD_FRACTION = 0.2
+MAX_SMALL = 100  # classes with too few images that an error names
+MAX_HELD_OUT = 0.9  # of the images, validation and test together
+TICK_S = 0.25  # between two signs of progress
+DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N good images; a bad file has no row. `rows` are places in all that has N entries."""
+
+    name: str
+    sha256: str  # over the sorted (path, sha256 of the file's bytes), bad files included, and a CSV's labels
+    classes: tuple[str, ...]  # sorted
+    paths: tuple[str, ...]  # relative, in the source's order
+    pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
+    labels: Tensor  # int64 (N,)
+    digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
+    files: tuple[bytes, ...]  # 16 bytes each: the first of the sha256 of the image's file
+    groups: Tensor  # int64 (N,): duplicates and, unless the request says otherwise, near-duplicates share a number
+    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one of the parts that are held out here
+    split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
+    audit: Audit
+
+    def warned(self, warnings: Sequence[str]) -> "Dataset":
+        """With more warnings in its audit."""
+        more = self.audit.model_copy(update={"warnings": (*self.audit.warnings, *warnings)})
+        return replace(self, audit=more)
+
+
+class _Decoded(NamedTuple):
+    """`places` in the source's items of the good images, and their pixels and digests, and those of their files; `hashes` are of all
+    files."""
+
+    places: list[int]
+    pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
+    digests: tuple[bytes, ...]
+    files: tuple[bytes, ...]
+    hashes: list[str]  # sha256
+    bad: list[BadFile]
+    kinds: list[str]  # bit depth and channels of the good images
+
+
+def load(
+    path: Path,
+    preprocessing: Preprocessing,
+    *,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    seed: int,
+    on_bad_file: Literal["skip", "fail"] = "skip",
+    near_duplicates: NearDuplicates = "group",
+    min_per_class: int = 2,
+    reading: Reading = AS_IT_IS,
+    progress: Progress = silent,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Dataset:
+    """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
+
+    `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than `min_per_class`
+    training images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset, or one whose layout is in doubt;
+    OSError where the pixels need a temporary file and the disk is full.
+    """
+    with open_source(path, reading) as source:
+        decoded = _decode_all(source, preprocessing, limits, lambda done: progress(DECODING * done))
+    with advised(lambda: source.advice):
+        _check_bad(decoded.bad, len(source.items), on_bad_file)
+        if not decoded.places:
+            raise TooFewImages(
+                f"none of the {len(source.classes)} class folders has an image in it; add at least 2 to each"
+            )
+        images = _images(
+            source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
+        )
+        given = [source.items[place].part for place in decoded.places]
+        found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed), min_per_class)
+    remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
+    report = audit.make_audit(
+        images,
+        found.rows,
+        found.left_out,
+        len(source.items),
+        decoded.bad,
+        remarks,
+        layout=source.layout,
+        ignored=_ignored(source),
+        image_kinds=decoded.kinds,
+    )
+    progress(1.0)
+    return Dataset(
+        name=path.resolve().name,
+        sha256=_sha256(source, decoded.hashes),
+        classes=images.classes,
+        paths=images.paths,
+        pixels=decoded.pixels,
+        labels=images.labels,
+        digests=images.digests,
+        files=decoded.files,
+        groups=found.groups,
+        rows=found.rows,
+        split=found.rule,
+        audit=report,
+    )
+
+
+def _images(source: Source, decoded: _Decoded, near: NearDuplicates, progress: Progress) -> Images:
+    items = [source.items[place] for place in decoded.places]
+    indices = {name: index for index, name in enumerate(source.classes)}
+    found = duplicates.search(decoded.pixels, decoded.digests, near, progress)
+    return Images(
+        classes=source.classes,
+        paths=tuple(item.path for item in items),
+        labels=torch.tensor([indices[item.class_name] for item in items], dtype=torch.int64),
+        digests=decoded.digests,
+        groups=found.groups,
+        near=found.near,
+    )
+
+
+def pixels(
+    path: Path,
+    data: Dataset,
+    preprocessing: Preprocessing,
+    progress: Progress = silent,
+    reading: Reading = AS_IT_IS,
+    limits: Limits = DEFAULT_LIMITS,
+) -> tuple[Tensor, tuple[bytes, ...]]:
+    """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
+    with open_source(path, reading) as source:
+        decoded = _decode_all(source, preprocessing, limits, progress)
+    if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
+        raise DatasetError(f"{data.name} has changed since the run began; leave it as it is, and start again")
+    return decoded.pixels, decoded.digests
+
+
+def _sha256(source: Source, hashes: Sequence[str]) -> str:
+    """Items are sorted by path, so neither the order of a folder nor that of a zip or CSV matters."""
+    lines = (
+        f"{item.path}\0{file}" + (f"\0{item.part}\0{item.class_name}\n" if source.labelled else "\n")
+        for item, file in zip(source.items, hashes, strict=True)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# The split
+
+
+class Shares(NamedTuple):
+    """Of the images, to be held out where the dataset has no such part of its own."""
+
+    val: float
+    test: float
+    seed: int
+
+
+class _Found(NamedTuple):
+    rows: dict[Part, Tensor]
+    groups: Tensor
+    left_out: Tensor
+    broken: list[int]  # classes whose images are all equal
+    rule: dict[str, Any]
+
+
+def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares, min_per_class: int) -> _Found:
+    """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
+    labels, groups = images.labels, images.groups
+    rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
+    _check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
+    rule = _rule(rows, shares)
+    val = 0.0 if len(rows["val"]) else shares.val
+    test = 0.0 if len(rows["test"]) else shares.test
+    if not val and not test:
+        return _Found(rows, groups, left_out, [], rule)
+    if val + test > MAX_HELD_OUT:
+        raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
+    _check_apart(images, rows["train"])
+    groups, broken = split.break_up(groups, labels, rows["train"])
+    held = split.hold_out(rows["train"], labels, groups, files, val, test, shares.seed)
+    rows = {part: held[part] if len(held[part]) else rows[part] for part in PARTS}
+    return _Found(rows, groups, left_out, broken, rule)
+
+
+def _rule(given: dict[Part, Tensor], shares: Shares) -> dict[str, Any]:
+    """What decides an image's part, but for the images themselves: {"by": "content", "seed"}, and for validation and test "val": "given"
+    where it is the dataset's own, else "val_fraction"."""
+    rule: dict[str, Any] = {"by": "content", "seed": shares.seed}
+    rule |= {"val": "given"} if len(given["val"]) else {"val_fraction": shares.val}
+    return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
+
+
+def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...], least: int) -> None:
+    counts = train.bincount(minlength=len(classes)).tolist()
+    small = [
+        (name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < least
+    ]
+    if not small:
+        return
+    listed = "; ".join(
+        f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
+        for name, count, index in small[:MAX_SMALL]
+    )
+    more = f"; and {len(small) - MAX_SMALL} more classes" if len(small) > MAX_SMALL else ""
+    why = "to train and to validate on" if least == 2 else "by min_per_class (--min-per-class)"
+    raise TooFewImages(
+        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least {least} are needed, {why}; "
+        "add images, or remove the class"
+    )
+
+
+def _also(count: int) -> str:
+    return f" ({count} more are identical to images of validation or test)" if count else ""
+
+
+def _check_apart(images: Images, train: Tensor) -> None:
+    """Raises DatasetError for a class that near-duplicates leave with nothing to hold out."""
+    equal = split.lonely(duplicates.equal(images.digests), images.labels, train)
+    alike = [label for label in split.lonely(images.groups, images.labels, train) if label not in equal]
+    if not alike:
+        return
+    names = ", ".join(repr(images.classes[label]) for label in alike[:MAX_NAMED])
+    more = f" and {len(alike) - MAX_NAMED} more classes" if len(alike) > MAX_NAMED else ""
+    raise DatasetError(
+        f"all images of class {names}{more} are taken for near-duplicates, which stay on one side of the split, so none is left "
+        "for the other: --near-duplicates report splits them like other images and lists them, --near-duplicates off does not search"
+    )
+
+
+def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
+    """Near-duplicates of which the parts were not made here, or not by groups."""
+    held_out = {*rows["val"].tolist(), *rows["test"].tolist()}
+    train = set(rows["train"].tolist())
+    count = sum(len(train.intersection(one.rows)) for one in near if held_out.intersection(one.rows))
+    if not count:
+        return []
+    return [
+        f"{count} training images have near-duplicates in validation or test and stay where they are: if they show the same "
+        "objects, the accuracy looks better than it is; see near_duplicates in the audit"
+    ]
+
+
+def _remarks(found: _Found, source: Source) -> list[str]:
+    remarks = []
+    if found.broken:
+        names = ", ".join(source.classes[label] for label in found.broken[:5])
+        remarks.append(
+            f"all images of {names} are the same picture, so they had to lie on both sides of the split: "
+            "the accuracy of this class will look better than it is"
+        )
+    if source.strays:
+        remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
+    return [*remarks, *source.notes, *([source.advice] if source.advice else [])]
+
+
+def _ignored(source: Source) -> list[Ignored]:
+    strays = [Ignored("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
+    return [*(strays if source.strays else []), *source.ignored]
+
+
+# Pixels
+
+
+class _Outcome(NamedTuple):
+    sha256: str
+    digest: bytes = b""
+    reason: str = ""  # why the file is bad
+    drawn: tuple[int, int, int] | None = None  # see audit.drawn_colours
+    kind: str = ""  # see image_kinds
+
+
+def _decode_all(source: Source, preprocessing: Preprocessing, limits: Limits, progress: Progress) -> _Decoded:
+    items, limits = source.items, limits.of_training()
+    array = allocate((len(items), preprocessing.height, preprocessing.width, preprocessing.channels))
+
+    def one(place: int) -> _Outcome:
+        return _decode_into(array[place], items[place].file, source.read, preprocessing, limits)
+
+    outcomes = _in_parallel(one, len(items), progress)
+    drawn = {place: outcome.drawn for place, outcome in enumerate(outcomes) if outcome.drawn}
+    reasons = {place: outcome.reason for place, outcome in enumerate(outcomes) if outcome.reason}
+    reasons |= audit.odd_drawings(items, drawn)
+    good = [place for place in range(len(items)) if place not in reasons]
+    return _Decoded(
+        places=good,
+        pixels=torch.from_numpy(_compact(array, good)).permute(0, 3, 1, 2),
+        digests=tuple(outcomes[place].digest for place in good),
+        files=tuple(bytes.fromhex(outcomes[place].sha256)[:16] for place in good),
+        hashes=[outcome.sha256 for outcome in outcomes],
+        bad=[BadFile(path=items[place].path, reason=reasons[place]) for place in sorted(reasons)],
+        kinds=[outcomes[place].kind for place in good],
+    )
+
+
+def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress) -> list[_Outcome]:
+    """`one` of 0 to `count` - 1, in a pool of as many threads as torch uses: both are bounded by one setting."""
+    outcomes: list[_Outcome] = []
+    told = time.monotonic()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, count, 1024):  # a pool keeps a record of all it was given: 1 KB each
+            for outcome in pool.map(one, range(start, min(start + 1024, count))):
+                outcomes.append(outcome)
+                if time.monotonic() - told > TICK_S:
+                    told = time.monotonic()
+                    progress(len(outcomes) / count)
+    return outcomes
+
+
+def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocessing, limits: Limits) -> _Outcome:
+    """Fill one (H, W, C) row."""
+    try:
+        data = read(file)
+    except UNREADABLE as error:
+        return _Outcome("unreadable", reason=f"cannot be read: {reason(error)}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        target[:] = decode(data, preprocessing, limits).permute(1, 2, 0).numpy()
+    except ImageError as error:
+        return _Outcome(sha256, reason=audit.reason_of(error, data))
+    if audit.is_animated(data):
+        return _Outcome(sha256, reason="animated: more than one frame; save the frames that matter as images")
+    digest = hashlib.blake2b(target.tobytes(), digest_size=16).digest()
+    return _Outcome(sha256, digest, drawn=audit.drawn_colours(data), kind=image_kind(data))
+
+
+def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
+    if not bad or (on_bad_file == "skip" and len(bad) <= MAX_BAD_FRACTION * total):
+        return
+    examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:MAX_NAMED])
+    limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
+    more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
+
+
+def _compact(array: Array, places: Sequence[int]) -> Array:
+    """The rows `places`, ascending, moved to the front where they lie: a copy could be gigabytes."""
+    if len(places) < len(array):
+        for start in itertools.count(0, 256):
+            rows = places[
+                start : start + 256
+            ]  # each is at `start` or behind, so nothing is overwritten that is still to come
+            if not rows:
+                break
+            array[start : start + len(rows)] = array[list(rows)]
+    return array[: len(places)]

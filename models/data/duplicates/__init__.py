@@ -1,0 +1,1 @@
+"""Duplicate and near-duplicate images of a dataset."""

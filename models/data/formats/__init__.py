@@ -1,0 +1,1 @@
+"""Published dataset formats that are no folders of images."""

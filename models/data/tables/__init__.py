@@ -1,0 +1,1 @@
+"""Tables of labelled images: CSV and its dialects, Excel text, JSON lines."""

@@ -1,0 +1,313 @@
+"""Tables of labelled images, by their columns: the one place that reads them.
+
+    path,label[,split]               one's own, Kaggle's, fastai's, or Hugging Face's metadata.csv, see `table_columns`
+    image,choice                     Label Studio's CSV, see `label_studio`
+    filename,<class>,<class>,...     Roboflow's `_classes.csv`, a 1 under the image's class, one table per part
+
+table --table_text--> rows of cells --table_columns--> path, label, part --table_paths--> files beside it
+
+A table is read twice: once to understand its columns by their names and values, once for its rows.
+"""
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+from models.data.files import Files
+from models.data.formats import label_studio
+from models.data.samples import UNREADABLE, Item, Part, Source, by_path, make_source, part_of
+from models.data.tables.columns import (
+    MAX_VALUES,
+    TRUE,
+    Columns,
+    Survey,
+    has_names,
+    may_be_labelled,
+    part_of_value,
+    understand,
+)
+from models.data.tables.paths import Finder, is_image, leads_outside, parts_of_folders
+from models.data.tables.text import JSON_LINES, Row, Table, open_table
+from models.errors import DatasetError, NoSuchColumn
+from models.files.zip_file import check_count, printable
+
+IN_FOLDERS = (".csv", ".tsv", *JSON_LINES)
+TABLES = (*IN_FOLDERS, ".tab", ".psv", ".txt")
+ONE_HOT = "_classes.csv"
+MAX_TABLES = 100  # that are looked at in a folder
+SAMPLE = 50  # rows by which the column of images is found
+WHOLE = re.compile(r"-?\d+\.0+")  # an integer, as pandas writes it where a cell of the column is empty
+
+
+class Understood(NamedTuple):
+    """A table and its columns."""
+
+    name: str
+    names: Row  # of the columns
+    headless: bool
+    columns: Columns
+    dialect: str
+    is_beside: bool  # whether any of its first images is there
+
+
+class Listed(NamedTuple):
+    items: list[Item]
+    notes: list[str]
+
+
+def read_table(files: Files, name: str) -> Source:
+    """The dataset that the table `name` lists. Raises TooFewClasses, DatasetError."""
+    with open_table(files, name) as table:
+        if posixpath.basename(name) == ONE_HOT:
+            return _one_hot_source(files, _one_hot_items(files, name, table))
+        if is_label_studio(table.columns):
+            return _label_studio_source(files, name, table)
+    return _source(files, [_understood(files, name)], {})
+
+
+def read_one_hot(files: Files) -> Source | None:
+    """Roboflow's multi-label export, where each image has one label; None where there is no `_classes.csv`."""
+    items: list[Item] = []
+    for name in sorted(name for name in files.names if posixpath.basename(name) == ONE_HOT):
+        with open_table(files, name) as table:
+            items += _one_hot_items(files, name, table)
+            check_count(len(items))
+    return _one_hot_source(files, items) if items else None
+
+
+def read_label_studio(files: Files) -> Source | None:
+    """Label Studio's export and its images in one folder or archive; None where there is none at the top, or one folder below."""
+    names = [name for name in files.names if name.count("/") < 2]
+    exports = [name for name in names if label_studio.is_export(files, name)]
+    exports += [name for name in names if name.lower().endswith(".csv") and is_label_studio(_peeked(files, name))]
+    if len(exports) > 1:
+        listed = ", ".join(map(printable, sorted(exports)))
+        raise DatasetError(f"{files.label} holds {len(exports)} exports of Label Studio: {listed}; name one of them")
+    if not exports:
+        return None
+    name = exports[0]
+    if name.lower().endswith(".json"):
+        return label_studio.read_json(files, name)
+    with open_table(files, name) as table:
+        return _label_studio_source(files, name, table)
+
+
+def read_tables(files: Files) -> Source | None:
+    """Tables of labels and the images in one folder or archive, at the top or up to two folders below: one table, or one per part
+    (`train.csv`, `train/metadata.csv`). None where none has images and labels.
+
+    Raises TooFewClasses; DatasetError: several tables with labels, or one that is not understood.
+    """
+    usable: list[Understood] = []
+    others: list[str] = []
+    names = [name for name in files.names if name.lower().endswith(IN_FOLDERS) and name.count("/") <= 2]
+    for name in sorted(names, key=lambda name: (name.count("/"), name))[:MAX_TABLES]:
+        found = _usable(files, name)
+        if found is None:
+            others.append(name)
+        else:
+            usable.append(found)
+    if named := [
+        table for table in usable if table.columns.is_label_named
+    ]:  # Kaggle's test.csv may have a size beside the id
+        others += [table.name for table in usable if table not in named]
+        usable = named
+    if not usable:
+        return None
+    parts = {table.name: _part_of_table(table.name) for table in usable}
+    if len(usable) == 1:
+        parts = {name: part if part == "train" else None for name, part in parts.items()}
+    elif None in parts.values() or len(set(parts.values())) < len(parts):
+        listed = ", ".join(printable(name) for name in sorted(parts)[:10])
+        raise DatasetError(
+            f"{files.label} holds {len(usable)} tables with labels: {listed}; name one of them as the dataset, remove the others, or name "
+            "them train.csv, val.csv and test.csv"
+        )
+    return _source(files, usable, parts, others)
+
+
+def _usable(files: Files, name: str) -> Understood | None:
+    """A table among other files; None where it has no images that are there, or no labels. Kaggle's sample submission has labels, and
+    they are not true."""
+    if "submission" in posixpath.basename(name).lower() or not may_be_labelled(_peeked(files, name)):
+        return None
+    try:
+        found = _understood(files, name)
+    except NoSuchColumn:
+        return None
+    except DatasetError as error:
+        raise DatasetError(f"{error}; or remove the table, where folders name the classes") from error
+    return found if found.is_beside else None
+
+
+def _peeked(files: Files, name: str) -> Row:
+    """The first row of a table; empty where it cannot be read."""
+    try:
+        with open_table(files, name, errors="replace") as table:
+            return table.columns
+    except (DatasetError, *UNREADABLE):
+        return ()
+
+
+def _part_of_table(name: str) -> Part | None:
+    """`train_labels.csv` -> train, `test/metadata.csv` -> test."""
+    folder, file = posixpath.split(name)
+    words = [part_of_value(word) for word in re.split(r"[\s_.-]+", posixpath.splitext(file)[0])]
+    parts = {part for part in words if part}
+    return parts.pop() if len(parts) == 1 else part_of(posixpath.basename(folder))
+
+
+# Columns
+
+
+def _understood(files: Files, name: str) -> Understood:
+    finder = Finder(files, posixpath.dirname(name), _part_of_table(name))
+    with open_table(files, name) as table:
+        headless = not has_names(table.columns) and (
+            any(map(is_image, table.columns)) or any(cell and finder.locate(cell) for cell in table.columns)
+        )
+        names = tuple(f"column {at}" for at in range(1, len(table.columns) + 1)) if headless else table.columns
+        survey = _survey(name, names, chain([("", table.columns)], table.rows) if headless else table.rows)
+        columns = understand(survey, finder.locate, headless)
+        beside = any(finder.locate(row[columns.path]) for row in survey.sample if row[columns.path])
+        return Understood(name, names, headless, columns, table.dialect, beside)
+
+
+def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]]) -> Survey:
+    sample: list[Row] = []
+    values: list[set[str] | None] = [set() for _ in names]
+    for _, row in rows:
+        if len(sample) < SAMPLE:
+            sample.append(row)
+        for at, known in enumerate(values):
+            if known is not None:
+                known.add(row[at])
+                if len(known) > MAX_VALUES:
+                    values[at] = None
+    return Survey(name, names, tuple(sample), tuple(frozenset(v) if v is not None else None for v in values))
+
+
+# Rows
+
+
+def _source(
+    files: Files, tables: Sequence[Understood], parts: Mapping[str, Part | None], others: Sequence[str] = ()
+) -> Source:
+    """`parts`: of the rows that do not say, by the table's name. `others`: tables that are not used."""
+    items: set[Item] = set()
+    notes: list[str] = []
+    for table in tables:
+        listed = _list(files, table, parts.get(table.name))
+        items |= set(listed.items)
+        notes += listed.notes
+        check_count(len(items))
+    if others:
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        notes.append(
+            f"ignored tables, without labels or without images: {', '.join(map(printable, others[:10]))}{more}"
+        )
+    if parts:
+        used = {item.file for item in items}
+        unlisted = sorted(name for name, file in files.names.items() if is_image(name) and file not in used)
+        if unlisted:
+            notes.append(f"{len(unlisted)} images are in no row and are ignored, the first {printable(unlisted[0])}")
+    said = [f"{printable(table.name)} ({_described(table)})" for table in tables]
+    layout = f"the table{'s' if len(tables) > 1 else ''} {', '.join(said)}"
+    return make_source(layout, by_path(_without_points(items)), files.read, labelled=True, notes=notes)
+
+
+def _described(table: Understood) -> str:
+    return ", ".join(
+        filter(None, (table.columns.described(table.names), table.dialect, "no first row of names" * table.headless))
+    )
+
+
+def _list(files: Files, table: Understood, default: Part | None) -> Listed:
+    """The images of a table. Rows without a label are left out and counted."""
+    columns, by_name = table.columns, _part_of_table(table.name)
+    finder = Finder(files, posixpath.dirname(table.name), by_name)
+    classes = {at: table.names[at] for at in columns.classes}
+    items: list[Item] = []
+    unlabelled: list[str] = []
+    with open_table(files, table.name) as opened:
+        first = f"{printable(table.name)}, line 1"
+        for place, row in chain([(first, opened.columns)] if table.headless else [], opened.rows):
+            label = marked_class(row, classes, place) if columns.label is None else row[columns.label]
+            if not label:
+                unlabelled.append(place)
+                continue
+            part = columns.part(row) or default
+            file = finder.find(row[columns.path], place, part)
+            items.append(Item(printable(file), files.file_of(file), part or "train", label))
+    notes = [*columns.notes, *finder.notes()]
+    if unlabelled:
+        notes.append(f"{len(unlabelled)} rows have no label and are ignored, the first {unlabelled[0]}")
+    if (
+        default is None
+        and columns.split is None
+        and not columns.flags
+        and (parts := parts_of_folders(i.path for i in items))
+    ):
+        items = [replace(item, part=parts[item.path]) for item in items]
+        notes.append(f"{printable(table.name)} has no column of parts; they follow from the folders of the images")
+    return Listed(items, notes)
+
+
+def _without_points(items: Iterable[Item]) -> Iterable[Item]:
+    """`3.0` -> `3`, where all labels are numbers without a fraction."""
+    labels = {item.class_name for item in items}
+    if not all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels) or not any(map(WHOLE.fullmatch, labels)):
+        return items
+    return {replace(item, class_name=item.class_name.partition(".")[0]) for item in items}
+
+
+# Label Studio
+
+
+def is_label_studio(columns: Row) -> bool:
+    return set(label_studio.KEYS) <= set(columns)
+
+
+def _label_studio_source(files: Files, name: str, table: Table) -> Source:
+    image, choice = map(table.columns.index, label_studio.KEYS)
+    tasks = (label_studio.Task(place, row[image], row[choice]) for place, row in table.rows)
+    return label_studio.source(files, name, tasks)
+
+
+# filename,<class>,<class>,...
+
+
+def _one_hot_items(files: Files, name: str, table: Table) -> list[Item]:
+    """The part is that of the table's folder, `train/_classes.csv`; without one it is train."""
+    folder = posixpath.dirname(name)
+    part: Part = part_of(posixpath.basename(folder)) or "train"
+    if table.columns[:1] != ("filename",) or len(table.columns) < 3:
+        raise DatasetError(
+            f"{printable(name)} needs a first line of filename and two classes or more; it has {', '.join(table.columns) or 'none'}"
+        )
+    items = []
+    for place, row in table.rows:
+        file, label = row[0], marked_class(row, dict(enumerate(table.columns[1:], 1)), place)
+        if not file or leads_outside(file) or "\0" in file:
+            raise DatasetError(f"{place}: {file[:200]!r} is no name of a file in the table's folder")
+        path = posixpath.normpath(posixpath.join(folder, file))
+        items.append(Item(printable(path), files.names.get(path, path), part, label))
+    return items
+
+
+def marked_class(row: Row, classes: Mapping[int, str], place: str) -> str:
+    """`classes`: the name of each column of marks."""
+    marked = [name for at, name in classes.items() if row[at].lower() in TRUE]
+    if len(marked) != 1:
+        listed = ", ".join(marked[:5]) or "none"
+        raise DatasetError(
+            f"{place}: the image needs one label and has {listed}; mark one class with 1, or remove the line"
+        )
+    return marked[0]
+
+
+def _one_hot_source(files: Files, items: list[Item]) -> Source:
+    return make_source("Roboflow's _classes.csv", by_path(set(items)), files.read, labelled=True)

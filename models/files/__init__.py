@@ -1,0 +1,1 @@
+"""Files on disk: atomic writes, records, weights, zip files, text encodings."""

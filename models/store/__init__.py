@@ -1,0 +1,1 @@
+"""The model store on disk: models and backbones in, out and exported."""

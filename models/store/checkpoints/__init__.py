@@ -1,0 +1,221 @@
+"""Anyone's weights file -> the tensors of a state dict, by content and never by suffix. Nothing in a file is executed.
+
+foreign_files   files that hold no state dict: what each is
+torch_files     torch.save's three forms, over `pickled`, which calls nothing
+content         dictionaries in each other -> tensors, class names, the architecture's name
+matching        the keys that a training script gave the tensors -> the keys of the network; `heads`: its last layers
+"""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import WeightsError
+from models.files import weights_file as tensors
+from models.store.checkpoints import foreign_files, torch_files
+from models.store.checkpoints.content import (
+    ClassList,
+    Content,
+    architecture_names,
+    class_lists,
+    contents,
+    described,
+    kind_of,
+)
+from models.store.checkpoints.matching import rank
+from models.store.checkpoints.pickled import Unreadable
+from models.store.checkpoints.placeholders import StorageAt, TensorAt
+from models.store.checkpoints.torch_files import Open, TorchFile
+
+__all__ = ["Checkpoint", "ClassList", "read_bytes", "read_checkpoint"]
+
+TO_STATE_DICT = """{source} {reason}. If you trust its maker, two lines turn it into a state dict, where it was trained:
+    model = {load}
+    torch.save(model.state_dict(), {target!r})"""
+UNKNOWN = "it is damaged, truncated, or not a file of torch.save or safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors by the keys of the file, and what it says beside them. Values of torch's files are read by `load`."""
+
+    source: str
+    form: str
+    tensors: Mapping[str, Any]
+    wrappers: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[ClassList, ...] = ()
+    architectures: tuple[str, ...] = ()
+    lineage: dict[str, Any] = field(default_factory=dict)
+    file: TorchFile | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+
+    def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """`{name: key of the file}` -> the tensors by these names, floats as float32. Raises WeightsError."""
+        chosen = {name: self.tensors[key] for name, key in keys.items()}
+        if self.file is None:
+            return chosen
+        loaded = self.file.load(chosen, self.source)
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in loaded.items()}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of one state dict, by its own keys: of several the average that training scripts evaluate."""
+        best = max(self.wrappers, key=rank, default="")
+        inside = f"{best}." if best else ""
+        state = self.load({key.removeprefix(inside): key for key in self.tensors if key.startswith(inside)})
+        tensors.check_finite(state, self.source)
+        return state
+
+    def precisions(self, keys: Mapping[str, str]) -> list[str]:
+        """Of these tensors, where it is not float32: they are converted."""
+        at = [self.tensors[key] for key in keys.values()]
+        kinds = {str(_dtype(tensor)).removeprefix("torch.") for tensor in at}
+        return sorted(kinds & {"float16", "bfloat16", "float64"})
+
+
+def _dtype(at: Any) -> torch.dtype | None:
+    if isinstance(at, TensorAt) and isinstance(at.storage, StorageAt):
+        return torch_files.dtype_of(at, at.storage)
+    return at.dtype if isinstance(at, Tensor) else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A file of torch.save or safetensors. Raises WeightsError that says why it is refused."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing, or not a file")
+    return _read(torch_files.from_path(path), str(path))
+
+
+def read_bytes(data: bytes, source: str) -> Checkpoint:
+    """The same of bytes. `source` is for messages."""
+    return _read(torch_files.from_bytes(data), source)
+
+
+def _read(opened: Open, source: str) -> Checkpoint:
+    try:
+        with opened() as file:
+            start = file.read(4096)
+            size = file.seek(0, io.SEEK_END)
+    except OSError as error:
+        raise WeightsError(f"{source} cannot be read: {error.strerror}") from error
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= tensors.MAX_HEADER:
+        return _safetensors(opened, source)
+    if what := foreign_files.named(start, size):
+        raise WeightsError(f"{source} is refused: {what}")
+    try:
+        return _understood(_torch_file(opened, start, size, source), source)
+    except (*torch_files.DAMAGE, OverflowError) as error:
+        reason = f" ({error})" if isinstance(error, Unreadable) else ""
+        raise WeightsError(f"{source} is refused: {UNKNOWN}{reason}") from error
+
+
+def _torch_file(opened: Open, start: bytes, size: int, source: str) -> TorchFile:
+    """Raises WeightsError for what is another file, and whatever a damaged one provokes."""
+    if start.startswith(b"PK\x03\x04"):
+        with opened() as file:
+            what, remedy = foreign_files.named_zip(file) or ("cut", "")
+        if what == "script":
+            raise WeightsError(
+                _advice(source, "is refused: it is a TorchScript archive, which is code", "torch.jit.load")
+            )
+        if what == "other":
+            raise WeightsError(f"{source} is refused: {remedy}")
+        return torch_files.read_zip(opened, size)
+    if start[257:262] == b"ustar":
+        with opened() as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            names = archive.getnames()
+        if "pickle" not in names:
+            what = f"it is a tar archive that holds {names[0][:200]!r}" if names else "it is an empty tar archive"
+            raise WeightsError(f"{source} is refused: {what}: {foreign_files.UNPACK}")
+        return torch_files.read_tar(opened)
+    if start.startswith(b"\x80"):
+        return torch_files.read_legacy(opened)
+    raise Unreadable("its first bytes are those of no known format")
+
+
+def _understood(file: TorchFile, source: str) -> Checkpoint:
+    try:
+        content = contents(file.content)
+    except WeightsError as error:
+        raise WeightsError(f"{source} is refused: {error}") from error
+    _check(content, file.content, source)
+    return Checkpoint(
+        source,
+        file.form,
+        content.tensors,
+        tuple(dict.fromkeys(content.wrappers)),
+        content.others,
+        tuple(class_lists(file.content)),
+        tuple(architecture_names(file.content)),
+        file=file,
+    )
+
+
+def _check(content: Content, value: Any, source: str) -> None:
+    """Raises WeightsError for a file that has no tensors of a network."""
+    quantised = [key for key, problem in content.broken.items() if problem == "quantised"]
+    if quantised or any("_packed_params" in key for key in content.others):
+        raise WeightsError(
+            f"{source} is refused: it is quantised ({tensors.listed(quantised) or 'packed parameters'}): "
+            "import the float weights that it was made from"
+        )
+    if content.tensors:
+        return
+    if content.model is not None:
+        where, kind = content.model
+        keys = "".join(f"[{key!r}]" for key in where.split(".") if key)
+        reason = f"is refused: it is a whole pickled model ({kind}), and a file that may run code is never loaded"
+        if kind.split(".")[0] in sys.stdlib_module_names:
+            raise WeightsError(f"{source} {reason}; save it again with {foreign_files.SAVE}")
+        raise WeightsError(_advice(source, reason, "torch.load", ", weights_only=False", keys))
+    entries = {**content.broken, **content.others}
+    if not isinstance(value, dict):
+        kind = kind_of(value) or type(value).__name__.removesuffix("At")
+        raise WeightsError(f"{source} holds a {kind}, not a state dict: save it with {foreign_files.SAVE}")
+    raise WeightsError(
+        f"{source} is not a state dict: {len(entries)} entries are no plain tensors: {described(entries)}; "
+        f"save it with {foreign_files.SAVE}"
+    )
+
+
+def _advice(source: str, reason: str, load: str, options: str = "", keys: str = "") -> str:
+    name = Path(source).name
+    call = f"{load}({name!r}{options}){keys}"
+    return TO_STATE_DICT.format(source=source, reason=reason, load=call, target=f"{Path(name).stem}-state.pth")
+
+
+def _safetensors(opened: Open, source: str) -> Checkpoint:
+    with opened() as file:
+        data = bytearray(file.read())
+    state = tensors.parse(data, Path(source))
+    if not state:
+        raise WeightsError(f"{source} is not a state dict: it holds no tensors")
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    notes = header.get("__metadata__")
+    said = {key: _json(value) for key, value in notes.items()} if isinstance(notes, dict) else {}
+    return Checkpoint(
+        source, "safetensors", state, classes=tuple(class_lists(said)), architectures=tuple(architecture_names(said))
+    )
+
+
+def _json(value: Any) -> Any:
+    """Metadata of safetensors is text only; lists and dictionaries are in it as JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    except (ValueError, RecursionError):
+        return value

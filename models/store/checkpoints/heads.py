@@ -1,0 +1,297 @@
+"""The last layers of a classifier in what a network leaves of a file, by names and shapes.
+
+fc.weight                                the network's own place
+fc.1.weight, head.weight                 Dropout + Linear, another name
+fc.0.weight, fc.3.weight                 several layers: what lies between them, the file does not say
+head.0.running_mean, head.2.weight       batch norm, which goes into the layer beside it
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.classifier import Activation, ConvLayer, Layer, MLPLayer
+from models.errors import WeightsError
+from models.store.checkpoints.matching import Shape, is_foreign
+
+NAMES = re.compile(
+    r"(^|[._])(fc\d*|new_fc|head|heads|classifier|classification_head|cls|cls_head|linear|last_linear|logits|output|out)$"
+)
+EPS = 1e-5  # torch's default; no file has it
+Kind = Literal["linear", "norm", "other"]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One of the modules that hold tensors: its path, and {name: key of the file}."""
+
+    path: str
+    keys: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        weight = self.shapes.get("weight", ())
+        if "running_mean" in self.shapes and len(weight) < 2:
+            return "norm"
+        plain = len(weight) == 2 or (len(weight) == 4 and weight[2:] == (1, 1))
+        return "linear" if plain and self.shapes.keys() <= {"weight", "bias"} else "other"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        if self.kind == "linear":
+            return self.shapes["weight"][1], self.shapes["weight"][0]
+        sides = self.shapes.get("running_mean") or self.shapes.get("weight") or (0,)
+        return sides[0], sides[0]
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def place(self) -> int | None:
+        """In a Sequential."""
+        last = self.path.rpartition(".")[2]
+        return int(last) if last.isdecimal() else None
+
+
+@dataclass(frozen=True)
+class FoundHead:
+    """The modules between features and scores, in their order. `assumed` says where an activation is a guess."""
+
+    modules: tuple[Module, ...]
+
+    @property
+    def name(self) -> str:
+        """As it is in the file."""
+        return ", ".join(module.path for module in self.linear)
+
+    @property
+    def linear(self) -> list[Module]:
+        return [module for module in self.modules if module.kind == "linear"]
+
+    @property
+    def outputs(self) -> int:
+        return self.linear[-1].widths[1]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """{key: key} of the file."""
+        return {key: key for module in self.modules for key in module.keys.values()}
+
+
+def modules_of(shapes: Mapping[str, Shape]) -> list[Module]:
+    """In the order of the file."""
+    found: dict[str, Module] = {}
+    for key, shape in shapes.items():
+        path, _, name = key.rpartition(".")
+        module = found.setdefault(path, Module(path))
+        module.keys[name], module.shapes[name] = key, shape
+    return list(found.values())
+
+
+def find(
+    shapes: Mapping[str, Shape],
+    features: int,
+    own: str,
+    wanted: str | None,
+    count: int | None,
+    source: str,
+    is_last: bool = True,
+) -> FoundHead | None:
+    """The head in the tensors that the body leaves; None for nothing at all, unless it `is_last`.
+
+    `own` is the network's own place for it, `wanted` the path asked for, `count` the number of classes where it is known.
+    Raises WeightsError that says what is in the way.
+    """
+    modules = modules_of(shapes)
+    if wanted is not None:
+        inside = [m for m in modules if f"{m.path}.".startswith(f"{wanted}.")]
+        if not inside and not is_last:
+            return None
+        if not inside:
+            raise WeightsError(f"{source} has no layer {wanted!r} beside the network; it has {_listed(modules)}")
+        return _whole(inside, features, source)
+    if inside := [m for m in modules if f"{m.path}.".startswith(f"{own}.")]:
+        return _whole(inside, features, source)
+    candidates = [module for module in modules if not is_foreign(module.path)]
+    chains = _chains(candidates, features)
+    if not chains and not is_last:
+        return None
+    if not chains:
+        raise WeightsError(_nothing(candidates, features, own, source))
+    for sieve in (lambda head: count is None or head.outputs in (count, 1 if count == 2 else count), _has_name):
+        chains = list(filter(sieve, chains)) or chains
+    if len(chains) > 1:
+        names = ", ".join(f"{head.linear[0].path} ({head.outputs} classes)" for head in chains[:10])
+        raise WeightsError(f"{source} has several layers that could be the last: {names}; choose one with --head")
+    return chains[0]
+
+
+def _has_name(head: FoundHead) -> bool:
+    return bool(NAMES.search(head.linear[-1].path) or NAMES.search(head.linear[-1].parent))
+
+
+def _whole(modules: list[Module], features: int, source: str) -> FoundHead:
+    """All of these, which must follow from each other."""
+    used, width = [], features
+    for module in modules:
+        if is_foreign(module.path):
+            continue
+        if module.kind == "other" or module.widths[0] != width:
+            raise WeightsError(f"{source}: {_misfit(module, width)}")
+        used.append(module)
+        width = module.widths[1]
+    if not any(module.kind == "linear" for module in used):
+        raise WeightsError(f"{source}: {_listed(modules)} has no linear layer that could be the last")
+    return FoundHead(tuple(used))
+
+
+def _misfit(module: Module, width: int) -> str:
+    if module.kind == "other":
+        named = ", ".join(f"{name} {tuple(shape)}" for name, shape in module.shapes.items())
+        return (
+            f"the head has a layer at {module.path} ({named}) that is neither linear nor batch norm: "
+            "train the head anew on this network (`imago finetune`)"
+        )
+    return (
+        f"{module.path} takes {module.widths[0]} numbers, but what comes before it gives {width}: a pooling or a layer of "
+        "the head is not known here; train the head anew on this network (`imago finetune`)"
+    )
+
+
+def _chains(modules: list[Module], features: int) -> list[FoundHead]:
+    """Linear layers on the features, each with what follows it, and batch norm before it."""
+    chains: list[FoundHead] = []
+    taken: set[str] = set()
+    for number, start in enumerate(modules):
+        if start.kind != "linear" or start.widths[0] != features or start.path in taken:
+            continue
+        chain = [start]
+        for before in reversed(modules[:number]):
+            if before.widths != (features, features) or before.kind == "linear":
+                break
+            chain.insert(0, before)
+        for following in modules[number + 1 :]:
+            if following.parent != start.parent or following.widths[0] != chain[-1].widths[1]:
+                break
+            chain.append(following)
+        taken.update(module.path for module in chain)
+        while chain[-1].kind == "other":
+            chain.pop()
+        if not any(module.kind == "other" for module in chain):
+            chains.append(FoundHead(tuple(chain)))
+    return chains
+
+
+def _nothing(modules: list[Module], features: int, own: str, source: str) -> str:
+    if odd := next((m for m in modules if m.kind == "other" and m.widths[0] == features), None):
+        return f"{source}: {_misfit(odd, features)}"
+    if near := next((m for m in reversed(modules) if m.kind == "linear"), None):
+        return f"{source}: {_misfit(near, features)}"
+    return (
+        f"{source} has no last layer: neither {own}.weight nor another on {features} features, only the network before it; "
+        "import the file that has both"
+    )
+
+
+def _listed(modules: list[Module]) -> str:
+    return ", ".join(module.path for module in modules[:10]) or "none"
+
+
+# The layers
+
+
+@torch.no_grad()
+def build(
+    head: FoundHead, values: Mapping[str, Tensor], activation: Activation | None
+) -> tuple[nn.Linear | MLPLayer, bool]:
+    """The head as one layer, and whether its activation is assumed. `values` by the keys of the file."""
+    steps: list[tuple[Tensor, Tensor]] = []  # (weight, bias) of each linear layer
+    is_bent: list[bool] = []  # an activation lies after the layer of this place
+    scale: tuple[Tensor, Tensor] | None = None  # of batch norm that goes into the next layer
+    for number, module in enumerate(head.modules):
+        own = {name: values[key] for name, key in module.keys.items()}
+        gap = number > 0 and _has_gap(head.modules[number - 1], module)
+        if module.kind == "norm":
+            factor, shift = _affine(own)
+            if steps and not gap and not is_bent[-1]:  # right behind a linear layer
+                weight, bias = steps[-1]
+                steps[-1] = (weight * factor[:, None], bias * factor + shift)
+            else:
+                if steps:
+                    is_bent[-1] = True
+                scale = (factor, shift)
+            continue
+        weight = own["weight"].flatten(1)
+        bias = own.get("bias", torch.zeros(len(weight)))
+        if steps and gap:
+            is_bent[-1] = True
+        if scale is not None:
+            factor, shift = scale
+            weight, bias, scale = weight * factor, bias + weight @ shift, None
+        steps.append((weight, bias))
+        is_bent.append(False)
+    if scale is not None:
+        raise WeightsError(f"the head ends in batch norm after an activation ({head.modules[-1].path})")
+    return _layer(steps, is_bent, activation)
+
+
+def _has_gap(before: Module, after: Module) -> bool:
+    """True where something without weights lies between the two, or might: their names are no numbers of one Sequential."""
+    if before.parent != after.parent or before.place is None or after.place is None:
+        return (before.kind == "linear" and after.kind == "linear") or before.kind == "norm"
+    return after.place - before.place > 1
+
+
+def _affine(norm: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Batch norm as `x * factor + shift`."""
+    mean, variance = norm["running_mean"], norm["running_var"]
+    factor = norm.get("weight", torch.ones_like(mean)) / (variance + EPS).sqrt()
+    return factor, norm.get("bias", torch.zeros_like(mean)) - mean * factor
+
+
+def _layer(
+    steps: list[tuple[Tensor, Tensor]], is_bent: list[bool], activation: Activation | None
+) -> tuple[nn.Linear | MLPLayer, bool]:
+    joined = [steps[0]]
+    for (weight, bias), bent in zip(steps[1:], is_bent[:-1], strict=True):
+        if bent and activation != "none":
+            joined.append((weight, bias))
+        else:
+            before, before_bias = joined[-1]
+            joined[-1] = (weight @ before, weight @ before_bias + bias)
+    linear = [_linear(weight, bias) for weight, bias in joined]
+    if len(linear) == 1:
+        return linear[0], False
+    layer = MLPLayer(
+        linear[0].in_features, [one.out_features for one in linear[:-1]], linear[-1].out_features, activation or "relu"
+    )
+    layer.hidden, layer.output = nn.ModuleList(linear[:-1]), linear[-1]
+    return layer, activation is None
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight, layer.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
+    return layer
+
+
+@torch.no_grad()
+def two_classes(layer: Layer) -> None:
+    """Gives a layer of one score two: 0 and the score, whose softmax is 1 - sigmoid and sigmoid."""
+    if isinstance(layer, ConvLayer):
+        last: nn.Linear | nn.Conv2d = layer.conv
+        layer.conv.out_channels = 2
+    else:
+        last = layer.output if isinstance(layer, MLPLayer) else layer
+        last.out_features = 2
+    last.weight = nn.Parameter(torch.cat([torch.zeros_like(last.weight), last.weight]))
+    if last.bias is not None:
+        last.bias = nn.Parameter(torch.cat([torch.zeros_like(last.bias), last.bias]))

@@ -1,0 +1,177 @@
+"""Anyone's weights -> a model version: a state dict, a folder of timm's, a TorchServe archive, or a version of another Imago.
+
+read        file or folder -> Checkpoint, see `models.store.checkpoints`
+fit         {key: tensor} -> the architecture cut in two, see `models.store.checkpoint_fit`
+publish     the backbone by its hash, shared where the store has it, and the last layer as the head
+"""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from models import architectures
+from models.architectures import Network
+from models.classifier import Head, ModelConfig
+from models.errors import ArchitectureNotFound, DatasetError, WeightsError
+from models.files.class_names import complaint, read_classes
+from models.files.zip_file import open_archive
+from models.store import bundle, torchserve
+from models.store import checkpoint_fit as fitting
+from models.store.checkpoint_fit import Choices
+from models.store.checkpoints import Checkpoint, heads, read_checkpoint
+from models.store.checkpoints.content import described
+from models.store.download import Progress
+from models.store.store import ModelStore
+
+__all__ = ["Choices", "fit", "import_model", "import_weights", "read_classes", "read_state"]
+
+STEPS = 3  # read, fit, store: of each the bytes are not known, and VGG takes seconds for each
+ONE_OUTPUT = ("no", "yes")
+
+
+def import_model(
+    path: Path,
+    store: ModelStore,
+    name: str | None = None,
+    architecture: str | None = None,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    progress: Progress | None = None,
+    choices: Choices | None = None,
+    notes: list[str] | None = None,
+) -> ModelConfig:
+    """Publishes what lies at `path` as the next version of `name`. A version that another Imago exported names itself and its architecture.
+
+    `notes` gets a line for each thing that was understood, assumed (`warning: ...`) or skipped.
+    Raises WeightsError, ArchitectureNotFound, InvalidName.
+    """
+    if bundle.is_bundle(_members(path)):
+        if architecture or classes or channels or choices:
+            raise WeightsError(f"{path} holds a whole version: its architecture and classes cannot be changed")
+        return bundle.import_bundle(path, store, name, progress)
+    if name is None:
+        raise WeightsError(f"{path} names no model: give it one with --name")
+    return import_weights(path, store, name, architecture, classes, channels, progress, choices, notes)
+
+
+def import_weights(
+    path: Path,
+    store: ModelStore,
+    name: str,
+    architecture: str | None = None,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    progress: Progress | None = None,
+    choices: Choices | None = None,
+    notes: list[str] | None = None,
+) -> ModelConfig:
+    """Publishes a checkpoint as the next version of model `name`, with the architecture's own preprocessing.
+
+    The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
+    Raises WeightsError, ArchitectureNotFound, InvalidName.
+    """
+    report = progress or (lambda done, total: None)
+    notes = [] if notes is None else notes
+    report(0, STEPS)
+    checkpoint = read(path)
+    notes.append(f"format: {checkpoint.form}")
+    architecture = architecture or _named(checkpoint, notes)
+    report(1, STEPS)
+    choices = choices or Choices()
+    count = len(classes) if classes is not None else next((len(c.names) for c in checkpoint.classes if c.is_sure), None)
+    network = fitting.fit(architecture, checkpoint, channels, replace(choices, count=count), notes)
+    if checkpoint.others:
+        notes.append(f"skipped, no tensors: {described(checkpoint.others)}")
+    names = _classes(checkpoint, network, classes, notes)
+    report(2, STEPS)
+    ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
+    report(3, STEPS)
+    lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
+    return store.publish(name, [ref], Head.of(network.layer), names, lineage=lineage)
+
+
+def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
+    """The architecture that the file names. Raises WeightsError where it names none that is known, with those that the weights fit."""
+    for name in checkpoint.architectures:
+        try:
+            architectures.preprocessing_of(name)
+        except ArchitectureNotFound:
+            continue
+        notes.append(f"architecture: {name}, as the file says")
+        return name
+    like = fitting.alike(checkpoint)
+    hint = f"; the names and shapes are those of {' or '.join(like)}" if like else ""
+    raise WeightsError(f"{checkpoint.source} names no architecture: give it one with --architecture{hint}")
+
+
+def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | None, notes: list[str]) -> list[str]:
+    """The names of the classes: those given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
+    outputs = Head.of(network.layer).num_classes
+    count = max(outputs, 2)
+    if given is not None:
+        if len(given) != count:
+            what = "one output, which are two classes" if outputs == 1 else f"{outputs} classes"
+            raise WeightsError(
+                f"{len(given)} class names were given, but the weights in {checkpoint.source} have {what}"
+            )
+        names, origin = list(given), "--classes"
+    else:
+        names, origin = _from_file(checkpoint, count)
+    if outputs == 1:
+        heads.two_classes(network.layer)
+        names = names or list(ONE_OUTPUT)
+        notes.append(
+            f"warning: one output is read as two classes by the sigmoid: p({names[1]}) = sigmoid(output), {names[0]} is the rest; "
+            "--classes names them, the one of output 0 first"
+        )
+    notes.append(f"classes: {count}, from {origin}" if origin else f"classes: {count}, without names in the file")
+    names = names or [f"class_{index}" for index in range(count)]
+    if wrong := complaint(names):
+        raise WeightsError(f"{Path(checkpoint.source).name} is refused: {wrong}")
+    return names
+
+
+def _from_file(checkpoint: Checkpoint, count: int) -> tuple[list[str], str]:
+    """The class names in the file, and where they are; none where it has none. Raises WeightsError where their number is another."""
+    for names in checkpoint.classes:
+        if len(names.names) == count:
+            return names.names, repr(names.key)
+    for names in checkpoint.classes:
+        if names.is_sure:
+            raise WeightsError(
+                f"{checkpoint.source} has {len(names.names)} class names in {names.key!r}, but its weights have {count} classes: "
+                "give the names with --classes"
+            )
+    return [], ""
+
+
+def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:
+    """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
+    return fitting.fit(architecture, fitting.of_state(state, source), channels)
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a file or an archive. Raises WeightsError that says why it is refused."""
+    if torchserve.is_archive(_members(path)):
+        with bundle.opened(path) as archive:
+            return torchserve.read_archive(archive, path)
+    return read_checkpoint(path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict by the keys of the file. Raises WeightsError that says why a file is refused."""
+    return read_checkpoint(path).state
+
+
+def _members(path: Path) -> list[str]:
+    """The names in a zip; none where it is no zip. Raises WeightsError for a damaged or hostile one."""
+    try:
+        with open_archive(path) as archive:
+            return archive.names
+    except DatasetError as error:
+        if path.is_file() and (path.suffix == ".zip" or zipfile.is_zipfile(path)):
+            raise WeightsError(str(error)) from error
+        return []

@@ -1,0 +1,96 @@
+"""Architectures by a pattern: parameters, input size, licence, and whether weights are at hand."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from models import architectures
+from models.architectures import timm_networks
+from models.architectures.timm_names import is_timm, parse
+from models.errors import ArchitectureNotFound, WeightsError
+from models.store import packaged
+from models.store.store import ModelStore
+
+NEAREST = 5
+Weights = Literal["packaged", "stored", "published", "none"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An architecture. `licence`: of the weights that `imago models pull NAME` fetches; None is unknown.
+
+    `weights`: in an installed package, in the store, published by torchvision or on the Hub, or nowhere.
+    """
+
+    name: str
+    parameters: int
+    height: int
+    width: int
+    licence: str | None
+    weights: Weights
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def search(pattern: str) -> list[str]:
+    """The names that a shell pattern finds anywhere in them, timm's with `timm/` before them. Upper and lower case are the same.
+
+    Names of weights (`timm/<network>.<tag>`) are looked through where the pattern has a dot, or finds no network.
+    Raises ArchitectureNotFound with the nearest names where it finds nothing.
+    """
+    wanted = f"*{pattern.lower().strip('*')}*"
+    names = [*architectures.names(), *timm_networks.names()]
+    found = [] if "." in pattern else [name for name in names if fnmatchcase(name.lower(), wanted)]
+    if not found:
+        found = [name for name in timm_networks.published_names() if fnmatchcase(name.lower(), wanted)]
+    if not found:
+        near = difflib.get_close_matches(pattern.replace("*", ""), names, n=NEAREST, cutoff=0)
+        raise ArchitectureNotFound(
+            f"no architecture matches {pattern!r} among {len(names)}; the nearest are {', '.join(near)}"
+        )
+    return found
+
+
+def describe(names: Sequence[str], store: ModelStore) -> list[Found]:
+    """Each is built without memory, which takes up to half a second: pass only those that are shown."""
+    stored = _stored(store)
+    return [_describe(name, stored) for name in names]
+
+
+def _describe(name: str, stored: set[str]) -> Found:
+    shape = architectures.preprocessing_of(name)
+    parameters = sum(parameter.numel() for parameter in architectures.outline(name).parameters())
+    licence, published = _published(name)
+    weights: Weights = "published" if published else "none"
+    if name in packaged.NAMES:
+        licence, weights = packaged.LICENCE, "packaged"
+    elif name in stored:
+        weights = "stored"
+    return Found(name, parameters, shape.height, shape.width, licence, weights)
+
+
+def _published(name: str) -> tuple[str | None, bool]:
+    """The licence of the published weights, and whether there are any."""
+    if is_timm(name):
+        record = timm_networks.config(parse(name)) or {}
+        return record.get("license"), bool(record.get("hf_hub_id"))
+    member = architectures.published_weights(name)
+    return (None, False) if member is None else (architectures.licence_of(member), True)
+
+
+def _stored(store: ModelStore) -> set[str]:
+    """Architectures of which the store has a model; of timm's weights also under the name they were pulled by."""
+    found = set()
+    for name in store.names():
+        try:
+            config = store.config(name)
+        except WeightsError:
+            continue
+        for ref in config.backbones:
+            found.add(ref.architecture)
+            if is_timm(ref.architecture) and (tag := config.lineage.get("weights")):
+                found.add(f"{ref.architecture.partition('?')[0]}.{tag}")
+    return found

@@ -1,0 +1,98 @@
+"""The choice of a base: heads on several backbones' features, cross-validated on the same folds, against what each costs to run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.errors import TrainingError
+from models.files.records import Record
+from models.progress import Progress, Stop, never
+from models.training.head.regression import Problem, cross_validate, threads_for
+from models.training.job.request import Effective
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A base to choose from, with its features of the training images."""
+
+    name: str
+    features: Tensor  # float32 (n, D)
+    latency_ms: float  # of one image, through this server's runtime
+
+
+class Scored(Record):
+    """A candidate's line in the table."""
+
+    name: str
+    accuracy: float  # of images while they were held out, at the best strength
+    spread: float  # standard deviation over the folds
+    latency_ms: float | None = None  # base auto: of one image
+    seconds: float | None = None  # mode scratch: of training on one fold, the mean
+    seconds_spread: float | None = None  # standard deviation over the folds
+
+
+class Choice(Record):
+    """All candidates, the most accurate first, and the one that was taken."""
+
+    best: str
+    max_latency_ms: float | None = None
+    candidates: tuple[Scored, ...]
+    folds: int | None = None  # mode scratch, as are the epochs: of each fold's training
+    epochs: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training on all folds."""
+        return (self.folds or 0) * sum(scored.seconds or 0.0 for scored in self.candidates)
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    labels: Tensor,
+    groups: Tensor,
+    num_classes: int,
+    settings: Effective,
+    max_latency_ms: float | None,
+    progress: Progress,
+    stop: Stop = never,
+) -> Choice:
+    """The most accurate of those that are fast enough; of equal ones the faster. Labels and groups (n,) are those of the features.
+
+    When `stop` says yes, what is left is compared by the strongest penalty alone. Raises TrainingError where none is fast enough.
+    """
+    fast = [c for c in candidates if max_latency_ms is None or c.latency_ms <= max_latency_ms]
+    if not fast:
+        nearest = min(candidates, key=lambda c: c.latency_ms)
+        raise TrainingError(
+            f"no base answers within max_latency_ms {max_latency_ms:g}: the fastest, {nearest.name}, takes {nearest.latency_ms:.1f} ms; "
+            "allow more, or pull a smaller network"
+        )
+    scored = []
+    for number, candidate in enumerate(candidates):
+        with threads_for(candidate.features.numel() * num_classes):
+            problem = Problem.of(candidate.features, labels, num_classes, settings)
+            found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
+        scored.append(_scored(candidate, found.cv_accuracy, found.spread))
+    table, names = ranked(scored), {c.name for c in fast}
+    best = next(s for s in table if s.name in names)
+    return Choice(best=best.name, max_latency_ms=max_latency_ms, candidates=table)
+
+
+def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
+    """The most accurate first; of equal ones the cheaper."""
+    return tuple(sorted(scored, key=lambda s: (-s.accuracy, s.latency_ms or 0.0, s.seconds or 0.0)))
+
+
+def _scored(candidate: Candidate, accuracy: float, spread: float) -> Scored:
+    return Scored(
+        name=candidate.name,
+        accuracy=round(accuracy, 6),
+        spread=round(spread, 6),
+        latency_ms=round(candidate.latency_ms, 3),
+    )
+
+
+def _share(progress: Progress, number: int, of: int) -> Progress:
+    """The progress of one part of the work, `number` from 0, as progress of the whole."""
+    return lambda done: progress((number + done) / of)

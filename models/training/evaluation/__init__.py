@@ -1,0 +1,1 @@
+"""Evaluation of a trained classifier on held-out images."""

@@ -1,0 +1,1 @@
+"""Training a linear head on fixed features."""

@@ -1,0 +1,1 @@
+"""A training job: its request, its files, its process."""

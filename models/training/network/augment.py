@@ -1,0 +1,222 @@
+"""Random changes to a batch of training images that keep what is on them; each image has its own.
+
+    none         nothing but the switches: mirror left and right, or up and down, and rotation
+    light        a shift by up to a sixteenth of the side
+    standard     a part of the image, 35 to 100 % of its area, brought to full size; brightness, contrast and saturation by up to 20 %
+    trivial      torchvision's TrivialAugmentWide: one operation of 14, of any strength
+    randaugment  torchvision's RandAugment: two operations, of medium strength
+
+All of it follows from torch's default generator on the CPU, whatever device the images lie on. Crop, flips and rotation are one
+resampling of the whole batch, several times as fast as torchvision's transforms on one image after the other.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.training.job.request import Effective
+
+CROP_AREA = (0.35, 1.0)  # of the image
+CROP_RATIO = (3 / 4, 4 / 3)  # width over height
+JITTER = 0.2  # brightness, contrast and saturation times 1 +- this
+COPY_BATCH = 256  # images
+SEED_STEP = 1_000_003  # between the seeds of two epochs, or copies: no two small seeds meet
+GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class Part(NamedTuple):
+    """Images of a batch. What is random is drawn for all of it, so an image gets its own wherever the batch is cut."""
+
+    places: Tensor  # int64 (n,), in the batch
+    of: int  # images in the batch
+
+
+def augment(pixels: Tensor, mirrored: Tensor, settings: Effective, part: Part | None = None) -> Tensor:
+    """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on.
+
+    Where the images are only a part of their batch, `part` says which.
+    """
+    preset, n = settings.augmentation, part or len(pixels)
+    mirrored = mirrored & settings.hflip
+    upside_down = _coins(n) & settings.vflip
+    if preset == "light":
+        pixels, mirrored = light(pixels, mirrored, part), torch.zeros_like(mirrored)
+    elif preset in ("trivial", "randaugment"):
+        pixels = by_policy(pixels, preset) if part is None else by_policy_each(pixels, preset, part)
+    if preset != "standard" and not settings.rotation:
+        return flip(pixels, mirrored, upside_down)
+    crops = random_crops(n) if preset == "standard" else whole(len(pixels))
+    warped = warp(pixels, crops, _uniform(n, -settings.rotation, settings.rotation), mirrored, upside_down)
+    return jitter(warped, part) if preset == "standard" else warped
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`; the copy to a GPU is queued there, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
+    """All of uint8 (N, C, H, W), changed: uint8 again, and the 16-byte hash of each. Follows from seed and number (from 1)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + SEED_STEP * number)
+        mirrored = flips(len(pixels), settings.seed, number)
+        parts = zip(torch.split(pixels, COPY_BATCH), torch.split(mirrored, COPY_BATCH), strict=True)
+        changed = torch.cat([augment(part, flip, settings).round().to(torch.uint8) for part, flip in parts])
+    changed = changed.contiguous(memory_format=torch.channels_last)
+    rows = changed.permute(0, 2, 3, 1).numpy()
+    return changed, tuple(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+
+
+def mix(images: Tensor, labels: Tensor, num_classes: int, settings: Effective) -> tuple[Tensor, Tensor]:
+    """torchvision's MixUp, CutMix, or a coin between the two: float images (N, C, H, W), labels (N,) -> images, shares (N, classes)."""
+    from torchvision.transforms import v2
+
+    ways = [
+        way(alpha=alpha, num_classes=num_classes)
+        for way, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+        if alpha
+    ]
+    if not ways:
+        return images, labels
+    mixed: tuple[Tensor, Tensor] = ways[int(torch.randint(len(ways), ()))](images, labels)
+    return mixed
+
+
+def light(pixels: Tensor, flip: Tensor, part: Part | None = None) -> Tensor:
+    """Mirror the images where `flip` (N,) is true, then shift each by up to a sixteenth of the side, borders reflected.
+
+    uint8 (N, C, H, W) -> the same, in channels_last memory. A sixteenth and not the usual eighth: in runs of some ten epochs a stronger
+    shift costs more than it brings.
+    """
+    n, _, height, width = pixels.shape
+    rows = _mirrored(torch.arange(height) + _shifts(part or n, height), height)  # (N, H)
+    columns = _mirrored(torch.arange(width) + _shifts(part or n, width), width)  # (N, W)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    rows, columns = sent(torch.cat([rows, columns], dim=1), pixels.device).tensor_split([height], dim=1)
+    images = torch.arange(n, device=pixels.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # one gather
+
+
+def flips(images: int, seed: int, epoch: int) -> Tensor:
+    """Which of all images are mirrored in this epoch, bool (images,): each in every second epoch, half of them in the first.
+
+    Seeing both sides of every image in any two epochs is worth more than tossing a coin each time (Jordan 2024, airbench).
+    """
+    first = torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return first ^ (epoch % 2 == 1)
+
+
+def flip(pixels: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
+    """Left and right, and up and down, changed where the two, bool (N,), say so."""
+    drawn = torch.stack([mirrored, upside_down])
+    if not drawn.any():
+        return pixels
+    for which, axis, some in zip(sent(drawn, pixels.device), (3, 2), drawn.any(dim=1).tolist(), strict=True):
+        if some:
+            pixels = torch.where(which.view(-1, 1, 1, 1), pixels.flip(axis), pixels)
+    return pixels
+
+
+# Resampling: a crop is (width, height, x, y) of a rectangle in coordinates from -1 to 1, its size over the image's and its centre
+
+
+def whole(n: int) -> Tensor:
+    return torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(n, 1)
+
+
+def random_crops(n: int | Part) -> Tensor:
+    """(N, 4): as torchvision's RandomResizedCrop draws them, of a larger part of the image."""
+    area, ratio = _uniform(n, *CROP_AREA), _uniform(n, *map(math.log, CROP_RATIO)).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
+    return torch.stack([width, height, _uniform(n, -1, 1) * (1 - width), _uniform(n, -1, 1) * (1 - height)], dim=1)
+
+
+def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
+    """Images (N, C, H, W) -> float32 of the same shape, 0..255: the crops (N, 4), turned by `degrees` (N,), then flipped.
+
+    Bilinear; what lies outside the image is its reflection.
+    """
+    width, height, x, y = crops.unbind(1)
+    width, height = width * torch.where(mirrored, -1.0, 1.0), height * torch.where(upside_down, -1.0, 1.0)
+    cos, sin = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
+    aspect = pixels.shape[2] / pixels.shape[3]  # coordinates are of -1 to 1 on both axes
+    turned = [cos * width, -sin * height * aspect, x, sin * width / aspect, cos * height, y]
+    matrices = torch.stack(turned, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(sent(matrices, pixels.device), list(pixels.shape), align_corners=False)
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def jitter(images: Tensor, part: Part | None = None) -> Tensor:
+    """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
+    n = part or len(images)
+    drawn = torch.stack([_uniform(n, 1 - JITTER, 1 + JITTER) for _ in range(3)])
+    factors = sent(drawn, images.device).view(3, -1, 1, 1, 1)
+    images = images * factors[0]
+    images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, factors[1])
+    return torch.lerp(_gray(images), images, factors[2]).clamp_(0, 255)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(N, 1, H, W)"""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    return (GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue)[:, None]
+
+
+# Policies
+
+
+def by_policy(pixels: Tensor, name: str) -> Tensor:
+    """uint8 (N, C, H, W) -> the same. One image after the other: torchvision changes all images of a batch alike."""
+    from torchvision.transforms import v2
+
+    policies: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+        "trivial": v2.TrivialAugmentWide,
+        "randaugment": v2.RandAugment,
+    }
+    policy = policies[name]()
+    return torch.stack([policy(image) for image in pixels])
+
+
+def by_policy_each(pixels: Tensor, name: str, part: Part) -> Tensor:
+    """The same for a part of a batch. A policy draws as much as its operation needs, so each image has a seed of its own."""
+    seeds = _draw(part, lambda n: torch.randint(2**62, (n,))).tolist()
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(pixels, seeds, strict=True):
+            torch.manual_seed(seed)
+            changed.append(by_policy(image[None], name))
+    return torch.cat(changed)
+
+
+# Chance
+
+
+def _coins(n: int | Part) -> Tensor:
+    return _draw(n, torch.rand) < 0.5
+
+
+def _uniform(n: int | Part, low: float, high: float) -> Tensor:
+    return low + (high - low) * _draw(n, torch.rand)
+
+
+def _shifts(n: int | Part, side: int) -> Tensor:
+    reach = side // 16
+    return _draw(n, lambda n: torch.randint(-reach, reach + 1, (n, 1)))
+
+
+def _draw(n: int | Part, draw: Callable[[int], Tensor]) -> Tensor:
+    return draw(n) if isinstance(n, int) else draw(n.of)[n.places]
+
+
+def _mirrored(index: Tensor, side: int) -> Tensor:
+    """-1 -> 1, side -> side - 2: reflection without repeating the edge."""
+    last = side - 1
+    return last - (last - index.abs()).abs()

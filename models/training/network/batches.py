@@ -1,0 +1,113 @@
+"""What a network is shown, batch by batch; order and changes follow from seed and epoch, so a resumed run is shown the same.
+
+rows of the training part --shuffle--> this rank's, uint8 (B, C, H, W) --augment, normalise, mix--> float32 (B, C, H, W) and labels
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.data.dataset import Dataset
+from models.preprocessing import Preprocessing, denormalise, mean_and_std
+from models.training.job.request import Effective
+from models.training.network.augment import SEED_STEP, augment, flips, mix, sent
+from models.training.network.process_group import ALONE, Ranks
+
+SMALL = 0.75  # of the side, in the small epochs
+GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie there once and for all
+SAMPLE = 24  # images of a sample
+
+
+class Batch(NamedTuple):
+    images: Tensor  # float32 (B, C, H, W), normalised
+    labels: Tensor  # int64 (B,) or, mixed, shares (B, classes)
+
+
+class Sample(NamedTuple):
+    """Images as they were trained on, for people to look at."""
+
+    said: str  # what they are
+    pixels: Tensor  # uint8 (n, C, H, W)
+    labels: Tensor  # int64 (n,) or, mixed, shares (n, classes)
+
+
+class Batches:
+    """The training part, batch by batch, on the device; of several ranks, this one's part of each.
+
+    `images` are those of one step, on all ranks together, `steps` those of an epoch.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        preprocessing: Preprocessing,
+        settings: Effective,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.data = data
+        self.preprocessing = preprocessing
+        self.settings = settings
+        self.device = device
+        self.ranks = ranks
+        self.pixels = self._pixels()
+        self.labels = data.labels.to(device)
+        self.mean, self.std = mean_and_std(preprocessing, device)
+        count = len(data.rows["train"])
+        self.images = min(settings.batch_size * settings.accumulate, count)
+        self.steps = count // self.images  # what is left over waits for the next shuffle
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Of the epoch `number`, from 1. Seeds torch's default generator and draws from it between the steps."""
+        torch.manual_seed(self.settings.seed + SEED_STEP * number)
+        rows = self.data.rows["train"]
+        order = rows[torch.randperm(len(rows))][: self.steps * self.images]
+        mirrored = flips(len(self.data.labels), self.settings.seed, number)
+        for batch in torch.split(order, self.images):
+            yield self._batch(batch, mirrored[batch], number)
+
+    def _batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> Batch:
+        """Small epochs show three quarters of the side: while the learning rate is high, as good as the full size."""
+        mixed = bool(self.settings.mixup or self.settings.cutmix)
+        part = self.ranks.part(len(rows), mixed)
+        if part:
+            rows, mirrored = rows[part.places], mirrored[part.places]
+        on_device = sent(rows, self.device)
+        lie_there = self.pixels.device == self.device
+        pixels = self.pixels[on_device] if lie_there else sent(self.pixels[rows], self.device)
+        images = (augment(pixels, mirrored, self.settings, part).float() - self.mean) / self.std
+        if epoch <= round(self.settings.small_until * self.settings.epochs):
+            images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
+        labels = self.labels[on_device]
+        if mixed:
+            images, labels = mix(images, labels, len(self.data.classes), self.settings)
+        if mixed and part:
+            images, labels = images[1:], labels[1:]  # the first belongs to the rank before
+        return Batch(images.contiguous(memory_format=torch.channels_last), labels)
+
+    def _pixels(self) -> Tensor:
+        """All images: on the GPU from the start where they take up little of it, which saves their way there at each step."""
+        pixels = self.data.pixels
+        if self.device.type != "cuda":
+            return pixels
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return pixels.to(self.device) if pixels.numel() < GPU_SHARE * free else pixels
+
+
+def first_images(data: Dataset, preprocessing: Preprocessing, settings: Effective) -> Sample:
+    """The first images that this run's network was shown: drawn again, for they follow from the seed."""
+    ranks = [Ranks(rank, settings.devices) for rank in range(settings.devices)]
+    with torch.random.fork_rng(devices=[]):
+        own = [next(Batches(data, preprocessing, settings, torch.device("cpu"), rank).epoch(1)) for rank in ranks]
+    images, labels = (torch.cat([part[:SAMPLE] for part in parts])[:SAMPLE] for parts in zip(*own, strict=True))
+    mixed = " and mixed" if labels.ndim > 1 else ""
+    said = f"The beginning of the first batch, as the network saw it: augmentation {settings.augmentation}{mixed}."
+    return Sample(said, denormalise(images, preprocessing), labels)
+
+
+def spread(rows: Tensor) -> Tensor:
+    """Places in `rows` (n,) of the images of a sample, evenly over all of them, and so over the classes."""
+    return torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).round().long()

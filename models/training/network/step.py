@@ -1,0 +1,225 @@
+"""One step down the loss, in as many pieces as memory allows.
+
+images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> gradients, added up --> optimiser
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from models.errors import OutOfMemory
+from models.runtime import is_out_of_memory
+from models.training.job.request import Effective
+from models.training.network.auxiliary import Auxiliary
+from models.training.network.process_group import ALONE, Ranks
+
+MOMENTUM = 0.9
+
+Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", the highest of their learning rates
+
+
+class Halved(Exception):
+    """A device ran out of memory in a step that other processes share: it cannot be done again by one of them. `micro` may fit."""
+
+    def __init__(self, micro: int) -> None:
+        super().__init__(micro)
+        self.micro = micro
+
+
+class Scores(nn.Module):
+    """A network and the classifiers that listen to it, as one module: images -> its scores (N, C), then theirs."""
+
+    def __init__(self, network: nn.Module, aux: Auxiliary | None) -> None:
+        super().__init__()
+        self.network = network
+        self.aux = aux
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.network(images), *(self.aux.take() if self.aux else ())]
+
+
+class Taken(NamedTuple):
+    """A step."""
+
+    loss: Tensor  # (): the mean
+    right: Tensor  # (): how many images had their label, of shares the largest, as the highest score
+
+
+class Stepper:
+    """The optimiser of a network, and how a batch goes through it. `classes` (C,) is what an image of each class counts; None: 1.
+
+    Where several `ranks` share each step, `begin` comes before the first.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        aux: Auxiliary | None,
+        groups: Groups,
+        settings: Effective,
+        classes: Tensor | None,
+        tell: Callable[[str], None],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.whole = Scores(network, aux)
+        self.scores: nn.Module = self.whole
+        self.aux = aux
+        self.settings = settings
+        self.ranks = ranks
+        self.device = next(network.parameters()).device
+        self.classes = classes.to(self.device) if classes is not None else None
+        self.tell = tell
+        self.optimizer = _optimizer(groups, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
+        self.micro = math.ceil(settings.batch_size / ranks.count)  # images at once
+        # A batch norm cannot normalise a single value.
+        self.least = 2 if any(isinstance(module, _BatchNorm) for module in network.modules()) else 1
+
+    def begin(self) -> None:
+        """At the start of each epoch: which weights train may have changed, and an epoch begins alike in a run that was resumed."""
+        frozen = not all(parameter.requires_grad for parameter in self.whole.parameters())
+        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # they hear no frozen place
+
+    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Taken:
+        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images the step has on all
+        ranks together, and what comes back is of all of them.
+
+        Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory; Halved where ranks share it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        share = (of or len(images)) / self.ranks.count  # the mean over the ranks is then that over all images
+        taken = self._gradients(images, labels, share)
+        while taken is None:
+            self._halve(images)
+            taken = self._gradients(images, labels, share)
+        self._move_weights()
+        self.scaler.update()
+        loss, right = self.ranks.sums(*taken)
+        return Taken(loss / self.ranks.count, right)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"optimizer": self.optimizer, "scaler": self.scaler}
+
+    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> Taken | None:
+        """Puts the gradient of the summed loss over `share` into the weights, and that of all ranks together; None: out of memory."""
+        self.optimizer.zero_grad()
+        pieces = max(1, min(math.ceil(len(images) / self.micro), len(images) // self.least))
+        total, right = (torch.zeros((), device=self.device) for _ in range(2))
+        try:
+            parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
+            for number, (part, own) in enumerate(parts, start=1):
+                with self._exchange(number == pieces):
+                    loss, hits = self._loss(part, own)
+                    self.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / share
+                right += hits
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, self.device):
+                raise
+            return None
+        return Taken(total, right)
+
+    def _move_weights(self) -> None:
+        """The optimiser's step, one group of weights after the other.
+
+        A group that runs out of memory does so while its state is allocated, which is in the first step and before any of its weights
+        has moved: that state is dropped, cached memory freed, and the group tried once more. The scaler of float16 makes one step of
+        all, which is not tried again.
+        """
+        if self.scaler.is_enabled():
+            with self._explained():
+                self.scaler.step(self.optimizer)
+            return
+        groups, optimizer = self.optimizer.param_groups, self.optimizer
+        try:
+            for group in groups:
+                optimizer.param_groups = [group]
+                known = set(optimizer.state)
+                try:
+                    optimizer.step()
+                    continue
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error, self.device):
+                        raise
+                for parameter in set(optimizer.state) - known:
+                    del optimizer.state[parameter]
+                self._free_memory()
+                self.tell("out of memory in the optimiser's step: cached memory is freed, and the step done again")
+                with self._explained():
+                    optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raises OutOfMemory where memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, self.device):
+                raise
+            raise OutOfMemory(
+                f"not enough memory for the state of the optimiser {self.settings.optimizer}: take sgd, which keeps half as much as "
+                "adam and adamw, a smaller network, or freeze a part of it (freeze_until)"
+            ) from None
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
+        with self._autocast():
+            scores, *others = self.scores(images)
+            loss = self._cross_entropy(scores, labels)
+            for auxiliary in others:
+                assert self.aux is not None, "only auxiliary classifiers have scores beside the network's"  # noqa: S101
+                loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
+        likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return loss, (scores.detach().argmax(dim=1) == likeliest).sum()
+
+    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of the pieces of a step add up on each rank; the last piece's go to the others, and the sum with them."""
+        if last or not isinstance(self.scores, DistributedDataParallel):
+            return nullcontext()
+        return self.scores.no_sync()
+
+    def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.settings.label_smoothing
+        return F.cross_entropy(scores.float(), labels, self.classes, reduction="sum", label_smoothing=smoothing)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.precision))
+
+    def _halve(self, images: Tensor) -> None:
+        """Half as many images at once, twice as many times: the step stays the same, but for batch norm's statistics."""
+        if self.micro <= self.least:
+            raise OutOfMemory(
+                f"not enough memory to train on {self.micro} images of {images.shape[-1]} px at once: set gradient_checkpointing, "
+                "take a smaller network or freeze a part of it (freeze_until), or use a device with more memory"
+            )
+        self.micro = max(self.least, min(self.micro, len(images)) // 2)
+        if self.ranks.count > 1:
+            raise Halved(self.micro)
+        self._free_memory()
+        self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
+
+
+def _optimizer(groups: Groups, settings: Effective) -> torch.optim.Optimizer:
+    """Fused: all weights in one pass over memory, which is three to four times as fast on a CPU."""
+    decay = settings.weight_decay or 0.0
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, settings.lr, MOMENTUM, weight_decay=decay, nesterov=True, fused=True)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, settings.lr, weight_decay=decay, fused=True)

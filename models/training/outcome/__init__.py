@@ -1,0 +1,1 @@
+"""The outcome of a training run: comparison, parity, results, lineage, uncertainty."""

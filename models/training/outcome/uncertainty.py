@@ -1,0 +1,121 @@
+"""The reference that a version keeps of its data: made at the end of a run, or later for a version that has none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.classifier import Classifier, ModelConfig
+from models.data import dataset
+from models.data.dataset import Dataset
+from models.data.samples import Reading
+from models.decision_rules import PRECISION, Decisions
+from models.errors import DatasetError
+from models.files.text_encodings import AUTO
+from models.images.cost import DEFAULT_LIMITS, Limits
+from models.progress import Progress, silent
+from models.store.store import ModelStore
+from models.training.context import Job
+from models.training.evaluation.evaluate import outputs
+from models.training.train import Trained
+from models.uncertainty import Conformal, Neighbourhood, Reference, kth, nearest, sample
+
+Features = Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
+
+
+def reference_of(job: Job, trained: Trained) -> Reference:
+    """From the training images, and the validation images, to which also the temperature was fitted."""
+    return _reference(
+        job.data,
+        job.data.rows["val"],
+        trained.features,
+        trained.probabilities,
+        precision=job.request.accept_precision,
+    )
+
+
+def calibrate(
+    store: ModelStore,
+    config: ModelConfig,
+    path: Path,
+    part: Literal["val", "test"] = "test",
+    share: float = 1.0,
+    most: int | None = None,
+    progress: Progress = silent,
+    precision: float = PRECISION,
+    encoding: str = AUTO,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Reference:
+    """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
+
+    `share` of the held-out images is used, at most `most` of the training images are kept; `precision` is that of accepted images.
+    Raises DatasetError.
+    """
+    classifier = store.load(config.name, config.version)
+    kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
+    reading = Reading(encoding=encoding, follow_links=True)  # the command line's own: no server calls this
+    data = dataset.load(
+        path,
+        kinds[0],
+        val_fraction=0.05,
+        seed=0,
+        near_duplicates="off",
+        reading=reading,
+        progress=lambda done: progress(done / 2),
+        limits=limits,
+    )
+    if data.classes != config.classes:
+        raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
+    if data.split.get(part) != "given":
+        raise DatasetError(
+            f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
+        )
+    pixels = [
+        data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, reading=reading, limits=limits)[0]
+        for kind in kinds
+    ]
+    features = _features(classifier, pixels)
+    reference = _reference(
+        data,
+        held_out(data, part, share),
+        features,
+        lambda rows: classifier.head.probabilities(*features(rows)),
+        most,
+        precision,
+    )
+    progress(1.0)
+    return reference
+
+
+def held_out(data: Dataset, part: Literal["val", "test"], share: float = 1.0) -> Tensor:
+    """Rows of a part: `share` of them, in the order of their files' hashes, which has nothing to do with what they show."""
+    rows = sorted(data.rows[part].tolist(), key=lambda row: data.files[row])
+    return torch.tensor(rows[: round(share * len(rows))], dtype=torch.int64)
+
+
+def _features(classifier: Classifier, pixels: list[Tensor]) -> Features:
+    members = list(zip(classifier.backbones, pixels, strict=True))
+    return lambda rows: [outputs(b.module, every, rows, b.ref.preprocessing) for b, every in members]
+
+
+@torch.inference_mode()
+def _reference(
+    data: Dataset,
+    held: Tensor,
+    features: Features,
+    probabilities: Callable[[Tensor], Tensor],
+    most: int | None = None,
+    precision: float = PRECISION,
+) -> Reference:
+    found, labels = probabilities(held).float(), data.labels[held]
+    conformal, seen = Conformal.of(found, labels), features(held)
+    if len(seen) > 1:
+        return Reference(conformal, None, Decisions.of(found, labels, precision=precision))
+    train = data.rows["train"]
+    kept = train[sample(data.labels[train], seen[0].shape[1], most)]
+    names = [data.paths[row] for row in kept.tolist()]
+    near = Neighbourhood.of(features(kept)[0], names, seen[0])
+    within = kth(nearest(near.features, seen[0])[0]) <= near.threshold
+    return Reference(conformal, near, Decisions.of(found, labels, within, precision))

@@ -1,7 +1,0 @@
-"""What a training run leaves for people: a record (JSON), a page (HTML), and event files for TensorBoard."""
-
-from models.training.report.page import html
-from models.training.report.record import Batch, Epoch, Parity, Report
-from models.training.report.tensorboard import write_tensorboard
-
-__all__ = ["Batch", "Epoch", "Parity", "Report", "html", "write_tensorboard"]

@@ -1,0 +1,1 @@
+"""Selection among several bases or architectures by cross-validation."""

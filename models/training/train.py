@@ -1,0 +1,256 @@
+"""From bases to trained backbones and a head, by each of the modes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import architectures
+from models.classifier import Backbone, Head, Layer
+from models.errors import TrainingError
+from models.training.bases import Base
+from models.training.context import Job
+from models.training.evaluation import calibrate as calibration
+from models.training.evaluation.calibrate import Calibration
+from models.training.evaluation.evaluate import outputs
+from models.training.evaluation.layer_activity import TrainedLayer, head_layer, layers_of
+from models.training.head.feature_sum import fit_sum
+from models.training.head.features import Extractor, Stopped
+from models.training.head.regression import Fit, fit
+from models.training.job.job_files import StopReason
+from models.training.job.request import Effective, Event
+from models.training.network import checkpoint, distributed
+from models.training.network import trainer as whole
+from models.training.network.augment import augmented_copy
+from models.training.network.auxiliary import auxiliary
+from models.training.network.batches import Sample, first_images, spread
+from models.training.network.freezing import fresh_stages, initialise_anew, stages
+from models.training.network.trainer import History
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Backbones as they lie in the store, a head for them, and how they came about."""
+
+    backbones: tuple[Backbone, ...]
+    head: Head
+    features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
+    layers: tuple[TrainedLayer, ...]
+    sample: Sample  # of what it was trained on
+    fresh: tuple[str, ...] = ()  # stages that were initialised anew
+    fit: Fit | None = None
+    history: History | None = None
+    stop_reason: StopReason | None = None
+
+    @torch.inference_mode()
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of the images at `rows` (n,): float32 (n, C), before the temperature."""
+        return self.head(*self.features(rows))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """As it will be served, (n, C)."""
+        return self.head.probabilities(*self.features(rows))
+
+
+def train(job: Job) -> Trained:
+    return train_head(job) if job.mode == "head" else train_network(job)
+
+
+def calibrate(job: Job, trained: Trained) -> Calibration:
+    """Gives the head its temperature, fitted on validation."""
+    rows = job.data.rows["val"]
+    found = calibration.calibrate(trained.scores(rows), job.data.labels[rows])
+    trained.head.config = trained.head.config.model_copy(update={"temperature": found.temperature})
+    return found
+
+
+# A head on frozen features
+
+
+def train_head(job: Job) -> Trained:
+    """The backbones are in eval mode, and so they stay: batch norm's statistics are the base's."""
+    backbones = tuple(job.store.load_backbone(base.stored) for base in job.bases)
+    with job.clock.phase("features"):
+        every = [cached_features(job, backbone) for backbone in backbones]
+        shown = training_features(job, backbones, every)
+    with job.clock.phase("train"):
+        fitted = _fit(job, shown)
+    ended: StopReason | None = "stopped" if job.stop() else "budget" if job.out_of_time() else None
+    layers = [layer for b in backbones for layer in layers_of(b.ref.architecture, b.module, b.ref.preprocessing)]
+    return Trained(
+        backbones,
+        fitted.head,
+        lambda rows: [f[rows] for f in every],
+        layers=(*layers, head_layer(fitted.head)),
+        sample=shown.sample,
+        fit=fitted,
+        stop_reason=ended,
+    )
+
+
+class Shown(NamedTuple):
+    """What a head is fitted to: the training images, then each of their augmented copies."""
+
+    features: list[Tensor]  # one float32 (n, D) per backbone
+    labels: Tensor  # int64 (n,)
+    groups: Tensor  # int64 (n,)
+    sample: Sample
+
+
+def _fit(job: Job, shown: Shown) -> Fit:
+    classes, tell = len(job.data.classes), job.tell("train")
+    if len(shown.features) > 1:
+        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
+    return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
+
+
+def cached_features(job: Job, backbone: Backbone) -> Tensor:
+    """Of all images, float32 (N, D)."""
+    return compute_features(job, backbone, *job.pixels(backbone.ref.preprocessing))
+
+
+def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequence[bytes]) -> Tensor:
+    """Of these images, from the cache where it has them. Raises TrainingError where the run is to end before there is anything to keep."""
+    try:
+        return job.cache.features(
+            backbone,
+            pixels,
+            digests,
+            progress=job.tell("features"),
+            warn=lambda message: job.progress(Event("features", 0.0, message=message)),
+            device=job.device,
+            precision=job.precision(backbone),
+            stop=job.is_to_end,
+        )
+    except Stopped:
+        why = "was stopped" if job.stop() else "has used up budget.max_seconds"
+        raise TrainingError(
+            f"the run {why} before all features were computed, so there is no head to keep; what is computed is kept, "
+            "and the same request goes on from there"
+        ) from None
+
+
+def training_features(job: Job, backbones: Sequence[Backbone], every: Sequence[Tensor]) -> Shown:
+    """`every`: the features of all images, of each backbone. The sample is of the last copy that the last backbone saw."""
+    rows, copies = job.data.rows["train"], job.settings.copies
+    shown, places = [], spread(rows)
+    for backbone, features in zip(backbones, every, strict=True):
+        pixels, _ = job.pixels(backbone.ref.preprocessing)
+        seen, parts = pixels[rows[places]], [features[rows]]
+        for number in range(1, copies + 1):
+            changed, digests = augmented_copy(pixels[rows], job.settings, number)
+            parts.append(compute_features(job, backbone, changed, digests))
+            seen = changed[places]
+        shown.append(torch.cat(parts))
+    labels, groups = (values[rows].repeat(copies + 1) for values in (job.data.labels, job.data.groups))
+    how = f"in an augmented copy: augmentation {job.settings.augmentation}" if copies else "without augmentation"
+    said = f"Some training images as the backbone saw them, {how}."
+    return Shown(shown, labels, groups, Sample(said, seen, labels[places]))
+
+
+# The whole network
+
+
+def train_network(job: Job) -> Trained:
+    """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
+    base = job.bases[0]
+    fresh = fresh_of(job.bases[0], job.settings)
+    backbone, layer = _parts(job, fresh)
+    with job.clock.phase("train"):
+        history = fit_network(job, nn.Sequential(backbone, layer).to(job.device), job.folder / CHECKPOINT)
+    layers = layers_of(base.architecture, backbone.cpu(), base.preprocessing)
+    ref = job.store.put_backbone(base.architecture, backbone, base.preprocessing, half=job.request.half)
+    stored, head = job.store.load_backbone(ref), Head.of(layer.cpu())
+    return Trained(
+        (stored,),
+        head,
+        _features_of(job, stored),
+        layers=(*layers, head_layer(head)),
+        sample=first_images(job.data, base.preprocessing, job.settings),
+        fresh=fresh,
+        history=history,
+        stop_reason=history.stop_reason,
+    )
+
+
+def fit_network(job: Job, network: nn.Sequential, path: Path) -> History:
+    """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
+    base, settings = job.bases[0], job.settings
+    train_network = distributed.train if settings.devices > 1 else whole.train
+    return train_network(
+        network,
+        job.data,
+        base.preprocessing,
+        settings,
+        job.request.early_stopping.for_epochs(settings.epochs),
+        job.budget,
+        path,
+        job.progress,
+        job.stop,
+        auxiliary(base.architecture, len(job.data.classes)),
+    )
+
+
+def fresh_of(base: Base, settings: Effective) -> tuple[str, ...]:
+    """The base's stages to initialise anew. Raises TrainingError where `fresh_from` or `freeze_until` do not fit its network."""
+    if base.ref is None or (settings.fresh_from is None and settings.freeze_until is None):
+        return ()
+    outline = architectures.create_backbone(base.architecture, base.preprocessing.channels)
+    return fresh_stages(list(stages(outline)), settings.fresh_from, settings.freeze_until)
+
+
+def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
+    """Backbone and last layer: both new, or the base's backbone, its stages `fresh` new, and a new linear layer, fitted to it first if
+    that is the mode."""
+    classes, base = len(job.data.classes), job.bases[0]
+    if job.mode == "scratch":
+        network = architectures.create(base.architecture, classes, base.preprocessing.channels)
+        return network.backbone, network.layer
+    backbone = job.store.load_backbone(base.stored)
+    if fresh:
+        new = architectures.create(base.architecture, classes, base.preprocessing.channels).backbone
+        initialise_anew(backbone.module, new, fresh)
+    head_first, changed = job.mode == "head_then_finetune", backbone if fresh else None
+    layer = _head_first(job, changed) if head_first else nn.Linear(backbone.feature_dim, classes)
+    return backbone.module.requires_grad_(True), layer
+
+
+def _head_first(job: Job, changed: Backbone | None) -> nn.Linear:
+    """The layer that mode head finds: on the base's features, or on those of a backbone that is no longer the base's."""
+    job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
+    if changed is None:
+        head = train_head(job).head
+    else:
+        rows, shape = job.data.rows["train"], changed.ref.preprocessing
+        with job.clock.phase("features"):
+            module = changed.module.to(job.device)
+            features = outputs(module, job.data.pixels, rows, shape, progress=job.tell("features"))
+        labels, groups, classes = job.data.labels[rows], job.data.groups[rows], len(job.data.classes)
+        head = fit(features, labels, classes, groups, job.settings, job.tell("train"), job.is_to_end).head
+    layer = head.layers[0]
+    assert isinstance(layer, nn.Linear)  # noqa: S101  (fit makes no other)
+    return layer
+
+
+def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
+    """Computed once for each set of rows that is asked for."""
+    extract = Extractor(backbone, job.device, job.precision(backbone))
+    known: dict[bytes, Tensor] = {}
+
+    def features(rows: Tensor) -> list[Tensor]:
+        key = rows.numpy().tobytes()
+        if key not in known:
+            known[key] = extract.rows(job.data.pixels, rows, job.tell("evaluate"))
+        return [known[key]]
+
+    return features
+
+
+def forget_checkpoint(job: Job) -> None:
+    checkpoint.remove(job.folder / CHECKPOINT)

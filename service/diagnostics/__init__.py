@@ -1,0 +1,1 @@
+"""Bug reports, GPU checks and load generation."""

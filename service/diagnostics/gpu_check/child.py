@@ -1,0 +1,51 @@
+"""Runs one check in this process and writes its measurement: `python -m service.diagnostics.gpu_check.child ORDER`, an Order as JSON.
+
+The measurement goes to a file, so that whatever a library prints cannot damage it.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from service.diagnostics.gpu_check.records import Measurement, Order
+
+OUTCOME = "outcome.json"
+
+
+def main(order: Order, begin: Callable[[Order], object]) -> int:
+    """The exit code: 0 if the check came to its end, whatever it found. `begin` makes the check's argument."""
+    module, _, function = order.target.partition(":")
+    try:
+        measurement = Measurement.model_validate(getattr(import_module(module), function)(begin(order)))
+    except Exception:
+        traceback.print_exc()
+        return 1
+    write(order.folder, measurement)
+    return 0
+
+
+def write(folder: Path, measurement: Measurement) -> None:
+    """Atomic: a process that is killed leaves all of it or nothing."""
+    new = folder / f".{OUTCOME}"
+    new.write_text(measurement.model_dump_json())
+    new.replace(folder / OUTCOME)
+
+
+def session(order: Order) -> object:
+    from service.diagnostics.gpu_check.session import Session  # imports torch, which may fail
+
+    return Session.begin(order)
+
+
+def end(code: int) -> None:
+    """Ends the process at once: a lost device must not hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    end(main(Order.model_validate_json(sys.argv[1]), session))

@@ -1,0 +1,1 @@
+"""One HTTP connection: framing, deadlines, flow control, memory."""

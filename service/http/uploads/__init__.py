@@ -1,0 +1,1 @@
+"""Request bodies: raw images, multipart forms, JSON with base64."""

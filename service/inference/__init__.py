@@ -1,0 +1,1 @@
+"""From image bytes to predictions: decoding, batching, forward pass, results. Knows no HTTP."""

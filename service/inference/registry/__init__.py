@@ -1,0 +1,1 @@
+"""The models in memory: loading, activation, the hot swap."""

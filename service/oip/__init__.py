@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: tensors and metadata, without routes."""
