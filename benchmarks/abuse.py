@@ -30,7 +30,7 @@ import httpx
 import psutil
 
 from benchmarks import rig
-from service.diagnostics.load_generator import Connection, Load, connect, percentiles, request_head, run
+from service.diagnostics.load_generator import Connection, LoadPlan, connect, percentiles, request_head, run
 
 HEAVY, LIGHT = "resnet18", "lenet5"  # the first is the default model
 SLOW, TIMES_CAPACITY = 500, 10
@@ -175,7 +175,7 @@ class Flood:
     """Requests at a fixed rate over as many connections as that needs."""
 
     def __init__(self, url: str, body: bytes) -> None:
-        self.load, self.body = Load(url), body
+        self.load, self.body = LoadPlan(url), body
         self.head = request_head(self.load, None, len(body))
         self.outcomes: list[Outcome] = []
         self._idle: list[Connection] = []
@@ -251,7 +251,7 @@ def recovery_s(server: rig.Server, body: bytes, usual_ms: float) -> float:
     """Seconds until an answer comes as quickly as usual, within a factor of two."""
     began = time.perf_counter()
     while True:
-        report = run(Load(server.url, concurrency=1, duration_s=None, requests=1), [body])
+        report = run(LoadPlan(server.url, concurrency=1, duration_s=None, requests=1), [body])
         if report.ok and report.latency_ms["max"] < 2 * usual_ms:
             return time.perf_counter() - began
 

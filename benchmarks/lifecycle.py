@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from benchmarks import rig
-from service.diagnostics.load_generator import Connection, Load, connect, request_head
+from service.diagnostics.load_generator import Connection, LoadPlan, connect, request_head
 
 NETWORK = "resnet20_v1"
 KEY = "benchmark-" * 4
@@ -55,7 +55,7 @@ class Traffic(threading.Thread):
 
     def __init__(self, url: str, callers: int = CALLERS) -> None:
         super().__init__(daemon=True)
-        self.load, self.body, self.callers = Load(url), rig.noise(SIDE), callers
+        self.load, self.body, self.callers = LoadPlan(url), rig.noise(SIDE), callers
         self.sent: list[Sent] = []
         self._over = threading.Event()
 

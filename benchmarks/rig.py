@@ -29,7 +29,7 @@ import psutil
 from PIL import Image
 
 from models.cgroup import cpu_count
-from service.diagnostics.load_generator import Load, Report, run
+from service.diagnostics.load_generator import LoadPlan, LoadReport, run
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = "imagenet-samples.zip"
@@ -125,8 +125,8 @@ class Server:
     path: str = "/predict"
     content_type: str = "application/octet-stream"
 
-    def load(self, bodies: Sequence[bytes], concurrency: int, seconds: float, models: Sequence[str] = ()) -> Report:
-        load = Load(
+    def load(self, bodies: Sequence[bytes], concurrency: int, seconds: float, models: Sequence[str] = ()) -> LoadReport:
+        load = LoadPlan(
             self.url, self.path, tuple(models), concurrency, seconds, timeout_s=120, content_type=self.content_type
         )
         report = run(load, bodies)

@@ -22,12 +22,12 @@ from torch import nn
 
 from benchmarks import rig
 from models import architectures
-from models.data.dataset import Dataset, load
+from models.data.dataset import LoadedDataset, load
 from models.preprocessing import Preprocessing
 from models.progress import never
 from models.runtime import pick_device, tune_allocator
-from models.training.job.request import Budget, Effective, FinetuneRequest, Hyperparameters, effective
-from models.training.network.trainer import History, Limits, Trainer
+from models.training.job.request import Budget, FinetuneRequest, Hyperparameters, ResolvedHyperparameters, effective
+from models.training.network.trainer import History, RunLimits, Trainer
 
 CLASSES = ("even", "odd")
 BATCH, LR, DECAY = 64, 0.01, 1e-4
@@ -48,7 +48,7 @@ def write_images(folder: Path, count: int, side: int) -> None:
         image.save(path, quality=90)
 
 
-def settings(precision: str, images: int) -> Effective:
+def settings(precision: str, images: int) -> ResolvedHyperparameters:
     given = {"batch_size": BATCH, "lr": LR, "precision": precision, "augmentation": "standard", "weight_decay": DECAY}
     chosen = Hyperparameters.model_validate({**given, "epochs": 1000, "label_smoothing": 0.0, "ema": 0.0})
     request = FinetuneRequest(dataset=Path(), name="bench", base="resnet18", mode="scratch", hyperparameters=chosen)
@@ -61,11 +61,13 @@ def network_of(name: str) -> nn.Sequential:
     return nn.Sequential(parts.backbone, parts.layer)
 
 
-def ours(name: str, data: Dataset, shape: Preprocessing, precision: str, device: torch.device) -> Callable[[], int]:
+def ours(
+    name: str, data: LoadedDataset, shape: Preprocessing, precision: str, device: torch.device
+) -> Callable[[], int]:
     """-> a function that trains an epoch and returns how many images it saw."""
     chosen = settings(precision, len(data.rows["train"]))
     trainer = Trainer(network_of(name).to(device), data, shape, chosen, lambda event: None)
-    limits, epochs = Limits(Budget(), never, 0.0), iter(range(1, 1000))
+    limits, epochs = RunLimits(Budget(), never, 0.0), iter(range(1, 1000))
 
     def epoch() -> int:
         with trainer.ready():

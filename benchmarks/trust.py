@@ -30,7 +30,7 @@ from models.training.evaluation.calibrate import expected_calibration_error, tem
 from models.training.evaluation.evaluate import label_errors
 from models.training.head.regression import Fit, fit
 from models.training.job.request import FinetuneRequest, effective
-from models.uncertainty import Conformal, Neighbourhood, kth, nearest, sample
+from models.uncertainty import Conformal, NearestNeighbours, kth, nearest, sample
 
 MODEL = "efficientnet_lite0"
 FLIPPED = 0.05  # of the labels
@@ -74,7 +74,7 @@ def strangeness(task: Task, head: Head) -> Json:
 class Rule:
     """What a version stores, and what it says of other images."""
 
-    near: Neighbourhood
+    near: NearestNeighbours
     decisions: Decisions
     temperature: float
 
@@ -82,7 +82,7 @@ class Rule:
     def of(cls, task: Task, logits: Tensor, rows: Tensor, precision: float) -> "Rule":
         """From the held-out images at `rows`, whose logits (n, C) are those of all held-out images."""
         kept = sample(task.train_labels, task.train.shape[1])
-        near = Neighbourhood.of(task.train[kept], [""] * len(kept), task.held[rows])
+        near = NearestNeighbours.of(task.train[kept], [""] * len(kept), task.held[rows])
         found = temperature(logits[rows], task.held_labels[rows])
         within = kth(nearest(near.features, task.held[rows])[0]) <= near.threshold
         probabilities = (logits[rows] / found).softmax(dim=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.classifier import Head
-from models.uncertainty import Neighbourhood, kth, nearest
+from models.uncertainty import NearestNeighbours, kth, nearest
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 760, 420, 60, 30, 70, 20
 DOTS = {"right": "#2b7a3d", "wrong": "#d62728", "CIFAR-10": "#1f77b4", "ImageNet": "#9467bd", "noise": "#7f7f7f"}
@@ -15,7 +15,12 @@ AREAS = {"accept": "#e3f4e6", "review": "#fff6dc", "reject": "#fbe3e3"}
 
 
 def write_picture(
-    path: Path, sets: Mapping[str, Tensor], near: Neighbourhood, threshold: float | None, head: Head, temperature: float
+    path: Path,
+    sets: Mapping[str, Tensor],
+    near: NearestNeighbours,
+    threshold: float | None,
+    head: Head,
+    temperature: float,
 ) -> None:
     """An SVG of features (n, D) by set. `threshold`: the probability from which on answers are accepted."""
     points = {
@@ -52,7 +57,7 @@ class _Scale:
         return TOP + (1 - probability) / 0.5 * (HEIGHT - TOP - BOTTOM)
 
 
-def _areas(scale: _Scale, near: Neighbourhood, threshold: float | None) -> list[str]:
+def _areas(scale: _Scale, near: NearestNeighbours, threshold: float | None) -> list[str]:
     within, far = scale.x(near.threshold), scale.x(near.far if near.far is not None else scale.high)
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     accepted = scale.y(threshold) if threshold is not None else TOP

@@ -32,7 +32,7 @@ AGREES = 1e-3  # of the largest feature
 HEAT = ((0, 0, 80), (0, 110, 220), (60, 200, 120), (250, 220, 40), (220, 30, 20))  # from cold to hot, RGB
 OPACITY = 0.6  # of the overlay where it is hottest
 
-Named = tuple[str, Tensor]  # a module, and what it answered
+ModuleOutput = tuple[str, Tensor]  # a module, and what it answered
 
 
 # The map of a forward pass
@@ -67,9 +67,9 @@ def _places(module: nn.Module) -> Iterable[str]:
 
 
 @contextmanager
-def _watching(module: nn.Module, names: Iterable[str]) -> Iterator[deque[Named]]:
+def _watching(module: nn.Module, names: Iterable[str]) -> Iterator[deque[ModuleOutput]]:
     """Within, the last outputs that have positions, in the order in which they were made."""
-    outputs: deque[Named] = deque(maxlen=WATCHED)
+    outputs: deque[ModuleOutput] = deque(maxlen=WATCHED)
 
     def watch(name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -69,7 +69,7 @@ class Conformal:
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbourhood:
+class NearestNeighbours:
     """Training images in feature space: `features` float32 (n, D) of unit length, their `names`, and the thresholds of a distance.
 
     `far` is None in a file from before images were rejected.
@@ -81,7 +81,7 @@ class Neighbourhood:
     far: float | None = None
 
     @classmethod
-    def of(cls, features: Tensor, names: Sequence[str], held_out: Tensor) -> "Neighbourhood":
+    def of(cls, features: Tensor, names: Sequence[str], held_out: Tensor) -> "NearestNeighbours":
         """Features (n, D) and names of training images; features (m, D) of held-out ones, which set the threshold."""
         unit = F.normalize(_int8(features).float(), dim=1)
         distances = kth(nearest(unit, held_out)[0])
@@ -120,7 +120,7 @@ class Reference:
     """What a version keeps. An ensemble has no neighbourhood; a file from before there were decisions has none."""
 
     conformal: Conformal
-    neighbourhood: Neighbourhood | None
+    neighbourhood: NearestNeighbours | None
     decisions: Decisions | None = None
 
 
@@ -170,13 +170,13 @@ def read_reference(path: Path) -> Reference:
         raise WeightsError(f"{path} is damaged; `imago models calibrate` writes it again") from error
 
 
-def _neighbourhood(found: Mapping[str, Tensor]) -> Neighbourhood | None:
+def _neighbourhood(found: Mapping[str, Tensor]) -> NearestNeighbours | None:
     if "features" not in found:
         return None
     names = found["names"].numpy().tobytes().decode().split("\n")
     far = float(found["far"]) if "far" in found else None
     features = F.normalize(found["features"].float(), dim=1)
-    return Neighbourhood(features, tuple(names), float(found["threshold"]), far)
+    return NearestNeighbours(features, tuple(names), float(found["threshold"]), far)
 
 
 def _digest(data: bytes | bytearray) -> str:

@@ -96,7 +96,7 @@ def create_app(
     app.include_router(oip.health_router)
     app.include_router(ops.router)
     app.include_router(page.router)
-    app.mount("/web", page.Files(directory=page.WEB))
+    app.mount("/web", page.PageFiles(directory=page.WEB))
     app.add_middleware(Edge, settings=settings, metrics=metrics, traffic=traffic or Traffic(), traces=traces)
     if settings.cors_origins:
         app.add_middleware(

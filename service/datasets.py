@@ -35,8 +35,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _NEEDED_BYTES = 2**28  # a backbone, its checkpoint with an optimizer's state, features and a report
 _LOCK = ".lock"
 CHECK_S = 600.0  # for a zip's table of contents; one of 2,000,000 files takes 9 s of CPU time, beside whatever the server does
-Kind = Literal["folder", "zip", "tar", "csv", "json", "parquet"]
-_KINDS: dict[str, Kind] = {
+DatasetKind = Literal["folder", "zip", "tar", "csv", "json", "parquet"]
+_KINDS: dict[str, DatasetKind] = {
     ".zip": "zip",
     ".tar": "tar",
     ".tar.gz": "tar",
@@ -93,12 +93,12 @@ def _check_free(folder: Path, needed: int) -> None:
         )
 
 
-class Dataset(BaseModel):
+class DatasetEntry(BaseModel):
     """Something under the datasets folder that a job can be given."""
 
     object: Literal["dataset"] = "dataset"
     name: str = Field(description="The `dataset` of a request")
-    kind: Kind
+    kind: DatasetKind
     bytes: int | None = Field(None, description="Size of the file; null for a folder")
     modified: datetime
 
@@ -125,12 +125,12 @@ class Datasets:
         except OSError as error:  # a folder that is mounted read-only
             log.warning("uploads that were killed could not be removed: %s", error)
 
-    async def page(self, after: str, limit: int) -> tuple[list[Dataset], bool]:
+    async def page(self, after: str, limit: int) -> tuple[list[DatasetEntry], bool]:
         """By name, those after this one, at most `limit`; and whether there are more."""
         found = [dataset for dataset in await self.in_pool(self._listing) if dataset.name > after]
         return found[:limit], len(found) > limit
 
-    def _listing(self) -> list[Dataset]:
+    def _listing(self) -> list[DatasetEntry]:
         if not self.root.is_dir():
             return []
         with os.scandir(self.root) as entries:
@@ -149,7 +149,7 @@ class Datasets:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-def _dataset_of(entry: "os.DirEntry[str]") -> Dataset | None:
+def _dataset_of(entry: "os.DirEntry[str]") -> DatasetEntry | None:
     """None for what is hidden, a link, no dataset by its name, or has a name that nobody can type."""
     kind = next((kind for suffix, kind in _KINDS.items() if entry.name.lower().endswith(suffix)), None)
     if entry.name.startswith((".", "~")) or not entry.name.isprintable() or entry.is_symlink():
@@ -160,10 +160,10 @@ def _dataset_of(entry: "os.DirEntry[str]") -> Dataset | None:
         return None
     modified = datetime.fromtimestamp(found.st_mtime, UTC)
     if stat.S_ISDIR(found.st_mode):
-        return Dataset(name=entry.name, kind="folder", bytes=None, modified=modified)
+        return DatasetEntry(name=entry.name, kind="folder", bytes=None, modified=modified)
     if kind is None or not stat.S_ISREG(found.st_mode):
         return None
-    return Dataset(name=entry.name, kind=kind, bytes=found.st_size, modified=modified)
+    return DatasetEntry(name=entry.name, kind=kind, bytes=found.st_size, modified=modified)
 
 
 class Arrival:
@@ -183,7 +183,7 @@ class Arrival:
             _check_free(self._folder, len(data) + _NEEDED_BYTES)
             self._file.write(data)
 
-    def keep(self, name: str, replace: bool) -> Dataset:
+    def keep(self, name: str, replace: bool) -> DatasetEntry:
         """Puts the whole file into the datasets folder, once it is found to be good. Raises DatasetError, NameConflict."""
         root, draft = self._datasets.root, self._folder / name
         with _storing():
@@ -196,7 +196,9 @@ class Arrival:
                 self._datasets.check_name(name)
             move(draft, root / name)
             found = (root / name).stat()
-        return Dataset(name=name, kind="zip", bytes=found.st_size, modified=datetime.fromtimestamp(found.st_mtime, UTC))
+        return DatasetEntry(
+            name=name, kind="zip", bytes=found.st_size, modified=datetime.fromtimestamp(found.st_mtime, UTC)
+        )
 
     def close(self) -> None:
         """Nothing is left of an upload that was not kept."""

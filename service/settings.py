@@ -47,7 +47,7 @@ def _lowered(value: object) -> object:
     return tuple(str(part).strip().lower() for part in parts) if isinstance(parts, tuple | list) else parts
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+NameList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
         pattern=r"^https?://",
         description="OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request, as http://localhost:4318; by default none",
     )
-    allowed_hosts: Names = Field(
+    allowed_hosts: NameList = Field(
         (),
         description="Further names of this server in `Host`, comma separated, or `*`; unset, only a loopback `host` checks them",
     )
@@ -92,10 +92,10 @@ class Settings(BaseSettings):
         "",
         description="Path under which a proxy serves Imago, as /imago; by default what `X-Forwarded-Prefix` of `trusted_proxies` says",
     )
-    cors_origins: Names = Field(
+    cors_origins: NameList = Field(
         (), description="Origins whose pages may call the user routes, comma separated; none by default"
     )
-    trusted_proxies: Names = Field(
+    trusted_proxies: NameList = Field(
         (),
         description="Addresses or networks of reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` are read, comma separated; "
         "none by default",
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
 
     # What is served, and on what
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    models: Names = Field(
+    models: NameList = Field(
         (), description="Models to serve, comma separated; by default all that the store says are served"
     )
     default_model: str | None = Field(

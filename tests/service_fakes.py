@@ -27,7 +27,7 @@ from service.http.middleware import Traffic
 from service.inference.batcher import DeviceState
 from service.inference.engine import Engine
 from service.inference.registry.loader import ModelStatus, Served
-from service.inference.results import PLAIN, Answer, Embedding, Prediction, Sample, Timings, Wanted
+from service.inference.results import PLAIN, Embedding, ModelResults, ParityImage, Prediction, Timings, Wanted
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -128,14 +128,14 @@ class FakeEngine(Engine):
         timeout_ms: int | None = None,
         wanted: Wanted = PLAIN,
         client: str = "",
-    ) -> list[Answer]:
+    ) -> list[ModelResults]:
         self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": timeout_ms}
         self.client = client
         self.wanted = wanted
         await self._work()
         best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
         results = [FAILURES.get(data, best) for data in files]
-        return [Answer(name, self.version, results, TIMINGS) for name in models or ["pets"]]
+        return [ModelResults(name, self.version, results, TIMINGS) for name in models or ["pets"]]
 
     def is_served(self, name: str) -> bool:
         return name == "pets"
@@ -173,7 +173,7 @@ class FakeEngine(Engine):
         if version not in self.broken:
             self.version = version
 
-    async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
+    async def activate(self, name: str, version: int, samples: Sequence[ParityImage] = ()) -> ModelStatus:
         if version in self.broken:
             raise WeightsError(f"version {version} could not be loaded")
         self.version = self.store.activate(name, version).models[name]

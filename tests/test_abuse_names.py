@@ -15,14 +15,14 @@ from training_data import PREPROCESSING, coloured, folder
 
 from models.classifier import ModelConfig
 from models.data.dataset import load, pixels
-from models.data.samples import Reading, Source
+from models.data.samples import DatasetSource, Reading
 from models.data.sources import open_source
 from models.data.tables import text
 from models.errors import DatasetError
 from models.files.class_names import complaint
 
 
-def listed(path: Path, encoding: str = "auto") -> Source:
+def listed(path: Path, encoding: str = "auto") -> DatasetSource:
     with open_source(path, Reading(encoding=encoding)) as source:
         return source
 

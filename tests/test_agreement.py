@@ -25,16 +25,16 @@ from models.preprocessing import Preprocessing
 from models.runtime.tolerances import CEILING, FLOOR, allowed, distances, heads_agree
 from models.store.store import ModelStore
 from models.training import run as finetune
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.head.features import FeatureCache
-from models.training.job.job_files import PARITY, Result
-from models.training.outcome.comparison import Compared, decide
+from models.training.job.job_files import PARITY, JobResult
+from models.training.outcome.comparison import Comparison, decide
 from models.training.outcome.parity import parity
 from models.training.reports import Parity, Report
 from models.training.run import FinetuneRequest
-from models.training.train import Trained
+from models.training.train import TrainingResult
 from service.inference.engine import Engine
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 from service.jobs.worker import _samples
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -55,15 +55,15 @@ class Run:
     """A finished run, and what its gate was given."""
 
     root: Path
-    result: Result
-    gate: tuple[Job, Trained, ModelConfig]
+    result: JobResult
+    gate: tuple[TrainingContext, TrainingResult, ModelConfig]
 
     @property
     def store(self) -> ModelStore:
         return ModelStore(self.root / "weights")
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[ParityImage]:
         return _samples(self.root / "job" / PARITY)
 
     @property
@@ -225,7 +225,7 @@ def rejected(
     job, trained, config = run.gate
     with ARITHMETIC[run.root.name.rstrip("0")]():
         found = parity(replace(job, folder=tmp_path), trained, config)
-    assert decide(job.request, Compared(None, None, ""), found)[0] == "rejected"
+    assert decide(job.request, Comparison(None, None, ""), found)[0] == "rejected"
     return found
 
 

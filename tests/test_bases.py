@@ -8,7 +8,7 @@ import torch
 
 from models import architectures
 from models.classifier import BackboneRef, Head, ModelConfig
-from models.runtime import Agreement, Candidate, RuntimeInfo
+from models.runtime import Agreement, EngineTiming, RuntimeInfo
 from models.store import packaged
 from models.store.ensembles import ensemble
 from models.store.store import ModelStore
@@ -34,8 +34,8 @@ def publish(store: ModelStore, name: str, seed: int = 0, **metrics: Any) -> Mode
 def measured(config: ModelConfig, rates: dict[int, float]) -> ModelStatus:
     """`config` as the server shows it: the chosen engine's rates, and higher ones of another engine."""
     candidates = (
-        Candidate(engine="torch", precision="float32", rates=rates),
-        Candidate(engine="openvino", precision="float32", rates={1: 9999.0}),
+        EngineTiming(engine="torch", precision="float32", rates=rates),
+        EngineTiming(engine="openvino", precision="float32", rates={1: 9999.0}),
     )
     info = RuntimeInfo(
         engine="torch",

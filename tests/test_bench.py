@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.diagnostics.load_generator import Load, complete, percentiles, plan, read_images, run
+from service.diagnostics.load_generator import LoadPlan, complete, percentiles, plan, read_images, run
 
 Seen = list[tuple[str, bytes]]  # path, body
 
@@ -56,7 +56,7 @@ def status(code: int) -> Callable[[BaseHTTPRequestHandler], None]:
 
 def test_run_sends_as_many_requests_as_asked() -> None:
     with server(ok) as (url, seen):
-        report = run(Load(url, concurrency=3, duration_s=None, requests=20), [b"a", b"bb"])
+        report = run(LoadPlan(url, concurrency=3, duration_s=None, requests=20), [b"a", b"bb"])
     assert report.requests == report.ok == len(seen) == 20
     assert report.statuses == {"200": 20}
     assert not report.errors
@@ -65,7 +65,7 @@ def test_run_sends_as_many_requests_as_asked() -> None:
 
 def test_run_stops_after_its_duration() -> None:
     with server(ok) as (url, _):
-        report = run(Load(url, concurrency=2, duration_s=0.2), [b"a"])
+        report = run(LoadPlan(url, concurrency=2, duration_s=0.2), [b"a"])
     assert 0.2 <= report.seconds < 2
     assert report.ok > 0
 
@@ -78,20 +78,20 @@ def test_run_keeps_its_connections() -> None:
         ok(handler)
 
     with server(answer) as (url, _):
-        run(Load(url, concurrency=4, duration_s=None, requests=40), [b"a"])
+        run(LoadPlan(url, concurrency=4, duration_s=None, requests=40), [b"a"])
     assert len(ports) <= 4
 
 
 def test_models_are_taken_in_turn() -> None:
     with server(ok) as (url, seen):
-        run(Load(url, models=("a", "b"), concurrency=1, duration_s=None, requests=4), [b"x"])
+        run(LoadPlan(url, models=("a", "b"), concurrency=1, duration_s=None, requests=4), [b"x"])
     assert [path for path, _ in seen] == ["/predict?model=a", "/predict?model=b"] * 2
 
 
 @pytest.mark.parametrize("code", [pytest.param(429, id="queue full"), pytest.param(500, id="internal")])
 def test_failures_are_counted_by_status_and_have_no_latency(code: int) -> None:
     with server(status(code)) as (url, _):
-        report = run(Load(url, concurrency=1, duration_s=None, requests=3), [b"a"])
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=3), [b"a"])
     assert report.statuses == {str(code): 3}
     assert (report.ok, report.latency_ms, report.images_per_second) == (0, {}, 0)
 
@@ -106,7 +106,7 @@ def test_a_server_that_hangs_up_is_an_error_of_that_request_alone() -> None:
             handler.close_connection = True
 
     with server(answer) as (url, _):
-        report = run(Load(url, concurrency=1, duration_s=None, requests=4), [b"a"])
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=4), [b"a"])
     assert report.statuses == {"200": 3}
     assert report.errors == {"ConnectionResetError": 1}
 
@@ -119,13 +119,13 @@ def test_a_server_that_closes_after_each_answer_is_connected_to_again() -> None:
         handler.end_headers()
 
     with server(answer) as (url, _):
-        report = run(Load(url, concurrency=1, duration_s=None, requests=3), [b"a"])
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=3), [b"a"])
     assert (report.ok, report.errors) == (3, {})
 
 
 def test_an_answer_that_does_not_come_is_a_timeout() -> None:
     with server(lambda handler: time.sleep(0.5)) as (url, _):
-        report = run(Load(url, concurrency=1, duration_s=None, requests=1, timeout_s=0.05), [b"a"])
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=1, timeout_s=0.05), [b"a"])
     assert report.errors == {"TimeoutError": 1}
 
 
@@ -133,7 +133,7 @@ def test_no_server_is_an_error() -> None:
     with server(ok) as (url, _):
         pass
     with pytest.raises(OSError, match=r"refused|connect"):
-        run(Load(url, requests=1), [b"a"])
+        run(LoadPlan(url, requests=1), [b"a"])
 
 
 def test_latency_is_measured() -> None:
@@ -142,7 +142,7 @@ def test_latency_is_measured() -> None:
         ok(handler)
 
     with server(answer) as (url, _):
-        report = run(Load(url, concurrency=1, duration_s=None, requests=3), [b"a"])
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=3), [b"a"])
     assert 30 <= report.latency_ms["p50"] <= report.latency_ms["max"] < 1000
 
 
@@ -176,11 +176,11 @@ def test_percentiles_of_a_hundred() -> None:
 )
 def test_a_load_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        Load(**wrong)  # type: ignore[arg-type]
+        LoadPlan(**wrong)  # type: ignore[arg-type]
 
 
 def test_the_key_is_sent() -> None:
-    head, _ = next(plan(Load(api_key="secret"), [b"a"]))
+    head, _ = next(plan(LoadPlan(api_key="secret"), [b"a"]))
     assert b"\r\nAuthorization: Bearer secret\r\n" in head
 
 

@@ -469,11 +469,11 @@ def test_finetune_explains_a_contradiction(store: ModelStore) -> None:
 
 
 def test_bench_prints_json_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.diagnostics.load_generator import Load, Report
+    from service.diagnostics.load_generator import LoadPlan, LoadReport
 
-    def run(load: Load, bodies: list[bytes], on_tick: object) -> Report:
+    def run(load: LoadPlan, bodies: list[bytes], on_tick: object) -> LoadReport:
         assert (load.duration_s, load.requests, len(bodies)) == (None, 5, 1)
-        return Report(load.url, load.models, 32, 1.0, 5, 5, {"200": 5}, {}, 5.0, {"p50": 1.0})
+        return LoadReport(load.url, load.models, 32, 1.0, 5, 5, {"200": 5}, {}, 5.0, {"p50": 1.0})
 
     monkeypatch.setattr("service.cli.bench.run", run)
     result = imago("bench", "--requests", 5, photo(Path("red.png")))

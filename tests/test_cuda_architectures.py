@@ -11,8 +11,8 @@ from models import architectures
 from models.classifier import Backbone, Head, HeadConfig, LayerConfig
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
-from service.inference.forward import Part, apply_parts
-from service.inference.registry.loader import HeadPart, NearPart
+from service.inference.forward import PartFunction, apply_parts
+from service.inference.registry.loader import HeadPart, NeighboursPart
 
 SAMPLE = (
     "alexnet",
@@ -82,8 +82,8 @@ def test_every_kind_of_head_runs_on_the_gpu(config: HeadConfig) -> None:
         on_cpu = Head(config, 5).eval()
         head = copy.deepcopy(on_cpu).to(CUDA)
         features = torch.zeros(4, 512, device=CUDA)
-        parts: list[Part] = [HeadPart({CUDA: head}, member) for member in range(len(config.layers))]
-        near: Part = NearPart({CUDA: torch.zeros(300, 512, device=CUDA)})
+        parts: list[PartFunction] = [HeadPart({CUDA: head}, member) for member in range(len(config.layers))]
+        near: PartFunction = NeighboursPart({CUDA: torch.zeros(300, 512, device=CUDA)})
         values = apply_parts(features, [[*parts, near], [*parts, near], parts, parts])
         assert {value.device.type for row in values for value in row} == {"cpu"}
         assert on_cpu.combine([values[0][member][None] for member in range(len(parts))]).shape == (1, 5)

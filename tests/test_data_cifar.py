@@ -7,7 +7,7 @@ from packed_data import CIFAR10, CIFAR100, cifar_rows
 from training_data import PREPROCESSING, archive, folder
 
 from models.data.dataset import load
-from models.data.samples import Source
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 from models.images.decoding import decode
@@ -16,7 +16,7 @@ from models.preprocessing import Preprocessing
 PLAIN = Preprocessing(resize=32, crop=32)
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 

@@ -19,7 +19,7 @@ from models.data.files import Files
 from models.data.formats.cifar import read_cifar
 from models.data.formats.idx import read_idx
 from models.data.formats.parquet import read_parquet
-from models.data.samples import UNREADABLE, Source
+from models.data.samples import UNREADABLE, DatasetSource
 from models.data.sources import open_source
 from models.data.tables.table import read_label_studio, read_one_hot
 from models.errors import DatasetError
@@ -69,7 +69,7 @@ def one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
-def look(read: Callable[[Files], Source | None], files: dict[str, bytes]) -> None:
+def look(read: Callable[[Files], DatasetSource | None], files: dict[str, bytes]) -> None:
     memory = Memory(files)
     with memory.closing:
         try:

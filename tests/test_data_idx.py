@@ -8,8 +8,8 @@ import pytest
 from packed_data import SIDE, digits, gzipped, idx, mnist
 from training_data import archive, folder
 
-from models.data.dataset import Dataset, load
-from models.data.samples import Source
+from models.data.dataset import LoadedDataset, load
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 from models.images.decoding import decode
@@ -19,12 +19,12 @@ GRAY = Preprocessing(resize=SIDE, crop=SIDE, channels=1, mean=(0.5,), std=(0.5,)
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 
 
-def load_gray(path: Path) -> Dataset:
+def load_gray(path: Path) -> LoadedDataset:
     return load(path, GRAY, val_fraction=0.5, seed=0)
 
 

@@ -8,8 +8,8 @@ import pytest
 from training_data import PREPROCESSING, archive, coloured, folder
 
 from models.data.dataset import load
-from models.data.formats.label_studio import Beside
-from models.data.samples import Source
+from models.data.formats.label_studio import FilesByPathEnd
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -38,7 +38,7 @@ def found(path: Path) -> list[tuple[str, str]]:
         return [(item.class_name, source.read(item.file).decode()) for item in source.items]
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 
@@ -66,7 +66,7 @@ def test_an_export_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_longest_ending_wins_and_two_that_are_alike_are_an_error() -> None:
-    beside = Beside(["1/a.png", "2/a.png", "x/2/b.png"])
+    beside = FilesByPathEnd(["1/a.png", "2/a.png", "x/2/b.png"])
     assert beside.find("upload/1/a.png", "task 1") == "1/a.png"
     assert beside.find("b.png", "task 1") == "x/2/b.png"
     assert beside.find("gone.png", "task 1") == "gone.png"

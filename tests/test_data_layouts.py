@@ -8,7 +8,7 @@ import pytest
 from test_data_tar import packed as tarred
 from training_data import archive, folder
 
-from models.data.samples import Layout, Reading, Source
+from models.data.samples import DatasetSource, Layout, Reading
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -24,7 +24,7 @@ def below(tops: Iterable[str], classes: Iterable[str] = ANT_BEE) -> dict[str, by
     return images(*(f"{top}/{name}" for top in tops for name in classes))
 
 
-def read(root: Path, files: dict[str, bytes], layout: Layout = "auto", pack: object = folder) -> Source:
+def read(root: Path, files: dict[str, bytes], layout: Layout = "auto", pack: object = folder) -> DatasetSource:
     with open_source(pack(root / "d", files), Reading(layout)) as source:  # type: ignore[operator]
         return source
 

@@ -15,7 +15,7 @@ from training_data import COLOURS, PREPROCESSING, archive, folder, png
 from models.data.dataset import load
 from models.data.files import FolderFiles
 from models.data.formats import parquet
-from models.data.samples import Source
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -59,7 +59,7 @@ def hub(per_class: int = 4) -> dict[str, bytes]:
     }
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from training_data import archive, coloured, folder
 
-from models.data.samples import Source
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -11,7 +11,7 @@ READMES = {"README.roboflow.txt": b"x", "README.dataset.txt": b"x"}
 HEADER = "filename, ant, bee\n"
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 

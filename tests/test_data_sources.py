@@ -7,7 +7,7 @@ from hostile_zips import claim
 from training_data import archive, coloured, folder
 
 from models.data import files
-from models.data.samples import Source
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -20,7 +20,7 @@ def table(root: Path, lines: str, name: str = "list.csv") -> Path:
     return path
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_data import archive, folder
 
-from models.data.samples import Reading, Source
+from models.data.samples import DatasetSource, Reading
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -29,7 +29,7 @@ def table(header: str, delimiter: str = ",") -> str:
     return "\n".join(lines) + "\n"
 
 
-def listed(path: Path, encoding: str = "auto") -> Source:
+def listed(path: Path, encoding: str = "auto") -> DatasetSource:
     with open_source(path, Reading(encoding=encoding)) as source:
         return source
 

@@ -14,7 +14,7 @@ from training_data import PREPROCESSING, coloured, folder
 
 from models.data import tar
 from models.data.dataset import load
-from models.data.samples import Source
+from models.data.samples import DatasetSource
 from models.data.sources import open_source
 from models.errors import DatasetError
 
@@ -38,7 +38,7 @@ def special(path: Path, kind: bytes) -> Path:
     return path
 
 
-def listed(path: Path) -> Source:
+def listed(path: Path) -> DatasetSource:
     with open_source(path) as source:
         return source
 

@@ -30,15 +30,15 @@ from models.errors import (
 )
 from models.images import decoding
 from models.preprocessing import Preprocessing, normalise
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
-from models.uncertainty import Conformal, Neighbourhood, Reference
+from models.uncertainty import Conformal, NearestNeighbours, Reference
 from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull
 from service.inference.batcher import Batcher
 from service.inference.engine import Engine
 from service.inference.pixel_budget import PixelBudget
 from service.inference.registry.loader import Loader, Served
-from service.inference.results import Answer, Prediction, Wanted
+from service.inference.results import ModelResults, Prediction, Wanted
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -118,7 +118,7 @@ def reference(store: ModelStore, model: str, data: bytes) -> torch.Tensor:
     return classifier.probabilities(pixels)[0]
 
 
-def probabilities(answer: Answer, row: int = 0) -> torch.Tensor:
+def probabilities(answer: ModelResults, row: int = 0) -> torch.Tensor:
     """Back in class order."""
     result = answer.results[row]
     assert isinstance(result, Prediction)
@@ -389,7 +389,7 @@ async def test_what_is_pulled_on_request_serves_from_then_on(
     ref = store.config("a").backbones[0]
     told: list[int] = []
 
-    def pull(self: Loader, name: str, progress: Progress, as_name: str | None) -> ModelConfig:
+    def pull(self: Loader, name: str, progress: DownloadProgress, as_name: str | None) -> ModelConfig:
         progress(7, None)
         return store.config(name, add_head(store, name, ref, 84, classes=2, activate=False))
 
@@ -624,7 +624,7 @@ def remembering(store: ModelStore, name: str, count: int = 30) -> list[bytes]:
     pixels = torch.stack([decoding.decode(data, KIND) for data in pictures])
     features = classifier.backbones[0].module(normalise(pixels, KIND))
     probabilities = classifier.probabilities([pixels])
-    near = Neighbourhood.of(features, [f"{n}.png" for n in range(count)], features)
+    near = NearestNeighbours.of(features, [f"{n}.png" for n in range(count)], features)
     labels = probabilities.argmin(dim=1)
     decisions = Decisions.of(probabilities.repeat(3, 1), probabilities.argmax(dim=1).repeat(3))
     store.put_reference(classifier.config, Reference(Conformal.of(probabilities, labels), near, decisions))

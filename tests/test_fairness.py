@@ -15,7 +15,7 @@ from models import architectures
 from models.classifier import Head
 from models.store.store import ModelStore
 from service.errors import QueueFull
-from service.inference.batch_budget import QUIET_S, Pace
+from service.inference.batch_budget import QUIET_S, BatchBudget
 from service.inference.batcher import BackboneQueue
 from service.inference.engine import Engine
 from service.inference.fair_queue import FairQueue
@@ -115,7 +115,7 @@ async def test_a_flood_is_refused_and_others_are_not() -> None:
 
 
 def test_batches_are_short_while_a_quiet_client_is_expected() -> None:
-    pace, flood, quiet = Pace(), ("flood", "a"), ("quiet", "b")
+    pace, flood, quiet = BatchBudget(), ("flood", "a"), ("quiet", "b")
     pace.computed(1, 0.010)
     assert pace.admits(flood, 32, 7, now=0.0)  # nobody else: a full batch
     assert pace.admits(quiet, 1, 0, now=1.0)
@@ -126,7 +126,7 @@ def test_batches_are_short_while_a_quiet_client_is_expected() -> None:
 
 
 def test_short_batches_of_a_fast_device_are_large() -> None:
-    pace = Pace()
+    pace = BatchBudget()
     pace.computed(1, 0.001)
     for _ in range(50):
         pace.computed(max(pace.short, 2), 0.001 + 0.0001 * max(pace.short, 2))
@@ -134,7 +134,7 @@ def test_short_batches_of_a_fast_device_are_large() -> None:
 
 
 def test_a_client_alone_has_full_batches_whatever_it_sends() -> None:
-    pace, flow = Pace(), ("one", "a")
+    pace, flow = BatchBudget(), ("one", "a")
     pace.computed(1, 0.010)
     assert pace.admits(flow, 1, 0, now=0.0)
     assert pace.admits(flow, 32, 7, now=0.1)

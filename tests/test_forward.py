@@ -12,10 +12,10 @@ from torch import Tensor
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.runtime.torch_engine import TorchEngine
 from service.inference import forward
-from service.inference.registry.loader import HeadPart, NearPart
+from service.inference.registry.loader import HeadPart, NeighboursPart
 
 CPU = torch.device("cpu")
-Asked = list[list[forward.Part]]
+Asked = list[list[forward.PartFunction]]
 DIM = 128  # of its features
 
 
@@ -69,7 +69,7 @@ def batch(gpu: FakeGpu, heads: int, near: bool, mapped: bool, size: int = 104) -
     backbone = replace(gpu.backbone("preact_resnet"), map="features.norm")
     runtime: Any = TorchEngine(backbone, CUDA, "float16", "channels_last", 1)
     parts = [HeadPart({CUDA: _head(gpu)}, 0) for _ in range(heads)]
-    kept = NearPart({CUDA: torch.zeros(32, DIM, device=CUDA)})
+    kept = NeighboursPart({CUDA: torch.zeros(32, DIM, device=CUDA)})
     asked: Asked = [[parts[row % heads], *([kept] if near and row % 2 else [])] for row in range(size)]
     pixels = [torch.zeros(3, 32, 32, dtype=torch.uint8) for _ in range(size)]
     with crossings() as log, torch.inference_mode():

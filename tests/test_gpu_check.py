@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from service.cli import main
 from service.diagnostics.gpu_check import checks, report, runner
-from service.diagnostics.gpu_check.records import CheckResult, Document, Measurement
-from service.diagnostics.gpu_check.runner import Check, Run
+from service.diagnostics.gpu_check.records import CheckResult, GpuReport, Measurement
+from service.diagnostics.gpu_check.runner import GpuCheck, GpuCheckRun
 
 FAKES = "support.gpu_checks"
 TESTS = Path(__file__).parent
@@ -31,15 +31,15 @@ def _fakes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "GRACE_S", 0.3)
 
 
-def fake(name: str, limit_s: float = 30.0, least_s: float = 0.0) -> Check:
-    return Check(name, f"{FAKES}:{name}", "something", limit_s, least_s)
+def fake(name: str, limit_s: float = 30.0, least_s: float = 0.0) -> GpuCheck:
+    return GpuCheck(name, f"{FAKES}:{name}", "something", limit_s, least_s)
 
 
-def ran(*fakes: Check, **how: Any) -> Document:
-    return runner.run(fakes, Run(child=FAKES, **how), lambda result: None)
+def ran(*fakes: GpuCheck, **how: Any) -> GpuReport:
+    return runner.run(fakes, GpuCheckRun(child=FAKES, **how), lambda result: None)
 
 
-def statuses(document: Document) -> list[str]:
+def statuses(document: GpuReport) -> list[str]:
     return [result.status for result in document.checks]
 
 
@@ -122,12 +122,12 @@ def test_which_gpu_is_checked(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert runner.environment(Run(gpu=gpu)).get("CUDA_VISIBLE_DEVICES") == expected
+    assert runner.environment(GpuCheckRun(gpu=gpu)).get("CUDA_VISIBLE_DEVICES") == expected
 
 
 def test_a_rehearsal_hides_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert runner.environment(Run(rehearse=True))["CUDA_VISIBLE_DEVICES"] == ""
+    assert runner.environment(GpuCheckRun(rehearse=True))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 # The time
@@ -179,7 +179,7 @@ def test_the_document_is_one_line_of_json_that_reads_back() -> None:
     line = document.line()
     assert "\n" not in line
     assert json.loads(line, parse_constant=pytest.fail)["checks"][2]["figures"] == {"rate": None, "loss": None}
-    assert Document.model_validate_json(line).checks[:2] == document.checks[:2]
+    assert GpuReport.model_validate_json(line).checks[:2] == document.checks[:2]
 
 
 def test_an_unknown_field_is_refused() -> None:
@@ -234,7 +234,7 @@ def doctor(*words: str) -> Result:
 def _only_fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "CHECKS", (fake("passes"), fake("fails")))
-    monkeypatch.setattr(runner.Run, "__init__", _with_fake_child(runner.Run.__init__))
+    monkeypatch.setattr(runner.GpuCheckRun, "__init__", _with_fake_child(runner.GpuCheckRun.__init__))
 
 
 def _with_fake_child(init: Any) -> Any:
@@ -244,7 +244,7 @@ def _with_fake_child(init: Any) -> Any:
 @pytest.mark.usefixtures("_only_fakes")
 def test_the_command_prints_a_table_and_the_document_last() -> None:
     result = doctor("--gpu")
-    table, document = result.stdout.splitlines()[:-1], Document.model_validate_json(result.stdout.splitlines()[-1])
+    table, document = result.stdout.splitlines()[:-1], GpuReport.model_validate_json(result.stdout.splitlines()[-1])
     assert (result.exit_code, document.verdict) == (1, "failed")
     assert table[0] == "2 checks on the GPU, at most 8 minutes"
     assert table[1].startswith("passed     passes")
@@ -253,8 +253,8 @@ def test_the_command_prints_a_table_and_the_document_last() -> None:
 @pytest.mark.usefixtures("_only_fakes")
 def test_the_document_goes_to_a_file_or_stands_alone() -> None:
     assert doctor("--gpu", "--json", "gpu.json").stdout.splitlines()[-1].startswith("failed on Fake GPU")
-    assert Document.model_validate_json(Path("gpu.json").read_bytes()).verdict == "failed"
-    assert Document.model_validate_json(doctor("--gpu", "--json").stdout).verdict == "failed"
+    assert GpuReport.model_validate_json(Path("gpu.json").read_bytes()).verdict == "failed"
+    assert GpuReport.model_validate_json(doctor("--gpu", "--json").stdout).verdict == "failed"
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
         check=False,
     )
     *_, sentence, line = done.stdout.splitlines()
-    document: BaseModel = Document.model_validate_json(line)
+    document: BaseModel = GpuReport.model_validate_json(line)
     assert done.returncode == 3
     assert sentence.startswith("No GPU can be used: ")
-    assert isinstance(document, Document)
+    assert isinstance(document, GpuReport)
     assert document.reason is not None
     assert document.reason in sentence
 

@@ -26,9 +26,9 @@ from service.diagnostics.gpu_check.measures import (
     transfers,
 )
 from service.diagnostics.gpu_check.records import Measurement
-from service.diagnostics.gpu_check.server import Server
+from service.diagnostics.gpu_check.server import RunningServer
 from service.diagnostics.gpu_check.session import TINY, Session
-from service.diagnostics.load_generator import Report
+from service.diagnostics.load_generator import LoadReport
 
 
 @pytest.fixture
@@ -295,11 +295,11 @@ def test_a_network_is_trained_and_measured(session: Session) -> None:
 def test_a_server_is_started_fed_and_ended(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real one, on a tiny network."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    seen: list[Server] = []
+    seen: list[RunningServer] = []
 
-    def load_once(session: Session, running: Server, bodies: list[bytes], callers: int) -> dict[str, Any]:
+    def load_once(session: Session, running: RunningServer, bodies: list[bytes], callers: int) -> dict[str, Any]:
         seen.append(running)
-        report: Report = running.load(bodies, callers, 0.2)
+        report: LoadReport = running.load(bodies, callers, 0.2)
         return {**serving.answers(report), "gpu_percent": None, "cpu": running.cpu_seconds()}
 
     monkeypatch.setattr(serving, "under_load", load_once)

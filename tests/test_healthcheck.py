@@ -15,7 +15,7 @@ from service_fakes import ADMIN_KEY
 
 from service.cli import main
 from service.cli.jobs import connect
-from service.diagnostics.load_generator import Load, request_head
+from service.diagnostics.load_generator import LoadPlan, request_head
 from service.system import healthcheck
 
 DEAD = "http://127.0.0.1:9"
@@ -93,7 +93,7 @@ def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_address_of_a_load_test_may_have_a_prefix() -> None:
-    head = request_head(Load("http://photos.example/imago/"), None, 3)
+    head = request_head(LoadPlan("http://photos.example/imago/"), None, 3)
     assert head.startswith(b"POST /imago/predict HTTP/1.1\r\nHost: photos.example\r\n")
 
 

@@ -24,7 +24,7 @@ from models.training.job.request import FinetuneRequest
 from service import datasets
 from service.errors import IdempotencyMismatch, InsufficientStorage, JobFinished, ReportNotFound, TrainerUnavailable
 from service.inference.registry.loader import ModelStatus
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 from service.jobs import Job, Jobs, stall, trainer
 from service.jobs.trainer import Trainers
 from service.settings import Settings
@@ -47,7 +47,7 @@ def settings_in(root: Path, **settings: Any) -> Settings:
 class Activating(FakeEngine):
     """An engine for models of any name, of which version 9 does not load."""
 
-    async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
+    async def activate(self, name: str, version: int, samples: Sequence[ParityImage] = ()) -> ModelStatus:
         if version == 9:
             raise ModelNotFound("no version 9")
         self.asked[name] = (version, [(sample.name, sample.data) for sample in samples])

@@ -11,7 +11,7 @@ from models.errors import OutOfMemory
 from models.files.atomic_files import replace
 from models.training.job.job_files import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 from service.errors import DeadlineExceeded, DeviceLost, Internal, NotReady, QueueFull
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 from service.jobs import worker as module
 from service.jobs.events import EVENTS, Tail
 from service.jobs.job import Job
@@ -72,7 +72,7 @@ class Scene:
 
     def prepare(self) -> None: ...
 
-    def _activate(self, name: str, version: int, samples: Sequence[Sample]) -> None:
+    def _activate(self, name: str, version: int, samples: Sequence[ParityImage]) -> None:
         if self.refusals:
             raise self.refusals.pop(0)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from models import architectures
-from models.architectures.layer_table import Layer, LayerTable, layer_table
+from models.architectures.layer_table import LayerRow, LayerTable, layer_table
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "squeezenet1_1", "swin_v2_t", "regnet_x_400mf", "maxvit_t"])
@@ -17,15 +17,15 @@ def test_totals_are_those_that_torchvision_publishes(name: str) -> None:
 
 def test_a_classic_of_one_channel() -> None:
     layers = {layer.name: layer for layer in layer_table("lenet5", 10, channels=1).layers}
-    assert layers["features.conv1.0"] == Layer("features.conv1.0", "Conv2d", (1, 6, 28, 28), 156, 6 * 28 * 28 * 25)
-    assert layers["fc"] == Layer("fc", "Linear", (1, 10), 850, 840)
+    assert layers["features.conv1.0"] == LayerRow("features.conv1.0", "Conv2d", (1, 6, 28, 28), 156, 6 * 28 * 28 * 25)
+    assert layers["fc"] == LayerRow("fc", "Linear", (1, 10), 850, 840)
 
 
 def test_the_table_as_text() -> None:
     layers = (
-        Layer("", "Net", (1, 10), 2**20, 3000),
-        Layer("features", "Sequential", (1, 8, 4, 4), 1200, 2000),
-        Layer("features.pool", "AdaptiveAvgPool2d", (1, 8, 1, 1), 0, 0),
+        LayerRow("", "Net", (1, 10), 2**20, 3000),
+        LayerRow("features", "Sequential", (1, 8, 4, 4), 1200, 2000),
+        LayerRow("features.pool", "AdaptiveAvgPool2d", (1, 8, 1, 1), 0, 0),
     )
     header, _, features, pool, _, totals = str(LayerTable(layers)).splitlines()
     assert header.split() == ["layer", "kind", "output", "parameters", "multiply-adds"]

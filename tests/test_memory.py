@@ -16,7 +16,7 @@ from service_fakes import Service, client_of
 
 from service.http.memory_trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
 from service.http.middleware import BODY_SHARE, Traffic
-from service.http.uploads.body import BLOCK, MOST_SPARE, SMALL, Body
+from service.http.uploads.body import BLOCK, MOST_SPARE, SMALL, BodyBuffer
 from service.inference.shares import Shares
 
 MB = 2**20
@@ -27,7 +27,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 @pytest.mark.parametrize("step", [1000, 70_001, 5 * MB])
 def test_a_body_is_what_was_added(size: int, step: int) -> None:
     data = bytes(range(256)) * (size // 256 + 1)
-    bodies = Body(), Body()
+    bodies = BodyBuffer(), BodyBuffer()
     for body in bodies:
         for start in range(0, size, step):
             body.add(memoryview(data)[start : min(start + step, size)])

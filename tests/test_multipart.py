@@ -9,7 +9,7 @@ import pytest
 from service_fakes import GOOD, Service, client_of
 
 from service.errors import BadRequest
-from service.http.uploads.multipart import Multipart, Part, is_image_name, parameters_of, part_of
+from service.http.uploads.multipart import Multipart, PartHead, is_image_name, parameters_of, part_of
 
 pytestmark = pytest.mark.anyio
 FORM = "multipart/form-data; boundary=b"
@@ -34,9 +34,9 @@ async def predict(http: httpx.AsyncClient, content: bytes, kind: str = FORM) -> 
 
 def split(data: bytes, pieces: Iterator[int] | None = None, kind: str = FORM) -> list[tuple[str, bytes]]:
     """Names and contents, from a body that comes in pieces."""
-    found: list[tuple[Part, bytearray]] = []
+    found: list[tuple[PartHead, bytearray]] = []
 
-    def begin(part: Part) -> object:
+    def begin(part: PartHead) -> object:
         found.append((part, content := bytearray()))
         return content.extend
 

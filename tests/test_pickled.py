@@ -23,7 +23,7 @@ from models.store.checkpoints import read_bytes, read_checkpoint
 from models.store.checkpoints.content import class_lists
 from models.store.checkpoints.matching import bodies
 from models.store.checkpoints.pickled import Reader, Unreadable
-from models.store.checkpoints.placeholders import Array, Thing, plain
+from models.store.checkpoints.placeholders import NumpyArrayAt, Thing, plain
 
 
 class Colour(enum.Enum):
@@ -163,7 +163,7 @@ def test_what_are_no_class_names(content: Any) -> None:
 
 
 def test_an_array_without_its_bytes() -> None:
-    assert plain(Array("<f4", (2,), b"1234")) == []
+    assert plain(NumpyArrayAt("<f4", (2,), b"1234")) == []
 
 
 def saved(

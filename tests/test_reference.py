@@ -23,7 +23,7 @@ from models.uncertainty import (
     MAX_BYTES,
     MAX_SCORES,
     Conformal,
-    Neighbourhood,
+    NearestNeighbours,
     Reference,
     beyond,
     kth,
@@ -36,7 +36,7 @@ from models.uncertainty import (
 
 class Shown(NamedTuple):
     conformal: Conformal
-    near: Neighbourhood
+    near: NearestNeighbours
     head: Head
     known: Tensor  # features (n, D)
     labels: Tensor
@@ -97,14 +97,14 @@ def around(direction: int, count: int, seed: int) -> Tensor:
 
 
 def test_strange_images_are_beyond_the_threshold_and_familiar_ones_within() -> None:
-    near = Neighbourhood.of(around(0, 300, 1), [str(n) for n in range(300)], around(0, 400, 2))
+    near = NearestNeighbours.of(around(0, 300, 1), [str(n) for n in range(300)], around(0, 400, 2))
     familiar, strange = (kth(nearest(near.features, around(d, 400, 3))[0]) for d in (0, 5))
     assert 0.9 < float((familiar <= near.threshold).float().mean()) < 0.99
     assert not (strange <= near.threshold).any()
 
 
 def test_the_nearest_are_the_nearest_whatever_their_length() -> None:
-    kept = Neighbourhood.of(around(0, 50, 1), [""] * 50, around(0, 50, 2)).features
+    kept = NearestNeighbours.of(around(0, 50, 1), [""] * 50, around(0, 50, 2)).features
     distances, places = nearest(kept, 7 * kept[3:4])
     assert places[0, 0] == 3
     assert float(distances[0, 0]) == pytest.approx(0, abs=0.02)
@@ -113,7 +113,7 @@ def test_the_nearest_are_the_nearest_whatever_their_length() -> None:
 
 
 def test_fewer_images_than_the_rule_asks_for_are_enough() -> None:
-    near = Neighbourhood.of(around(0, 3, 1), list("abc"), around(0, 50, 2))
+    near = NearestNeighbours.of(around(0, 3, 1), list("abc"), around(0, 50, 2))
     assert nearest(near.features, around(0, 2, 3))[0].shape == (2, 3)
     assert KTH > 3
 
@@ -132,7 +132,7 @@ def test_a_sample_holds_ten_images_of_each_of_many_classes_within_a_megabyte(cla
 
 
 def made() -> Reference:
-    near = Neighbourhood.of(around(0, 20, 1), [f"train/é/{n}.jpg" for n in range(20)], around(0, 50, 2))
+    near = NearestNeighbours.of(around(0, 20, 1), [f"train/é/{n}.jpg" for n in range(20)], around(0, 50, 2))
     return Reference(Conformal.of(*answers(50, seed=1)), near, Decisions.of(*answers(50, seed=1), precision=0.6))
 
 
@@ -180,7 +180,7 @@ def test_what_a_model_keeps_of_a_thousand_images_is_small() -> None:
     """1,280 features, as EfficientNet-Lite0 has them, 2 classes, 1,000 training and 1,000 held-out images."""
     features, labels = torch.randn(1000, 1280), torch.arange(1000) % 2
     kept = sample(labels, 1280)
-    near = Neighbourhood.of(features[kept], [f"train/class/{row:08}.jpg" for row in kept.tolist()], features)
+    near = NearestNeighbours.of(features[kept], [f"train/class/{row:08}.jpg" for row in kept.tolist()], features)
     probabilities = torch.rand(1000, 2).softmax(dim=1)
     parts = Conformal.of(probabilities, labels), near, Decisions.of(probabilities, labels)
     assert len(to_file(Reference(*parts))[1]) < 300_000

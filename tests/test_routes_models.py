@@ -14,7 +14,7 @@ from service_fakes import service as service
 from models import architectures
 from models.classifier import Head
 from models.errors import DownloadError
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from service.routes.models import list_versions
 
@@ -161,7 +161,7 @@ def pulls(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names that were pulled; `broken` cannot be."""
     names: list[str] = []
 
-    async def pull(name: str, progress: Progress, as_name: str | None) -> Any:
+    async def pull(name: str, progress: DownloadProgress, as_name: str | None) -> Any:
         names.append(name)
         progress(1, 4)
         if name == "broken":

@@ -20,7 +20,7 @@ from models.errors import DeviceUnavailable
 from models.preprocessing import Preprocessing, normalise
 from models.runtime import Options, choice, compile_backbone, compiler
 from models.runtime.openvino_engine import converted_folder, openvino_version
-from models.runtime.options import Candidate
+from models.runtime.options import EngineTiming
 
 CPU = torch.device("cpu")
 # Of a probability: in bfloat16 against float32, and alone against in a batch. Measured 0.0063 and 5e-8 (CPU, preact_resnet).
@@ -292,12 +292,12 @@ def test_no_batch_is_recommended_beyond_one_that_is_slower() -> None:
 
 
 def test_the_fastest_engine_without_an_error_is_chosen() -> None:
-    slow = Candidate(engine="torch", precision="float32", rates={1: 50.0, 2: 60.0})
-    failed = Candidate(engine="openvino", precision="float32", error="no such operation")
-    fast = Candidate(engine="openvino", precision="float32", rates={1: 100.0, 2: 60.0})
+    slow = EngineTiming(engine="torch", precision="float32", rates={1: 50.0, 2: 60.0})
+    failed = EngineTiming(engine="openvino", precision="float32", error="no such operation")
+    fast = EngineTiming(engine="openvino", precision="float32", rates={1: 100.0, 2: 60.0})
     assert choice.choose([slow, fast], CPU).engine == "openvino"
     assert choice.choose([slow, failed], CPU).engine == "torch"
-    unmeasured = Candidate(engine="openvino", precision="float32")
+    unmeasured = EngineTiming(engine="openvino", precision="float32")
     assert choice.choose([slow, unmeasured], CPU).engine == "torch"
     with pytest.raises(ValueError, match="no candidate has a rate"):
         choice.choose([unmeasured, failed], CPU)
@@ -316,7 +316,7 @@ def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_choice_of_a_busy_moment_is_measured_again_in_a_quiet_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = choice.Choice(engine="torch", precision="float32", max_batch=1, candidates=(), busy=True)
+    made = choice.EngineChoice(engine="torch", precision="float32", max_batch=1, candidates=(), busy=True)
     choice.write_choice(tmp_path, {"architecture": "a"}, made)
     monkeypatch.setattr(choice, "machine_is_busy", lambda: True)
     assert choice.read_choice(tmp_path, {"architecture": "a"}) == made
@@ -330,7 +330,7 @@ def test_a_damaged_choice_is_measured_again(tmp_path: Path) -> None:
     (path,) = (tmp_path / "engines").iterdir()
     path.write_text("{")
     assert compile_backbone(make_backbone(), CPU, options).info.candidates
-    assert choice.Choice.model_validate_json(path.read_bytes())
+    assert choice.EngineChoice.model_validate_json(path.read_bytes())
 
 
 def test_an_engine_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

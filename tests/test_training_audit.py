@@ -9,9 +9,18 @@ import torch
 from PIL import Image
 
 from models.data import audit
-from models.data.audit import Audit, BadFile, Images, drawn_colours, is_animated, make_audit, odd_drawings, reason_of
+from models.data.audit import (
+    Audit,
+    AuditedImages,
+    BadFile,
+    drawn_colours,
+    is_animated,
+    make_audit,
+    odd_drawings,
+    reason_of,
+)
 from models.data.duplicates.groups import Near
-from models.data.samples import PARTS, Item
+from models.data.samples import PARTS, DatasetItem
 from models.errors import ImageError
 from models.images.decoding import decode
 from models.preprocessing import Preprocessing
@@ -32,8 +41,8 @@ def encoded(image: Image.Image, file_format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def items(count: int, classes: int = 2) -> list[Item]:
-    return [Item(f"{i}.png", f"{i}.png", "train", str(i % classes)) for i in range(count)]
+def items(count: int, classes: int = 2) -> list[DatasetItem]:
+    return [DatasetItem(f"{i}.png", f"{i}.png", "train", str(i % classes)) for i in range(count)]
 
 
 def near_groups(names: str, groups: list[int]) -> tuple[Near, ...]:
@@ -47,7 +56,7 @@ def audited(names: str, groups: list[int], per_part: tuple[int, int, int] | None
     """Of images called by single letters, upper case in class 1; equal letters are equal images."""
     places = torch.arange(len(names))
     parts = torch.split(places, list(per_part or (len(names), 0, 0)))
-    images = Images(
+    images = AuditedImages(
         classes=("low", "high"),
         paths=tuple(f"{letter}{row}" for row, letter in enumerate(names)),
         labels=torch.tensor([int(letter.isupper()) for letter in names]),
@@ -118,7 +127,7 @@ def test_only_what_stands_out_is_odd(drawn: list[int], odd: list[int]) -> None:
 
 
 def test_a_class_of_drawings_is_not_odd() -> None:
-    few = [*items(396), *(Item(f"d{i}", f"d{i}", "train", "drawings") for i in range(4))]
+    few = [*items(396), *(DatasetItem(f"d{i}", f"d{i}", "train", "drawings") for i in range(4))]
     assert not odd_drawings(few, dict.fromkeys(range(396, 400), (2, 90, 90)))
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
 from models.preprocessing import denormalise, normalise
-from models.training.job.request import Budget, EarlyStopping, Effective
-from models.training.network.batches import Batch, Batches, first_images
-from models.training.network.process_group import ALONE, Ranks
+from models.training.job.request import Budget, EarlyStopping, ResolvedHyperparameters
+from models.training.network.batches import Batches, TrainingBatch, first_images
+from models.training.network.process_group import ALONE, ProcessGroup
 from models.training.network.trainer import train
 from models.training.outcome.thumbnails import caption, training_batch
 
@@ -18,7 +18,7 @@ DATA = in_memory()
 CLASSES = DATA.classes
 
 
-def first(chosen: Effective, ranks: Ranks = ALONE) -> Batch:
+def first(chosen: ResolvedHyperparameters, ranks: ProcessGroup = ALONE) -> TrainingBatch:
     return next(Batches(DATA, PREPROCESSING, chosen, torch.device("cpu"), ranks).epoch(1))
 
 
@@ -49,7 +49,7 @@ def test_an_epoch_shows_each_training_image_at_most_once() -> None:
 @pytest.mark.parametrize("recipe", [{}, {"mixup": 0.2}, {"cutmix": 1.0}], ids=["plain", "mixup", "cutmix"])
 def test_ranks_share_the_batch_of_one(recipe: dict[str, Any]) -> None:
     chosen = settings(augmentation="standard", small_until=0.5, **recipe)
-    parts, whole = [first(chosen, Ranks(rank, 3)) for rank in range(3)], first(chosen)
+    parts, whole = [first(chosen, ProcessGroup(rank, 3)) for rank in range(3)], first(chosen)
     assert [len(images) for images, _ in parts] == [2, 3, 3]
     assert torch.allclose(torch.cat([images for images, _ in parts]), whole.images, atol=1e-6)
     assert torch.allclose(torch.cat([labels for _, labels in parts]), whole.labels)
@@ -58,7 +58,7 @@ def test_ranks_share_the_batch_of_one(recipe: dict[str, Any]) -> None:
 def test_the_sample_is_what_several_ranks_were_shown() -> None:
     """Policies draw otherwise where a batch is shared."""
     chosen = replace(settings(augmentation="trivial"), devices=2)
-    shown = torch.cat([first(chosen, Ranks(rank, 2)).images for rank in range(2)])
+    shown = torch.cat([first(chosen, ProcessGroup(rank, 2)).images for rank in range(2)])
     assert torch.equal(first_images(DATA, PREPROCESSING, chosen).pixels, denormalise(shown, PREPROCESSING))
     assert not torch.equal(shown, first(chosen).images)
 

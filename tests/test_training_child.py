@@ -23,21 +23,21 @@ from models.images.cost import Limits
 from models.training import run as finetune
 from models.training import trainer_process as child
 from models.training.dry_run import dry_run
-from models.training.job.job_files import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, Order, Result
+from models.training.job.job_files import DRY_RUN, EXIT_DEVICE_LOST, EXIT_DISK_FULL, JOB, NO_DATASET, JobResult, JobSpec
 from models.training.job.parent_process import explain
 from models.training.job.request import Event, FinetuneRequest
 from models.training.trainer_process import EXIT_ORPHANED, Reporter, rehearsal, work
 from service.jobs.trainer import visible_gpus
 
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
-DONE = Result(status="succeeded", model="pets", version=1, deployment="activate")
+DONE = JobResult(status="succeeded", model="pets", version=1, deployment="activate")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     request = FinetuneRequest(dataset=tmp_path, name="pets")
     paths = {"weights": tmp_path / "weights", "cache": tmp_path / "cache"}
-    order = Order(request=request, **paths, threads=1, limits=Limits(max_side=7))
+    order = JobSpec(request=request, **paths, threads=1, limits=Limits(max_side=7))
     (tmp_path / JOB).write_bytes(to_json(order))
     return tmp_path
 
@@ -54,7 +54,7 @@ def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
     (tmp_path / "outside" / "photos").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     request = FinetuneRequest(dataset=tmp_path / "link" / name, name="pets")
-    order = Order(request=request, weights=tmp_path / "weights", cache=tmp_path / "cache", threads=1)
+    order = JobSpec(request=request, weights=tmp_path / "weights", cache=tmp_path / "cache", threads=1)
     (folder / JOB).write_bytes(to_json(order))
     result = work(folder, lambda *given, **named: DONE, print, never)
     assert result.error is not None
@@ -65,7 +65,7 @@ def test_a_dataset_that_became_a_link_since_the_server_looked_is_refused(
 def test_the_servers_trainer_follows_no_links(folder: Path) -> None:
     given: dict[str, object] = {}
 
-    def noted(*_: object, **named: object) -> Result:
+    def noted(*_: object, **named: object) -> JobResult:
         given.update(named)
         return DONE
 
@@ -77,7 +77,7 @@ def test_the_servers_trainer_follows_no_links(folder: Path) -> None:
 
 def test_an_order_for_a_gpu_fails_where_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    order = read_record(folder / JOB, Order)
+    order = read_record(folder / JOB, JobSpec)
     (folder / JOB).write_bytes(to_json(order.model_copy(update={"device": "cuda"})))
     for result in (work(folder, finetune.run, print, never), rehearsal(folder, dry_run, print)):
         assert result.error is not None
@@ -108,7 +108,7 @@ def test_a_trainer_sees_the_gpus_of_the_setting(device: str, server: dict[str, s
 def test_the_run_gets_what_the_order_says(folder: Path) -> None:
     given: dict[str, Any] = {}
 
-    def run(request: FinetuneRequest, store: Any, progress: Any, **rest: Any) -> Result:
+    def run(request: FinetuneRequest, store: Any, progress: Any, **rest: Any) -> JobResult:
         given.update(rest, name=request.name, weights=store.root, threads=torch.get_num_threads())
         return DONE
 
@@ -144,7 +144,7 @@ def test_the_run_gets_what_the_order_says(folder: Path) -> None:
 def test_every_failure_is_a_result(
     folder: Path, error: Exception, code: str, told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*args: Any, **rest: Any) -> Result:
+    def run(*args: Any, **rest: Any) -> JobResult:
         raise error
 
     result = work(folder, run, print, never)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
 
 def test_a_dry_run_writes_what_it_found(folder: Path) -> None:
     result = rehearsal(folder, lambda *args, **rest: {"audit": {"images": 3}}, print)
-    assert result == Result(status="succeeded")
+    assert result == JobResult(status="succeeded")
     assert json.loads((folder / DRY_RUN).read_text()) == {"audit": {"images": 3}}
 
 
@@ -249,7 +249,7 @@ def test_events_and_nothing_else_on_stdout_and_stop_on_stdin(folder: Path) -> No
     assert (first["phase"], first["epoch"], rest) == ("train", 1, "")
     assert chatter.splitlines()[0] == "True True"  # its niceness, and SCHED_BATCH
     assert "a library's chatter" in chatter
-    result = Result.model_validate_json((folder / "result.json").read_bytes())
+    result = JobResult.model_validate_json((folder / "result.json").read_bytes())
     assert (result.model, result.stop_reason) == ("pets", "stopped")
 
 
@@ -264,7 +264,7 @@ def test_a_full_disk_and_a_lost_gpu_are_no_result(
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         assert "(CUDA error: unspecified launch failure)" in explain(error).message
-    full = Result(status="failed", error=explain(error))
+    full = JobResult(status="failed", error=explain(error))
     for name, stand_in in {"die_with_parent": lambda: None, "_take_stdout": io.StringIO, "_listen": print}.items():
         monkeypatch.setattr(child, name, stand_in)
     monkeypatch.setattr(child, "work", lambda *given: full)

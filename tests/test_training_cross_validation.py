@@ -13,7 +13,7 @@ from models.errors import ArchitectureNotFound, TrainingError
 from models.store.store import ModelStore
 from models.training import run as finetune
 from models.training import train
-from models.training.context import Job, Run
+from models.training.context import RunRecord, TrainingContext
 from models.training.dry_run import dry_run
 from models.training.network.trainer import History
 from models.training.reports import Report
@@ -60,11 +60,11 @@ def bench(tmp_path: Path, photos: Path) -> Bench:
 
 
 @pytest.fixture
-def trained_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Job, History]]:
+def trained_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TrainingContext, History]]:
     """Each training that was done, folds and the full one."""
     done, fit_network = [], train.fit_network
 
-    def noted(job: Job, network: Any, path: Path) -> History:
+    def noted(job: TrainingContext, network: Any, path: Path) -> History:
         history = fit_network(job, network, path)
         done.append((job.bases[0].name, job, history))
         return history
@@ -73,7 +73,9 @@ def trained_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Job, Histo
     return done
 
 
-def test_the_best_architecture_is_trained_in_full(bench: Bench, trained_folds: list[tuple[str, Job, History]]) -> None:
+def test_the_best_architecture_is_trained_in_full(
+    bench: Bench, trained_folds: list[tuple[str, TrainingContext, History]]
+) -> None:
     report = bench.run()
     table = report.candidates
     assert table is not None
@@ -88,7 +90,7 @@ def test_the_best_architecture_is_trained_in_full(bench: Bench, trained_folds: l
 
 
 def test_folds_are_stratified_parts_of_the_training_images(
-    bench: Bench, trained_folds: list[tuple[str, Job, History]]
+    bench: Bench, trained_folds: list[tuple[str, TrainingContext, History]]
 ) -> None:
     bench.run()
     full = trained_folds[-1][1].data
@@ -106,7 +108,7 @@ def test_a_fold_starts_from_its_own_seed(bench: Bench, monkeypatch: pytest.Monke
     """Whatever was trained before it: a resumed choice starts each fold from the same weights."""
     started, fit_network = [], train.fit_network
 
-    def noted(job: Job, network: Any, path: Path) -> History:
+    def noted(job: TrainingContext, network: Any, path: Path) -> History:
         started.append(network[1].weight.detach().clone())
         return fit_network(job, network, path)
 
@@ -175,7 +177,7 @@ def test_a_choice_that_was_made_is_kept(bench: Bench, monkeypatch: pytest.Monkey
         bench.run()
     monkeypatch.undo()
     monkeypatch.setattr(bases, "choose_architecture", None)
-    begun = Run.read(bench.folder)
+    begun = RunRecord.read(bench.folder)
     assert begun is not None
     assert begun.choice is not None
     assert bench.run().candidates == begun.choice
@@ -184,7 +186,7 @@ def test_a_choice_that_was_made_is_kept(bench: Bench, monkeypatch: pytest.Monkey
 def test_the_choice_by_accuracy_then_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = {"mnist_cnn": (0.5, 0.9), "lenet5": (0.7, 0.7)}
 
-    def fold_result(job: Job, fold: int, path: Path) -> FoldResult:
+    def fold_result(job: TrainingContext, fold: int, path: Path) -> FoldResult:
         name = job.bases[0].name
         seconds = 2.0 if name == "lenet5" else 4.0
         return FoldResult(architecture=name, fold=fold, accuracy=accuracies[name][fold], seconds=seconds)
@@ -209,7 +211,9 @@ def test_stopped_in_the_choice_there_is_nothing_to_keep(bench: Bench) -> None:
     assert len(FoldResults.read(bench.folder).results) == 2
 
 
-def test_folds_count_against_the_budget(bench: Bench, trained_folds: list[tuple[str, Job, History]]) -> None:
+def test_folds_count_against_the_budget(
+    bench: Bench, trained_folds: list[tuple[str, TrainingContext, History]]
+) -> None:
     with pytest.raises(TrainingError, match=r"has used up budget\.max_seconds before an architecture"):
         bench.run(budget={"max_seconds": 1e-6})
     FoldResults(

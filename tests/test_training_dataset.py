@@ -13,7 +13,7 @@ from PIL import Image
 from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.data import dataset
-from models.data.dataset import Dataset, load, pixels
+from models.data.dataset import LoadedDataset, load, pixels
 from models.data.formats import raw_pixels
 from models.data.samples import Reading
 from models.errors import DatasetError, TooFewImages, TooManyBadFiles
@@ -24,15 +24,15 @@ BAD = {"red/broken.png": b"\x89PNG\r\n\x1a\nnothing"}
 SAME = png((200, 40, 40), 7)
 
 
-def load_all(path: Path, **options: Any) -> Dataset:
+def load_all(path: Path, **options: Any) -> LoadedDataset:
     return load(path, PREPROCESSING, **{"val_fraction": 0.25, "seed": 0, **options})
 
 
-def sizes(data: Dataset) -> list[int]:
+def sizes(data: LoadedDataset) -> list[int]:
     return [len(data.rows[part]) for part in dataset.PARTS]
 
 
-def paths(data: Dataset, part: dataset.Part) -> list[str]:
+def paths(data: LoadedDataset, part: dataset.Part) -> list[str]:
     return [data.paths[row] for row in data.rows[part].tolist()]
 
 

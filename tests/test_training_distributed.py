@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
-from models.training.job.job_files import Failure
-from models.training.job.request import Budget, EarlyStopping, Effective, Event
+from models.training.job.job_files import TrainingFailure
+from models.training.job.request import Budget, EarlyStopping, Event, ResolvedHyperparameters
 from models.training.network import distributed, trainer
-from models.training.network.augment import Part, augment
-from models.training.network.process_group import Ranks
-from models.training.network.step import Halved, Stepper
+from models.training.network.augment import AugmentedBatch, augment
+from models.training.network.process_group import ProcessGroup
+from models.training.network.step import MicroBatchTooLarge, Stepper
 from models.training.network.trainer import History
 
 DATA = in_memory()
@@ -55,14 +55,17 @@ def tiny(most: int = 1000) -> nn.Sequential:
     return nn.Sequential(nn.Sequential(OrderedDict({"stem": stem, "layer1": layer1, **ends})), nn.Linear(8, 3))
 
 
-def chosen(epochs: int = 4) -> Effective:
+def chosen(epochs: int = 4) -> ResolvedHyperparameters:
     """Much of what is to be the same on two devices. A step has 9 images; the ranks take 4 and 5, at most 2 at once."""
     recipe: dict[str, Any] = {"augmentation": "standard", "class_weight": "balanced", "ema": 0.9}
     return settings(epochs, batch_size=3, accumulate=3, freeze_until="stem", thaw_every=2, **recipe)
 
 
 def two(
-    module: nn.Sequential, checkpoint: Path, asked: Effective, listen: Callable[[Event], None] = lambda event: None
+    module: nn.Sequential,
+    checkpoint: Path,
+    asked: ResolvedHyperparameters,
+    listen: Callable[[Event], None] = lambda event: None,
 ) -> History:
     return distributed.train(module, DATA, PREPROCESSING, asked, RULE, FREE, checkpoint, listen, devices=TWO)
 
@@ -151,7 +154,7 @@ def test_out_of_memory_they_begin_again_with_less_at_once_and_end_with_the_train
 
 
 def test_what_was_frozen_can_be_told_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_elsewhere(plan: distributed.Plan, folder: Path, *rest: Any) -> None:
+    def train_elsewhere(plan: distributed.RankPlan, folder: Path, *rest: Any) -> None:
         history = History(losses=[1.0, 0.5], best=plan.network.state_dict())
         torch.save(vars(history), folder / distributed.HISTORY)
 
@@ -168,7 +171,7 @@ def test_a_gpu_that_cannot_be_used_is_passed_over(tmp_path: Path, monkeypatch: p
     """An old card for the screens comes first."""
     trained_on: list[tuple[torch.device, ...]] = []
 
-    def train_elsewhere(plan: distributed.Plan, folder: Path, *rest: Any) -> None:
+    def train_elsewhere(plan: distributed.RankPlan, folder: Path, *rest: Any) -> None:
         trained_on.append(plan.devices)
         torch.save(vars(History(losses=[1.0], best=plan.network.state_dict())), folder / distributed.HISTORY)
 
@@ -194,15 +197,15 @@ def test_the_rank_that_ended_the_others_is_named(exits: list[int | None], told: 
     team = object.__new__(distributed.Team)
     team.devices = [torch.device("cpu", rank) for rank in range(2)]
     team.processes = [SimpleNamespace(exitcode=code) for code in exits]  # type: ignore[misc]
-    team.failures = {rank: Failure(code=code, message=f"of rank {rank}") for rank, code in told.items()}
+    team.failures = {rank: TrainingFailure(code=code, message=f"of rank {rank}") for rank, code in told.items()}
     assert why in str(team._why([rank for rank, code in enumerate(exits) if code]))
 
 
 def test_a_rank_does_not_repeat_a_step_by_itself() -> None:
     module = tiny(most=3)
     groups = [{"params": list(module.parameters()), "peak": 0.1}]
-    stepper = Stepper(module.train(), None, groups, settings(batch_size=16), None, print, Ranks(0, 2))
-    with pytest.raises(Halved) as halved:
+    stepper = Stepper(module.train(), None, groups, settings(batch_size=16), None, print, ProcessGroup(0, 2))
+    with pytest.raises(MicroBatchTooLarge) as halved:
         stepper.step(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64), 1.0)
     assert pickle.loads(pickle.dumps(halved.value)).micro == 4
 
@@ -214,7 +217,7 @@ def test_chance_is_the_same_however_a_batch_is_cut(preset: str, mixed: bool) -> 
     torch.manual_seed(0)
     whole = augment(pixels, mirrored, asked)
     for rank in range(3):
-        part = Ranks(rank, 3).part(7, mixed)
+        part = ProcessGroup(rank, 3).part(7, mixed)
         assert part is not None
         torch.manual_seed(0)
         assert torch.equal(augment(pixels[part.places], mirrored[part.places], asked, part), whole[part.places])
@@ -222,19 +225,19 @@ def test_chance_is_the_same_however_a_batch_is_cut(preset: str, mixed: bool) -> 
 
 @pytest.mark.parametrize("preset", ["trivial", "randaugment"])
 def test_policies_do_not_depend_on_the_cut_either(preset: str) -> None:
-    def changed(part: Part) -> Tensor:
+    def changed(part: AugmentedBatch) -> Tensor:
         torch.manual_seed(0)
         return augment(DATA.pixels[part.places], torch.zeros(len(part.places), dtype=torch.bool), asked, part)
 
-    asked, every = settings(augmentation=preset), Part(torch.arange(6), 6)
-    assert torch.equal(changed(every)[4:], changed(Part(torch.tensor([4, 5]), 6)))
+    asked, every = settings(augmentation=preset), AugmentedBatch(torch.arange(6), 6)
+    assert torch.equal(changed(every)[4:], changed(AugmentedBatch(torch.tensor([4, 5]), 6)))
     assert not torch.equal(changed(every), DATA.pixels[:6])
 
 
 def test_every_image_belongs_to_one_rank() -> None:
-    places = [part.places.tolist() for rank in range(3) if (part := Ranks(rank, 3).part(8, mixed=False))]
+    places = [part.places.tolist() for rank in range(3) if (part := ProcessGroup(rank, 3).part(8, mixed=False))]
     assert places == [[0, 1], [2, 3, 4], [5, 6, 7]]
-    lent = [part.places.tolist() for rank in range(3) if (part := Ranks(rank, 3).part(8, mixed=True))]
+    lent = [part.places.tolist() for rank in range(3) if (part := ProcessGroup(rank, 3).part(8, mixed=True))]
     assert lent == [[7, 0, 1], [1, 2, 3, 4], [4, 5, 6, 7]]
 
 

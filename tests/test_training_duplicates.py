@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.data.duplicates import groups, likeness
-from models.data.duplicates.groups import Found, equal, near_pairs, search
+from models.data.duplicates.groups import DuplicateGroups, equal, near_pairs, search
 from models.data.samples import NearDuplicates
 
 
@@ -24,7 +24,7 @@ def grouped(pixels: Tensor) -> list[int]:
     return numbers
 
 
-def searched(pixels: Tensor, near: NearDuplicates = "group") -> Found:
+def searched(pixels: Tensor, near: NearDuplicates = "group") -> DuplicateGroups:
     return search(pixels, [image.numpy().tobytes() for image in pixels], near)
 
 

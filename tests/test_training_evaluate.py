@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocessing import Preprocessing, normalise
-from models.training.evaluation.evaluate import Evaluation, Pair, evaluate, label_errors, outputs, wilson
+from models.training.evaluation.evaluate import ConfusedPair, Evaluation, evaluate, label_errors, outputs, wilson
 
 CLASSES = ("a", "b", "c")
 
@@ -49,7 +49,7 @@ def test_nothing_is_said_of_a_class_without_images() -> None:
 def test_confusion_is_by_true_and_predicted_class() -> None:
     found = evaluated([1, 1, 0, 2], [0, 0, 0, 2])
     assert found.confusion == ((1, 2, 0), (0, 0, 0), (0, 0, 1))
-    assert found.confused == (Pair(true="a", predicted="b", count=2),)
+    assert found.confused == (ConfusedPair(true="a", predicted="b", count=2),)
 
 
 def test_mistakes_come_most_confident_first() -> None:

@@ -25,10 +25,10 @@ from models.store.packaged import PACKAGES
 from models.store.store import ModelStore
 from models.training import run as finetune
 from models.training import train as fitting
-from models.training.context import Run, forget
+from models.training.context import RunRecord, forget
 from models.training.dry_run import dry_run
 from models.training.evaluation.evaluate import outputs
-from models.training.job.job_files import ParitySamples, Result
+from models.training.job.job_files import JobResult, ParitySamples
 from models.training.network import distributed
 from models.training.network import trainer as whole
 from models.training.network.trainer import Trainer
@@ -54,7 +54,7 @@ class Workshop:
     def store(self) -> ModelStore:
         return ModelStore(self.root / "weights")
 
-    def ask(self, stop: bool = False, **request: Any) -> tuple[Result, list[Event]]:
+    def ask(self, stop: bool = False, **request: Any) -> tuple[JobResult, list[Event]]:
         events: list[Event] = []
         given = {"dataset": self.photos, "name": "colours", **request}
         asked = FinetuneRequest.model_validate(given)
@@ -109,7 +109,7 @@ def test_a_run_that_began_on_a_gpu_does_not_go_on_on_the_cpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     request = {"base": "lenet5", "mode": "scratch", "hyperparameters": QUICK}
     workshop.ask(stop=True, **request)
-    begun = Run.read(workshop.root / "jobs" / "colours")
+    begun = RunRecord.read(workshop.root / "jobs" / "colours")
     assert begun is not None
     begun.model_copy(update={"on_gpu": True}).write(workshop.root / "jobs" / "colours")
     with pytest.raises(DeviceUnavailable, match="CUDA_VISIBLE_DEVICES"):
@@ -415,7 +415,7 @@ def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest
         trained.ask(name="kept", base="auto")
     monkeypatch.undo()
     monkeypatch.setattr("models.training.selection.bases.choose", None)
-    begun = Run.read(trained.root / "jobs" / "kept")
+    begun = RunRecord.read(trained.root / "jobs" / "kept")
     result, _ = trained.ask(name="kept", base="auto")
     assert begun is not None
     assert begun.choice is not None
@@ -622,8 +622,10 @@ def test_other_classes_cannot_be_compared(trained: Workshop, tmp_path: Path) -> 
 def test_a_version_that_answers_differently_from_the_store_is_rejected(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probabilities = fitting.Trained.probabilities
-    monkeypatch.setattr(fitting.Trained, "probabilities", lambda self, rows: probabilities(self, rows).roll(1, dims=1))
+    probabilities = fitting.TrainingResult.probabilities
+    monkeypatch.setattr(
+        fitting.TrainingResult, "probabilities", lambda self, rows: probabilities(self, rows).roll(1, dims=1)
+    )
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "rejected"
     assert "other probabilities than in training" in (result.reason or "")

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from models.classifier import Head
 from models.errors import TrainingError
 from models.training.head.regression import FOLDS, STRENGTHS, Fit, class_weights, fit, fit_at, fold_of
-from models.training.job.request import Effective, FinetuneRequest, effective
+from models.training.job.request import FinetuneRequest, ResolvedHyperparameters, effective
 
 SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 300)
 Clouds = tuple[Tensor, Tensor]
 
 
-def fitted(features: Tensor, labels: Tensor, settings: Effective = SETTINGS, groups: Tensor | None = None) -> Fit:
+def fitted(
+    features: Tensor, labels: Tensor, settings: ResolvedHyperparameters = SETTINGS, groups: Tensor | None = None
+) -> Fit:
     groups = torch.arange(len(labels)) if groups is None else groups
     return fit(features, labels, 3, groups, settings, progress=lambda done: None)
 

@@ -11,7 +11,7 @@ from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.progress import never
-from models.training.job.request import Budget, EarlyStopping, Effective, Event
+from models.training.job.request import Budget, EarlyStopping, Event, ResolvedHyperparameters
 from models.training.network import trainer as whole
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.checkpoint import previous
@@ -34,7 +34,7 @@ def tiny(seed: int = 0) -> nn.Sequential:
 def train(
     module: nn.Sequential,
     checkpoint: Path,
-    chosen: Effective,
+    chosen: ResolvedHyperparameters,
     listen: Callable[[Event], None] = lambda event: None,
     *,
     stopping: EarlyStopping = NONE,
@@ -49,7 +49,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-def kill_after(epoch: int, module: nn.Sequential, checkpoint: Path, chosen: Effective) -> None:
+def kill_after(epoch: int, module: nn.Sequential, checkpoint: Path, chosen: ResolvedHyperparameters) -> None:
     def listen(event: Event) -> None:
         if event.epoch == epoch:
             raise KeyboardInterrupt

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from training_reports import HOSTILE, report
 
-from models.training.candidates import Choice, Scored
-from models.training.reports import Batch, Report, html, write_tensorboard
+from models.training.candidates import BaseChoice, ScoredBase
+from models.training.reports import AugmentedThumbnails, Report, html, write_tensorboard
 from models.training.reports.markup import Markup, element
 from models.training.reports.plots import Scale, Series, confusion, lines
 from models.training.reports.tensorboard import scalars
@@ -85,7 +85,7 @@ def test_pictures_are_there_for_those_that_have_one() -> None:
 
 
 def test_a_batch_is_shown_with_its_labels() -> None:
-    batch = Batch("As the network saw it.", (("ant", JPEG), ("70% bee, 30% <b>", JPEG)))
+    batch = AugmentedThumbnails("As the network saw it.", (("ant", JPEG), ("70% bee, 30% <b>", JPEG)))
     page = html(report(), {}, batch)
     assert [attributes["alt"] for tag, attributes in Tags(page).found if tag == "img"] == ["ant", "70% bee, 30% <b>"]
     assert "As the network saw it." in page
@@ -100,10 +100,10 @@ def test_the_layer_table_marks_what_was_frozen(page: str) -> None:
 
 def test_the_choice_of_an_architecture_shows_time_and_spread() -> None:
     rows = (
-        Scored(name="nin", accuracy=0.91, spread=0.02, seconds=12.0, seconds_spread=0.5),
-        Scored(name="lenet5", accuracy=0.84, spread=0.01, seconds=3.0, seconds_spread=0.1),
+        ScoredBase(name="nin", accuracy=0.91, spread=0.02, seconds=12.0, seconds_spread=0.5),
+        ScoredBase(name="lenet5", accuracy=0.84, spread=0.01, seconds=3.0, seconds_spread=0.1),
     )
-    choice = Choice(best="nin", candidates=rows, folds=3, epochs=2)
+    choice = BaseChoice(best="nin", candidates=rows, folds=3, epochs=2)
     page = html(report().model_copy(update={"candidates": choice}), {})
     assert '<td><b>nin</b></td><td class="number">91.0% ± 2.0%</td><td class="number">12.0 s ± 0.5 s</td>' in page
     assert "Each was trained for 2 epochs on each of 3 folds" in page

@@ -12,8 +12,8 @@ from models.errors import TrainingError
 from models.preprocessing import Preprocessing
 from models.training import candidates, dry_run
 from models.training.bases import Base
-from models.training.candidates import Candidate, Choice, choose
-from models.training.context import Job
+from models.training.candidates import BaseCandidate, BaseChoice, choose
+from models.training.context import TrainingContext
 from models.training.head.regression import Validation, cross_validate
 from models.training.job.request import FinetuneRequest, effective
 from models.training.selection import bases
@@ -28,14 +28,14 @@ def features(noise: float) -> Tensor:
 
 
 CANDIDATES = (
-    Candidate("poor", features(2.0), latency_ms=1.0),
-    Candidate("slow", features(0.05), latency_ms=50.0),
-    Candidate("quick", features(0.4), latency_ms=5.0),
-    Candidate("as good as slow", features(0.05), latency_ms=40.0),
+    BaseCandidate("poor", features(2.0), latency_ms=1.0),
+    BaseCandidate("slow", features(0.05), latency_ms=50.0),
+    BaseCandidate("quick", features(0.4), latency_ms=5.0),
+    BaseCandidate("as good as slow", features(0.05), latency_ms=40.0),
 )
 
 
-def chosen(max_latency_ms: float | None, seen: list[float] | None = None) -> Choice:
+def chosen(max_latency_ms: float | None, seen: list[float] | None = None) -> BaseChoice:
     progress = (seen if seen is not None else []).append
     return choose(CANDIDATES, LABELS, torch.arange(90), 3, SETTINGS, max_latency_ms, progress)
 
@@ -108,5 +108,5 @@ def test_a_dry_run_times_the_arithmetic_of_the_run_to_its_end(
 ) -> None:
     monkeypatch.setattr(dry_run, "_extractor", lambda job, base: Lazy())
     base = Base(name="a", version=None, architecture="lenet5", preprocessing=Preprocessing(resize=8, crop=8), ref=None)
-    job = cast("Job", SimpleNamespace(mode="head", device=torch.device("cuda")))
+    job = cast("TrainingContext", SimpleNamespace(mode="head", device=torch.device("cuda")))
     assert dry_run.seconds_per_image(job, base) >= computing_s / dry_run.IMAGES

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from training_data import settings
 
 from models.errors import OutOfMemory
-from models.training.job.request import Effective
+from models.training.job.request import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.step import Stepper
 
@@ -23,7 +23,7 @@ def network(norm: bool = False) -> nn.Sequential:
 
 def stepper(
     module: nn.Module,
-    chosen: Effective | None = None,
+    chosen: ResolvedHyperparameters | None = None,
     aux: Auxiliary | None = None,
     classes: Tensor | None = None,
     tell: Callable[[str], None] = lambda message: None,

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.data.audit import Images, make_audit
-from models.data.dataset import Dataset, Part
+from models.data.audit import AuditedImages, make_audit
+from models.data.dataset import LoadedDataset, Part
 from models.preprocessing import Preprocessing
-from models.training.job.request import Effective, FinetuneRequest, Hyperparameters, effective
+from models.training.job.request import FinetuneRequest, Hyperparameters, ResolvedHyperparameters, effective
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 SIDE = 8
@@ -58,7 +58,7 @@ def archive(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
-def in_memory(per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) -> Dataset:
+def in_memory(per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) -> LoadedDataset:
     """Coloured squares, two thirds to train on and a third to validate on."""
     squares = [square(COLOURS[name], 100 * c + i) for c, name in enumerate(classes) for i in range(per_class)]
     labels = torch.arange(len(classes)).repeat_interleave(per_class)
@@ -69,9 +69,9 @@ def in_memory(per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) ->
     digests = tuple(hashlib.blake2b(each.tobytes(), digest_size=16).digest() for each in squares)
     files = tuple(hashlib.sha256(digest).digest()[:16] for digest in digests)
     rule = {"by": "content", "seed": 0, "val_fraction": 1 / 3, "test_fraction": 0.0}
-    images = Images(classes, paths, labels, digests, places)
+    images = AuditedImages(classes, paths, labels, digests, places)
     audit = make_audit(images, rows, places[:0], len(paths), layout="squares")
-    return Dataset("squares", "0" * 64, classes, paths, pixels, labels, digests, files, places, rows, rule, audit)
+    return LoadedDataset("squares", "0" * 64, classes, paths, pixels, labels, digests, files, places, rows, rule, audit)
 
 
 PLAIN = {
@@ -85,7 +85,7 @@ PLAIN = {
 }
 
 
-def settings(epochs: int = 3, **changes: Any) -> Effective:
+def settings(epochs: int = 3, **changes: Any) -> ResolvedHyperparameters:
     """A few epochs of a plain run, small and quick."""
     given = Hyperparameters.model_validate({**PLAIN, "epochs": epochs, **changes})
     request = FinetuneRequest(

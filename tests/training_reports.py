@@ -3,7 +3,7 @@
 import torch
 
 from models.data.audit import Audit, BadFile
-from models.training.candidates import Choice, Scored
+from models.training.candidates import BaseChoice, ScoredBase
 from models.training.evaluation.calibrate import calibrate
 from models.training.evaluation.evaluate import evaluate, label_errors
 from models.training.evaluation.gate import compare
@@ -66,12 +66,12 @@ def report() -> Report:
         strength=STRENGTHS[4],
         stop_reason="early_stopping",
         stopping="UP (3 strips of 5 epochs) stopped after 8 of 20 epochs.",
-        candidates=Choice(
+        candidates=BaseChoice(
             best="resnet18",
             max_latency_ms=20.0,
             candidates=(
-                Scored(name="resnet50", accuracy=0.96, spread=0.01, latency_ms=40.0),
-                Scored(name="resnet18", accuracy=0.94, spread=0.02, latency_ms=12.0),
+                ScoredBase(name="resnet50", accuracy=0.96, spread=0.01, latency_ms=40.0),
+                ScoredBase(name="resnet18", accuracy=0.94, spread=0.02, latency_ms=12.0),
             ),
         ),
         calibration=calibrate(scores, labels),

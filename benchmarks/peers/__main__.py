@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rig
-from service.diagnostics.load_generator import Report
+from service.diagnostics.load_generator import LoadReport
 
 CONNECTIONS = 32
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imago-benchmarks" / "peers"
@@ -98,7 +98,7 @@ def started(root: Path, network: str, which: str, interpreter: str) -> Iterator[
 def measure(network: str, names: Sequence[str], rounds: int, seconds: float) -> dict[str, Any]:
     interpreter, images = python(), rig.photographs()
     forms = [as_form(image) for image in images]
-    reports: dict[str, list[Report]] = {name: [] for name in names}
+    reports: dict[str, list[LoadReport]] = {name: [] for name in names}
     memory = {}
     with rig.store_of() as root, contextlib.ExitStack() as running:
         rig.in_child(rig.publish_random, root / "weights", [network], root)
@@ -122,7 +122,7 @@ def as_form(image: bytes) -> bytes:
     return head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-def summary(reports: Mapping[str, Sequence[Report]], name: str) -> dict[str, Any]:
+def summary(reports: Mapping[str, Sequence[LoadReport]], name: str) -> dict[str, Any]:
     def rates(which: str) -> list[float]:
         return [report.images_per_second for report in reports[which]]
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.architectures import timm_networks
 from models.architectures.classics import NETWORKS, Classic
-from models.architectures.efficientnet_lite import SIZES, Size
+from models.architectures.efficientnet_lite import SIZES, Scaling
 from models.architectures.timm_names import is_timm
 from models.architectures.torchvision_keys import modern_key
 from models.classifier import ConvLayer, Layer, layer_config, make_layer
@@ -31,7 +31,10 @@ from models.preprocessing import Preprocessing
 WITH_AUXILIARY = ("googlenet", "inception_v3")  # their auxiliary classifiers are of use in training only
 AUXILIARY = ("AuxLogits", "aux1", "aux2")
 
-OWN: dict[str, Classic | Size] = {**NETWORKS, **SIZES}  # written here, so that they need neither torchvision nor timm
+OWN: dict[str, Classic | Scaling] = {
+    **NETWORKS,
+    **SIZES,
+}  # written here, so that they need neither torchvision nor timm
 
 # Mean and standard deviation per channel, of pixels in 0..1.
 CIFAR_SCALE = ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))

@@ -23,7 +23,7 @@ STAGES = ((1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 
 
 
 @dataclass(frozen=True)
-class Size:
+class Scaling:
     """Multipliers of Lite0's width and depth, and the input: the shorter side is resized to `resize`, the centre `crop` is cut."""
 
     width: float
@@ -47,9 +47,9 @@ class Size:
 
 
 SIZES = {
-    "efficientnet_lite0": Size(width=1.0, depth=1.0, crop=224, resize=256),
-    "efficientnet_lite1": Size(width=1.0, depth=1.1, crop=240, resize=272),
-    "efficientnet_lite2": Size(width=1.1, depth=1.2, crop=260, resize=292),
+    "efficientnet_lite0": Scaling(width=1.0, depth=1.0, crop=224, resize=256),
+    "efficientnet_lite1": Scaling(width=1.0, depth=1.1, crop=240, resize=272),
+    "efficientnet_lite2": Scaling(width=1.1, depth=1.2, crop=260, resize=292),
 }
 
 
@@ -119,7 +119,7 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite(nn.Module):
     """float32 (N, channels, crop, crop) -> scores (N, num_classes)."""
 
-    def __init__(self, size: Size, num_classes: int, channels: int) -> None:
+    def __init__(self, size: Scaling, num_classes: int, channels: int) -> None:
         super().__init__()
         self.conv_stem = conv(channels, STEM, 3, stride=2)
         self.bn1 = norm(STEM)

@@ -17,7 +17,7 @@ Shapes = dict[str, tuple[int, ...]]  # of a module's output, by its path
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """One module. Its figures include those of everything inside it. `output` is the shape for a batch of one."""
 
     name: str
@@ -31,7 +31,7 @@ class Layer:
 class LayerTable:
     """The layers in the network's order; the first is the network itself, so its figures are the totals."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerRow, ...]
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "output", "parameters", "multiply-adds"), *map(_cells, self.layers)]
@@ -56,7 +56,7 @@ def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerT
     for path, module in shown_modules(network, outputs):
         parameters = sum(p.numel() for p in module.parameters())
         operations = sum(counter.flop_counts.get(f"{root}.{path}".rstrip("."), {}).values())
-        layers.append(Layer(path, type(module).__name__, outputs[path], parameters, operations // 2))
+        layers.append(LayerRow(path, type(module).__name__, outputs[path], parameters, operations // 2))
     return LayerTable(tuple(layers))
 
 
@@ -86,7 +86,7 @@ def shown_modules(network: nn.Module, outputs: Shapes) -> Iterator[tuple[str, nn
             yield path, module
 
 
-def _cells(layer: Layer) -> tuple[str, str, str, str, str]:
+def _cells(layer: LayerRow) -> tuple[str, str, str, str, str]:
     indent = "  " * layer.name.count(".")
     shape = " x ".join(map(str, layer.output[1:]))
     counts = [f"{n:,}" if n else "-" for n in (layer.parameters, layer.multiply_adds)]

@@ -3,7 +3,7 @@
     images --network with Identity in the classifier's place--> features (N, D) --Linear--> scores
 
 Where the classifier stands, timm itself says: never the last linear layer. A distilled network has two, whose scores it averages in
-eval mode, and some networks have four: then the features are all their inputs side by side, see `Beside`.
+eval mode, and some networks have four: then the features are all their inputs side by side, see `ScaledIdentity`.
 """
 
 import difflib
@@ -204,7 +204,7 @@ def take_layer(network: nn.Module) -> tuple[str, nn.Linear]:
         return places[0], _layer(*weights[0])
     widths = [weight.shape[1] + (bias is not None) for weight, bias in weights]
     for number, (place, (_, bias)) in enumerate(zip(places, weights, strict=True)):
-        network.set_submodule(place, Beside(widths, number, bias is not None))
+        network.set_submodule(place, ScaledIdentity(widths, number, bias is not None))
     return places[0], _layer(_joined(weights), None)
 
 
@@ -246,10 +246,10 @@ def classifiers(network: nn.Module) -> Classifiers:
     return places
 
 
-Weights = tuple[Tensor, Tensor | None]  # (out, in), and the bias (out,)
+LayerWeights = tuple[Tensor, Tensor | None]  # (out, in), and the bias (out,)
 
 
-def _weight_and_bias(classifier: nn.Module) -> Weights:
+def _weight_and_bias(classifier: nn.Module) -> LayerWeights:
     """A 1x1 convolution over one position is a linear layer too."""
     weight, bias = classifier.weight, classifier.bias
     if not isinstance(weight, Tensor):
@@ -257,8 +257,8 @@ def _weight_and_bias(classifier: nn.Module) -> Weights:
     return weight.detach().flatten(1), bias.detach() if isinstance(bias, Tensor) else None
 
 
-def _joined(weights: Sequence[Weights]) -> Tensor:
-    """(out, sum of all in + 1): each weight, and its bias as the column of the constant that `Beside` appends."""
+def _joined(weights: Sequence[LayerWeights]) -> Tensor:
+    """(out, sum of all in + 1): each weight, and its bias as the column of the constant that `ScaledIdentity` appends."""
     return torch.cat([torch.cat([w, b[:, None]], dim=1) if b is not None else w for w, b in weights], dim=1)
 
 
@@ -271,7 +271,7 @@ def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-class Beside(nn.Module):
+class ScaledIdentity(nn.Module):
     """In a classifier's place, where a network adds up the answers of several, each times a factor of its own.
 
     Its input (N, D), and a 1 for the bias, in its own columns between zeros -> (N, sum of all D + 1). The network's sum of these, with

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.data.duplicates.groups import Near, equal
-from models.data.samples import PARTS, Ignored, Item, Part
+from models.data.samples import PARTS, DatasetItem, IgnoredFile, Part
 from models.errors import EmptyImage, ImageError, UnsupportedImage
 from models.files.records import Record
 from models.images import formats
@@ -48,7 +48,7 @@ class IgnoredFiles(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class AuditedImages:
     """N good images."""
 
     classes: tuple[str, ...]
@@ -124,7 +124,7 @@ def drawn_colours(data: bytes) -> tuple[int, int, int] | None:
     return (len(colours), width, height) if colours else None
 
 
-def odd_drawings(items: Sequence[Item], drawn: dict[int, tuple[int, int, int]]) -> dict[int, str]:
+def odd_drawings(items: Sequence[DatasetItem], drawn: dict[int, tuple[int, int, int]]) -> dict[int, str]:
     """Of the drawings by place in `items`, those that stand out among photographs, and what is said of them."""
     if not 0 < len(drawn) <= MAX_DRAWN * len(items):
         return {}
@@ -142,7 +142,7 @@ def odd_drawings(items: Sequence[Item], drawn: dict[int, tuple[int, int, int]]) 
 
 
 def make_audit(
-    images: Images,
+    images: AuditedImages,
     rows: dict[Part, Tensor],
     left_out: Tensor,
     files: int,
@@ -150,7 +150,7 @@ def make_audit(
     remarks: Sequence[str] = (),
     *,
     layout: str,
-    ignored: Sequence[Ignored] = (),
+    ignored: Sequence[IgnoredFile] = (),
     image_kinds: Sequence[str] = (),
 ) -> Audit:
     """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings; `image_kinds` of each

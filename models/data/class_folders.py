@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from models.data.files import Files, is_text
 from models.data.parts import PARTS, Part, is_fold, is_unlabelled, part_of, parts_among
-from models.data.samples import Item, Layout, Source, by_path, listed, make_source, refuse_alike, tallied
+from models.data.samples import DatasetItem, DatasetSource, Layout, by_path, listed, make_source, refuse_alike, tallied
 from models.errors import DatasetError, TooFewClasses
 from models.files.zip_file import printable
 
@@ -33,12 +33,14 @@ GROUPS = frozenset({"images", "imgs", "masks", "labels", "annotations", "ground_
 SHARED = 0.6
 
 Parts = tuple[str, ...]
-Names = dict[Parts, str]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""
+NamesByParts = dict[
+    Parts, str
+]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""
 
 
-def read_class_folders(files: Files, layout: Layout = "auto") -> Source:
+def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
     """Raises TooFewClasses; DatasetError: a layout that is in doubt."""
-    names: Names = {tuple(name.split("/")): file for name, file in files.names.items()}
+    names: NamesByParts = {tuple(name.split("/")): file for name, file in files.names.items()}
     side = {parts for parts in names if _is_side(files, parts)}
     names, beside, top = _unwrap(
         {parts: file for parts, file in names.items() if parts not in side and parts[-1] not in IGNORED}
@@ -104,7 +106,7 @@ def _tables(files: Files) -> list[str]:
 class _Found:
     """The folders at the top, and what is in them."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: NamesByParts) -> None:
         self.names = names
         self.below: dict[str, list[Parts]] = {}  # by folder at the top
         for parts in names:
@@ -134,14 +136,14 @@ class _Found:
 @dataclass(frozen=True)
 class _Read:
     layout: str
-    items: list[Item]
+    items: list[DatasetItem]
     strays: list[str]
     ignored: list[tuple[str, str]]
     notes: list[str]
     hint: str = ""  # what to do where there are too few classes
 
 
-def _unwrap(found: Names) -> tuple[Names, list[Parts], Parts]:
+def _unwrap(found: NamesByParts) -> tuple[NamesByParts, list[Parts], Parts]:
     """Without the folders that wrap all others, and the files that lie in or beside those, which make no class; and these folders."""
     top: Parts = ()
     beside: list[Parts] = []
@@ -157,8 +159,8 @@ def _is_neutral(name: str) -> bool:
     return part_of(name) is not None or part_of(f"train_{name}") is not None or is_unlabelled(name)
 
 
-def _item(parts: Parts, file: str, part: Part, level: int) -> Item:
-    return Item(printable("/".join(parts)), file, part, printable(parts[level]))
+def _item(parts: Parts, file: str, part: Part, level: int) -> DatasetItem:
+    return DatasetItem(printable("/".join(parts)), file, part, printable(parts[level]))
 
 
 # train/<class>/*
@@ -184,7 +186,7 @@ def _by_part(found: _Found, named: bool) -> _Read:
     trained = {name for top, part in parts.items() if part == "train" for name in found.classes(top)}
     if not trained:
         raise TooFewClasses(f"no folder for training has class folders in it; there are {_folders(found.tops)}")
-    items: list[Item] = []
+    items: list[DatasetItem] = []
     strays, ignored, notes = ["/".join(parts) for parts in found.names if len(parts) == 1], [], []
     for top in found.tops:
         level, part = found.level(top, trained), parts.get(top)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from models.data import audit, split
-from models.data.audit import Audit, BadFile, Images
+from models.data.audit import Audit, AuditedImages, BadFile
 from models.data.duplicates import groups as duplicates
 from models.data.duplicates.groups import Near
 from models.data.files import reason
-from models.data.formats.raw_pixels import Array, allocate
+from models.data.formats.raw_pixels import PixelArray, allocate
 from models.data.image_kinds import image_kind
 from models.data.samples import (
     AS_IT_IS,
@@ -29,12 +29,12 @@ from models.data.samples import (
     MAX_NAMED,
     PARTS,
     UNREADABLE,
-    Ignored,
+    DatasetSource,
+    IgnoredFile,
     NearDuplicates,
     Part,
     Read,
     Reading,
-    Source,
     advised,
 )
 from models.data.sources import open_source
@@ -44,7 +44,7 @@ from models.images.decoding import decode
 from models.preprocessing import Preprocessing
 from models.progress import Progress, silent
 
-__all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
+__all__ = ["PARTS", "Audit", "BadFile", "LoadedDataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
 MAX_SMALL = 100  # classes with too few images that an error names
@@ -54,7 +54,7 @@ DECODING = 0.9  # its share of the audit's time; the rest is the search for dupl
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class LoadedDataset:
     """N good images; a bad file has no row. `rows` are places in all that has N entries."""
 
     name: str
@@ -70,7 +70,7 @@ class Dataset:
     split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
     audit: Audit
 
-    def warned(self, warnings: Sequence[str]) -> "Dataset":
+    def warned(self, warnings: Sequence[str]) -> "LoadedDataset":
         """With more warnings in its audit."""
         more = self.audit.model_copy(update={"warnings": (*self.audit.warnings, *warnings)})
         return replace(self, audit=more)
@@ -102,7 +102,7 @@ def load(
     reading: Reading = AS_IT_IS,
     progress: Progress = silent,
     limits: Limits = DEFAULT_LIMITS,
-) -> Dataset:
+) -> LoadedDataset:
     """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
 
     `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than `min_per_class`
@@ -121,7 +121,7 @@ def load(
             source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
         )
         given = [source.items[place].part for place in decoded.places]
-        found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed), min_per_class)
+        found = _split(images, decoded.files, given, SplitShares(val_fraction, test_fraction, seed), min_per_class)
     remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
     report = audit.make_audit(
         images,
@@ -135,7 +135,7 @@ def load(
         image_kinds=decoded.kinds,
     )
     progress(1.0)
-    return Dataset(
+    return LoadedDataset(
         name=path.resolve().name,
         sha256=_sha256(source, decoded.hashes),
         classes=images.classes,
@@ -151,11 +151,11 @@ def load(
     )
 
 
-def _images(source: Source, decoded: _Decoded, near: NearDuplicates, progress: Progress) -> Images:
+def _images(source: DatasetSource, decoded: _Decoded, near: NearDuplicates, progress: Progress) -> AuditedImages:
     items = [source.items[place] for place in decoded.places]
     indices = {name: index for index, name in enumerate(source.classes)}
     found = duplicates.search(decoded.pixels, decoded.digests, near, progress)
-    return Images(
+    return AuditedImages(
         classes=source.classes,
         paths=tuple(item.path for item in items),
         labels=torch.tensor([indices[item.class_name] for item in items], dtype=torch.int64),
@@ -167,7 +167,7 @@ def _images(source: Source, decoded: _Decoded, near: NearDuplicates, progress: P
 
 def pixels(
     path: Path,
-    data: Dataset,
+    data: LoadedDataset,
     preprocessing: Preprocessing,
     progress: Progress = silent,
     reading: Reading = AS_IT_IS,
@@ -181,7 +181,7 @@ def pixels(
     return decoded.pixels, decoded.digests
 
 
-def _sha256(source: Source, hashes: Sequence[str]) -> str:
+def _sha256(source: DatasetSource, hashes: Sequence[str]) -> str:
     """Items are sorted by path, so neither the order of a folder nor that of a zip or CSV matters."""
     lines = (
         f"{item.path}\0{file}" + (f"\0{item.part}\0{item.class_name}\n" if source.labelled else "\n")
@@ -193,7 +193,7 @@ def _sha256(source: Source, hashes: Sequence[str]) -> str:
 # The split
 
 
-class Shares(NamedTuple):
+class SplitShares(NamedTuple):
     """Of the images, to be held out where the dataset has no such part of its own."""
 
     val: float
@@ -209,7 +209,9 @@ class _Found(NamedTuple):
     rule: dict[str, Any]
 
 
-def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares, min_per_class: int) -> _Found:
+def _split(
+    images: AuditedImages, files: Sequence[bytes], given: Sequence[Part], shares: SplitShares, min_per_class: int
+) -> _Found:
     """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
     labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
@@ -228,7 +230,7 @@ def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares
     return _Found(rows, groups, left_out, broken, rule)
 
 
-def _rule(given: dict[Part, Tensor], shares: Shares) -> dict[str, Any]:
+def _rule(given: dict[Part, Tensor], shares: SplitShares) -> dict[str, Any]:
     """What decides an image's part, but for the images themselves: {"by": "content", "seed"}, and for validation and test "val": "given"
     where it is the dataset's own, else "val_fraction"."""
     rule: dict[str, Any] = {"by": "content", "seed": shares.seed}
@@ -259,7 +261,7 @@ def _also(count: int) -> str:
     return f" ({count} more are identical to images of validation or test)" if count else ""
 
 
-def _check_apart(images: Images, train: Tensor) -> None:
+def _check_apart(images: AuditedImages, train: Tensor) -> None:
     """Raises DatasetError for a class that near-duplicates leave with nothing to hold out."""
     equal = split.lonely(duplicates.equal(images.digests), images.labels, train)
     alike = [label for label in split.lonely(images.groups, images.labels, train) if label not in equal]
@@ -286,7 +288,7 @@ def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
     ]
 
 
-def _remarks(found: _Found, source: Source) -> list[str]:
+def _remarks(found: _Found, source: DatasetSource) -> list[str]:
     remarks = []
     if found.broken:
         names = ", ".join(source.classes[label] for label in found.broken[:5])
@@ -299,8 +301,8 @@ def _remarks(found: _Found, source: Source) -> list[str]:
     return [*remarks, *source.notes, *([source.advice] if source.advice else [])]
 
 
-def _ignored(source: Source) -> list[Ignored]:
-    strays = [Ignored("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
+def _ignored(source: DatasetSource) -> list[IgnoredFile]:
+    strays = [IgnoredFile("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
     return [*(strays if source.strays else []), *source.ignored]
 
 
@@ -315,7 +317,7 @@ class _Outcome(NamedTuple):
     kind: str = ""  # see image_kinds
 
 
-def _decode_all(source: Source, preprocessing: Preprocessing, limits: Limits, progress: Progress) -> _Decoded:
+def _decode_all(source: DatasetSource, preprocessing: Preprocessing, limits: Limits, progress: Progress) -> _Decoded:
     items, limits = source.items, limits.of_training()
     array = allocate((len(items), preprocessing.height, preprocessing.width, preprocessing.channels))
 
@@ -352,7 +354,7 @@ def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress)
     return outcomes
 
 
-def _decode_into(target: Array, file: str, read: Read, preprocessing: Preprocessing, limits: Limits) -> _Outcome:
+def _decode_into(target: PixelArray, file: str, read: Read, preprocessing: Preprocessing, limits: Limits) -> _Outcome:
     """Fill one (H, W, C) row."""
     try:
         data = read(file)
@@ -378,7 +380,7 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
     raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
 
 
-def _compact(array: Array, places: Sequence[int]) -> Array:
+def _compact(array: PixelArray, places: Sequence[int]) -> PixelArray:
     """The rows `places`, ascending, moved to the front where they lie: a copy could be gigabytes."""
     if len(places) < len(array):
         for start in itertools.count(0, 256):

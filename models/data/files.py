@@ -19,7 +19,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from models.data.samples import UNREADABLE, Ignored, tallied
+from models.data.samples import UNREADABLE, IgnoredFile, tallied
 from models.data.system_files import left_by_systems, system_reason
 from models.errors import DatasetError
 from models.files.safe_open import open_beneath
@@ -44,7 +44,7 @@ class Files(ABC):
     notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
     encoding: str = AUTO  # of text files without a byte order mark; AUTO is UTF-8
     unread: Mapping[str, bytes] = {}  # names in an unknown code page, as they are shown, with their bytes
-    ignored: tuple[Ignored, ...] = ()  # what systems leave, once `names` was asked for
+    ignored: tuple[IgnoredFile, ...] = ()  # what systems leave, once `names` was asked for
     links: tuple[str, ...] = ()  # names of links that are not followed, once `names` was asked for
 
     @property
@@ -306,7 +306,7 @@ class _Scan:
 # Archives
 
 
-def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[Ignored, ...]]:
+def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[IgnoredFile, ...]]:
     """As `Files.names`, `notes` and `ignored`, of members whose names end in `/` where they are folders; a folder is empty where no other
     member lies in it. Of several members with one name the last is kept."""
     names: dict[str, str] = {}

@@ -32,7 +32,7 @@ UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, L
 
 
 @dataclass(frozen=True)
-class Item:
+class DatasetItem:
     """One image, or a file that claims to be one; `path` is relative to the dataset, `/` between its parts, wrapping folders left out.
 
     An image inside a file of many is named `file[row]`, rows from 0.
@@ -45,7 +45,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Ignored:
+class IgnoredFile:
     """Files and folders that are no part of the dataset, and why."""
 
     reason: str
@@ -54,17 +54,17 @@ class Ignored:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class DatasetSource:
     """All images of a dataset, none opened yet."""
 
     layout: str  # what was recognised, for people
-    items: tuple[Item, ...]  # in an order that does not depend on the file system
+    items: tuple[DatasetItem, ...]  # in an order that does not depend on the file system
     classes: tuple[str, ...]  # sorted: those of the training part
     labelled: bool  # whether the labels are told beside the paths (a table, a file of labels), and not by them
     read: Read
     strays: tuple[str, ...] = ()  # files outside the class folders, which are left alone
     notes: tuple[str, ...] = ()  # what a person should know before training: sentences for the audit
-    ignored: tuple[Ignored, ...] = ()  # beside the strays: what systems leave, and files of text
+    ignored: tuple[IgnoredFile, ...] = ()  # beside the strays: what systems leave, and files of text
     advice: str = ""  # what to do about links that are not followed
 
 
@@ -91,32 +91,32 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
         raise type(error)(f"{error}; {said}") from error
 
 
-def tallied(found: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:
+def tallied(found: Iterable[tuple[str, str]]) -> tuple[IgnoredFile, ...]:
     """Of pairs of a reason and a name."""
     by_reason: dict[str, list[str]] = {}
     for why, name in found:
         by_reason.setdefault(why, []).append(name)
     return tuple(
-        Ignored(why, len(names), tuple(map(printable, sorted(names)[:MAX_EXAMPLES])))
+        IgnoredFile(why, len(names), tuple(map(printable, sorted(names)[:MAX_EXAMPLES])))
         for why, names in sorted(by_reason.items())
     )
 
 
-def by_path(items: Iterable[Item]) -> list[Item]:
+def by_path(items: Iterable[DatasetItem]) -> list[DatasetItem]:
     return sorted(items, key=attrgetter("path", "file", "part", "class_name"))
 
 
 def make_source(
     layout: str,
-    items: Sequence[Item],
+    items: Sequence[DatasetItem],
     read: Read,
     *,
     labelled: bool,
     strays: Sequence[str] = (),
     notes: Sequence[str] = (),
-    ignored: tuple[Ignored, ...] = (),
+    ignored: tuple[IgnoredFile, ...] = (),
     hint: str = "",
-) -> Source:
+) -> DatasetSource:
     """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small. `hint`: what to do
     where there are too few classes.
 
@@ -135,7 +135,7 @@ def make_source(
     strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in known})
     if strange:
         raise DatasetError(f"{listed(strange, MAX_NAMED)}: no such class in train/, which has {listed(classes, 10)}")
-    return Source(layout, files, classes, labelled, read, tuple(strays), (*notes, *joined), ignored)
+    return DatasetSource(layout, files, classes, labelled, read, tuple(strays), (*notes, *joined), ignored)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -174,7 +174,7 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _normal(item: Item) -> Item:
+def _normal(item: DatasetItem) -> DatasetItem:
     """With the class name in NFC: macOS writes `é` as two characters, others as one, and nobody sees a difference."""
     if unicodedata.is_normalized("NFC", item.class_name):
         return item

@@ -18,7 +18,7 @@ from models.data.formats import label_studio
 from models.data.formats.cifar import read_cifar
 from models.data.formats.idx import read_idx
 from models.data.formats.parquet import read_parquet
-from models.data.samples import AS_IT_IS, Reading, Source, advised, refuse_alike
+from models.data.samples import AS_IT_IS, DatasetSource, Reading, advised, refuse_alike
 from models.data.tables.table import TABLES, read_label_studio, read_one_hot, read_table, read_tables
 from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
@@ -31,8 +31,8 @@ ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `p
 MAX_SHOWN = 5  # classes in a message
 
 # Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
-OF_TABLES: tuple[Callable[[Files], Source | None], ...] = (read_one_hot, read_label_studio, read_tables)
-LAYOUTS: tuple[Callable[[Files], Source | None], ...] = (
+OF_TABLES: tuple[Callable[[Files], DatasetSource | None], ...] = (read_one_hot, read_label_studio, read_tables)
+LAYOUTS: tuple[Callable[[Files], DatasetSource | None], ...] = (
     read_idx,
     read_cifar,
     read_parquet,
@@ -44,7 +44,7 @@ NO_LAYOUT = "neither a folder nor a zip file nor a table; a dataset is a folder 
 
 
 @contextmanager
-def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[Source]:
+def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[DatasetSource]:
     """List a dataset. `read` may be used by several threads at once, until the end of the block.
 
     Raises TooFewClasses; DatasetError: not a dataset, too many files, a name that points outside, a layout in doubt, or a malformed
@@ -72,7 +72,7 @@ def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[Source]:
 
 
 @contextmanager
-def _one_file(path: Path, suffix: str, reading: Reading) -> Iterator[Source]:
+def _one_file(path: Path, suffix: str, reading: Reading) -> Iterator[DatasetSource]:
     only = path.name if suffix == ".parquet" else None
     files = FolderFiles(path.parent, only, follow_links=reading.follow_links)
     files.encoding = reading.encoding
@@ -90,7 +90,7 @@ def _one_file(path: Path, suffix: str, reading: Reading) -> Iterator[Source]:
 
 
 @contextmanager
-def _recognised(files: Files, reading: Reading) -> Iterator[Source]:
+def _recognised(files: Files, reading: Reading) -> Iterator[DatasetSource]:
     files.encoding = reading.encoding
     with files.closing:
         with advised(lambda: files.advice):
@@ -101,7 +101,7 @@ def _recognised(files: Files, reading: Reading) -> Iterator[Source]:
         yield replace(source, notes=(*source.notes, *files.notes), ignored=ignored, advice=files.advice)
 
 
-def _read(files: Files, reading: Reading) -> Source:
+def _read(files: Files, reading: Reading) -> DatasetSource:
     """Raises TooFewClasses, DatasetError."""
     if reading.layout in ("classes", "splits"):
         return read_class_folders(files, reading.layout)
@@ -116,7 +116,7 @@ def _read(files: Files, reading: Reading) -> Source:
     return source
 
 
-def _check_classes(source: Source, files: Files) -> None:
+def _check_classes(source: DatasetSource, files: Files) -> None:
     """Raises DatasetError where folders of a zip in an unknown code page name classes: these would be trained, and given as answers."""
     classes = {name for name in source.classes if not name.isascii()}
     if source.labelled or not classes:
@@ -135,7 +135,7 @@ def _shown(raw: bytes) -> set[str]:
     return {unicodedata.normalize("NFC", text) for text in texts}
 
 
-def _decoded(source: Source, files: Files) -> Source:
+def _decoded(source: DatasetSource, files: Files) -> DatasetSource:
     """With the classes of a folder or tar by `encoding`, where any is not UTF-8 and so shown as `\\udcc3\\udca8`."""
     odd = [name for name in source.classes if ESCAPED.search(name)]
     if source.labelled or not odd:

@@ -71,7 +71,7 @@ ORIENTATIONS = {
 }
 ORIENTATION_TAG = 0x0112
 
-Size = tuple[float, float]
+FloatSize = tuple[float, float]
 Box = tuple[float, float, float, float]
 Hold = Callable[[int], AbstractContextManager[object]]  # is entered with the pixels that are about to be allocated
 
@@ -121,7 +121,7 @@ def _decode(
                 outside = _is_outside(file_format, early)
                 held.enter_context(hold((EARLY[file_format] + OUTSIDE * outside) * math.prod(early)))
                 image = Image.new("1", (1, 1)) if outside else _open(file, file_format, limits)
-                extent: Size = image.size
+                extent: FloatSize = image.size
             else:
                 image = _open(file, file_format, limits)
                 outside = _is_outside(file_format, image.size)
@@ -211,7 +211,7 @@ def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
     return image
 
 
-def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, limits: Limits) -> tuple[Size, int]:
+def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, limits: Limits) -> tuple[FloatSize, int]:
     """Choose a JPEG's scale, within the limits; returns the width and height of the picture in the pixels that `image` will have, and how
     many pixels of 4 bytes are allocated."""
     wanted = int(DRAFT_FACTOR * max(preprocessing.resized))
@@ -233,7 +233,7 @@ def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
     return f"damaged {name}: its {stage} cannot be decoded"
 
 
-def _cropped(image: Image.Image, extent: Size, preprocessing: Preprocessing) -> Image.Image:
+def _cropped(image: Image.Image, extent: FloatSize, preprocessing: Preprocessing) -> Image.Image:
     """The upright, resized centre, RGB or L. Only what it shows is converted, resized and turned."""
     swapped, mirror_x, mirror_y, upright = ORIENTATIONS.get(_orientation(image), (False, False, False, None))
     width, height = extent
@@ -254,7 +254,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _resize(
     image: Image.Image,
-    extent: Size,
+    extent: FloatSize,
     axes: tuple[Axis, Axis],
     preprocessing: Preprocessing,
     columns_first: bool,
@@ -282,7 +282,7 @@ def _resize(
 
 
 def _resize_part(
-    image: Image.Image, extent: Size, axes: tuple[Axis, Axis], preprocessing: Preprocessing
+    image: Image.Image, extent: FloatSize, axes: tuple[Axis, Axis], preprocessing: Preprocessing
 ) -> Image.Image:
     """The same, without touching more of the picture than is shown."""
     (left, right), (top, bottom) = (axis.part(side) for axis, side in zip(axes, extent, strict=True))

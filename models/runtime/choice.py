@@ -23,7 +23,7 @@ from models.preprocessing import Preprocessing
 from models.runtime.device import cpu_count
 from models.runtime.failures import is_device_lost, is_out_of_memory
 from models.runtime.openvino_engine import openvino_version
-from models.runtime.options import Candidate, EngineName, Options, Precision
+from models.runtime.options import EngineName, EngineTiming, Options, Precision
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ RUNS = 3  # of each batch size; the fastest counts
 RUNS_SECONDS = 0.3  # ... fewer where they take longer
 
 
-Engine = Callable[[Tensor], Tensor]
+ForwardFunction = Callable[[Tensor], Tensor]
 
 
-class Choice(Record):
+class EngineChoice(Record):
     """The engine that won, the batch size recommended, and the figures of all.
 
     busy: whether the machine, or the device, had other work while they were measured, so that batches seem slower than they are.
@@ -54,7 +54,7 @@ class Choice(Record):
     engine: EngineName
     precision: Precision
     max_batch: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[EngineTiming, ...]
     busy: bool = False
     out_of_memory: bool = False
 
@@ -70,7 +70,7 @@ class Trial:
     disturbed: passes at whose end `is_serving` said that the device computes for others.
     """
 
-    engine: Engine
+    engine: ForwardFunction
     is_serving: Callable[[], bool] = never
     rates: dict[int, float] = field(default_factory=dict)
     error: str | None = None
@@ -80,7 +80,10 @@ class Trial:
 
 
 def measure(
-    engines: Sequence[Engine], device: torch.device, shape: Preprocessing, is_serving: Callable[[], bool] = never
+    engines: Sequence[ForwardFunction],
+    device: torch.device,
+    shape: Preprocessing,
+    is_serving: Callable[[], bool] = never,
 ) -> list[Trial]:
     """Images a second of each engine by batch size: 1, 2, 4 and so on, while a larger batch still pays for one of them.
 
@@ -150,7 +153,7 @@ def _tried(trial: Trial, device: torch.device, pixels: Tensor) -> float:
         trial.disturbed += trial.is_serving()
 
 
-def seconds_of(engine: Engine, device: torch.device, pixels: Tensor) -> float:
+def seconds_of(engine: ForwardFunction, device: torch.device, pixels: Tensor) -> float:
     """Seconds of one pass to its end, and of nothing that was started before it or elsewhere."""
     synchronize(device)
     start = time.perf_counter()
@@ -165,7 +168,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
+def choose(candidates: Sequence[EngineTiming], device: torch.device) -> EngineChoice:
     """The fastest of those with rates and without an error; alone in its batch and in the best batch count alike. Of equally fast ones
     the most exact."""
     able = [candidate for candidate in candidates if candidate.error is None and candidate.rates]
@@ -174,7 +177,7 @@ def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
     fastest = max(map(_speed, able))
     close = [candidate for candidate in able if _speed(candidate) >= (1 - NOISE) * fastest]
     best = max(close, key=lambda candidate: (EXACTNESS[candidate.precision], _speed(candidate)))
-    return Choice(
+    return EngineChoice(
         engine=best.engine,
         precision=best.precision,
         max_batch=recommended_batch(best.rates, SHORTEST_BATCH_SECONDS[device.type], LARGEST_BATCH[device.type]),
@@ -183,7 +186,7 @@ def choose(candidates: Sequence[Candidate], device: torch.device) -> Choice:
     )
 
 
-def _speed(candidate: Candidate) -> float:
+def _speed(candidate: EngineTiming) -> float:
     """Images a second: the geometric mean of those alone in their batch and of the best batch size."""
     rates = candidate.rates
     return math.sqrt(rates[min(rates)] * max(rates.values()))
@@ -236,11 +239,11 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], bool] = never) -> Choice | None:
+def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], bool] = never) -> EngineChoice | None:
     """The choice made earlier under the same circumstances; None where there is none, it cannot be read, or it was made on a
     busy machine or device and this moment is a better one."""
     try:
-        choice = Choice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
+        choice = EngineChoice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
         return None if choice.busy and not (machine_is_busy() or is_serving()) else choice
     except FileNotFoundError:
         return None
@@ -249,7 +252,7 @@ def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], b
         return None
 
 
-def write_choice(cache_dir: Path, key: dict[str, Any], choice: Choice) -> None:
+def write_choice(cache_dir: Path, key: dict[str, Any], choice: EngineChoice) -> None:
     """Atomic. A disk that cannot be written costs a measurement at the next start, no more."""
     path = _choice_path(cache_dir, key)
     try:

@@ -22,7 +22,7 @@ from models.classifier import Backbone
 from models.errors import DeviceUnavailable, InferenceFailed, OutOfMemory
 from models.runtime.allocator import trim_allocator
 from models.runtime.choice import (
-    Choice,
+    EngineChoice,
     Trial,
     choose,
     circumstances,
@@ -36,7 +36,7 @@ from models.runtime.device import cpu_count, half_precisions
 from models.runtime.failures import is_device_lost, is_host_memory, is_out_of_memory
 from models.runtime.footprint import does_not_fit, release_cached_memory
 from models.runtime.openvino_engine import OpenVinoEngine, converted_folder, openvino_version
-from models.runtime.options import Agreement, Candidate, EngineName, Options, Precision, RuntimeInfo
+from models.runtime.options import Agreement, EngineName, EngineTiming, Options, Precision, RuntimeInfo
 from models.runtime.probe import Probe
 from models.runtime.torch_engine import TorchEngine
 
@@ -46,19 +46,19 @@ log = logging.getLogger(__name__)
 # bfloat16 0.027 to 0.048, six to ten times as much. So float16 is never refused for rounding where bfloat16 is taken.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
-Engine = TorchEngine | OpenVinoEngine
-Source = Literal["measured", "cached", "forced"]
+CompiledEngine = TorchEngine | OpenVinoEngine
+ChoiceSource = Literal["measured", "cached", "forced"]
 
 _measuring = threading.Lock()  # two measurements at once would measure each other
 OTHER_MEASUREMENT_S = 120.0  # waited for another one at most: it may hang, on another GPU
 
 
-class Plan(NamedTuple):
+class EnginePlan(NamedTuple):
     engine: EngineName
     precision: Precision
 
 
-LAST_RESORT = Plan("torch", "float32")
+LAST_RESORT = EnginePlan("torch", "float32")
 
 
 class Failed(NamedTuple):
@@ -71,17 +71,17 @@ class Failed(NamedTuple):
 class Built(NamedTuple):
     """An engine, and how far it agrees with the original."""
 
-    engine: Engine
+    engine: CompiledEngine
     agreement: Agreement
 
 
-class Runtime:
+class CompiledBackbone:
     """A compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 features (N, D) on `device`. To be called from one thread.
 
     max_batch: the batch size from which on larger ones gain nothing; any size runs.
     """
 
-    def __init__(self, engine: Engine, info: RuntimeInfo) -> None:
+    def __init__(self, engine: CompiledEngine, info: RuntimeInfo) -> None:
         self.engine = engine
         self.info = info
         self.device = engine.device
@@ -101,7 +101,7 @@ def compile_backbone(
     options: Options | None = None,
     layer: nn.Module | None = None,
     is_serving: Callable[[], bool] = never,
-) -> Runtime:
+) -> CompiledBackbone:
     """Builds, compares, measures (or reads the earlier choice) and warms up. The runtime keeps nothing of the caller's module.
 
     layer: the last layer of a classifier on this backbone, to report top-1 agreement.
@@ -125,11 +125,11 @@ def compile_backbone(
 
 def _compiled(
     backbone: Backbone, device: torch.device, options: Options, layer: nn.Module | None, is_serving: Callable[[], bool]
-) -> Runtime:
+) -> CompiledBackbone:
     start = time.perf_counter()
     torch.set_num_threads(options.threads or cpu_count())  # torch itself looks at no container's quota
     probe = Probe(backbone, layer)
-    built, choice, source = _Workbench(backbone, device, options, probe, is_serving).decide()
+    built, choice, source = _EngineSelector(backbone, device, options, probe, is_serving).decide()
     engine = built.engine
     max_batch = options.max_batch or choice.max_batch
     if device.type == "cpu" or not is_serving():  # a GPU's cache is that of serving too
@@ -153,7 +153,7 @@ def _compiled(
     log.info(
         "%s: %s %s on %s, batches of %d (%s)", backbone.ref.key, info.engine, info.precision, device, max_batch, source
     )
-    return Runtime(engine, info)
+    return CompiledBackbone(engine, info)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-def plans_for(device: torch.device, options: Options) -> list[Plan]:
+def plans_for(device: torch.device, options: Options) -> list[EnginePlan]:
     """What is worth trying on this device, under what is forced. Where none of them can be used, LAST_RESORT is."""
     runs_openvino = device.type == "cpu" and openvino_version() is not None
     if options.engine == "openvino" and not runs_openvino:
@@ -187,11 +187,11 @@ def plans_for(device: torch.device, options: Options) -> list[Plan]:
     precisions: Sequence[Precision] = half if half and device.type == "cpu" else (*half, "float32")
     if options.precision != "auto":
         precisions = [options.precision]
-    return [Plan(engine, precision) for engine in engines for precision in precisions]
+    return [EnginePlan(engine, precision) for engine in engines for precision in precisions]
 
 
 @dataclass(frozen=True)
-class _Workbench:
+class _EngineSelector:
     """Where the engines for one backbone are built and compared."""
 
     backbone: Backbone
@@ -200,13 +200,13 @@ class _Workbench:
     probe: Probe
     is_serving: Callable[[], bool] = never
 
-    def decide(self) -> tuple[Built, Choice, Source]:
+    def decide(self) -> tuple[Built, EngineChoice, ChoiceSource]:
         plans = plans_for(self.device, self.options)
         key = circumstances(self.backbone.ref, self.device, self.options, plans)
         cache_dir = self.options.cache_dir
         choice = read_choice(cache_dir, key, self.is_serving) if cache_dir else None
         if choice is None and len(plans) == 1 and self.options.max_batch is not None:
-            choice = Choice(
+            choice = EngineChoice(
                 **plans[0]._asdict(), max_batch=self.options.max_batch, candidates=()
             )  # nothing is left to measure
         if choice is not None:
@@ -222,8 +222,8 @@ class _Workbench:
             write_choice(cache_dir, key, choice)
         return built, choice, "measured" if self.options.engine == "auto" else "forced"
 
-    def _measured(self, plans: list[Plan]) -> tuple[Built, Choice]:
-        outcomes: dict[Plan, Built | Failed] = {}
+    def _measured(self, plans: list[EnginePlan]) -> tuple[Built, EngineChoice]:
+        outcomes: dict[EnginePlan, Built | Failed] = {}
         for plan in plans:
             outcomes[plan] = self._attempt_beside(outcomes, plan)
         able = {plan: outcome for plan, outcome in outcomes.items() if isinstance(outcome, Built)}
@@ -238,7 +238,7 @@ class _Workbench:
             raise self._cannot_run(failed)
         candidates = [_candidate(plan, trial) for plan, trial in tried.items()]
         choice = choose([*candidates, *map(_failed_candidate, failed, failed.values())], self.device)
-        best = Plan(choice.engine, choice.precision)
+        best = EnginePlan(choice.engine, choice.precision)
         notes = {
             "max_batch": min(choice.max_batch, max(tried[best].rates)) if tried[best].error else choice.max_batch,
             "busy": choice.busy or was_disturbed(measured),
@@ -246,29 +246,29 @@ class _Workbench:
         }
         return able[best], choice.model_copy(update=notes)
 
-    def _last_resort(self, failed: dict[Plan, Failed]) -> Built:
+    def _last_resort(self, failed: dict[EnginePlan, Failed]) -> Built:
         """float32 by torch, however far it is from the original. Not where memory ran out: it wants as much, or twice as much."""
         if any(failure.out_of_memory for failure in failed.values()):
             raise self._cannot_run(failed)
         return self._build(LAST_RESORT)
 
-    def _cannot_run(self, failed: dict[Plan, Failed]) -> InferenceFailed:
+    def _cannot_run(self, failed: dict[EnginePlan, Failed]) -> InferenceFailed:
         if any(failure.out_of_memory for failure in failed.values()):
             return does_not_fit(self.backbone, self.device, next(iter(failed)).precision)
         reasons = "; ".join(f"{plan.engine} {plan.precision}: {failure.reason}" for plan, failure in failed.items())
         return InferenceFailed(f"{self.backbone.ref.key} cannot compute one image on {self.device}: {reasons}")
 
-    def _chosen(self, choice: Choice, plans: list[Plan]) -> tuple[Built, Choice]:
+    def _chosen(self, choice: EngineChoice, plans: list[EnginePlan]) -> tuple[Built, EngineChoice]:
         """The choice made earlier, or, where it does not do for these weights, the next plan, with the reason among the candidates."""
-        failed: dict[Plan, Failed] = {}
-        for plan in dict.fromkeys((Plan(choice.engine, choice.precision), *plans)):
+        failed: dict[EnginePlan, Failed] = {}
+        for plan in dict.fromkeys((EnginePlan(choice.engine, choice.precision), *plans)):
             outcome = self._attempt(plan)
             if isinstance(outcome, Built):
                 return outcome, _with_failed(choice, failed)
             failed[plan] = outcome
         return self._last_resort(failed), _with_failed(choice, failed)
 
-    def _attempt_beside(self, outcomes: Mapping[Plan, Built | Failed], plan: Plan) -> Built | Failed:
+    def _attempt_beside(self, outcomes: Mapping[EnginePlan, Built | Failed], plan: EnginePlan) -> Built | Failed:
         """As `_attempt`; where memory runs out beside an engine that fits, that one is enough."""
         try:
             return self._attempt(plan)
@@ -278,7 +278,7 @@ class _Workbench:
                 raise
             return Failed(f"{type(error).__name__}: {error}"[:500], out_of_memory=True)
 
-    def _attempt(self, plan: Plan) -> Built | Failed:
+    def _attempt(self, plan: EnginePlan) -> Built | Failed:
         """The engine, or the reason why this plan cannot be used for this network."""
         converted = self._converted() if plan.engine == "openvino" else None
         from_disk = converted is not None and converted.is_dir()
@@ -293,7 +293,7 @@ class _Workbench:
             log.warning("%s cannot run by %s in %s: %s", self.backbone.ref.key, *plan, outcome.reason)
         return outcome
 
-    def _try(self, plan: Plan) -> Built | Failed:
+    def _try(self, plan: EnginePlan) -> Built | Failed:
         try:
             built = self._build(plan)
         except Exception as error:  # a converter or a kernel that does not know this network
@@ -311,10 +311,10 @@ class _Workbench:
             f"differs from float32 by {difference:.2g} of the largest feature; the limit is {TOLERANCE[plan.precision]:g}"
         )
 
-    def _build(self, plan: Plan) -> Built:
+    def _build(self, plan: EnginePlan) -> Built:
         options = self.options
         threads = options.threads or cpu_count()
-        engine: Engine
+        engine: CompiledEngine
         if plan.engine == "openvino":
             engine = OpenVinoEngine(self.backbone, plan.precision, threads, options.cache_dir)
         else:
@@ -326,15 +326,15 @@ class _Workbench:
         return converted_folder(self.options.cache_dir, self.backbone) if self.options.cache_dir else None
 
 
-def _candidate(plan: Plan, trial: Trial) -> Candidate:
-    return Candidate(engine=plan.engine, precision=plan.precision, rates=trial.rates)
+def _candidate(plan: EnginePlan, trial: Trial) -> EngineTiming:
+    return EngineTiming(engine=plan.engine, precision=plan.precision, rates=trial.rates)
 
 
-def _failed_candidate(plan: Plan, failed: Failed) -> Candidate:
-    return Candidate(engine=plan.engine, precision=plan.precision, error=failed.reason)
+def _failed_candidate(plan: EnginePlan, failed: Failed) -> EngineTiming:
+    return EngineTiming(engine=plan.engine, precision=plan.precision, error=failed.reason)
 
 
-def _with_failed(choice: Choice, failed: dict[Plan, Failed]) -> Choice:
-    others = [c for c in choice.candidates if Plan(c.engine, c.precision) not in failed]
+def _with_failed(choice: EngineChoice, failed: dict[EnginePlan, Failed]) -> EngineChoice:
+    others = [c for c in choice.candidates if EnginePlan(c.engine, c.precision) not in failed]
     candidates = (*others, *map(_failed_candidate, failed, failed.values()))
     return choice.model_copy(update={"candidates": candidates})

@@ -36,7 +36,7 @@ class Options:
     cache_dir: Path | None = None
 
 
-class Candidate(Record):
+class EngineTiming(Record):
     """What one engine reached, in images a second: `rates` by batch size. `error`: why it could not be used."""
 
     engine: EngineName
@@ -71,7 +71,7 @@ class RuntimeInfo(Record):
     threads: int | None
     max_batch: int
     source: Literal["measured", "cached", "forced"]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[EngineTiming, ...]
     agreement: Agreement
     compile_seconds: float
     float32: Literal["ieee"] = "ieee"

@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 GRACE_S = 3600  # a backbone nobody stands on yet may belong to a publication under way
 
 
-class BackboneShelf:
+class BackboneStore:
     """The folder of all backbones. `lock` is the store's lock file; methods that say so are called by its holder."""
 
     def __init__(self, root: Path, lock: Path) -> None:

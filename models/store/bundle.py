@@ -28,7 +28,7 @@ from models.files.records import CONFIG, Record, parse_record, to_json, to_seale
 from models.files.records import MAX_BYTES as MAX_RECORD
 from models.files.zip_file import Archive, open_archive
 from models.store.backbones import WEIGHTS, skeleton
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import HEAD, ModelStore
 from models.uncertainty import MAX_BYTES as MAX_FEATURES
 from models.uncertainty import Reference, read_reference, to_file
@@ -94,7 +94,7 @@ def is_bundle(names: list[str]) -> bool:
 
 
 def import_bundle(
-    path: Path, store: ModelStore, name: str | None = None, progress: Progress | None = None
+    path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress | None = None
 ) -> ModelConfig:
     """Publishes the version in a bundle as the next version of `name`, by default of its own name. Backbones that the store has are shared.
 

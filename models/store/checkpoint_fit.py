@@ -19,7 +19,7 @@ from models.classifier import Activation
 from models.errors import ArchitectureNotFound, WeightsError
 from models.files import weights_file
 from models.store.checkpoints import Checkpoint, heads
-from models.store.checkpoints.matching import COUNTER, Body, Shape, bodies, by_position, is_foreign
+from models.store.checkpoints.matching import COUNTER, BodyMatch, Shape, bodies, by_position, is_foreign
 
 # A key that only the networks of a family have, and what their names begin with.
 FAMILIES = (
@@ -98,7 +98,7 @@ def fit(
     files = {modern_key(key): key for key in checkpoint.tensors}  # {key as torchvision has it today: key of the file}
     shapes = {modern: tuple(checkpoint.tensors[key].shape) for modern, key in files.items()}
     places = [body for body in bodies(expected.body, shapes, expected.aliases) if _is_under(body, choices.key)]
-    body = places[0] if places else Body("", {}, missing=list(expected.body))
+    body = places[0] if places else BodyMatch("", {}, missing=list(expected.body))
     if not body.fits:
         return _misfit(expected, checkpoint, body, files, channels)
     _note_place(body, places, notes)
@@ -145,11 +145,11 @@ def _notes_on(head: heads.FoundHead, scope: str, choices: Choices, is_assumed: b
     return notes
 
 
-def _is_under(body: Body, key: str | None) -> bool:
+def _is_under(body: BodyMatch, key: str | None) -> bool:
     return key is None or f"{body.prefix}.".startswith(f"{key.rstrip('.')}.")
 
 
-def _note_place(body: Body, places: Sequence[Body], notes: list[str]) -> None:
+def _note_place(body: BodyMatch, places: Sequence[BodyMatch], notes: list[str]) -> None:
     if body.prefix:
         notes.append(f"weights: from {body.prefix.rstrip('.')!r}, which is taken off the names")
     others = [other.prefix.rstrip(".") for other in places[1:] if other.fits and other.prefix != body.prefix]
@@ -160,7 +160,7 @@ def _note_place(body: Body, places: Sequence[Body], notes: list[str]) -> None:
         )
 
 
-def _own_place(expected: _Expected, body: Body, rest: Mapping[str, Shape]) -> dict[str, str]:
+def _own_place(expected: _Expected, body: BodyMatch, rest: Mapping[str, Shape]) -> dict[str, str]:
     """{key of the network: key of the file} of the last layers, where the file has them in the network's own places."""
     own = {
         f"{place}.{name}": f"{body.prefix}{place}.{name}" for place in expected.places for name in ("weight", "bias")
@@ -169,7 +169,7 @@ def _own_place(expected: _Expected, body: Body, rest: Mapping[str, Shape]) -> di
 
 
 def _head(
-    expected: _Expected, body: Body, rest: Mapping[str, Shape], choices: Choices, source: str
+    expected: _Expected, body: BodyMatch, rest: Mapping[str, Shape], choices: Choices, source: str
 ) -> tuple[heads.FoundHead | None, str]:
     """The head where it is not in the network's own place as it is, and what stands before its keys. Raises WeightsError."""
     direct = [f"{body.prefix}{place}" for place in expected.places]
@@ -202,7 +202,7 @@ def _apart(other: str, own: str) -> str:
 
 
 def _strangers(
-    expected: _Expected, body: Body, around: str, rest: Mapping[str, Shape], notes: list[str]
+    expected: _Expected, body: BodyMatch, around: str, rest: Mapping[str, Shape], notes: list[str]
 ) -> dict[str, str]:
     """What is left over inside the network, which is an error unless it is known to be no part of it; what lies beside it is noted."""
     inside, foreign, beside = {}, [], []
@@ -300,7 +300,7 @@ def _counters(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _misfit(
-    expected: _Expected, checkpoint: Checkpoint, body: Body, files: Mapping[str, str], channels: int | None
+    expected: _Expected, checkpoint: Checkpoint, body: BodyMatch, files: Mapping[str, str], channels: int | None
 ) -> Network:
     """Tries the names that timm's own rules give. Raises WeightsError with all that differs, and whose names these are."""
     inside = {key.removeprefix(body.prefix): full for key, full in files.items() if key.startswith(body.prefix)}
@@ -312,7 +312,7 @@ def _misfit(
     return _explained(checkpoint, expected.architecture, state, channels)
 
 
-def _other_classifier(expected: _Expected, body: Body) -> str | None:
+def _other_classifier(expected: _Expected, body: BodyMatch) -> str | None:
     """Where all that differs is a part of the network that is called as its last layer is."""
     first = expected.places[0].partition(".")[0]
     odd = [*body.missing, *body.wrong]
@@ -361,7 +361,7 @@ def alike(checkpoint: Checkpoint, architecture: str | None = None) -> list[str]:
     return found[:3]
 
 
-def _left_over(expected: _Expected, body: Body, shapes: Mapping[str, Shape]) -> bool:
+def _left_over(expected: _Expected, body: BodyMatch, shapes: Mapping[str, Shape]) -> bool:
     used = {*body.keys.values()}
     own = tuple(f"{body.prefix}{place}" for place in expected.places)
     return any(

@@ -13,7 +13,7 @@ import httpx
 from models.errors import DownloadError
 from models.files import atomic_files
 
-Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server tells
+DownloadProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server tells
 
 ATTEMPTS = 5
 BACKOFF_S = 0.5  # before the second attempt, then doubled
@@ -38,7 +38,7 @@ def client_of(**options: Any) -> httpx.Client:
         ) from error
 
 
-def fetch(url: httpx.URL, folder: Path, progress: Progress | None = None) -> Path:
+def fetch(url: httpx.URL, folder: Path, progress: DownloadProgress | None = None) -> Path:
     """Downloads `<name>-<hash prefix>.<suffix>` into `folder`, unless it lies there whole; returns its path.
 
     What has arrived is kept as `<file>.part`, also across runs. Raises DownloadError.
@@ -73,7 +73,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(url: httpx.URL, part: Path, progress: Progress | None) -> None:
+def _download(url: httpx.URL, part: Path, progress: DownloadProgress | None) -> None:
     with client_of(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"}) as client:
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -88,7 +88,7 @@ def _download(url: httpx.URL, part: Path, progress: Progress | None) -> None:
     raise DownloadError(f"{url} could not be fetched in {ATTEMPTS} attempts: {cause}; try again, it resumes") from cause
 
 
-def _attempt(client: httpx.Client, url: httpx.URL, part: Path, progress: Progress | None) -> None:
+def _attempt(client: httpx.Client, url: httpx.URL, part: Path, progress: DownloadProgress | None) -> None:
     offset = part.stat().st_size if part.exists() else 0
     with client.stream("GET", url, headers=_resume_headers(part, offset)) as response:
         _check_status(response, part)
@@ -122,7 +122,7 @@ def _check_status(response: httpx.Response, part: Path) -> None:
         raise DownloadError(f"{response.url} could not be fetched: {response.status_code} {response.reason_phrase}")
 
 
-def _receive(response: httpx.Response, part: Path, offset: int, progress: Progress | None) -> None:
+def _receive(response: httpx.Response, part: Path, offset: int, progress: DownloadProgress | None) -> None:
     length = response.headers.get("Content-Length")
     total = offset + int(length) if length else None
     with part.open("ab" if offset else "wb") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DownloadError, WeightsError
-from models.store.download import Progress, sha256_of
+from models.store.download import DownloadProgress, sha256_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PREFIX = "hf-hub:"
@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP: resumed, seen by
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class HubCheckpoint:
     """Weights and what is said of them. `revision`: the commit of the repository; None of a folder."""
 
     source: str
@@ -57,13 +57,13 @@ def split_repository(name: str) -> tuple[str, str]:
     return repository, revision or "main"
 
 
-def read_folder(folder: Path) -> Checkpoint:
+def read_folder(folder: Path) -> HubCheckpoint:
     """A folder in the Hub's format. Raises WeightsError."""
     if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder} has no {CONFIG}: a folder of the Hub holds {CONFIG} and {WEIGHTS}")
     if not (folder / WEIGHTS).is_file():
         raise WeightsError(_without_safetensors(str(folder), sorted(path.name for path in folder.iterdir())))
-    return Checkpoint(folder.name, None, _read_config(folder / CONFIG), folder / WEIGHTS, _licence(folder / CARD))
+    return HubCheckpoint(folder.name, None, _read_config(folder / CONFIG), folder / WEIGHTS, _licence(folder / CARD))
 
 
 class Repository:
@@ -87,7 +87,9 @@ class Repository:
             ) from error
         return _read_config(path), path.parent.name
 
-    def checkpoint(self, config: dict[str, Any], commit: str, progress: Progress | None = None) -> Checkpoint:
+    def checkpoint(
+        self, config: dict[str, Any], commit: str, progress: DownloadProgress | None = None
+    ) -> HubCheckpoint:
         """The weights, whose hash is compared with the Hub's. Raises DownloadError, or WeightsError where there are only pickled ones."""
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -100,13 +102,13 @@ class Repository:
             licence = _licence(self._fetch(CARD, commit))
         except (EntryNotFoundError, DownloadError):
             licence = None
-        return Checkpoint(f"{PREFIX}{self.name}", commit, config, weights, licence)
+        return HubCheckpoint(f"{PREFIX}{self.name}", commit, config, weights, licence)
 
     def close(self) -> None:
         if not self._was_there:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fetch(self, file: str, revision: str, progress: Progress | None = None) -> Path:
+    def _fetch(self, file: str, revision: str, progress: DownloadProgress | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
         with _explained(self.name, self.revision):
@@ -245,7 +247,7 @@ def _licence(card: Path) -> str | None:
     return str(said.get("license_name", "other") if said["license"].lower() == "other" else said["license"])
 
 
-def _progress_bar(progress: Progress | None) -> Any:
+def _progress_bar(progress: DownloadProgress | None) -> Any:
     """A class of tqdm's interface that calls `progress`; huggingface_hub makes one for each file."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 

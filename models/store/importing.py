@@ -23,7 +23,7 @@ from models.store import checkpoint_fit as fitting
 from models.store.checkpoint_fit import Choices
 from models.store.checkpoints import Checkpoint, heads, read_checkpoint
 from models.store.checkpoints.content import described
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 
 __all__ = ["Choices", "fit", "import_model", "import_weights", "read_classes", "read_state"]
@@ -39,7 +39,7 @@ def import_model(
     architecture: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     choices: Choices | None = None,
     notes: list[str] | None = None,
 ) -> ModelConfig:
@@ -64,7 +64,7 @@ def import_weights(
     architecture: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     choices: Choices | None = None,
     notes: list[str] | None = None,
 ) -> ModelConfig:

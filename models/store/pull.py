@@ -22,7 +22,7 @@ from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
 from models.preprocessing import Preprocessing
 from models.store import hub, packaged
-from models.store.download import Progress, fetch, hash_prefix, sha256_of
+from models.store.download import DownloadProgress, fetch, hash_prefix, sha256_of
 from models.store.ensembles import ensemble
 from models.store.importing import fit, read_state
 from models.store.store import ModelStore
@@ -73,7 +73,7 @@ def pull(
     name: str,
     store: ModelStore,
     cache: Path,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     weights: str = "IMAGENET1K_V1",
     base_url: str | None = None,
     as_name: str | None = None,
@@ -119,7 +119,7 @@ def pull_torchvision(
     name: str,
     store: ModelStore,
     cache: Path,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     weights: str = "IMAGENET1K_V1",
     base_url: str | None = None,
 ) -> ModelConfig:
@@ -144,7 +144,7 @@ def pull_torchvision(
 
 
 def pull_group(
-    store: ModelStore, cache: Path, progress: Progress | None = None, base_url: str | None = None
+    store: ModelStore, cache: Path, progress: DownloadProgress | None = None, base_url: str | None = None
 ) -> list[ModelConfig]:
     """The group `imagenet`: the networks of IMAGENET_GROUP, and their ensemble, which shares their backbones."""
     members = [pull_torchvision(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]

@@ -14,11 +14,11 @@ from models.store import packaged
 from models.store.store import ModelStore
 
 NEAREST = 5
-Weights = Literal["packaged", "stored", "published", "none"]
+WeightsSource = Literal["packaged", "stored", "published", "none"]
 
 
 @dataclass(frozen=True)
-class Found:
+class ArchitectureInfo:
     """An architecture. `licence`: of the weights that `imago models pull NAME` fetches; None is unknown.
 
     `weights`: in an installed package, in the store, published by torchvision or on the Hub, or nowhere.
@@ -29,7 +29,7 @@ class Found:
     height: int
     width: int
     licence: str | None
-    weights: Weights
+    weights: WeightsSource
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,22 +54,22 @@ def search(pattern: str) -> list[str]:
     return found
 
 
-def describe(names: Sequence[str], store: ModelStore) -> list[Found]:
+def describe(names: Sequence[str], store: ModelStore) -> list[ArchitectureInfo]:
     """Each is built without memory, which takes up to half a second: pass only those that are shown."""
     stored = _stored(store)
     return [_describe(name, stored) for name in names]
 
 
-def _describe(name: str, stored: set[str]) -> Found:
+def _describe(name: str, stored: set[str]) -> ArchitectureInfo:
     shape = architectures.preprocessing_of(name)
     parameters = sum(parameter.numel() for parameter in architectures.outline(name).parameters())
     licence, published = _published(name)
-    weights: Weights = "published" if published else "none"
+    weights: WeightsSource = "published" if published else "none"
     if name in packaged.NAMES:
         licence, weights = packaged.LICENCE, "packaged"
     elif name in stored:
         weights = "stored"
-    return Found(name, parameters, shape.height, shape.width, licence, weights)
+    return ArchitectureInfo(name, parameters, shape.height, shape.width, licence, weights)
 
 
 def _published(name: str) -> tuple[str | None, bool]:

@@ -25,7 +25,7 @@ from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
 from models.files import atomic_files, weights_file
 from models.files.records import CONFIG, NAME_PATTERN, Record, fault_of, has_hash, read_record, to_sealed_json
 from models.preprocessing import Preprocessing
-from models.store.backbones import BackboneShelf
+from models.store.backbones import BackboneStore
 from models.uncertainty import REFERENCES, Reference, read_reference, to_file
 
 HEAD = "head.safetensors"
@@ -47,7 +47,7 @@ class ModelStore:
         self.root = Path(root)
         self.models = self.root / "models"
         self.lock = self.root / ".lock"
-        self.backbones = BackboneShelf(self.root / "backbones", self.lock)
+        self.backbones = BackboneStore(self.root / "backbones", self.lock)
 
     # Reading
 

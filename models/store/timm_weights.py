@@ -21,7 +21,7 @@ from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
 from models.preprocessing import Preprocessing
 from models.store import hub
-from models.store.download import Progress, sha256_of
+from models.store.download import DownloadProgress, sha256_of
 from models.store.importing import fit, read_state
 from models.store.packaged import imagenet_classes
 from models.store.store import ModelStore
@@ -31,7 +31,7 @@ IMAGENET = re.compile(r"in1k|in12k|in2[12]k")  # in the tag of weights
 
 
 @dataclass(frozen=True)
-class Plan:
+class HubConfigPlan:
     """What a config.json asks for."""
 
     name: TimmName
@@ -44,7 +44,11 @@ class Plan:
 
 
 def pull_timm(
-    architecture: str, store: ModelStore, cache: Path, progress: Progress | None = None, as_name: str | None = None
+    architecture: str,
+    store: ModelStore,
+    cache: Path,
+    progress: DownloadProgress | None = None,
+    as_name: str | None = None,
 ) -> ModelConfig:
     """Publishes the weights that timm knows of under a name, by default the first. Raises as `pull_repository`."""
     name = published(architecture)
@@ -79,7 +83,11 @@ def published(architecture: str) -> TimmName:
 
 
 def pull_repository(
-    repository: str, store: ModelStore, cache: Path, progress: Progress | None = None, as_name: str | None = None
+    repository: str,
+    store: ModelStore,
+    cache: Path,
+    progress: DownloadProgress | None = None,
+    as_name: str | None = None,
 ) -> ModelConfig:
     """Publishes `hf-hub:<user>/<repository>[@<revision>]`. Where the store has this commit of it, sound, nothing is downloaded.
 
@@ -108,7 +116,7 @@ def _pull(
     known: dict[str, Any] | None,
     store: ModelStore,
     cache: Path,
-    progress: Progress | None,
+    progress: DownloadProgress | None,
     name: str,
 ) -> ModelConfig:
     """`known`: what timm says of these weights, for a repository whose own config.json is of another library."""
@@ -132,7 +140,7 @@ def _pull(
 # config.json
 
 
-def plan(config: Mapping[str, Any], source: str) -> Plan:
+def plan(config: Mapping[str, Any], source: str) -> HubConfigPlan:
     """What a config.json says: the newer form, with `pretrained_cfg` inside, or the older one, which is all one. Raises WeightsError."""
     network = config.get("architecture")
     if not isinstance(network, str):
@@ -151,7 +159,7 @@ def plan(config: Mapping[str, Any], source: str) -> Plan:
         preprocessing = timm_networks.preprocessing_from(fields, shape[0], source)
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise WeightsError(f"{source}: its config.json describes no usable preprocessing") from error
-    return Plan(name, preprocessing, known)
+    return HubConfigPlan(name, preprocessing, known)
 
 
 def _with_input_size(name: TimmName, config: Mapping[str, Any]) -> TimmName:
@@ -191,7 +199,7 @@ def class_names(config: Mapping[str, Any], count: int, is_imagenet: bool) -> Seq
 # Weights
 
 
-def publish(checkpoint: hub.Checkpoint, planned: Plan, store: ModelStore, name: str) -> ModelConfig:
+def publish(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, store: ModelStore, name: str) -> ModelConfig:
     """The next version of `name`. Weights without a classifier get one class, `features`, so that they serve `/embed` and training."""
     architecture, source = planned.architecture, checkpoint.source
     read = read_state(checkpoint.weights)
@@ -207,7 +215,7 @@ def publish(checkpoint: hub.Checkpoint, planned: Plan, store: ModelStore, name: 
     return store.publish(name, [ref], head, classes, lineage=_lineage(checkpoint, planned, bool(layer)))
 
 
-def _lineage(checkpoint: hub.Checkpoint, planned: Plan, has_classifier: bool) -> dict[str, Any]:
+def _lineage(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, has_classifier: bool) -> dict[str, Any]:
     return {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -224,7 +232,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _without_offset(state: dict[str, Tensor], planned: Plan) -> dict[str, Tensor]:
+def _without_offset(state: dict[str, Tensor], planned: HubConfigPlan) -> dict[str, Tensor]:
     """Without the background class, which a few old weights have before the 1,000."""
     offset, count = planned.config.get("label_offset"), planned.config.get("num_classes")
     if not isinstance(offset, int) or not isinstance(count, int) or offset < 1:

@@ -8,12 +8,12 @@ from torch import Tensor
 from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never
-from models.training.head.regression import Problem, cross_validate, threads_for
-from models.training.job.request import Effective
+from models.training.head.regression import RegressionProblem, cross_validate, threads_for
+from models.training.job.request import ResolvedHyperparameters
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class BaseCandidate:
     """A base to choose from, with its features of the training images."""
 
     name: str
@@ -21,7 +21,7 @@ class Candidate:
     latency_ms: float  # of one image, through this server's runtime
 
 
-class Scored(Record):
+class ScoredBase(Record):
     """A candidate's line in the table."""
 
     name: str
@@ -32,12 +32,12 @@ class Scored(Record):
     seconds_spread: float | None = None  # standard deviation over the folds
 
 
-class Choice(Record):
+class BaseChoice(Record):
     """All candidates, the most accurate first, and the one that was taken."""
 
     best: str
     max_latency_ms: float | None = None
-    candidates: tuple[Scored, ...]
+    candidates: tuple[ScoredBase, ...]
     folds: int | None = None  # mode scratch, as are the epochs: of each fold's training
     epochs: int | None = None
 
@@ -48,15 +48,15 @@ class Choice(Record):
 
 
 def choose(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[BaseCandidate],
     labels: Tensor,
     groups: Tensor,
     num_classes: int,
-    settings: Effective,
+    settings: ResolvedHyperparameters,
     max_latency_ms: float | None,
     progress: Progress,
     stop: Stop = never,
-) -> Choice:
+) -> BaseChoice:
     """The most accurate of those that are fast enough; of equal ones the faster. Labels and groups (n,) are those of the features.
 
     When `stop` says yes, what is left is compared by the strongest penalty alone. Raises TrainingError where none is fast enough.
@@ -71,21 +71,21 @@ def choose(
     scored = []
     for number, candidate in enumerate(candidates):
         with threads_for(candidate.features.numel() * num_classes):
-            problem = Problem.of(candidate.features, labels, num_classes, settings)
+            problem = RegressionProblem.of(candidate.features, labels, num_classes, settings)
             found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
         scored.append(_scored(candidate, found.cv_accuracy, found.spread))
     table, names = ranked(scored), {c.name for c in fast}
     best = next(s for s in table if s.name in names)
-    return Choice(best=best.name, max_latency_ms=max_latency_ms, candidates=table)
+    return BaseChoice(best=best.name, max_latency_ms=max_latency_ms, candidates=table)
 
 
-def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
+def ranked(scored: Sequence[ScoredBase]) -> tuple[ScoredBase, ...]:
     """The most accurate first; of equal ones the cheaper."""
     return tuple(sorted(scored, key=lambda s: (-s.accuracy, s.latency_ms or 0.0, s.seconds or 0.0)))
 
 
-def _scored(candidate: Candidate, accuracy: float, spread: float) -> Scored:
-    return Scored(
+def _scored(candidate: BaseCandidate, accuracy: float, spread: float) -> ScoredBase:
+    return ScoredBase(
         name=candidate.name,
         accuracy=round(accuracy, 6),
         spread=round(spread, 6),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.classifier import Backbone, BackboneRef
 from models.data import dataset
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.data.samples import AS_IT_IS, Reading
 from models.errors import DatasetError
 from models.files import atomic_files
@@ -22,10 +22,10 @@ from models.progress import Progress, Stop
 from models.runtime.options import Precision
 from models.store.store import ModelStore
 from models.training.bases import Base
-from models.training.candidates import Choice
+from models.training.candidates import BaseChoice
 from models.training.head.features import FeatureCache, feature_precision
 from models.training.job.job_files import RUN
-from models.training.job.request import Budget, Effective, Event, FinetuneRequest, Mode, Phase
+from models.training.job.request import Budget, Event, FinetuneRequest, Mode, Phase, ResolvedHyperparameters
 
 
 @dataclass
@@ -43,18 +43,18 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-class Run(Record):
+class RunRecord(Record):
     """Who a run is, and what it was begun on: made at its first start, the same at every other, whatever the store serves meanwhile."""
 
     run: str
     dataset_sha256: str
     bases: tuple[Base, ...]
-    choice: Choice | None = None  # among the bases, once it is made
+    choice: BaseChoice | None = None  # among the bases, once it is made
     on_gpu: bool = False
     limits: Limits = DEFAULT_LIMITS  # on its images
 
     @classmethod
-    def read(cls, folder: Path) -> "Run | None":
+    def read(cls, folder: Path) -> "RunRecord | None":
         path = folder / RUN
         return read_record(path, cls) if path.exists() else None
 
@@ -62,7 +62,7 @@ class Run(Record):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_files.replace(folder / RUN, to_json(self))
 
-    def check(self, data: Dataset) -> None:
+    def check(self, data: LoadedDataset) -> None:
         """Raises DatasetError where the images are no longer those."""
         if self.dataset_sha256 != data.sha256:
             raise DatasetError(
@@ -72,19 +72,19 @@ class Run(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class TrainingContext:
     request: FinetuneRequest
     store: ModelStore
     progress: Callable[[Event], None]
     stop: Stop
     folder: Path  # of checkpoint and report
     cache: FeatureCache
-    data: Dataset
+    data: LoadedDataset
     bases: tuple[Base, ...]
     mode: Mode
-    settings: Effective
+    settings: ResolvedHyperparameters
     clock: Clock
-    run: Run
+    run: RunRecord
     device: torch.device
     reading: Reading = AS_IT_IS  # of the dataset
     began: float = field(default_factory=time.monotonic)

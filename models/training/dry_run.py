@@ -16,7 +16,7 @@ from models.runtime import tune_allocator
 from models.runtime.choice import seconds_of
 from models.store.store import ModelStore
 from models.training.bases import Base
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.head.features import Extractor
 from models.training.job.request import Event, FinetuneRequest
 from models.training.outcome.thumbnails import odd_ones
@@ -27,7 +27,7 @@ IMAGES = 8  # of the batch that is timed
 BACKWARD = 3.0  # a training step over a forward pass
 OVERHEAD_S = 3.0  # fitting, evaluating and publishing a head
 
-Forward = Callable[[Tensor], Tensor]
+ForwardPass = Callable[[Tensor], Tensor]
 
 
 def dry_run(
@@ -62,7 +62,7 @@ def dry_run(
     }
 
 
-def estimate(job: Job) -> dict[str, float]:
+def estimate(job: TrainingContext) -> dict[str, float]:
     """Seconds by phase and in all, from one batch through each base; features that are cached already will take less. Of several
     architectures to choose from, the slowest is taken to be the one that is trained in full."""
     audit = job.clock.seconds["audit"]
@@ -80,7 +80,7 @@ def estimate(job: Job) -> dict[str, float]:
     return {name: round(seconds, 1) for name, seconds in {**phases, "total": sum(phases.values())}.items()}
 
 
-def seconds_per_image(job: Job, base: Base) -> float:
+def seconds_per_image(job: TrainingContext, base: Base) -> float:
     """Of a forward pass in the arithmetic of this run: of its features, or of the network that it trains."""
     forward = _extractor(job, base) if job.mode == "head" else _trained(job, base)
     images = _grey(base.preprocessing)
@@ -88,12 +88,12 @@ def seconds_per_image(job: Job, base: Base) -> float:
     return seconds_of(forward, job.device, images) / IMAGES
 
 
-def _extractor(job: Job, base: Base) -> Forward:
+def _extractor(job: TrainingContext, base: Base) -> ForwardPass:
     backbone = job.store.load_backbone(base.stored)
     return Extractor(backbone, job.device, job.precision(backbone), IMAGES).engine
 
 
-def _trained(job: Job, base: Base) -> Forward:
+def _trained(job: TrainingContext, base: Base) -> ForwardPass:
     module = _network(job, base).eval().to(memory_format=torch.channels_last).to(job.device)
     dtype = getattr(torch, job.settings.precision)
 
@@ -106,7 +106,7 @@ def _trained(job: Job, base: Base) -> Forward:
     return forward
 
 
-def _network(job: Job, base: Base) -> torch.nn.Module:
+def _network(job: TrainingContext, base: Base) -> torch.nn.Module:
     if base.ref is None:
         return architectures.create(base.architecture, len(job.data.classes), base.preprocessing.channels).backbone
     return job.store.load_backbone(base.ref).module

@@ -24,9 +24,9 @@ from models.runtime.options import Precision
 from models.store.store import ModelStore
 from models.training import train
 from models.training.bases import bases_of
-from models.training.context import Clock, Job, Run
+from models.training.context import Clock, RunRecord, TrainingContext
 from models.training.head.features import FeatureCache
-from models.training.job.job_files import Result, published
+from models.training.job.job_files import JobResult, published
 from models.training.job.request import Event, FinetuneRequest, Mode, OnEvent, effective
 from models.training.outcome import comparison
 from models.training.outcome.lineage import seen_before
@@ -36,7 +36,7 @@ from models.training.outcome.thumbnails import thumbnails, training_batch
 from models.training.outcome.uncertainty import reference_of
 from models.training.reports import Report
 from models.training.selection.bases import choose_base
-from models.training.train import Trained
+from models.training.train import TrainingResult
 from models.uncertainty import Reference
 
 __all__ = ["Event", "FinetuneRequest", "folder_of", "prepare", "run"]
@@ -56,7 +56,7 @@ def run(
     device: str = "auto",
     limits: Limits = DEFAULT_LIMITS,
     follow_links: bool = False,
-) -> Result:
+) -> JobResult:
     """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
 
     A run that was killed goes on when it is asked for again with the same `job_dir`. `stop` may become true: then the best so far is
@@ -83,7 +83,7 @@ def run(
     batch = training_batch(trained.sample, job.data.classes)
     write_report(report, job.folder, thumbnails(job, report), batch)
     train.forget_checkpoint(job)
-    return Result(
+    return JobResult(
         status="succeeded",
         model=config.name,
         version=config.version,
@@ -105,9 +105,9 @@ def prepare(
     device: str = "auto",
     limits: Limits = DEFAULT_LIMITS,
     follow_links: bool = False,
-) -> Job:
+) -> TrainingContext:
     """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
-    begun = Run.read(folder) if folder else None
+    begun = RunRecord.read(folder) if folder else None
     limits = begun.limits if begun else limits  # other images may be good under others
     # A run that began on a GPU does not go on for days on a CPU: without a usable GPU it fails and says why.
     there = devices("cuda" if device == "auto" and begun is not None and begun.on_gpu else device)
@@ -141,18 +141,20 @@ def prepare(
     if len(bases) == 1 and mode != "head":
         train.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
     on_gpu = there[0].type == "cuda"
-    run = begun or Run(run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu, limits=limits)
+    run = begun or RunRecord(
+        run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu, limits=limits
+    )
     run.check(data)
     if folder:
         run.write(folder)
     kept, features = folder or Path(), FeatureCache(cache)
     device_used = there[0]
-    return Job(
+    return TrainingContext(
         request, store, progress, stop, kept, features, data, bases, mode, settings, clock, run, device_used, reading
     )
 
 
-def _mode(request: FinetuneRequest, data: dataset.Dataset, device: torch.device) -> Mode:
+def _mode(request: FinetuneRequest, data: dataset.LoadedDataset, device: torch.device) -> Mode:
     """`auto`: the backbone trains too where a GPU makes that quick and every class has images enough."""
     if request.mode != "auto":
         return request.mode
@@ -166,7 +168,7 @@ def _precision(mode: Mode, device: torch.device) -> Precision:
     return "bfloat16" if gains else "float32"
 
 
-def _publish(job: Job, trained: Trained, report: Report, reference: Reference) -> ModelConfig:
+def _publish(job: TrainingContext, trained: TrainingResult, report: Report, reference: Reference) -> ModelConfig:
     """The next version; or the one that this very run has published already, before it was killed."""
     job.progress(Event("publish", 0.0))
     name, refs = job.request.name, [backbone.ref for backbone in trained.backbones]

@@ -12,7 +12,7 @@ from models import architectures
 from models.classifier import Backbone, Head, Layer
 from models.errors import TrainingError
 from models.training.bases import Base
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.evaluation import calibrate as calibration
 from models.training.evaluation.calibrate import Calibration
 from models.training.evaluation.evaluate import outputs
@@ -21,12 +21,12 @@ from models.training.head.feature_sum import fit_sum
 from models.training.head.features import Extractor, Stopped
 from models.training.head.regression import Fit, fit
 from models.training.job.job_files import StopReason
-from models.training.job.request import Effective, Event
+from models.training.job.request import Event, ResolvedHyperparameters
 from models.training.network import checkpoint, distributed
 from models.training.network import trainer as whole
 from models.training.network.augment import augmented_copy
 from models.training.network.auxiliary import auxiliary
-from models.training.network.batches import Sample, first_images, spread
+from models.training.network.batches import AugmentedImages, first_images, spread
 from models.training.network.freezing import fresh_stages, initialise_anew, stages
 from models.training.network.trainer import History
 
@@ -34,14 +34,14 @@ CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainingResult:
     """Backbones as they lie in the store, a head for them, and how they came about."""
 
     backbones: tuple[Backbone, ...]
     head: Head
     features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
     layers: tuple[TrainedLayer, ...]
-    sample: Sample  # of what it was trained on
+    sample: AugmentedImages  # of what it was trained on
     fresh: tuple[str, ...] = ()  # stages that were initialised anew
     fit: Fit | None = None
     history: History | None = None
@@ -58,11 +58,11 @@ class Trained:
         return self.head.probabilities(*self.features(rows))
 
 
-def train(job: Job) -> Trained:
+def train(job: TrainingContext) -> TrainingResult:
     return train_head(job) if job.mode == "head" else train_network(job)
 
 
-def calibrate(job: Job, trained: Trained) -> Calibration:
+def calibrate(job: TrainingContext, trained: TrainingResult) -> Calibration:
     """Gives the head its temperature, fitted on validation."""
     rows = job.data.rows["val"]
     found = calibration.calibrate(trained.scores(rows), job.data.labels[rows])
@@ -73,7 +73,7 @@ def calibrate(job: Job, trained: Trained) -> Calibration:
 # A head on frozen features
 
 
-def train_head(job: Job) -> Trained:
+def train_head(job: TrainingContext) -> TrainingResult:
     """The backbones are in eval mode, and so they stay: batch norm's statistics are the base's."""
     backbones = tuple(job.store.load_backbone(base.stored) for base in job.bases)
     with job.clock.phase("features"):
@@ -83,7 +83,7 @@ def train_head(job: Job) -> Trained:
         fitted = _fit(job, shown)
     ended: StopReason | None = "stopped" if job.stop() else "budget" if job.out_of_time() else None
     layers = [layer for b in backbones for layer in layers_of(b.ref.architecture, b.module, b.ref.preprocessing)]
-    return Trained(
+    return TrainingResult(
         backbones,
         fitted.head,
         lambda rows: [f[rows] for f in every],
@@ -94,28 +94,28 @@ def train_head(job: Job) -> Trained:
     )
 
 
-class Shown(NamedTuple):
+class HeadTrainingData(NamedTuple):
     """What a head is fitted to: the training images, then each of their augmented copies."""
 
     features: list[Tensor]  # one float32 (n, D) per backbone
     labels: Tensor  # int64 (n,)
     groups: Tensor  # int64 (n,)
-    sample: Sample
+    sample: AugmentedImages
 
 
-def _fit(job: Job, shown: Shown) -> Fit:
+def _fit(job: TrainingContext, shown: HeadTrainingData) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
     if len(shown.features) > 1:
         return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
     return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
 
 
-def cached_features(job: Job, backbone: Backbone) -> Tensor:
+def cached_features(job: TrainingContext, backbone: Backbone) -> Tensor:
     """Of all images, float32 (N, D)."""
     return compute_features(job, backbone, *job.pixels(backbone.ref.preprocessing))
 
 
-def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequence[bytes]) -> Tensor:
+def compute_features(job: TrainingContext, backbone: Backbone, pixels: Tensor, digests: Sequence[bytes]) -> Tensor:
     """Of these images, from the cache where it has them. Raises TrainingError where the run is to end before there is anything to keep."""
     try:
         return job.cache.features(
@@ -136,7 +136,7 @@ def compute_features(job: Job, backbone: Backbone, pixels: Tensor, digests: Sequ
         ) from None
 
 
-def training_features(job: Job, backbones: Sequence[Backbone], every: Sequence[Tensor]) -> Shown:
+def training_features(job: TrainingContext, backbones: Sequence[Backbone], every: Sequence[Tensor]) -> HeadTrainingData:
     """`every`: the features of all images, of each backbone. The sample is of the last copy that the last backbone saw."""
     rows, copies = job.data.rows["train"], job.settings.copies
     shown, places = [], spread(rows)
@@ -151,13 +151,13 @@ def training_features(job: Job, backbones: Sequence[Backbone], every: Sequence[T
     labels, groups = (values[rows].repeat(copies + 1) for values in (job.data.labels, job.data.groups))
     how = f"in an augmented copy: augmentation {job.settings.augmentation}" if copies else "without augmentation"
     said = f"Some training images as the backbone saw them, {how}."
-    return Shown(shown, labels, groups, Sample(said, seen, labels[places]))
+    return HeadTrainingData(shown, labels, groups, AugmentedImages(said, seen, labels[places]))
 
 
 # The whole network
 
 
-def train_network(job: Job) -> Trained:
+def train_network(job: TrainingContext) -> TrainingResult:
     """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
     base = job.bases[0]
     fresh = fresh_of(job.bases[0], job.settings)
@@ -167,7 +167,7 @@ def train_network(job: Job) -> Trained:
     layers = layers_of(base.architecture, backbone.cpu(), base.preprocessing)
     ref = job.store.put_backbone(base.architecture, backbone, base.preprocessing, half=job.request.half)
     stored, head = job.store.load_backbone(ref), Head.of(layer.cpu())
-    return Trained(
+    return TrainingResult(
         (stored,),
         head,
         _features_of(job, stored),
@@ -179,7 +179,7 @@ def train_network(job: Job) -> Trained:
     )
 
 
-def fit_network(job: Job, network: nn.Sequential, path: Path) -> History:
+def fit_network(job: TrainingContext, network: nn.Sequential, path: Path) -> History:
     """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
     base, settings = job.bases[0], job.settings
     train_network = distributed.train if settings.devices > 1 else whole.train
@@ -197,7 +197,7 @@ def fit_network(job: Job, network: nn.Sequential, path: Path) -> History:
     )
 
 
-def fresh_of(base: Base, settings: Effective) -> tuple[str, ...]:
+def fresh_of(base: Base, settings: ResolvedHyperparameters) -> tuple[str, ...]:
     """The base's stages to initialise anew. Raises TrainingError where `fresh_from` or `freeze_until` do not fit its network."""
     if base.ref is None or (settings.fresh_from is None and settings.freeze_until is None):
         return ()
@@ -205,7 +205,7 @@ def fresh_of(base: Base, settings: Effective) -> tuple[str, ...]:
     return fresh_stages(list(stages(outline)), settings.fresh_from, settings.freeze_until)
 
 
-def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
+def _parts(job: TrainingContext, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
     """Backbone and last layer: both new, or the base's backbone, its stages `fresh` new, and a new linear layer, fitted to it first if
     that is the mode."""
     classes, base = len(job.data.classes), job.bases[0]
@@ -221,7 +221,7 @@ def _parts(job: Job, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
     return backbone.module.requires_grad_(True), layer
 
 
-def _head_first(job: Job, changed: Backbone | None) -> nn.Linear:
+def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
     """The layer that mode head finds: on the base's features, or on those of a backbone that is no longer the base's."""
     job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
     if changed is None:
@@ -238,7 +238,7 @@ def _head_first(job: Job, changed: Backbone | None) -> nn.Linear:
     return layer
 
 
-def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
+def _features_of(job: TrainingContext, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
     """Computed once for each set of rows that is asked for."""
     extract = Extractor(backbone, job.device, job.precision(backbone))
     known: dict[bytes, Tensor] = {}
@@ -252,5 +252,5 @@ def _features_of(job: Job, backbone: Backbone) -> Callable[[Tensor], list[Tensor
     return features
 
 
-def forget_checkpoint(job: Job) -> None:
+def forget_checkpoint(job: TrainingContext) -> None:
     checkpoint.remove(job.folder / CHECKPOINT)

@@ -28,7 +28,7 @@ from models.training.job.parent_process import die_with_parent, explain, ran_out
 if TYPE_CHECKING:
     from models.images.cost import Limits
     from models.store.store import ModelStore
-    from models.training.job.job_files import Order, Result
+    from models.training.job.job_files import JobResult, JobSpec
     from models.training.job.request import Event, FinetuneRequest
 
 EVENT_S = 0.25  # at most one plain sign of progress in so many seconds
@@ -38,7 +38,7 @@ EXIT_ORPHANED = 1  # the server is gone
 STDIN = 0
 
 
-class Run(Protocol):
+class RunFunction(Protocol):
     """`models.training.run.run`: trains, publishes, and says what came of it. `stop` becomes true when the run is to end early."""
 
     def __call__(
@@ -52,10 +52,10 @@ class Run(Protocol):
         stop: Callable[[], bool],
         device: str,
         limits: "Limits",
-    ) -> "Result": ...
+    ) -> "JobResult": ...
 
 
-class DryRun(Protocol):
+class DryRunFunction(Protocol):
     """`models.training.dry_run.dry_run`: the audit, the split and the estimate, fit for JSON."""
 
     def __call__(
@@ -82,7 +82,11 @@ def be_modest() -> None:
 
 
 def main(
-    folder: Path | None = None, run: Run | None = None, rehearse: DryRun | None = None, *, dry_run: bool = False
+    folder: Path | None = None,
+    run: RunFunction | None = None,
+    rehearse: DryRunFunction | None = None,
+    *,
+    dry_run: bool = False,
 ) -> int:
     """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended, without one
     EXIT_DISK_FULL where the disk is full and EXIT_DEVICE_LOST where the GPU is lost.
@@ -113,9 +117,9 @@ def main(
     return _hand_over(folder, result)
 
 
-def work(folder: Path, run: Run, progress: Callable[["Event"], None], stop: Callable[[], bool]) -> "Result":
+def work(folder: Path, run: RunFunction, progress: Callable[["Event"], None], stop: Callable[[], bool]) -> "JobResult":
     """The run of `job.json`; every failure is a result too."""
-    from models.training.job.job_files import Result
+    from models.training.job.job_files import JobResult
 
     try:
         order, store = _prepare(folder)
@@ -131,40 +135,40 @@ def work(folder: Path, run: Run, progress: Callable[["Event"], None], stop: Call
         )
     except Exception as error:
         traceback.print_exc()
-        return Result(status="failed", error=explain(error))
+        return JobResult(status="failed", error=explain(error))
 
 
-def rehearsal(folder: Path, dry_run: DryRun, progress: Callable[["Event"], None]) -> "Result":
+def rehearsal(folder: Path, dry_run: DryRunFunction, progress: Callable[["Event"], None]) -> "JobResult":
     """The dry run of `job.json`: writes `dry_run.json`."""
     from models.files.atomic_files import replace
-    from models.training.job.job_files import DRY_RUN, Result
+    from models.training.job.job_files import DRY_RUN, JobResult
 
     try:
         order, store = _prepare(folder)
         found = dry_run(order.request, store, progress, cache=order.cache, device=order.device, limits=order.limits)
         replace(folder / DRY_RUN, json.dumps(found, allow_nan=False).encode())
-        return Result(status="succeeded")
+        return JobResult(status="succeeded")
     except Exception as error:
         traceback.print_exc()
-        return Result(status="failed", error=explain(error))
+        return JobResult(status="failed", error=explain(error))
 
 
-def _prepare(folder: Path) -> tuple["Order", "ModelStore"]:
+def _prepare(folder: Path) -> tuple["JobSpec", "ModelStore"]:
     import torch
 
     from models.errors import DatasetError
     from models.files.records import read_record
     from models.store.store import ModelStore
-    from models.training.job.job_files import JOB, NO_DATASET, Order
+    from models.training.job.job_files import JOB, NO_DATASET, JobSpec
 
-    order = read_record(folder / JOB, Order)
+    order = read_record(folder / JOB, JobSpec)
     if os.path.realpath(order.request.dataset) != str(order.request.dataset):  # a link has come since the server looked
         raise DatasetError(NO_DATASET)
     torch.set_num_threads(order.threads)
     return order, ModelStore(order.weights)
 
 
-def _run(*args: Any, **kwargs: Any) -> "Result":
+def _run(*args: Any, **kwargs: Any) -> "JobResult":
     from models.training.run import run
 
     return run(*args, **kwargs)
@@ -176,7 +180,7 @@ def _rehearse(*args: Any, **kwargs: Any) -> dict[str, Any]:
     return dry_run(*args, **kwargs)
 
 
-def _hand_over(folder: Path, result: "Result") -> int:
+def _hand_over(folder: Path, result: "JobResult") -> int:
     """Writes result.json. Whoever finds none where the process ended by itself looks at the exit code."""
     from models.files.atomic_files import replace
     from models.files.records import to_json

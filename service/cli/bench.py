@@ -7,7 +7,7 @@ import click
 
 from service.cli.options import a_number, examples
 from service.cli.progress import progress
-from service.diagnostics.load_generator import Load, Report, read_images, run
+from service.diagnostics.load_generator import LoadPlan, LoadReport, read_images, run
 
 
 @click.command(
@@ -46,7 +46,7 @@ def command(
     """
     duration = 10.0 if duration is None and requests is None else duration
     try:
-        load = Load(url, "/predict", models, concurrency, duration, requests, api_key, timeout)
+        load = LoadPlan(url, "/predict", models, concurrency, duration, requests, api_key, timeout)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with progress("bench", "requests") as update:
@@ -57,7 +57,7 @@ def command(
         raise SystemExit(1)
 
 
-def _summary(report: Report) -> str:
+def _summary(report: LoadReport) -> str:
     counts = {**{f"status {status}": n for status, n in report.statuses.items()}, **report.errors}
     latency = "  ".join(f"{name} {ms:.1f} ms" for name, ms in report.latency_ms.items())
     return (

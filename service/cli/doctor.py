@@ -11,7 +11,7 @@ from service.cli.options import settings_options
 
 if TYPE_CHECKING:
     from service.diagnostics.doctor import Section
-    from service.diagnostics.gpu_check.records import Document
+    from service.diagnostics.gpu_check.records import GpuReport
 
 STDOUT = "-"
 
@@ -112,7 +112,7 @@ def check_gpu(
     """The table on stdout as the checks end, then the document as the last line; its exit code."""
     from service.diagnostics.gpu_check import report
     from service.diagnostics.gpu_check.checks import selected
-    from service.diagnostics.gpu_check.runner import Run, run
+    from service.diagnostics.gpu_check.runner import GpuCheckRun, run
     from service.settings import Settings
 
     device = Settings.load(device=device).device
@@ -120,11 +120,11 @@ def check_gpu(
         checks = selected(names)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    how = Run(rehearse, dataset.resolve() if dataset else None, None if rehearse else gpu_number(device))
+    how = GpuCheckRun(rehearse, dataset.resolve() if dataset else None, None if rehearse else gpu_number(device))
     table_on_stderr = json_to == STDOUT
     click.echo(report.header(checks, rehearse), err=table_on_stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the document is printed all the same
-    found: Document = run(checks, how, lambda result: click.echo(report.row(result), err=table_on_stderr))
+    found: GpuReport = run(checks, how, lambda result: click.echo(report.row(result), err=table_on_stderr))
     click.echo(report.footer(found), err=table_on_stderr)
     write(found.line(), json_to or STDOUT)
     return found.exit_code

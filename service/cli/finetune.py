@@ -14,9 +14,9 @@ import click
 from models.data.audit import Audit
 from models.data.parts import PARTS
 from models.store.store import ModelStore
-from models.training.candidates import Scored
+from models.training.candidates import ScoredBase
 from models.training.evaluation.evaluate import Evaluation
-from models.training.job.job_files import Result
+from models.training.job.job_files import JobResult
 from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
 from models.training.reports import Report
 from service.cli.complete import stored_models
@@ -141,7 +141,7 @@ def train(request: FinetuneRequest, settings: Settings, fresh: bool, as_json: bo
         click.echo(f"`imago models activate {label}` switches to it", err=True)
 
 
-def decision_rule(store: ModelStore, result: Result) -> str | None:
+def decision_rule(store: ModelStore, result: JobResult) -> str | None:
     """By what the new version accepts answers, in one line."""
     reference = store.load_reference(store.config(result.model or "", result.version))
     return reference.decisions.summary() if reference is not None and reference.decisions is not None else None
@@ -214,7 +214,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
-def candidate(scored: Scored) -> str:
+def candidate(scored: ScoredBase) -> str:
     cost = f"{scored.latency_ms:.1f} ms an image" if scored.latency_ms is not None else f"{scored.seconds:.1f} s a fold"
     return f"candidate {scored.name}: accuracy {scored.accuracy:.2%} ± {scored.spread:.2%}, cross-validated; {cost}"
 

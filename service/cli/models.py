@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from models.classifier import ModelConfig
     from models.store.export.files import ExportFormat
-    from models.store.search import Found
+    from models.store.search import ArchitectureInfo
     from models.store.store import ModelStore
 
 ACTIVATED_AGAIN = "A running server picks it up when this version is activated again, or at its next start."
@@ -340,7 +340,7 @@ def warn(config: "ModelConfig") -> None:
         )
 
 
-def print_found(found: "Sequence[Found]") -> None:
+def print_found(found: "Sequence[ArchitectureInfo]") -> None:
     """In columns, without a terminal's width: names are long, and are there to be copied."""
     rows = [("name", "M parameters", "input", "licence", "weights")]
     rows += [

@@ -21,7 +21,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.inference.engine import Engine
-    from service.inference.results import Answer, Prediction, Wanted
+    from service.inference.results import ModelResults, Prediction, Wanted
 
 AT_ONCE = 32  # images that are in the engine together
 END_S = 10.0  # for the batch that a device thread is in when nobody needs it any more
@@ -91,7 +91,7 @@ def command(
 
 async def classify(
     settings: Settings, files: Sequence[Path], models: Sequence[str], wanted: "Wanted", update: Update
-) -> "list[Answer]":
+) -> "list[ModelResults]":
     """One answer per model, over all files in their order. Only the models that are asked are loaded."""
     from models.store.store import ModelStore
     from service.inference.engine import Engine
@@ -105,7 +105,7 @@ async def classify(
     engine.start()
     try:
         await engine.wait_ready()
-        answers: list[Answer] = []
+        answers: list[ModelResults] = []
         for start in range(0, len(files), AT_ONCE):
             chunk = [file.read_bytes() for file in files[start : start + AT_ONCE]]
             answers = joined(answers, await engine.predict(chunk, names, settings.top_k, wanted=wanted))
@@ -127,20 +127,20 @@ def end(engine: "Engine") -> None:
         os._exit(1)
 
 
-def joined(before: "list[Answer]", chunk: "list[Answer]") -> "list[Answer]":
+def joined(before: "list[ModelResults]", chunk: "list[ModelResults]") -> "list[ModelResults]":
     """The same models' answers over the files before and those of this chunk."""
     if not before:
         return chunk
     return [replace(new, results=old.results + new.results) for old, new in zip(before, chunk, strict=True)]
 
 
-def document(files: Sequence[Path], answers: "Sequence[Answer]") -> dict[str, Any]:
+def document(files: Sequence[Path], answers: "Sequence[ModelResults]") -> dict[str, Any]:
     """What POST /predict answers for these files as the parts of one multipart request."""
     bodies = [answer.document([file.name for file in files]) for answer in answers]
     return bodies[0] if len(bodies) == 1 else {"models": bodies}
 
 
-def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[Answer]") -> None:
+def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[ModelResults]") -> None:
     """`<number>-<file>-<model>-<class>.png`: numbered as files may have the same name."""
     folder.mkdir(parents=True, exist_ok=True)
     for answer in answers:
@@ -151,7 +151,7 @@ def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[Answer]")
             (folder / f"{name}.png").write_bytes(base64.b64decode(result.explanations[0].overlay or ""))
 
 
-def print_table(files: Sequence[Path], answers: "Sequence[Answer]") -> None:
+def print_table(files: Sequence[Path], answers: "Sequence[ModelResults]") -> None:
     from rich.console import Console
     from rich.table import Table
 

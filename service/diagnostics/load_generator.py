@@ -26,7 +26,7 @@ Request = tuple[bytes, bytes]  # head, body
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadPlan:
     """What to send. It ends after `duration_s` or after `requests`, whichever comes first; one of the two is needed."""
 
     url: str = "http://127.0.0.1:8000"
@@ -49,7 +49,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What came back. Latencies are of answers with a 2xx status, in milliseconds, from the first byte sent to the last received."""
 
     url: str
@@ -85,8 +85,8 @@ class Tally:
     def requests(self) -> int:
         return self.statuses.total() + self.errors.total()
 
-    def report(self, load: Load, seconds: float, cpu_seconds: float) -> Report:
-        return Report(
+    def report(self, load: LoadPlan, seconds: float, cpu_seconds: float) -> LoadReport:
+        return LoadReport(
             url=load.url,
             models=load.models,
             concurrency=load.concurrency,
@@ -176,13 +176,13 @@ def read_images(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def plan(load: Load, bodies: Sequence[bytes]) -> Iterator[Request]:
+def plan(load: LoadPlan, bodies: Sequence[bytes]) -> Iterator[Request]:
     """Requests without end: models and images are each taken in turn."""
     for model, body in zip(itertools.cycle(load.models or (None,)), itertools.cycle(bodies), strict=False):
         yield request_head(load, model, len(body)), body
 
 
-def request_head(load: Load, model: str | None, length: int) -> bytes:
+def request_head(load: LoadPlan, model: str | None, length: int) -> bytes:
     path = urlsplit(load.url).path.rstrip("/") + load.path  # a proxy may serve Imago under a path of its own
     target = f"{path}?model={quote(model)}" if model else path
     key = f"Authorization: Bearer {load.api_key}\r\n" if load.api_key else ""
@@ -192,7 +192,7 @@ def request_head(load: Load, model: str | None, length: int) -> bytes:
     ).encode()
 
 
-async def connect(load: Load) -> Connection:
+async def connect(load: LoadPlan) -> Connection:
     address = urlsplit(load.url)
     secure = address.scheme == "https"
     _, connection = await asyncio.get_running_loop().create_connection(
@@ -204,7 +204,7 @@ async def connect(load: Load) -> Connection:
     return connection
 
 
-async def caller(load: Load, requests: Iterator[Request], tally: Tally) -> None:
+async def caller(load: LoadPlan, requests: Iterator[Request], tally: Tally) -> None:
     """One of the load's connections: sends, waits, counts, until there are no requests left."""
     connection: Connection | None = None
     for head, body in requests:
@@ -226,7 +226,7 @@ async def caller(load: Load, requests: Iterator[Request], tally: Tally) -> None:
         connection.close()
 
 
-def until(requests: Iterator[Request], load: Load) -> Iterator[Request]:
+def until(requests: Iterator[Request], load: LoadPlan) -> Iterator[Request]:
     """The same requests, up to the load's end."""
     deadline = time.perf_counter() + load.duration_s if load.duration_s is not None else float("inf")
     for request in itertools.islice(requests, load.requests):
@@ -241,7 +241,7 @@ async def _progress(tally: Tally, began: float, on_tick: Callable[[float, int], 
         on_tick(time.perf_counter() - began, tally.requests)
 
 
-async def _run(load: Load, bodies: Sequence[bytes], on_tick: Callable[[float, int], None] | None) -> Report:
+async def _run(load: LoadPlan, bodies: Sequence[bytes], on_tick: Callable[[float, int], None] | None) -> LoadReport:
     try:
         (await connect(load)).close()
     except OSError as error:  # an error, not a report of failures
@@ -257,7 +257,7 @@ async def _run(load: Load, bodies: Sequence[bytes], on_tick: Callable[[float, in
     return tally.report(load, seconds, cpu)
 
 
-def run(load: Load, bodies: Sequence[bytes], on_tick: Callable[[float, int], None] | None = None) -> Report:
+def run(load: LoadPlan, bodies: Sequence[bytes], on_tick: Callable[[float, int], None] | None = None) -> LoadReport:
     """Sends the load and waits for every answer. `on_tick(seconds, requests)` hears of progress about once a second.
 
     Raises ConnectionError (an OSError) when there is no server at that address, ValueError when there are no bodies.

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.decision_rules import Decision
 from models.files.records import NAME_PATTERN
 from models.training.job.request import FinetuneRequest
-from service.datasets import Dataset
+from service.datasets import DatasetEntry
 from service.inference.batcher import DeviceState
 from service.inference.registry.loader import ModelStatus
 from service.jobs import Job
@@ -130,7 +130,7 @@ class DatasetList(BaseModel):
     """Datasets by name; for the next page, `after` is the name of the last one here."""
 
     object: Literal["list"] = "list"
-    data: list[Dataset]
+    data: list[DatasetEntry]
     has_more: bool
 
 

@@ -14,7 +14,7 @@ QUIET_S = 2.0  # so long after its last image a quiet client is still expected
 MEMORY = 0.8  # weight of the past in the measured times
 
 
-class Pace:
+class BatchBudget:
     """Of one backbone. Under the batcher's lock, but for `computed`, which a device's thread calls."""
 
     def __init__(self) -> None:

@@ -29,9 +29,9 @@ from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from models.runtime import is_device_lost, is_out_of_memory
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.inference import forward
-from service.inference.batch_budget import Pace
+from service.inference.batch_budget import BatchBudget
 from service.inference.fair_queue import FairQueue
-from service.inference.forward import Part, Runtime
+from service.inference.forward import BackboneRuntime, PartFunction
 from service.inference.forward import apply_parts as apply_parts  # the batcher's arithmetic, for checks of it
 from service.inference.items import Call, Flow, Forward, Item, Output, deliver, resolve
 from service.inference.shares import Shares
@@ -50,11 +50,16 @@ class BackboneQueue:
     """The images that wait for one backbone, bounded by count and by bytes; `runtimes` holds its replica on each device."""
 
     def __init__(
-        self, name: str, runtimes: Mapping[torch.device, Runtime], max_images: int, max_bytes: int, metrics: Metrics
+        self,
+        name: str,
+        runtimes: Mapping[torch.device, BackboneRuntime],
+        max_images: int,
+        max_bytes: int,
+        metrics: Metrics,
     ) -> None:
         self.name = name
         self.runtimes = runtimes
-        self.items, self.pace = FairQueue(), Pace()
+        self.items, self.pace = FairQueue(), BatchBudget()
         self.limits = {device: runtime.max_batch for device, runtime in runtimes.items()}
         self.images_per_s: float | None = None
         self._images, self._bytes = Shares(max_images, QUEUE_SHARE), Shares(max_bytes, QUEUE_SHARE)
@@ -143,7 +148,7 @@ class Batcher:
         self,
         queue: BackboneQueue,
         pixels: Tensor,
-        parts: Sequence[Part],
+        parts: Sequence[PartFunction],
         deadline: float,
         head_start_s: float = 0.0,
         mapped: bool = False,

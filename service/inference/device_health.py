@@ -13,7 +13,7 @@ from service.inference.registry.loader import LoadedBackbone
 WATCH_S = 1.0  # how often several devices are looked at
 
 
-class Health:
+class DeviceHealth:
     """Of one batcher's devices. `hangs_after_s` seconds in one batch, and a device counts as hanging."""
 
     def __init__(self, batcher: Batcher, hangs_after_s: Callable[[], float]) -> None:

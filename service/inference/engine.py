@@ -21,20 +21,31 @@ from models.errors import ImageError, ModelError, ModelNotFound, WeightsError
 from models.images import decoding as images
 from models.preprocessing import Preprocessing
 from models.runtime import devices
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.inference.batcher import Batcher, DeviceState
 from service.inference.decoding import DecodePool
-from service.inference.device_health import Health, why_no_gpu
-from service.inference.forward import Part
+from service.inference.device_health import DeviceHealth, why_no_gpu
+from service.inference.forward import PartFunction
 from service.inference.heatmaps import Explainer
 from service.inference.items import Output
 from service.inference.pixel_budget import PixelBudget
 from service.inference.registry import parity
 from service.inference.registry.loader import LoadedBackbone, ModelStatus, Served
-from service.inference.registry.registry import Catalogue
-from service.inference.results import PLAIN, Answer, Embedding, Sample, Scores, Seen, Terms, Timings, Wanted, check_size
+from service.inference.registry.registry import Registry
+from service.inference.results import (
+    PLAIN,
+    BackboneView,
+    Embedding,
+    ModelResults,
+    ParityImage,
+    Probabilities,
+    Terms,
+    Timings,
+    Wanted,
+    check_size,
+)
 from service.inference.traces import Traces
 from service.inference.uncertainty import check, judged
 from service.observability.metrics import Metrics
@@ -57,7 +68,7 @@ class _Row:
 
     values: dict[LoadedBackbone, list[Tensor]]
     timings: Timings
-    seen: dict[LoadedBackbone, Seen]
+    seen: dict[LoadedBackbone, BackboneView]
 
 
 class Engine:
@@ -67,13 +78,13 @@ class Engine:
         self.settings, self.store, self.metrics, self.traces = settings, store, metrics, traces
         self.devices = devices(settings.device)
         self.batcher = Batcher(self.devices, metrics)
-        self.catalogue = Catalogue(settings, store, metrics, self.devices, self.batcher)
+        self.catalogue = Registry(settings, store, metrics, self.devices, self.batcher)
         self._limits = settings.limits()
         self._pixels = PixelBudget(settings.max_megapixels_in_flight * 10**6, max(1, settings.decoders - 1))
         self._decoders = DecodePool(settings.decoders)
         self._explainer = Explainer(store, self._decoders)
         self.device_note = why_no_gpu(settings.device, self.devices)
-        self._health = Health(self.batcher, self._hangs_after_s)
+        self._health = DeviceHealth(self.batcher, self._hangs_after_s)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -157,7 +168,7 @@ class Engine:
         timeout_ms: int | None = None,
         wanted: Wanted = PLAIN,
         client: str = "",
-    ) -> list[Answer]:
+    ) -> list[ModelResults]:
         """Classifies images with one or more models (none: the default), one forward pass per backbone.
 
         Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded, NotProvided; an image's own error stands in its place.
@@ -170,7 +181,7 @@ class Engine:
         terms = Terms(timeout_ms, client=client, model=_names(bound), explained=explain is not None, judged=True)
         scored = await self._counted(files, bound, terms)
 
-        def judge() -> list[Answer]:
+        def judge() -> list[ModelResults]:
             return [judged(s.answer(k), served, s, wanted) for served, s in zip(bound, scored, strict=True)]
 
         small = len(files) * len(bound) <= INLINE_ANSWERS
@@ -190,7 +201,7 @@ class Engine:
         timeout_ms: int | None = None,
         head_start_s: float = 0.0,
         client: str = "",
-    ) -> Scores:
+    ) -> Probabilities:
         """The probabilities of all classes, by a version that `bind` gave. In the queue it is as if it had come `head_start_s` earlier.
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
@@ -208,7 +219,7 @@ class Engine:
             raise ModelNotFound(f"this version of the model is not served; version {served.config.version} is")
         return served
 
-    async def _counted(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
+    async def _counted(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Probabilities]:
         """The scores, with what metrics and statistics make of them."""
         started = time.monotonic()
         try:
@@ -223,8 +234,8 @@ class Engine:
                 self.metrics.image(result.code if isinstance(result, ModelError) else "ok")
         return answered
 
-    async def _scores(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Scores]:
-        wanted: dict[LoadedBackbone, list[Part]] = {}
+    async def _scores(self, images: Sequence[Image], bound: Sequence[Served], terms: Terms) -> list[Probabilities]:
+        wanted: dict[LoadedBackbone, list[PartFunction]] = {}
         slots: list[list[tuple[LoadedBackbone, int]]] = []  # for each model, where the values of its parts will stand
         near: dict[Served, int] = {}  # and where its distances
         for served in bound:
@@ -238,7 +249,7 @@ class Engine:
         rows = await self._rows(images, wanted, terms)
         timings = _slowest(rows)
         return [
-            Scores(
+            Probabilities(
                 served.config,
                 await self._joined(served, places, rows, terms.client),
                 timings,
@@ -274,7 +285,7 @@ class Engine:
     ) -> Embedding:
         """The features on which a model's head stands, through the same queues and batches."""
         served = self.catalogue.bind(model)
-        wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
+        wanted: dict[LoadedBackbone, list[PartFunction]] = {backbone: [_features] for backbone in served.backbones}
         rows = await self._rows(files, wanted, Terms(timeout_ms, client=client, model=_names([served])))
         results = [
             row if isinstance(row, ModelError) else torch.cat([row.values[b][0] for b in served.backbones])
@@ -304,7 +315,7 @@ class Engine:
                 raise DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms") from None
 
     async def _rows(
-        self, files: Sequence[Image], wanted: dict[LoadedBackbone, list[Part]], terms: Terms
+        self, files: Sequence[Image], wanted: dict[LoadedBackbone, list[PartFunction]], terms: Terms
     ) -> list[_Row | ModelError]:
         """Each image through each backbone: its values, or the error that concerns it alone."""
         deadline = self._deadline(terms.timeout_ms)
@@ -317,7 +328,7 @@ class Engine:
         return rows
 
     async def _row(
-        self, data: Image, wanted: dict[LoadedBackbone, list[Part]], deadline: float, terms: Terms
+        self, data: Image, wanted: dict[LoadedBackbone, list[PartFunction]], deadline: float, terms: Terms
     ) -> _Row | ModelError | ServiceError:
         """Never leaves anything of this image in a queue behind, except when it is cancelled, and then the cut drops it."""
         started, request = time.monotonic(), self.traces.request() if self.traces else None
@@ -366,7 +377,11 @@ class Engine:
         )
         self._observe(timings)
         by_backbone = dict(zip(wanted, outputs, strict=True))
-        seen = {b: Seen(pixels[b.ref.preprocessing], o.map) for b, o in by_backbone.items()} if terms.explained else {}
+        seen = (
+            {b: BackboneView(pixels[b.ref.preprocessing], o.map) for b, o in by_backbone.items()}
+            if terms.explained
+            else {}
+        )
         return _Row({b: output.values for b, output in by_backbone.items()}, timings, seen)
 
     async def _decode(self, data: Image, preprocessing: Preprocessing, deadline: float, terms: Terms) -> Tensor:
@@ -408,7 +423,7 @@ class Engine:
         """Makes memory equal to the store; see Catalogue."""
         await self.catalogue.sync()
 
-    async def activate(self, name: str, version: int, samples: Sequence[Sample] = ()) -> ModelStatus:
+    async def activate(self, name: str, version: int, samples: Sequence[ParityImage] = ()) -> ModelStatus:
         """Swaps a version in, once it has been tried: each of `samples` must get the features and probabilities that it is said to
         have, from its bytes on. Raises ModelNotFound, NameConflict and WeightsError; then everything is as it was."""
         return await self.catalogue.activate(name, version, partial(self._compare, samples))
@@ -425,7 +440,7 @@ class Engine:
         """Raises NameConflict for a model that a setting names."""
         await self.catalogue.check_removable(name)
 
-    async def pull(self, name: str, progress: Progress, as_name: str | None = None) -> ModelConfig:
+    async def pull(self, name: str, progress: DownloadProgress, as_name: str | None = None) -> ModelConfig:
         """Downloads published weights and serves them; `progress` is called in a thread. See `Catalogue.pull`."""
         return await self.catalogue.pull(name, progress, as_name)
 
@@ -437,11 +452,11 @@ class Engine:
         """Raises ModelNotFound."""
         return self.catalogue.model(name)
 
-    async def _compare(self, samples: Sequence[Sample], served: Served) -> None:
+    async def _compare(self, samples: Sequence[ParityImage], served: Served) -> None:
         """What serving makes of an image must be what training made of it. Raises WeightsError that names the first that differs."""
         if not samples:
             return
-        wanted: dict[LoadedBackbone, list[Part]] = {backbone: [_features] for backbone in served.backbones}
+        wanted: dict[LoadedBackbone, list[PartFunction]] = {backbone: [_features] for backbone in served.backbones}
         slots: list[tuple[LoadedBackbone, int]] = []
         for backbone, part in zip(served.backbones, served.parts, strict=True):
             wanted[backbone].append(part)
@@ -468,7 +483,7 @@ def _features(features: Tensor) -> Tensor:
     return features
 
 
-def _seen(served: Served, rows: Sequence[_Row | ModelError]) -> list[list[Seen]]:
+def _seen(served: Served, rows: Sequence[_Row | ModelError]) -> list[list[BackboneView]]:
     """Of each image by each of the model's backbones; of a bad image, and where nobody asked, nothing."""
     return [[row.seen[b] for b in served.backbones] if isinstance(row, _Row) and row.seen else [] for row in rows]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from models.images.decoding import stack
 
-Part = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
+PartFunction = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
 Place = tuple[int, int]  # of a value: its image's row, and which of the parts that this image asked for
 
 
-class Runtime(Protocol):
+class BackboneRuntime(Protocol):
     """What the batcher needs of a compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 (N, D) on its device."""
 
     max_batch: int
@@ -43,10 +43,10 @@ class Values(NamedTuple):
 
 
 def run(
-    runtime: Runtime,
+    runtime: BackboneRuntime,
     device: torch.device,
     images: Sequence[Tensor],
-    parts_by_row: Sequence[Sequence[Part]],
+    parts_by_row: Sequence[Sequence[PartFunction]],
     mapped: Sequence[int] = (),
 ) -> Values:
     """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
@@ -60,7 +60,7 @@ def run(
     return Values(wanted.by_row(outputs), [by_row.get(row) for row in range(len(images))], wanted.finite(outputs))
 
 
-def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> list[list[Tensor]]:
+def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[PartFunction]]) -> list[list[Tensor]]:
     """Features (N, D), and what each row asks for -> for each row its values in that order, float32 (K,) on the CPU."""
     wanted = _Wanted.of(parts_by_row, (), features.device)
     return wanted.by_row(wanted.outputs(features, None))
@@ -69,15 +69,17 @@ def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[Part]]) -> lis
 class _Wanted(NamedTuple):
     """What the images of a batch ask for. Made before the forward pass, so that the indices are on the device when they are needed."""
 
-    parts_by_row: Sequence[Sequence[Part]]
-    places: dict[Part, list[Place]]
+    parts_by_row: Sequence[Sequence[PartFunction]]
+    places: dict[PartFunction, list[Place]]
     rows: list[list[int]]  # of each part
     indices: list[
         Tensor | None
     ]  # on the device: of these rows, and of the images whose map is wanted; None: all in order
 
     @classmethod
-    def of(cls, parts_by_row: Sequence[Sequence[Part]], mapped: Sequence[int], device: torch.device) -> "_Wanted":
+    def of(
+        cls, parts_by_row: Sequence[Sequence[PartFunction]], mapped: Sequence[int], device: torch.device
+    ) -> "_Wanted":
         places = _by_part(parts_by_row)
         rows = [[row for row, _ in asked] for asked in places.values()]
         return cls(parts_by_row, places, rows, _indices([*rows, mapped], len(parts_by_row), device))
@@ -111,9 +113,9 @@ class _Wanted(NamedTuple):
         return finite
 
 
-def _by_part(parts_by_row: Sequence[Sequence[Part]]) -> dict[Part, list[Place]]:
+def _by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> dict[PartFunction, list[Place]]:
     """Rows that ask for the same part go through it together."""
-    places: dict[Part, list[Place]] = {}
+    places: dict[PartFunction, list[Place]] = {}
     for row, parts in enumerate(parts_by_row):
         for slot, part in enumerate(parts):
             places.setdefault(part, []).append((row, slot))

@@ -19,7 +19,7 @@ from models.store.store import ModelStore
 from service.errors import NotProvided
 from service.inference.decoding import DecodePool
 from service.inference.registry.loader import LoadedBackbone, Served
-from service.inference.results import Answer, Explain, Explanation, Prediction, Scores, Seen
+from service.inference.results import BackboneView, Explain, Explanation, ModelResults, Prediction, Probabilities
 
 GradCams = dict[tuple[int, int], Tensor]  # by the places of image and member: (k, h, w)
 
@@ -35,7 +35,9 @@ class Explainer:
     def close(self) -> None:
         self._gradients.shutdown(wait=False, cancel_futures=True)
 
-    async def explained(self, answer: Answer, served: Served, scores: Scores, how: Explain, client: str = "") -> Answer:
+    async def explained(
+        self, answer: ModelResults, served: Served, scores: Probabilities, how: Explain, client: str = ""
+    ) -> ModelResults:
         """The answer with an explanation of each prediction. Raises NotProvided where a network has no map."""
         loop = asyncio.get_running_loop()
         gradients: GradCams = {}
@@ -60,8 +62,12 @@ class Explainer:
 
 
 def _explained(
-    answer: Answer, served: Served, seen_by_image: Sequence[Sequence[Seen]], gradients: GradCams, how: Explain
-) -> Answer:
+    answer: ModelResults,
+    served: Served,
+    seen_by_image: Sequence[Sequence[BackboneView]],
+    gradients: GradCams,
+    how: Explain,
+) -> ModelResults:
     shape = served.backbones[0].ref.preprocessing
 
     def with_heat(image: int, prediction: Prediction) -> Prediction:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from service.inference.forward import Part
+from service.inference.forward import PartFunction
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Item:
     """One image on its way through one backbone."""
 
     pixels: Tensor  # uint8 (C, H, W)
-    parts: Sequence[Part]
+    parts: Sequence[PartFunction]
     deadline: float  # time.monotonic()
     future: asyncio.Future[Output]
     head_start_s: float = 0.0  # within its flow it waits as if it had come so much earlier; negative: later

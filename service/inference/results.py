@@ -15,7 +15,7 @@ from service.errors import ValidationFailed
 
 
 @dataclass(frozen=True)
-class Sample:
+class ParityImage:
     """An image's bytes, their features by each backbone's float32 original, (D,) each, and the probabilities by class that the head gives
     for these."""
 
@@ -172,7 +172,7 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelResults:
     """What one model says of each image of a call, in order; an image that failed has its error in its place."""
 
     model: str
@@ -199,7 +199,7 @@ def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Seen:
+class BackboneView:
     """An image as one backbone saw it, uint8 (C, H, W), and the map that its features come from, float32 (D, h, w), where there is one."""
 
     pixels: Tensor
@@ -207,7 +207,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Probabilities:
     """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error.
 
     `seen`: of each image, by each backbone, where an explanation was asked for. `near`: of each image, where the version keeps training
@@ -217,7 +217,7 @@ class Scores:
     config: ModelConfig
     results: list[Tensor | ModelError]
     timings: Timings
-    seen: list[list[Seen]] = field(default_factory=list)
+    seen: list[list[BackboneView]] = field(default_factory=list)
     near: list[Tensor | None] = field(default_factory=list)
 
     def probabilities(self) -> Tensor:
@@ -230,10 +230,10 @@ class Scores:
             rows.append(result)
         return torch.cat(rows)
 
-    def answer(self, k: int) -> Answer:
+    def answer(self, k: int) -> ModelResults:
         """The k best classes of each."""
         results = [row if isinstance(row, ModelError) else best(row, self.config.classes, k) for row in self.results]
-        return Answer(self.config.name, self.config.version, results, self.timings)
+        return ModelResults(self.config.name, self.config.version, results, self.timings)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class Statistics:
     queue: Total = field(default_factory=Total)
     compute: Total = field(default_factory=Total)
 
-    def answered(self, scores: Scores, seconds: float) -> None:
+    def answered(self, scores: Probabilities, seconds: float) -> None:
         """A request that was answered; one of which every image failed is a failure."""
         images = sum(not isinstance(result, ModelError) for result in scores.results)
         if not images:

@@ -10,7 +10,7 @@ from models.errors import ModelError
 from models.uncertainty import Reference, kth
 from service.errors import NotProvided
 from service.inference.registry.loader import Served
-from service.inference.results import Answer, Nearest, Prediction, Scores, Wanted, WithinTraining
+from service.inference.results import ModelResults, Nearest, Prediction, Probabilities, Wanted, WithinTraining
 
 
 def check(served: Served, wanted: Wanted) -> None:
@@ -28,7 +28,7 @@ def check(served: Served, wanted: Wanted) -> None:
         )
 
 
-def judged(answer: Answer, served: Served, scores: Scores, wanted: Wanted) -> Answer:
+def judged(answer: ModelResults, served: Served, scores: Probabilities, wanted: Wanted) -> ModelResults:
     """The answer with what the version's reference says of each image; as it was where it has none."""
     if served.reference is None:
         return answer

@@ -22,12 +22,12 @@ from models.errors import DatasetError
 from models.files.atomic_files import locked, replace, staging, sweep
 from models.files.records import read_record, to_json
 from models.store.store import ModelStore
-from models.training.job.job_files import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, Result
+from models.training.job.job_files import DRY_RUN, JOB, REPORT, REPORT_PAGE, RESULT, JobResult
 from models.training.job.request import FinetuneRequest
 from service import datasets
 from service.errors import DeadlineExceeded, Draining, ReportNotFound, ServiceError, TrainerUnavailable, error_of
 from service.inference.engine import Engine
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 from service.jobs.events import EVENTS, Tail, append
 from service.jobs.job import ACTIVE, ID_PATTERN, TERMINAL, Job
 from service.jobs.trainer import TRAINER, Trainers, order_of
@@ -158,7 +158,7 @@ class Jobs:
         from service.jobs.takeover import Takeover
         from service.jobs.worker import Worker
 
-        def activate(name: str, version: int, samples: Sequence[Sample]) -> None:
+        def activate(name: str, version: int, samples: Sequence[ParityImage]) -> None:
             asyncio.run_coroutine_threadsafe(self.engine.activate(name, version, samples), loop).result()
 
         def leaving() -> bool:
@@ -338,7 +338,7 @@ class Jobs:
         with staging(self.folders, self.folders / STAGING_LOCK) as folder:
             replace(folder / JOB, to_json(order_of(self.settings, request)))
             self._run_dry(folder, left)
-            result = read_record(folder / RESULT, Result)
+            result = read_record(folder / RESULT, JobResult)
             if result.error is not None:
                 raise error_of(result.error.code, result.error.message)
             found: dict[str, Any] = json.loads((folder / DRY_RUN).read_bytes())

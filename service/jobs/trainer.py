@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.training.job.job_files import Order
+from models.training.job.job_files import JobSpec
 from models.training.job.request import FinetuneRequest
 from service.datasets import resolve
 from service.settings import Settings
@@ -33,10 +33,10 @@ LINE_BYTES = 65_536
 SECRETS = ("IMAGO_ADMIN_KEY", "IMAGO_API_KEY", "IMAGO_JOBS_DATABASE")
 
 
-def order_of(settings: Settings, request: FinetuneRequest) -> Order:
+def order_of(settings: Settings, request: FinetuneRequest) -> JobSpec:
     """What a trainer is given. The dataset is looked up again each time, for it may have moved: DatasetError."""
     dataset = resolve(settings.datasets, request.dataset)
-    return Order(
+    return JobSpec(
         request=request.model_copy(update={"dataset": dataset}),
         weights=settings.weights.resolve(),
         cache=(settings.data / "features").resolve(),

@@ -31,8 +31,8 @@ from models.training.job.job_files import (
     PARITY,
     RESULT,
     RUN,
+    JobResult,
     ParitySamples,
-    Result,
     published,
 )
 from models.training.job.request import FinetuneRequest
@@ -45,7 +45,7 @@ from service.errors import (
     ServiceError,
     TrainerUnavailable,
 )
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 from service.jobs.events import EVENTS, append
 from service.jobs.job import Job
 from service.jobs.pace import Pace, Reached
@@ -77,7 +77,7 @@ class Worker:
         store: ModelStore,
         table: JobTable,
         folders: Path,
-        activate: Callable[[str, int, Sequence[Sample]], None],
+        activate: Callable[[str, int, Sequence[ParityImage]], None],
         leaving: Callable[[], bool],
         trainers: Trainers,
     ) -> None:
@@ -203,7 +203,7 @@ class Worker:
         """From what is in the folder to what is in the table."""
         if self._settle_cancelled(id, folder) or not (folder / RESULT).exists():
             return
-        result = read_record(folder / RESULT, Result)
+        result = read_record(folder / RESULT, JobResult)
         if result.error is not None:
             self._fail(id, result.error.code, result.error.message, effective=result.effective)
             return
@@ -250,13 +250,13 @@ class Worker:
         if job.status != "running" or job.phase != "deploy":
             return
         folder = self.folders / id
-        result = read_record(folder / RESULT, Result)
+        result = read_record(folder / RESULT, JobResult)
         deployment = self._put_to_service(result, folder / PARITY)
         (folder / PARITY).unlink(missing_ok=True)  # it holds images
         if self.table.finish(id, "succeeded", deployment=deployment):
             self._tell(id, status="succeeded", message=f"{result.model}@{result.version}: {deployment}")
 
-    def _put_to_service(self, result: Result, parity: Path) -> str:
+    def _put_to_service(self, result: JobResult, parity: Path) -> str:
         if result.deployment == "rejected":
             return f"rejected: {result.reason}"
         if result.deployment != "activate" or result.model is None or result.version is None:
@@ -270,7 +270,7 @@ class Worker:
             return "failed: internal error; the server's log has the details"
         return "activated"
 
-    def _activate_patiently(self, name: str, version: int, samples: Sequence[Sample]) -> None:
+    def _activate_patiently(self, name: str, version: int, samples: Sequence[ParityImage]) -> None:
         """That the server is busy, or has lost a GPU, says nothing against the model: tried again for a while, or after the restart."""
         ends = time.monotonic() + ACTIVATE_S
         while True:
@@ -293,12 +293,14 @@ class Worker:
             log.warning("job %s: an event could not be written: %s", id, error)
 
 
-def _samples(path: Path) -> list[Sample]:
+def _samples(path: Path) -> list[ParityImage]:
     """What the trainer says that some images get, if it does."""
     if not path.exists():
         return []
     found = ParitySamples.model_validate_json(path.read_bytes()).samples
-    return [Sample(one.name, one.image, [_vector(data) for data in one.features], one.probabilities) for one in found]
+    return [
+        ParityImage(one.name, one.image, [_vector(data) for data in one.features], one.probabilities) for one in found
+    ]
 
 
 def _vector(data: bytes) -> Tensor:

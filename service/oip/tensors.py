@@ -31,7 +31,7 @@ INPUT, OUTPUT = "input", "probs"
 MAX_JSON = 8 * 2**20  # bytes: a float32 image of 224 x 224 takes 3 MB
 SLICE = 10_000  # values of an answer that are encoded at once: 10 ms
 
-Pixels = NDArray[np.uint8] | NDArray[np.float32]
+PixelTensor = NDArray[np.uint8] | NDArray[np.float32]
 
 
 class _Part(BaseModel):
@@ -81,7 +81,7 @@ class _Request(_Part):
 class Inference:
     """What is asked: `images` are encoded files, one each, or pixels of the shape that the sender gave them."""
 
-    images: list[bytes] | Pixels
+    images: list[bytes] | PixelTensor
     id: str | None = None
     classes: int = 0  # the best so many, as texts; 0: the probabilities of all
     binary: bool = True  # the answer
@@ -148,7 +148,7 @@ def _output(request: _Request) -> _Output:
     return output
 
 
-def _images(tensor: _Input, raw: memoryview, arrays: Sequence[bytes]) -> list[bytes] | Pixels:
+def _images(tensor: _Input, raw: memoryview, arrays: Sequence[bytes]) -> list[bytes] | PixelTensor:
     size = tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         raise BadRequest("an input has either `data` or the parameter `binary_data_size`")
@@ -194,7 +194,7 @@ def _texts(data: Sequence[Any]) -> list[bytes]:
         raise BadRequest("BYTES in JSON are images in base64; or send them as binary data") from None
 
 
-def _from_json(tensor: _Input, arrays: Sequence[bytes]) -> Pixels:
+def _from_json(tensor: _Input, arrays: Sequence[bytes]) -> PixelTensor:
     """Numbers, flat or nested as the shape says."""
     [index] = tensor.data if tensor.data is not None and len(tensor.data) == 1 else [None]
     if type(index) is not int or not 0 <= index < len(arrays):
@@ -202,7 +202,7 @@ def _from_json(tensor: _Input, arrays: Sequence[bytes]) -> Pixels:
     return numbers(arrays[index], tensor.shape, tensor.datatype)
 
 
-def _from_binary(tensor: _Input, raw: memoryview) -> Pixels:
+def _from_binary(tensor: _Input, raw: memoryview) -> PixelTensor:
     dtype = DATATYPES[tensor.datatype].dtype
     if len(raw) != prod(tensor.shape) * dtype.itemsize:
         raise BadRequest(f"{tensor.datatype} of this shape takes {prod(tensor.shape) * dtype.itemsize} bytes")
@@ -211,7 +211,7 @@ def _from_binary(tensor: _Input, raw: memoryview) -> Pixels:
     )  # the JSON before it has any length
 
 
-def fitted(pixels: Pixels, kind: Preprocessing) -> list[Tensor]:
+def fitted(pixels: PixelTensor, kind: Preprocessing) -> list[Tensor]:
     """Pixels (n, C, H, W) or (n, H, W, C) -> one (C, height, width) each. Raises BadRequest where the model takes other images."""
     planes = (kind.channels, kind.height, kind.width)
     rows = (kind.height, kind.width, kind.channels)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Depends, Query, Request, Response
 
 from models.errors import NameConflict
 from models.files.records import NAME_PATTERN
-from service.datasets import Arrival, Dataset
+from service.datasets import Arrival, DatasetEntry
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.http.auth import AdminRoute, require_admin
 from service.http.middleware import encode
@@ -23,7 +23,7 @@ from service.http.schemas import (
     Validate,
     json_answer,
 )
-from service.http.uploads.multipart import Multipart, Part, Sink
+from service.http.uploads.multipart import Multipart, PartHead, Sink
 from service.http.uploads.upload import while_connected
 from service.routes.dependencies import DatasetsDep, JobsDep
 
@@ -56,7 +56,7 @@ UPLOADED = {
 KEPT = json_answer("The dataset", DATASET_EXAMPLE)
 LISTED = json_answer("A page of datasets", {"object": "list", "data": [DATASET_EXAMPLE], "has_more": False})
 FOUND = json_answer("What the trainer found", DRY_RUN_EXAMPLE)
-Asked = Annotated[Validate, Body(examples=[{"dataset": "hymenoptera.zip"}])]
+ValidateBody = Annotated[Validate, Body(examples=[{"dataset": "hymenoptera.zip"}])]
 
 
 @router.get("/datasets", summary="The datasets", responses={200: LISTED})
@@ -79,7 +79,7 @@ async def upload_dataset(
         str | None, Query(pattern=NAME_PATTERN, description="By default that of the file, as far as it can be one")
     ] = None,
     replace: Annotated[bool, Query(description="Put it in the place of the one that is there")] = False,
-) -> Dataset:
+) -> DatasetEntry:
     """A zip of class folders, as the body itself or as a multipart part `file`. It is there once it is whole and its table of contents
     was checked; `POST /datasets/validate` looks at the images."""
     _check_headers(request)
@@ -97,7 +97,7 @@ async def upload_dataset(
 
 
 @router.post("/datasets/validate", summary="Audit a dataset", responses={200: FOUND}, response_model=DryRun)
-async def validate_dataset(request: Request, jobs: JobsDep, body: Asked) -> Any:
+async def validate_dataset(request: Request, jobs: JobsDep, body: ValidateBody) -> Any:
     """The audit of a dataset, the split and an estimate, as `POST /finetune?dry_run=true` gives them; it needs no name of a model."""
     found = await while_connected(request, jobs.dry_run(body))
     return Response(encode(found), media_type="application/json")
@@ -161,7 +161,7 @@ class FilePart:
 
     def __init__(self, content_type: str, write: Sink) -> None:
         self._write = write
-        self._part: Part | None = None
+        self._part: PartHead | None = None
         self._parser = Multipart(content_type, self._begin)
 
     def feed(self, data: bytes) -> None:
@@ -174,7 +174,7 @@ class FilePart:
             raise MissingFile("there is no `file` part; send one: curl -F file=@bees.zip", param="file")
         return self._part.filename or ""
 
-    def _begin(self, part: Part) -> Sink:
+    def _begin(self, part: PartHead) -> Sink:
         if not part.is_file and part.kind not in ZIP_TYPES:
             raise UnknownField("the body has one part, `file`; `name` and `replace` go into the query")
         if self._part is not None:

@@ -68,14 +68,14 @@ Key = Annotated[
 SHOWN = json_answer("The job", JOB_EXAMPLE)
 LISTED = json_answer("A page of jobs", {"object": "list", "data": [JOB_EXAMPLE], "has_more": False})
 REHEARSED = {"model": DryRun, **json_answer("Of a dry run: what the trainer found", DRY_RUN_EXAMPLE)}
-Asked = Annotated[FinetuneRequest, Body(examples=[JOB_REQUEST_EXAMPLE])]
+FinetuneBody = Annotated[FinetuneRequest, Body(examples=[JOB_REQUEST_EXAMPLE])]
 
 
 @router.post(
     "/finetune", summary="Start a job", status_code=202, responses={202: SHOWN, 200: REHEARSED}, response_model=Job
 )
 async def create_job(
-    request: Request, response: Response, jobs: JobsDep, body: Asked, key: Key = None, dry_run: bool = False
+    request: Request, response: Response, jobs: JobsDep, body: FinetuneBody, key: Key = None, dry_run: bool = False
 ) -> Any:
     """Trains in the background, one job at a time: follow `Location`. With `dry_run=true` nothing is started: 200 with the audit of
     the dataset, the split and an estimate."""

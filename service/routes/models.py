@@ -50,7 +50,7 @@ def _possible(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_possible), Path(description="A model's name", examples=["cifar10"])]
-Version = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
+VersionPath = Annotated[int, Path(ge=1, description="A version of it", examples=[1])]
 
 LISTED = json_answer(
     "The models", {"models": [MODEL_EXAMPLE], "devices": {"cuda:0": "works"}, "device_note": None, "has_more": False}
@@ -198,7 +198,7 @@ EXPORTED: dict[str, Any] = {
 async def export_version(
     request: Request,
     name: Name,
-    version: Version,
+    version: VersionPath,
     store: StoreDep,
     exports: ExportsDep,
     format: Annotated[
@@ -239,7 +239,7 @@ async def remove_model(name: Name, engine: EngineDep, store: StoreDep) -> None:
 
 
 @admin_router.delete("/models/{name}/versions/{version}", summary="Remove a version", status_code=204)
-async def remove_version(name: Name, version: Version, engine: EngineDep, store: StoreDep) -> None:
+async def remove_version(name: Name, version: VersionPath, engine: EngineDep, store: StoreDep) -> None:
     """409 if it serves."""
     await run_in_threadpool(store.remove, name, version)
     await engine.sync()

@@ -21,7 +21,7 @@ from service.http.schemas import json_answer
 from service.http.uploads.upload import read_body, while_connected
 from service.inference.engine import Engine, Image
 from service.inference.registry.loader import Served
-from service.inference.results import Scores
+from service.inference.results import Probabilities
 from service.oip import metadata as documents
 from service.oip.metadata import Document
 from service.oip.tensors import Inference, fitted, parse, reply
@@ -116,14 +116,14 @@ def _images(inference: Inference, served: Served) -> Sequence[Image]:
     return fitted(inference.images, served.input)
 
 
-async def _respond(request: Request, inference: Inference, scores: Scores) -> Response:
+async def _respond(request: Request, inference: Inference, scores: Probabilities) -> Response:
     probabilities = scores.probabilities()
     encoding = compression.accepted(request.headers.get("accept-encoding", ""))
     work = partial(_response, inference, scores, probabilities, encoding)
     return work() if probabilities.numel() <= INLINE_SCORES else await run_in_threadpool(work)
 
 
-def _response(inference: Inference, scores: Scores, probabilities: Tensor, encoding: str | None) -> Response:
+def _response(inference: Inference, scores: Probabilities, probabilities: Tensor, encoding: str | None) -> Response:
     answer = reply(inference, scores.config, probabilities)
     body, headers, kind = answer.body, {"Server-Timing": scores.timings.header}, "application/json"
     if answer.header_length is not None:
@@ -248,7 +248,7 @@ class LoadParameters(_Strict):
     """None: a model's files and its configuration are in the store."""
 
 
-class Load(_Strict):
+class LoadRequest(_Strict):
     parameters: LoadParameters = LoadParameters()
 
 
@@ -287,7 +287,7 @@ async def v2_load(
     name: Name,
     engine: EngineDep,
     store: StoreDep,
-    body: Annotated[Load | None, Body(examples=[{"parameters": {}}])] = None,
+    body: Annotated[LoadRequest | None, Body(examples=[{"parameters": {}}])] = None,
 ) -> Response:
     """Loads the version that the store says is served, else the latest, beside the one that serves, tries it, and swaps."""
     await engine.activate(name, await run_in_threadpool(_to_serve, store, name))

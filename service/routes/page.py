@@ -25,7 +25,7 @@ HEADERS = {
 }
 
 
-class Files(StaticFiles):
+class PageFiles(StaticFiles):
     """The page's scripts and style, with its headers."""
 
     def get_path(self, scope: Any) -> str:

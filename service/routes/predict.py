@@ -36,7 +36,7 @@ from service.http.uploads.image_requests import (
     image_request,
 )
 from service.http.uploads.upload import Upload, read_upload, while_connected
-from service.inference.results import Answer, Embedding, Explain, Prediction, Timings, Wanted, failed
+from service.inference.results import Embedding, Explain, ModelResults, Prediction, Timings, Wanted, failed
 from service.routes.dependencies import state_of
 
 router = APIRouter(tags=["images"], route_class=UserRoute)
@@ -90,12 +90,12 @@ async def predict(request: Request) -> Response:
     return await _respond(partial(_encoded, answers, upload.filenames), size, answers[0].timings)
 
 
-def _documents(answers: Sequence[Answer], filenames: Sequence[str | None]) -> dict[str, Any]:
+def _documents(answers: Sequence[ModelResults], filenames: Sequence[str | None]) -> dict[str, Any]:
     documents = [answer.document(filenames) for answer in answers]
     return documents[0] if len(documents) == 1 else {"models": documents}
 
 
-def _encoded(answers: Sequence[Answer], filenames: Sequence[str | None]) -> bytes:
+def _encoded(answers: Sequence[ModelResults], filenames: Sequence[str | None]) -> bytes:
     """JSON of `_documents`."""
     bodies = [
         _joined({"model": answer.model, "version": answer.version}, answer.documents(filenames)) for answer in answers

@@ -46,7 +46,7 @@ class Near:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class DuplicateGroups:
     """Of N images. `groups` are kept on one side of a split."""
 
     groups: Tensor  # int64 (N,), in order of first appearance
@@ -64,7 +64,7 @@ class Matches:
 
 
 @dataclass(frozen=True, eq=False)
-class Thumbnails:
+class DuplicateEvidence:
     """What near-duplicates are found by, of N images."""
 
     hashes: npt.NDArray[np.uint64]  # (N,)
@@ -77,15 +77,15 @@ def search(
     digests: Sequence[bytes],
     near: NearDuplicates = "group",
     progress: Callable[[float], None] = lambda fraction: None,
-) -> Found:
+) -> DuplicateGroups:
     """uint8 (N, C, H, W) and a hash of each -> groups of equal ones and, by `near`, of near-duplicates."""
     exact = equal(digests)
     if near == "off":
-        return Found(exact)
+        return DuplicateGroups(exact)
     first = np.unique(exact.numpy(), return_index=True)[1]  # one image of each set of equal ones, (M,)
     matches = near_pairs(pixels, torch.from_numpy(first), progress)
     groups = _joined(exact, torch.from_numpy(first[matches.pairs]))
-    return Found(groups if near == "group" else exact, _named(groups, first, matches))
+    return DuplicateGroups(groups if near == "group" else exact, _named(groups, first, matches))
 
 
 def _named(groups: Tensor, first: npt.NDArray[np.int64], matches: Matches) -> tuple[Near, ...]:
@@ -119,7 +119,7 @@ def equal(digests: Sequence[bytes]) -> Tensor:
 
 def thumbnails(
     pixels: Tensor, rows: Tensor, progress: Callable[[float], None] = lambda fraction: None, batch_size: int = 64
-) -> Thumbnails:
+) -> DuplicateEvidence:
     """Of the given rows (M,) of uint8 (N, C, H, W)."""
     hashes, gray, flat = [], [], []
     for batch in torch.split(rows, batch_size):
@@ -129,7 +129,7 @@ def thumbnails(
         gray.append(exact.half())
         flat.append(image.flatten(1).std(dim=1) < MIN_CONTRAST)
         progress(len(hashes) * batch_size / max(len(rows), batch_size))
-    return Thumbnails(np.concatenate(hashes), torch.cat(gray), torch.cat(flat))
+    return DuplicateEvidence(np.concatenate(hashes), torch.cat(gray), torch.cat(flat))
 
 
 def _gray(pixels: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _oversized(pairs: Pairs, kept: npt.NDArray[np.bool_], images: int, largest: 
     return (sizes[groups[torch.from_numpy(pairs[:, 0])]] > largest).numpy()
 
 
-def _candidates(thumbs: Thumbnails) -> Pairs:
+def _candidates(thumbs: DuplicateEvidence) -> Pairs:
     """Differing bits and places (p, 3) of pairs, in order of places, that share 16 of the hash's bits in place and differ in few:
     sorted lists are compared with themselves, shifted."""
     places = np.flatnonzero(~thumbs.flat.numpy())

@@ -11,8 +11,8 @@ import re
 from typing import NamedTuple
 
 from models.data.files import Files, opened
-from models.data.formats.raw_pixels import Array, class_names, names_beside, read_exactly, reader
-from models.data.samples import Item, Part, Source, make_source
+from models.data.formats.raw_pixels import PixelArray, class_names, names_beside, read_exactly, reader
+from models.data.samples import DatasetItem, DatasetSource, Part, make_source
 from models.errors import DatasetError
 from models.files.zip_file import printable
 
@@ -22,7 +22,7 @@ PICKLED = re.compile(r"(.*/)?(data_batch_\d+|batches\.meta)")
 PICKLED_100 = ("train", "test", "meta")
 
 
-class Version(NamedTuple):
+class CifarVersion(NamedTuple):
     """How one of the two is stored."""
 
     title: str
@@ -33,12 +33,12 @@ class Version(NamedTuple):
 
 
 VERSIONS = (
-    Version("CIFAR-10", re.compile(r"(data_batch_\d+|test_batch)\.bin"), 1, 10, ("batches.meta.txt",)),
-    Version("CIFAR-100", re.compile(r"(train|test)\.bin"), 2, 100, ("fine_label_names.txt",)),
+    CifarVersion("CIFAR-10", re.compile(r"(data_batch_\d+|test_batch)\.bin"), 1, 10, ("batches.meta.txt",)),
+    CifarVersion("CIFAR-100", re.compile(r"(train|test)\.bin"), 2, 100, ("fine_label_names.txt",)),
 )
 
 
-def read_cifar(files: Files) -> Source | None:
+def read_cifar(files: Files) -> DatasetSource | None:
     """None where no file is named like these. Raises DatasetError: pickles alone, several data sets, or a malformed file."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in sorted(files.names):
@@ -58,25 +58,25 @@ def read_cifar(files: Files) -> Source | None:
     return _source(files, folder, names, version)
 
 
-def _source(files: Files, folder: str, names: list[str], version: Version) -> Source:
+def _source(files: Files, folder: str, names: list[str], version: CifarVersion) -> DatasetSource:
     beside = names_beside(files, folder, version.names)
     known = beside[1] if beside else tuple(map(str, range(version.classes)))
-    items: list[Item] = []
-    arrays: dict[str, Array] = {}
+    items: list[DatasetItem] = []
+    arrays: dict[str, PixelArray] = {}
     for path in names:
         name, rows = posixpath.basename(path), _load(files, path, version)
         labels, pixels = rows[:, version.labels - 1], rows[:, version.labels :]
         arrays[name] = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # (N, H, W, 3), a view
         part: Part = "test" if name.startswith("test") else "train"
         classes = class_names(labels, known, path, beside[0] if beside else version.title)
-        items += [Item(f"{name}[{row}]", f"{name}[{row}]", part, label) for row, label in enumerate(classes)]
+        items += [DatasetItem(f"{name}[{row}]", f"{name}[{row}]", part, label) for row, label in enumerate(classes)]
     layout = f"{version.title}, binary version: " + ", ".join(
         f"{name} ({len(a):,} images)" for name, a in arrays.items()
     )
     return make_source(layout, items, reader(arrays), labelled=True)
 
 
-def _load(files: Files, name: str, version: Version) -> Array:
+def _load(files: Files, name: str, version: CifarVersion) -> PixelArray:
     """uint8 (N, labels and pixels)."""
     row = version.labels + PIXELS
     with opened(files, name) as content:

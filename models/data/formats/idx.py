@@ -10,8 +10,16 @@ import re
 from typing import NamedTuple
 
 from models.data.files import Files
-from models.data.formats.raw_pixels import Array, check_image, class_names, names_beside, read_exactly, reader, unpacked
-from models.data.samples import Item, Part, Source, make_source, part_of
+from models.data.formats.raw_pixels import (
+    PixelArray,
+    check_image,
+    class_names,
+    names_beside,
+    read_exactly,
+    reader,
+    unpacked,
+)
+from models.data.samples import DatasetItem, DatasetSource, Part, make_source, part_of
 from models.errors import DatasetError
 from models.files.zip_file import printable
 
@@ -26,7 +34,7 @@ DIMENSIONS = {"images": 3, "labels": 1}
 UBYTE = 0x08
 
 
-class Pair(NamedTuple):
+class IdxFiles(NamedTuple):
     """The two files of a part, by their relative names."""
 
     part: Part
@@ -34,14 +42,14 @@ class Pair(NamedTuple):
     labels: str
 
 
-def read_idx(files: Files) -> Source | None:
+def read_idx(files: Files) -> DatasetSource | None:
     """None where no file is named like these; raises DatasetError where one is, and something is missing or malformed."""
     folder, pairs = _pairs(files)
     if not pairs:
         return None
     beside = names_beside(files, folder, NAMES) or _emnist_mapping(files, pairs[0])
-    items: list[Item] = []
-    arrays: dict[str, Array] = {}
+    items: list[DatasetItem] = []
+    arrays: dict[str, PixelArray] = {}
     for pair in pairs:
         labels = _load(files, pair.labels, "labels")
         images = _load(files, pair.images, "images")
@@ -53,12 +61,14 @@ def read_idx(files: Files) -> Source | None:
         name = posixpath.basename(_without_gz(pair.images))
         arrays[name] = images
         classes = class_names(labels, beside and beside[1], pair.labels, beside[0] if beside else "")
-        items += [Item(f"{name}[{row}]", f"{name}[{row}]", pair.part, label) for row, label in enumerate(classes)]
+        items += [
+            DatasetItem(f"{name}[{row}]", f"{name}[{row}]", pair.part, label) for row, label in enumerate(classes)
+        ]
     layout = "IDX files: " + ", ".join(f"{name} ({len(array):,} images)" for name, array in arrays.items())
     return make_source(layout, items, reader(arrays), labelled=True, notes=_notes(pairs))
 
 
-def _pairs(files: Files) -> tuple[str, list[Pair]]:
+def _pairs(files: Files) -> tuple[str, list[IdxFiles]]:
     """The folder that holds them and the pairs, train first. Raises DatasetError: one without its other, or several data sets."""
     found: dict[tuple[str, str], dict[tuple[Part, str], str]] = {}
     for name in sorted(
@@ -89,21 +99,21 @@ def _any_of(by_kind: dict[tuple[Part, str], str], part: Part) -> bool:
     return (part, "images") in by_kind or (part, "labels") in by_kind
 
 
-def _pair(by_kind: dict[tuple[Part, str], str], part: Part) -> Pair:
+def _pair(by_kind: dict[tuple[Part, str], str], part: Part) -> IdxFiles:
     images, labels = by_kind.get((part, "images")), by_kind.get((part, "labels"))
     if images is None or labels is None:
         lacks = ("images", "labels")[images is not None]
         raise DatasetError(
             f"{printable(images or labels or '')} has no {lacks} beside it: put the file of its {lacks} there"
         )
-    return Pair(part, images, labels)
+    return IdxFiles(part, images, labels)
 
 
 def _without_gz(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".GZ")
 
 
-def _load(files: Files, name: str, kind: str) -> Array:
+def _load(files: Files, name: str, kind: str) -> PixelArray:
     """uint8 (N, H, W) of images, (N,) of labels."""
     dimensions = DIMENSIONS[kind]
     with unpacked(files, name) as content:
@@ -122,7 +132,7 @@ def _load(files: Files, name: str, kind: str) -> Array:
         return read_exactly(content, shape, files, name)
 
 
-def _emnist_mapping(files: Files, pair: Pair) -> tuple[str, tuple[str, ...]] | None:
+def _emnist_mapping(files: Files, pair: IdxFiles) -> tuple[str, tuple[str, ...]] | None:
     """EMNIST's own names, `emnist-letters-mapping.txt`: a label and the codes of its characters a line; the first character names it."""
     folder, name = posixpath.split(pair.images)
     match = NAME.fullmatch(name)
@@ -139,7 +149,7 @@ def _emnist_mapping(files: Files, pair: Pair) -> tuple[str, tuple[str, ...]] | N
     return path, tuple(names.get(label, str(label)) for label in range(max(names) + 1))
 
 
-def _notes(pairs: list[Pair]) -> list[str]:
+def _notes(pairs: list[IdxFiles]) -> list[str]:
     if not posixpath.basename(pairs[0].images).lower().startswith("emnist"):
         return []
     return [

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from models.data.files import Files
-from models.data.samples import UNREADABLE, Item, Source, by_path, make_source
+from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, by_path, make_source
 from models.errors import DatasetError
 from models.files.zip_file import check_count, printable
 
@@ -44,7 +44,7 @@ def is_export(files: Files, name: str) -> bool:
     return start.lstrip().startswith("[") and all(f'"{key}"' in start for key in KEYS)
 
 
-def read_json(files: Files, name: str) -> Source:
+def read_json(files: Files, name: str) -> DatasetSource:
     """Raises TooFewClasses, DatasetError."""
     try:
         found = json.loads(files.text(name))
@@ -67,10 +67,10 @@ def _tasks(name: str, found: list[dict[str, Any]]) -> Iterator[Task]:
         yield Task(place, task["image"], task.get("choice"))
 
 
-def source(files: Files, name: str, tasks: Iterable[Task]) -> Source:
+def source(files: Files, name: str, tasks: Iterable[Task]) -> DatasetSource:
     """Tasks without a choice are left out, and counted in a note."""
-    beside, folder = Beside(files.names), posixpath.dirname(name)
-    items: set[Item] = set()
+    beside, folder = FilesByPathEnd(files.names), posixpath.dirname(name)
+    items: set[DatasetItem] = set()
     unlabelled = 0
     for task in tasks:
         label = _label(task)
@@ -79,7 +79,7 @@ def source(files: Files, name: str, tasks: Iterable[Task]) -> Source:
             continue
         wanted = _path(task)
         path = beside.find(posixpath.join(folder, wanted), task.place)
-        items.add(Item(printable(path), files.names.get(path, path), "train", label))
+        items.add(DatasetItem(printable(path), files.names.get(path, path), "train", label))
         check_count(len(items))
     notes = [f"{unlabelled} tasks of {printable(name)} have no choice and are left out"] if unlabelled else []
     return make_source("Label Studio's export", by_path(items), files.read, labelled=True, notes=notes)
@@ -131,7 +131,7 @@ def _path(task: Task) -> str:
     return path
 
 
-class Beside:
+class FilesByPathEnd:
     """The files beside an export, by the ends of their paths."""
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from models.data.files import Files
 from models.data.formats.parquet_pages import unpacked_bytes
-from models.data.samples import UNREADABLE, Item, Part, Source, make_source, part_of
+from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, Part, make_source, part_of
 from models.errors import DatasetError
 from models.files.zip_file import check_count, check_growth, printable
 from models.images.cost import FILE_BYTES
@@ -34,7 +34,7 @@ MAX_ROW_GROUP_BYTES = 2**30
 KEPT = 2  # row groups in memory: threads read the end of one and the beginning of the next
 
 
-def read_parquet(files: Files) -> Source | None:
+def read_parquet(files: Files) -> DatasetSource | None:
     """None where there is no parquet file. Raises TooFewClasses; DatasetError: pyarrow is not there, or a file is not as it should be."""
     names = sorted(name for name in files.names if name.lower().endswith(".parquet"))
     if not names:
@@ -47,14 +47,16 @@ def read_parquet(files: Files) -> Source | None:
         parts, strays = dict.fromkeys(names, "train"), []
     folder = posixpath.commonpath(map(posixpath.dirname, names))
     shards: dict[str, Shard] = {}
-    items: list[Item] = []
+    items: list[DatasetItem] = []
     for name, part in parts.items():
         if part is None:
             continue
         shard = Shard(files, name)
         path = printable(posixpath.relpath(name, folder or "."))
         shards[path] = shard
-        items += [Item(f"{path}[{row}]", f"{path}[{row}]", part, label) for row, label in enumerate(shard.labels())]
+        items += [
+            DatasetItem(f"{path}[{row}]", f"{path}[{row}]", part, label) for row, label in enumerate(shard.labels())
+        ]
         check_count(len(items))
 
     def read(file: str) -> bytes:

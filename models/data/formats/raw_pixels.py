@@ -29,10 +29,10 @@ MAX_NAMES = 256
 BLOCK = 2**20  # bytes read at once
 STORED = 65_535  # bytes of a block that deflate stores as they are
 
-Array = npt.NDArray[np.uint8]
+PixelArray = npt.NDArray[np.uint8]
 
 
-def allocate(shape: tuple[int, ...]) -> Array:
+def allocate(shape: tuple[int, ...]) -> PixelArray:
     """Zeros, in memory or, when large, in a temporary file that vanishes with the array. Raises OSError where the disk is full."""
     size = math.prod(shape)
     if size <= MAX_BYTES_IN_MEMORY:
@@ -64,7 +64,7 @@ def unpacked(files: Files, name: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], content)
 
 
-def read_exactly(content: IO[bytes], shape: tuple[int, ...], files: Files, name: str) -> Array:
+def read_exactly(content: IO[bytes], shape: tuple[int, ...], files: Files, name: str) -> PixelArray:
     """uint8 of this shape, which a header promised and which must end the file. Nothing is allocated that the file cannot hold.
 
     Raises DatasetError: a file that is shorter or longer, or too many images.
@@ -99,7 +99,7 @@ def check_image(height: int, width: int, name: str) -> None:
         )
 
 
-def reader(arrays: Mapping[str, Array]) -> Read:
+def reader(arrays: Mapping[str, PixelArray]) -> Read:
     """Reads `name[row]` of arrays (N, H, W) or, channels last, (N, H, W, 3), as a PNG."""
 
     def read(file: str) -> bytes:
@@ -109,7 +109,7 @@ def reader(arrays: Mapping[str, Array]) -> Read:
     return read
 
 
-def png(pixels: Array) -> bytes:
+def png(pixels: PixelArray) -> bytes:
     """uint8 (H, W) or (H, W, 3) -> a PNG. It is stored without compression, so its bytes, and the hashes made of them, follow from the
     pixels alone and not from the version of a library."""
     height, width = pixels.shape[:2]
@@ -162,7 +162,7 @@ def names_beside(files: Files, folder: str, candidates: tuple[str, ...]) -> tupl
         folder = posixpath.dirname(folder)
 
 
-def class_names(labels: Array, names: tuple[str, ...] | None, file: str, names_file: str) -> list[str]:
+def class_names(labels: PixelArray, names: tuple[str, ...] | None, file: str, names_file: str) -> list[str]:
     """The name of each label (N,); without names, the label's number. Raises DatasetError for a label that has no name."""
     if names is None:
         return [str(label) for label in labels.tolist()]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from models.data.files import Files
 from models.data.formats import label_studio
-from models.data.samples import UNREADABLE, Item, Part, Source, by_path, make_source, part_of
+from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, Part, by_path, make_source, part_of
 from models.data.tables.columns import (
     MAX_VALUES,
     TRUE,
@@ -54,11 +54,11 @@ class Understood(NamedTuple):
 
 
 class Listed(NamedTuple):
-    items: list[Item]
+    items: list[DatasetItem]
     notes: list[str]
 
 
-def read_table(files: Files, name: str) -> Source:
+def read_table(files: Files, name: str) -> DatasetSource:
     """The dataset that the table `name` lists. Raises TooFewClasses, DatasetError."""
     with open_table(files, name) as table:
         if posixpath.basename(name) == ONE_HOT:
@@ -68,9 +68,9 @@ def read_table(files: Files, name: str) -> Source:
     return _source(files, [_understood(files, name)], {})
 
 
-def read_one_hot(files: Files) -> Source | None:
+def read_one_hot(files: Files) -> DatasetSource | None:
     """Roboflow's multi-label export, where each image has one label; None where there is no `_classes.csv`."""
-    items: list[Item] = []
+    items: list[DatasetItem] = []
     for name in sorted(name for name in files.names if posixpath.basename(name) == ONE_HOT):
         with open_table(files, name) as table:
             items += _one_hot_items(files, name, table)
@@ -78,7 +78,7 @@ def read_one_hot(files: Files) -> Source | None:
     return _one_hot_source(files, items) if items else None
 
 
-def read_label_studio(files: Files) -> Source | None:
+def read_label_studio(files: Files) -> DatasetSource | None:
     """Label Studio's export and its images in one folder or archive; None where there is none at the top, or one folder below."""
     names = [name for name in files.names if name.count("/") < 2]
     exports = [name for name in names if label_studio.is_export(files, name)]
@@ -95,7 +95,7 @@ def read_label_studio(files: Files) -> Source | None:
         return _label_studio_source(files, name, table)
 
 
-def read_tables(files: Files) -> Source | None:
+def read_tables(files: Files) -> DatasetSource | None:
     """Tables of labels and the images in one folder or archive, at the top or up to two folders below: one table, or one per part
     (`train.csv`, `train/metadata.csv`). None where none has images and labels.
 
@@ -195,9 +195,9 @@ def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]]) -> Survey:
 
 def _source(
     files: Files, tables: Sequence[Understood], parts: Mapping[str, Part | None], others: Sequence[str] = ()
-) -> Source:
+) -> DatasetSource:
     """`parts`: of the rows that do not say, by the table's name. `others`: tables that are not used."""
-    items: set[Item] = set()
+    items: set[DatasetItem] = set()
     notes: list[str] = []
     for table in tables:
         listed = _list(files, table, parts.get(table.name))
@@ -230,7 +230,7 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
     columns, by_name = table.columns, _part_of_table(table.name)
     finder = Finder(files, posixpath.dirname(table.name), by_name)
     classes = {at: table.names[at] for at in columns.classes}
-    items: list[Item] = []
+    items: list[DatasetItem] = []
     unlabelled: list[str] = []
     with open_table(files, table.name) as opened:
         first = f"{printable(table.name)}, line 1"
@@ -241,7 +241,7 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
                 continue
             part = columns.part(row) or default
             file = finder.find(row[columns.path], place, part)
-            items.append(Item(printable(file), files.file_of(file), part or "train", label))
+            items.append(DatasetItem(printable(file), files.file_of(file), part or "train", label))
     notes = [*columns.notes, *finder.notes()]
     if unlabelled:
         notes.append(f"{len(unlabelled)} rows have no label and are ignored, the first {unlabelled[0]}")
@@ -256,7 +256,7 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
     return Listed(items, notes)
 
 
-def _without_points(items: Iterable[Item]) -> Iterable[Item]:
+def _without_points(items: Iterable[DatasetItem]) -> Iterable[DatasetItem]:
     """`3.0` -> `3`, where all labels are numbers without a fraction."""
     labels = {item.class_name for item in items}
     if not all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels) or not any(map(WHOLE.fullmatch, labels)):
@@ -271,7 +271,7 @@ def is_label_studio(columns: Row) -> bool:
     return set(label_studio.KEYS) <= set(columns)
 
 
-def _label_studio_source(files: Files, name: str, table: Table) -> Source:
+def _label_studio_source(files: Files, name: str, table: Table) -> DatasetSource:
     image, choice = map(table.columns.index, label_studio.KEYS)
     tasks = (label_studio.Task(place, row[image], row[choice]) for place, row in table.rows)
     return label_studio.source(files, name, tasks)
@@ -280,7 +280,7 @@ def _label_studio_source(files: Files, name: str, table: Table) -> Source:
 # filename,<class>,<class>,...
 
 
-def _one_hot_items(files: Files, name: str, table: Table) -> list[Item]:
+def _one_hot_items(files: Files, name: str, table: Table) -> list[DatasetItem]:
     """The part is that of the table's folder, `train/_classes.csv`; without one it is train."""
     folder = posixpath.dirname(name)
     part: Part = part_of(posixpath.basename(folder)) or "train"
@@ -294,7 +294,7 @@ def _one_hot_items(files: Files, name: str, table: Table) -> list[Item]:
         if not file or leads_outside(file) or "\0" in file:
             raise DatasetError(f"{place}: {file[:200]!r} is no name of a file in the table's folder")
         path = posixpath.normpath(posixpath.join(folder, file))
-        items.append(Item(printable(path), files.names.get(path, path), part, label))
+        items.append(DatasetItem(printable(path), files.names.get(path, path), part, label))
     return items
 
 
@@ -309,5 +309,5 @@ def marked_class(row: Row, classes: Mapping[int, str], place: str) -> str:
     return marked[0]
 
 
-def _one_hot_source(files: Files, items: list[Item]) -> Source:
+def _one_hot_source(files: Files, items: list[DatasetItem]) -> DatasetSource:
     return make_source("Roboflow's _classes.csv", by_path(set(items)), files.read, labelled=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import WeightsError
 from models.files.class_names import names_of
-from models.store.checkpoints.placeholders import Array, Named, StorageAt, TensorAt, Thing, mapping_of, plain
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing, mapping_of, plain
 from models.store.checkpoints.torch_files import is_strided
 
 MAX_DEPTH = 5  # of wrappers in each other
@@ -124,9 +124,9 @@ def is_model(value: Any) -> bool:
 
 def kind_of(value: Any) -> str:
     """The name of a class that the file wants; empty for numbers, text and containers."""
-    if isinstance(value, Thing | Named):
+    if isinstance(value, Thing | NameAt):
         return value.name[:200]
-    return "numpy.ndarray" if isinstance(value, Array) else ""
+    return "numpy.ndarray" if isinstance(value, NumpyArrayAt) else ""
 
 
 # What the file says
@@ -167,12 +167,14 @@ def class_lists(value: Any) -> list[ClassList]:
 
 
 def _names(value: Any) -> list[str] | None:
-    if isinstance(value, Array) and len(value.data) > MAX_NAMES * 256:
+    if isinstance(value, NumpyArrayAt) and len(value.data) > MAX_NAMES * 256:
         return None
     content = plain(value)
     if isinstance(content, Mapping | list | tuple) and len(content) > MAX_NAMES:
         return None
-    if isinstance(content, Mapping) and isinstance(content.get("classes_"), Array):  # a LabelEncoder of scikit-learn
+    if isinstance(content, Mapping) and isinstance(
+        content.get("classes_"), NumpyArrayAt
+    ):  # a LabelEncoder of scikit-learn
         content = plain(content["classes_"])
     if isinstance(content, list | tuple):
         content = [plain(entry) for entry in content]

@@ -22,7 +22,7 @@ NAMES = re.compile(
     r"(^|[._])(fc\d*|new_fc|head|heads|classifier|classification_head|cls|cls_head|linear|last_linear|logits|output|out)$"
 )
 EPS = 1e-5  # torch's default; no file has it
-Kind = Literal["linear", "norm", "other"]
+LayerKind = Literal["linear", "norm", "other"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Module:
     shapes: dict[str, Shape] = field(default_factory=dict)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LayerKind:
         weight = self.shapes.get("weight", ())
         if "running_mean" in self.shapes and len(weight) < 2:
             return "norm"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from models.store.checkpoints.placeholders import Array, Named, StorageAt, TensorAt, Thing
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing
 
 MAX_INTEGER = 2**53  # of a key: larger ones could be made to have one hash
 DTYPE = re.compile(r"[<>=|]?(?:[biufc](?:1|2|4|8|16)|[US]\d{1,6})")
@@ -18,7 +18,7 @@ def storage_of(identity: Any) -> Any:
         return identity[1] if isinstance(identity, tuple) and len(identity) > 1 else None  # a class with its source
     _, kind, key, _, count, *view = identity
     start = view[0][1] if view and isinstance(view[0], tuple) and len(view[0]) == 3 else 0
-    kind = kind.name.rpartition(".")[2] if isinstance(kind, Named) else ""
+    kind = kind.name.rpartition(".")[2] if isinstance(kind, NameAt) else ""
     if not isinstance(count, int) or not isinstance(start, int):
         return None
     return StorageAt(kind, str(key), count, start)
@@ -45,7 +45,7 @@ def modern(name: str) -> str:
 
 def dtype_name(value: Any) -> str | None:
     """`dtype("f4")` with its byte order as text that NumPy takes; None for any that is not a number or text."""
-    if isinstance(value, Named):  # numpy.float32
+    if isinstance(value, NameAt):  # numpy.float32
         value = Thing("numpy.dtype", (value.name.rpartition(".")[2],))
     if not isinstance(value, Thing) or not isinstance(value.arguments, tuple) or not value.arguments:
         return None
@@ -62,11 +62,11 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
     return np.frombuffer(data, np.dtype(kind), 1)[0].item()
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Array:
+def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> NumpyArrayAt:
     kind = dtype_name(dtype)
     if kind is None:
         raise ValueError("no numbers")
-    return Array(kind, shape, data, order == "F")
+    return NumpyArrayAt(kind, shape, data, order == "F")
 
 
 def _pairs(pairs: Any = (), *_: Any) -> dict[Any, Any]:
@@ -76,7 +76,7 @@ def _pairs(pairs: Any = (), *_: Any) -> dict[Any, Any]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> TensorAt:
-    dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], Named) else None
+    dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], NameAt) else None
     return TensorAt(storage, offset, shape, stride, dtype)
 
 
@@ -87,7 +87,7 @@ def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
 
 
 def _of_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
-    if isinstance(function, Named) and function.name in TENSORS and isinstance(arguments, tuple):
+    if isinstance(function, NameAt) and function.name in TENSORS and isinstance(arguments, tuple):
         return MAKERS[function.name](*arguments)
     raise ValueError("no tensor")
 
@@ -114,7 +114,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encoded,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy.core.numeric._frombuffer": _array,
-    "numpy.core.multiarray._reconstruct": lambda *_: Array(),
+    "numpy.core.multiarray._reconstruct": lambda *_: NumpyArrayAt(),
     "copy_reg._reconstructor": _reconstructor,
     "copyreg._reconstructor": _reconstructor,
     "torch._utils._rebuild_tensor": _tensor,

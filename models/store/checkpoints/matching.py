@@ -27,7 +27,7 @@ COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Body:
+class BodyMatch:
     """Where a network without its last layer lies in a file: `keys` are {key of the network: key of the file}."""
 
     prefix: str
@@ -51,7 +51,7 @@ def is_foreign(key: str) -> bool:
     return bool(FOREIGN.search(key))
 
 
-def bodies(expected: Mapping[str, Shape], found: Mapping[str, Shape], aliases: Mapping[str, str]) -> list[Body]:
+def bodies(expected: Mapping[str, Shape], found: Mapping[str, Shape], aliases: Mapping[str, str]) -> list[BodyMatch]:
     """Every place where the network might lie, the best first. `aliases` are other names of its keys: {alias: key}."""
     names = {**{key: key for key in expected}, **{alias: key for alias, key in aliases.items() if key in expected}}
     places: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
@@ -73,13 +73,13 @@ def _starts(key: str) -> list[int]:
     return [0, *(place.end() for place in re.finditer(r"\.", key))]
 
 
-def _body(prefix: str, keys: dict[str, str], expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> Body:
+def _body(prefix: str, keys: dict[str, str], expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> BodyMatch:
     missing = [key for key in expected if key not in keys and not key.endswith(COUNTER)]
     wrong = [key for key, full in keys.items() if not same_shape(expected[key], found[full])]
-    return Body(prefix, keys, missing, wrong)
+    return BodyMatch(prefix, keys, missing, wrong)
 
 
-def _agreeing(body: Body) -> int:
+def _agreeing(body: BodyMatch) -> int:
     return len(body.keys) - len(body.wrong)
 
 

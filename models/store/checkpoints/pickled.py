@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from models.store.checkpoints.makers import MAKERS, dtype_name, key_of, modern, name_of, storage_of
-from models.store.checkpoints.placeholders import Array, Named, StorageAt, Thing
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, Thing
 
 MAX_STEPS = 5_000_000  # a step makes 64 bytes at most: 320 MB; an optimizer of 1,000 tensors takes 100,000
 MARK = object()
@@ -120,7 +120,7 @@ class Reader:
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        name = function.name if isinstance(function, Named) else f"an instance of {name_of(function)}"
+        name = function.name if isinstance(function, NameAt) else f"an instance of {name_of(function)}"
         made = MAKERS.get(modern(name))
         if made is None or not isinstance(arguments, tuple):
             self._push(Thing(name, arguments))
@@ -140,7 +140,7 @@ class Reader:
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Array) and isinstance(state, tuple) and len(state) == 5:
+        if isinstance(target, NumpyArrayAt) and isinstance(state, tuple) and len(state) == 5:
             _, target.shape, dtype, target.fortran, target.data = state
             target.dtype = dtype_name(dtype) or ""
         elif isinstance(target, Thing):
@@ -163,11 +163,11 @@ class Reader:
 
     def _global(self) -> None:
         module, name = self._line().decode("utf-8"), self._line().decode("utf-8")
-        self._push(Named(f"{module}.{name}"))
+        self._push(NameAt(f"{module}.{name}"))
 
     def _stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self._push(Named(f"{module}.{name}"[:1000]) if isinstance(name, str) and isinstance(module, str) else None)
+        self._push(NameAt(f"{module}.{name}"[:1000]) if isinstance(name, str) and isinstance(module, str) else None)
 
     def _persistent(self) -> None:
         value = self.persistent(self.stack.pop())

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class NameAt:
     """A class or function by its name."""
 
     name: str
@@ -48,7 +48,7 @@ class TensorAt:
 
 
 @dataclass(slots=True, eq=False)
-class Array:
+class NumpyArrayAt:
     """NumPy's array: `data` are bytes, or a list of objects."""
 
     dtype: str = ""
@@ -90,7 +90,7 @@ def plain(value: Any) -> Any:
         if state is not None and isinstance(value.state, dict) and isinstance(value.state.get("_content"), list):
             return list(value.state["_content"])
         return state if state is not None else value
-    if isinstance(value, Array):
+    if isinstance(value, NumpyArrayAt):
         if isinstance(value.data, list):
             return value.data
         values = value.values()

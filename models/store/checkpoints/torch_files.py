@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.errors import WeightsError
 from models.store.checkpoints.pickled import Reader, Unreadable
-from models.store.checkpoints.placeholders import Array, Named, StorageAt, TensorAt, Thing
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing
 
 MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 2**30
@@ -86,7 +86,7 @@ class TorchFile:
                     archive.close()
 
     def _tensor(self, at: Any, file: BinaryIO, archive: zipfile.ZipFile | None, storages: dict[Any, Any]) -> Tensor:
-        if isinstance(at, Array):
+        if isinstance(at, NumpyArrayAt):
             values = at.values()
             if values is None:
                 raise Unreadable("an array without its values")
@@ -138,7 +138,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _bytes_of(at: Any) -> int:
     """What a tensor takes in memory."""
-    if isinstance(at, Array):
+    if isinstance(at, NumpyArrayAt):
         return len(at.data)
     dtype = dtype_of(at, at.storage) if isinstance(at.storage, StorageAt) else None
     return math.prod(map(int, at.shape)) * (dtype.itemsize if dtype else 8)
@@ -151,7 +151,7 @@ def dtype_of(at: TensorAt, storage: StorageAt) -> torch.dtype | None:
 
 def is_strided(value: Any) -> bool:
     """True for a tensor or array whose values can be read, and which has them: an expanded one could claim terabytes."""
-    if isinstance(value, Array):
+    if isinstance(value, NumpyArrayAt):
         is_number = value.dtype.lstrip("<>=|")[:1] in tuple("biuf") and isinstance(value.data, bytes | bytearray)
         return is_number and _is_shape(value.shape) and value.values() is not None
     if not isinstance(value, TensorAt) or value.problem:
@@ -253,7 +253,7 @@ def read_tar(opened: Open) -> TorchFile:
         reader = _member(archive, members["storages"])
         for _ in range(_count(reader.load())):
             key, _location, kind = reader.load()
-            name = kind.name.rpartition(".")[2] if isinstance(kind, Named) else ""
+            name = kind.name.rpartition(".")[2] if isinstance(kind, NameAt) else ""
             count = int.from_bytes(reader.file.read(8), "little", signed=True)
             length, offset = count * _itemsize(name), reader.file.tell()
             if not 0 <= length <= reader.size - offset:

@@ -27,7 +27,7 @@ class ClassScore(Record):
     f1: float | None
 
 
-class Pair(Record):
+class ConfusedPair(Record):
     """How often one class was taken for another."""
 
     true: str
@@ -64,7 +64,7 @@ class Evaluation(Record):
     ece: float  # expected calibration error
     per_class: dict[str, ClassScore]  # in the order of the classes
     confusion: tuple[tuple[int, ...], ...] | None  # [true][predicted]; None above 200 classes
-    confused: tuple[Pair, ...]  # most frequent first
+    confused: tuple[ConfusedPair, ...]  # most frequent first
     mistakes: tuple[Mistake, ...]  # most confident first
 
 
@@ -121,11 +121,13 @@ def _share(part: int, whole: int) -> float | None:
     return round(part / whole, 6) if whole else None
 
 
-def _confused(matrix: Tensor, classes: Sequence[str]) -> tuple[Pair, ...]:
+def _confused(matrix: Tensor, classes: Sequence[str]) -> tuple[ConfusedPair, ...]:
     wrong = matrix - matrix.diag().diag()
     order = wrong.flatten().argsort(descending=True, stable=True)[:MAX_PAIRS].tolist()
     places = [divmod(place, len(classes)) for place in order]
-    return tuple(Pair(true=classes[t], predicted=classes[p], count=int(wrong[t, p])) for t, p in places if wrong[t, p])
+    return tuple(
+        ConfusedPair(true=classes[t], predicted=classes[p], count=int(wrong[t, p])) for t, p in places if wrong[t, p]
+    )
 
 
 def _mistakes(

@@ -8,16 +8,16 @@ from torch import Tensor
 from models.files.records import Record
 from models.training.evaluation.evaluate import Z_95
 
-Answer = Literal["better", "not worse", "worse", "not enough images to decide"]
+Finding = Literal["better", "not worse", "worse", "not enough images to decide"]
 
 ALPHA = 0.05
 MARGIN = 0.02  # of accuracy: a loss that would be borne
 
 
-class Verdict(Record):
+class GateVerdict(Record):
     """How a new version compares with the served one, on images that neither was fitted to."""
 
-    verdict: Answer
+    verdict: Finding
     reason: str
     images: int
     served_accuracy: float
@@ -29,7 +29,7 @@ class Verdict(Record):
     p_value: float  # McNemar's exact test: chance that equally good versions differ as much or more
 
 
-def compare(served_correct: Tensor, new_correct: Tensor, margin: float = MARGIN) -> Verdict:
+def compare(served_correct: Tensor, new_correct: Tensor, margin: float = MARGIN) -> GateVerdict:
     """Who was right on which image, two bool (n,) over the same images, n > 0.
 
     `better` and `worse` are differences that chance does not explain (p < 0.05). Without one, `not worse` says that a loss of `margin`
@@ -43,7 +43,7 @@ def compare(served_correct: Tensor, new_correct: Tensor, margin: float = MARGIN)
     answer = _answer(difference, interval, p_value, margin)
     shares = [float(correct.double().mean()) for correct in (served_correct, new_correct)]
     facts = f"The new version is right on {int(new_correct.sum())} of {images} images, the served one on {int(served_correct.sum())}"
-    return Verdict(
+    return GateVerdict(
         verdict=answer,
         reason=f"{facts}; {_because(answer, only_new, only_served, images, interval, p_value, margin)}",
         images=images,
@@ -80,14 +80,14 @@ def images_needed(only_new: int, only_served: int, images: int, margin: float = 
     return math.ceil((linear + math.sqrt(linear**2 + 4 * margin**2 * constant)) / (2 * margin**2)) - 2
 
 
-def _answer(difference: float, interval: tuple[float, float], p_value: float, margin: float) -> Answer:
+def _answer(difference: float, interval: tuple[float, float], p_value: float, margin: float) -> Finding:
     if p_value < ALPHA:
         return "better" if difference > 0 else "worse"
     return "not worse" if interval[0] > -margin else "not enough images to decide"
 
 
 def _because(
-    answer: Answer,
+    answer: Finding,
     only_new: int,
     only_served: int,
     images: int,

@@ -22,7 +22,7 @@ from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never, silent
 from models.training.head.lbfgs import minimise
-from models.training.job.request import Effective
+from models.training.job.request import ResolvedHyperparameters
 
 FOLDS = 5
 STRENGTHS = tuple(
@@ -71,7 +71,7 @@ def fit(
     labels: Tensor,
     num_classes: int,
     groups: Tensor,
-    settings: Effective,
+    settings: ResolvedHyperparameters,
     progress: Progress,
     stop: Stop = never,
 ) -> Fit:
@@ -82,17 +82,19 @@ def fit(
     strengths that have been tried is taken. Raises TrainingError.
     """
     with threads_for(features.numel() * num_classes):
-        problem = Problem.of(features, labels, num_classes, settings)
+        problem = RegressionProblem.of(features, labels, num_classes, settings)
         found = cross_validate(problem, groups, lambda done: progress(0.9 * done), stop)
         weights = problem.solve(found.best.strength, tick=lambda done: progress(0.9 + 0.1 * done))
     progress(1.0)
     return Fit(Head.of(problem.layer(weights)), found.best.strength, found.path, found.out_of_fold)
 
 
-def fit_at(features: Tensor, labels: Tensor, num_classes: int, strength: float, settings: Effective) -> Head:
+def fit_at(
+    features: Tensor, labels: Tensor, num_classes: int, strength: float, settings: ResolvedHyperparameters
+) -> Head:
     """The head at one strength, without cross-validation."""
     with threads_for(features.numel() * num_classes):
-        problem = Problem.of(features, labels, num_classes, settings)
+        problem = RegressionProblem.of(features, labels, num_classes, settings)
         return Head.of(problem.layer(problem.solve(strength)))
 
 
@@ -131,7 +133,7 @@ class Axes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class RegressionProblem:
     """A regression to be solved at any strength, for all images or some of them."""
 
     axes: Axes
@@ -139,10 +141,12 @@ class Problem:
     labels: Tensor  # int64 (n,)
     importance: Tensor  # float64 (n,): what an image counts
     num_classes: int
-    settings: Effective
+    settings: ResolvedHyperparameters
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor, num_classes: int, settings: Effective) -> "Problem":
+    def of(
+        cls, features: Tensor, labels: Tensor, num_classes: int, settings: ResolvedHyperparameters
+    ) -> "RegressionProblem":
         if not features.isfinite().all():
             raise TrainingError("the base's features are not finite numbers: check the base with `imago predict`")
         axes, x = Axes.turn(features)
@@ -223,7 +227,7 @@ class _Loss(NamedTuple):
 # Cross-validation
 
 
-def cross_validate(problem: Problem, groups: Tensor, progress: Progress, stop: Stop = never) -> Validation:
+def cross_validate(problem: RegressionProblem, groups: Tensor, progress: Progress, stop: Stop = never) -> Validation:
     """Try strengths from strong to weak, until the held-out loss has risen twice, or `stop` says yes."""
     folds = fold_of(problem.labels, groups, problem.settings.seed)
     strengths = strengths_for(problem.labels, groups, problem.settings)
@@ -262,7 +266,7 @@ def fold_of(labels: Tensor, groups: Tensor, seed: int, folds: int = FOLDS) -> Te
     return fold[group]
 
 
-def strengths_for(labels: Tensor, groups: Tensor, settings: Effective) -> Sequence[float]:
+def strengths_for(labels: Tensor, groups: Tensor, settings: ResolvedHyperparameters) -> Sequence[float]:
     """The given weight decay, or the path; a class whose images are all of one group would be unknown whenever it is held out."""
     if settings.weight_decay is not None:
         return (settings.weight_decay,)

@@ -34,7 +34,7 @@ StopReason = Literal["early_stopping", "budget", "stopped"]
 Deployment = Literal["activate", "rejected", "manual", "never"]
 
 
-class Order(Record):
+class JobSpec(Record):
     """What the trainer is to do, and with what."""
 
     request: FinetuneRequest  # its dataset is an absolute path
@@ -53,14 +53,14 @@ def published(store: "ModelStore", name: str, run: str) -> ModelConfig | None:
     return next((config for config in configs if config.lineage.get("run") == run), None)
 
 
-class Failure(Record):
+class TrainingFailure(Record):
     """Why a run failed: `code` for programs, one sentence for people that says what to do."""
 
     code: str
     message: str
 
 
-class Result(Record):
+class JobResult(Record):
     """What a run has come to. `deployment` is what the gate decided: the server acts on "activate"; the others say why it does not."""
 
     status: Literal["succeeded", "failed"]
@@ -71,7 +71,7 @@ class Result(Record):
     deployment: Deployment | None = None
     reason: str | None = None  # of the deployment, a sentence for people
     effective: dict[str, Any] | None = None  # the hyperparameters as used
-    error: Failure | None = None
+    error: TrainingFailure | None = None
 
 
 class ParitySample(Record):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.training.job.job_files import Failure
+    from models.training.job.job_files import TrainingFailure
 
 PR_SET_PDEATHSIG = 1
 
@@ -22,27 +22,27 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def explain(error: BaseException) -> "Failure":
+def explain(error: BaseException) -> "TrainingFailure":
     """An exception as a code and a sentence that says what to do; the traceback is on stderr."""
     from models.errors import ModelError
     from models.runtime import is_out_of_memory
-    from models.training.job.job_files import Failure
+    from models.training.job.job_files import TrainingFailure
 
     if is_out_of_memory(error):
         advice = "take a smaller batch_size, accumulate instead, a smaller base, or gradient_checkpointing"
-        return Failure(code="out_of_memory", message=f"the trainer ran out of memory; {advice}")
+        return TrainingFailure(code="out_of_memory", message=f"the trainer ran out of memory; {advice}")
     if ran_out_of_disk(error):
-        return Failure(code="disk_full", message="the disk is full; free some space and start the job again")
+        return TrainingFailure(code="disk_full", message="the disk is full; free some space and start the job again")
     if isinstance(error, ModelError):
-        return Failure(code=error.code, message=str(error))
+        return TrainingFailure(code=error.code, message=str(error))
     if _has_lost_its_gpu(error):
         cause = (str(error).splitlines() or [type(error).__name__])[0]
-        return Failure(
+        return TrainingFailure(
             code="device_lost",
             message=f"the GPU failed and computes no more for this process ({cause}); the same run goes on from its last "
             "checkpoint in a new process; nvidia-smi and the kernel's log (Xid) say more",
         )
-    return Failure(
+    return TrainingFailure(
         code="internal", message=f"{type(error).__name__} in the trainer; trainer.log in its folder says where"
     )
 

@@ -349,7 +349,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Effective:
+class ResolvedHyperparameters:
     """The hyperparameters that a run really uses."""
 
     epochs: int
@@ -421,7 +421,7 @@ _ADAM_LR: dict[Mode, float] = {"head": 0.0, "finetune": 1e-4, "head_then_finetun
 
 def effective(
     request: FinetuneRequest, mode: Mode, train_images: int, precision: Precision = "float32", devices: int = 1
-) -> Effective:
+) -> ResolvedHyperparameters:
     """The request's hyperparameters with every gap filled; a batch is never larger than the training part.
 
     `mode` is the request's, or what `auto` has become; `precision` is what the device gains by; `devices` is how many there are.
@@ -439,7 +439,7 @@ def effective(
     chosen.setdefault("head_lr", chosen["lr"])
     if request.budget.max_epochs and mode != "head":
         chosen["epochs"] = min(chosen["epochs"], request.budget.max_epochs)
-    return Effective(**chosen)
+    return ResolvedHyperparameters(**chosen)
 
 
 def _batch_size(mode: Mode, train_images: int) -> int:

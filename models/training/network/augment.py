@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.training.job.request import Effective
+from models.training.job.request import ResolvedHyperparameters
 
 CROP_AREA = (0.35, 1.0)  # of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height
@@ -29,14 +29,16 @@ SEED_STEP = 1_000_003  # between the seeds of two epochs, or copies: no two smal
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-class Part(NamedTuple):
+class AugmentedBatch(NamedTuple):
     """Images of a batch. What is random is drawn for all of it, so an image gets its own wherever the batch is cut."""
 
     places: Tensor  # int64 (n,), in the batch
     of: int  # images in the batch
 
 
-def augment(pixels: Tensor, mirrored: Tensor, settings: Effective, part: Part | None = None) -> Tensor:
+def augment(
+    pixels: Tensor, mirrored: Tensor, settings: ResolvedHyperparameters, part: AugmentedBatch | None = None
+) -> Tensor:
     """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on.
 
     Where the images are only a part of their batch, `part` says which.
@@ -60,7 +62,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
+def augmented_copy(pixels: Tensor, settings: ResolvedHyperparameters, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
     """All of uint8 (N, C, H, W), changed: uint8 again, and the 16-byte hash of each. Follows from seed and number (from 1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + SEED_STEP * number)
@@ -72,7 +74,7 @@ def augmented_copy(pixels: Tensor, settings: Effective, number: int) -> tuple[Te
     return changed, tuple(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
 
 
-def mix(images: Tensor, labels: Tensor, num_classes: int, settings: Effective) -> tuple[Tensor, Tensor]:
+def mix(images: Tensor, labels: Tensor, num_classes: int, settings: ResolvedHyperparameters) -> tuple[Tensor, Tensor]:
     """torchvision's MixUp, CutMix, or a coin between the two: float images (N, C, H, W), labels (N,) -> images, shares (N, classes)."""
     from torchvision.transforms import v2
 
@@ -87,7 +89,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, settings: Effective) -
     return mixed
 
 
-def light(pixels: Tensor, flip: Tensor, part: Part | None = None) -> Tensor:
+def light(pixels: Tensor, flip: Tensor, part: AugmentedBatch | None = None) -> Tensor:
     """Mirror the images where `flip` (N,) is true, then shift each by up to a sixteenth of the side, borders reflected.
 
     uint8 (N, C, H, W) -> the same, in channels_last memory. A sixteenth and not the usual eighth: in runs of some ten epochs a stronger
@@ -129,7 +131,7 @@ def whole(n: int) -> Tensor:
     return torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(n, 1)
 
 
-def random_crops(n: int | Part) -> Tensor:
+def random_crops(n: int | AugmentedBatch) -> Tensor:
     """(N, 4): as torchvision's RandomResizedCrop draws them, of a larger part of the image."""
     area, ratio = _uniform(n, *CROP_AREA), _uniform(n, *map(math.log, CROP_RATIO)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
@@ -152,7 +154,7 @@ def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upsid
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def jitter(images: Tensor, part: Part | None = None) -> Tensor:
+def jitter(images: Tensor, part: AugmentedBatch | None = None) -> Tensor:
     """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
     n = part or len(images)
     drawn = torch.stack([_uniform(n, 1 - JITTER, 1 + JITTER) for _ in range(3)])
@@ -185,7 +187,7 @@ def by_policy(pixels: Tensor, name: str) -> Tensor:
     return torch.stack([policy(image) for image in pixels])
 
 
-def by_policy_each(pixels: Tensor, name: str, part: Part) -> Tensor:
+def by_policy_each(pixels: Tensor, name: str, part: AugmentedBatch) -> Tensor:
     """The same for a part of a batch. A policy draws as much as its operation needs, so each image has a seed of its own."""
     seeds = _draw(part, lambda n: torch.randint(2**62, (n,))).tolist()
     changed = []
@@ -199,20 +201,20 @@ def by_policy_each(pixels: Tensor, name: str, part: Part) -> Tensor:
 # Chance
 
 
-def _coins(n: int | Part) -> Tensor:
+def _coins(n: int | AugmentedBatch) -> Tensor:
     return _draw(n, torch.rand) < 0.5
 
 
-def _uniform(n: int | Part, low: float, high: float) -> Tensor:
+def _uniform(n: int | AugmentedBatch, low: float, high: float) -> Tensor:
     return low + (high - low) * _draw(n, torch.rand)
 
 
-def _shifts(n: int | Part, side: int) -> Tensor:
+def _shifts(n: int | AugmentedBatch, side: int) -> Tensor:
     reach = side // 16
     return _draw(n, lambda n: torch.randint(-reach, reach + 1, (n, 1)))
 
 
-def _draw(n: int | Part, draw: Callable[[int], Tensor]) -> Tensor:
+def _draw(n: int | AugmentedBatch, draw: Callable[[int], Tensor]) -> Tensor:
     return draw(n) if isinstance(n, int) else draw(n.of)[n.places]
 
 

@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.preprocessing import Preprocessing, denormalise, mean_and_std
-from models.training.job.request import Effective
+from models.training.job.request import ResolvedHyperparameters
 from models.training.network.augment import SEED_STEP, augment, flips, mix, sent
-from models.training.network.process_group import ALONE, Ranks
+from models.training.network.process_group import ALONE, ProcessGroup
 
 SMALL = 0.75  # of the side, in the small epochs
 GPU_SHARE = 0.25  # of a GPU's free memory that the images may take, to lie there once and for all
 SAMPLE = 24  # images of a sample
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     images: Tensor  # float32 (B, C, H, W), normalised
     labels: Tensor  # int64 (B,) or, mixed, shares (B, classes)
 
 
-class Sample(NamedTuple):
+class AugmentedImages(NamedTuple):
     """Images as they were trained on, for people to look at."""
 
     said: str  # what they are
@@ -42,11 +42,11 @@ class Batches:
 
     def __init__(
         self,
-        data: Dataset,
+        data: LoadedDataset,
         preprocessing: Preprocessing,
-        settings: Effective,
+        settings: ResolvedHyperparameters,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         self.data = data
         self.preprocessing = preprocessing
@@ -60,7 +60,7 @@ class Batches:
         self.images = min(settings.batch_size * settings.accumulate, count)
         self.steps = count // self.images  # what is left over waits for the next shuffle
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[TrainingBatch]:
         """Of the epoch `number`, from 1. Seeds torch's default generator and draws from it between the steps."""
         torch.manual_seed(self.settings.seed + SEED_STEP * number)
         rows = self.data.rows["train"]
@@ -69,7 +69,7 @@ class Batches:
         for batch in torch.split(order, self.images):
             yield self._batch(batch, mirrored[batch], number)
 
-    def _batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> Batch:
+    def _batch(self, rows: Tensor, mirrored: Tensor, epoch: int) -> TrainingBatch:
         """Small epochs show three quarters of the side: while the learning rate is high, as good as the full size."""
         mixed = bool(self.settings.mixup or self.settings.cutmix)
         part = self.ranks.part(len(rows), mixed)
@@ -86,7 +86,7 @@ class Batches:
             images, labels = mix(images, labels, len(self.data.classes), self.settings)
         if mixed and part:
             images, labels = images[1:], labels[1:]  # the first belongs to the rank before
-        return Batch(images.contiguous(memory_format=torch.channels_last), labels)
+        return TrainingBatch(images.contiguous(memory_format=torch.channels_last), labels)
 
     def _pixels(self) -> Tensor:
         """All images: on the GPU from the start where they take up little of it, which saves their way there at each step."""
@@ -97,15 +97,17 @@ class Batches:
         return pixels.to(self.device) if pixels.numel() < GPU_SHARE * free else pixels
 
 
-def first_images(data: Dataset, preprocessing: Preprocessing, settings: Effective) -> Sample:
+def first_images(
+    data: LoadedDataset, preprocessing: Preprocessing, settings: ResolvedHyperparameters
+) -> AugmentedImages:
     """The first images that this run's network was shown: drawn again, for they follow from the seed."""
-    ranks = [Ranks(rank, settings.devices) for rank in range(settings.devices)]
+    ranks = [ProcessGroup(rank, settings.devices) for rank in range(settings.devices)]
     with torch.random.fork_rng(devices=[]):
         own = [next(Batches(data, preprocessing, settings, torch.device("cpu"), rank).epoch(1)) for rank in ranks]
     images, labels = (torch.cat([part[:SAMPLE] for part in parts])[:SAMPLE] for parts in zip(*own, strict=True))
     mixed = " and mixed" if labels.ndim > 1 else ""
     said = f"The beginning of the first batch, as the network saw it: augmentation {settings.augmentation}{mixed}."
-    return Sample(said, denormalise(images, preprocessing), labels)
+    return AugmentedImages(said, denormalise(images, preprocessing), labels)
 
 
 def spread(rows: Tensor) -> Tensor:

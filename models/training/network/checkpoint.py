@@ -18,14 +18,14 @@ from models.files.atomic_files import move
 DIGEST_BYTES = 32
 CHUNK_BYTES = 2**20
 
-State = dict[str, Any]
+CheckpointState = dict[str, Any]
 
 
 def previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
-def save(path: Path, state: State) -> None:
+def save(path: Path, state: CheckpointState) -> None:
     """Of tensors, numbers, strings, lists and dicts. Once one was saved, a whole file is there at any moment: a damaged one is written
     over, and never takes the place of the previous."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ def save(path: Path, state: State) -> None:
         draft.unlink(missing_ok=True)
 
 
-def load(path: Path, device: torch.device) -> tuple[State, Path] | None:
+def load(path: Path, device: torch.device) -> tuple[CheckpointState, Path] | None:
     """The state of the newest whole file, its tensors on `device`, and that file; None where there is none."""
     for candidate in (path, previous(path)):
         if candidate.is_file() and _is_whole(candidate):
-            state: State = torch.load(candidate, map_location=device, weights_only=True)
+            state: CheckpointState = torch.load(candidate, map_location=device, weights_only=True)
             return state, candidate
     return None
 

@@ -30,40 +30,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.errors import TrainingError
 from models.preprocessing import Preprocessing
 from models.progress import Stop, never
 from models.runtime import tune_allocator
 from models.runtime.device import devices as usable_devices
 from models.runtime.device import leave_memory
-from models.training.job.job_files import Failure
+from models.training.job.job_files import TrainingFailure
 from models.training.job.parent_process import die_with_parent, explain
-from models.training.job.request import Budget, EarlyStopping, Effective, Event, OnEvent
+from models.training.job.request import Budget, EarlyStopping, Event, OnEvent, ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.freezing import Freezing
-from models.training.network.process_group import Ranks
-from models.training.network.step import Halved
-from models.training.network.trainer import History, Limits, Trainer, run
+from models.training.network.process_group import ProcessGroup
+from models.training.network.step import MicroBatchTooLarge
+from models.training.network.trainer import History, RunLimits, Trainer, run
 
 FOLDER = "ranks"  # beside the checkpoint, while they train
 PLAN, PIXELS, HISTORY = "plan.pt", "pixels", "history.pt"
 TICK_S = 0.1  # between two looks at the processes
 PATIENCE = timedelta(hours=1)  # of a rank with the others; the first one validates meanwhile
 
-Message = Event | Halved | tuple[int, Failure]  # what ended this rank
+Message = Event | MicroBatchTooLarge | tuple[int, TrainingFailure]  # what ended this rank
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class RankPlan:
     """What every rank is given."""
 
     network: nn.Sequential
     aux: Auxiliary | None
-    data: Dataset  # its pixels lie in a file of their own
+    data: LoadedDataset  # its pixels lie in a file of their own
     shape: tuple[int, ...]  # of the pixels there: N, H, W, C
     preprocessing: Preprocessing
-    settings: Effective
+    settings: ResolvedHyperparameters
     stopping: EarlyStopping
     budget: Budget
     checkpoint: Path
@@ -73,9 +73,9 @@ class Plan:
 
 def train(
     network: nn.Sequential,
-    data: Dataset,
+    data: LoadedDataset,
     preprocessing: Preprocessing,
-    settings: Effective,
+    settings: ResolvedHyperparameters,
     stopping: EarlyStopping,
     budget: Budget,
     checkpoint: Path,
@@ -96,7 +96,7 @@ def train(
     rest = replace(data, pixels=torch.empty(0, dtype=torch.uint8))
     checkpoint = checkpoint.absolute()
     with _folder(checkpoint.with_name(FOLDER)) as folder:
-        plan = Plan(
+        plan = RankPlan(
             network, aux, rest, shape, preprocessing, settings, stopping, budget, checkpoint, tuple(devices), threads
         )
         torch.save(plan, folder / PLAN)
@@ -136,7 +136,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
 # The process that watches
 
 
-def _run(plan: Plan, folder: Path, progress: OnEvent, stop: Stop) -> None:
+def _run(plan: RankPlan, folder: Path, progress: OnEvent, stop: Stop) -> None:
     """Until the first rank has written its history."""
     micro = math.ceil(plan.settings.batch_size / len(plan.devices))
     while True:
@@ -144,7 +144,7 @@ def _run(plan: Plan, folder: Path, progress: OnEvent, stop: Stop) -> None:
         try:
             team.watch(progress, stop)
             return
-        except Halved as halved:
+        except MicroBatchTooLarge as halved:
             micro = halved.micro
             progress(
                 Event("train", team.done, message=f"out of memory: {micro} images at once on each device from here on")
@@ -162,7 +162,7 @@ class Team:
         self.told: SimpleQueue[Message] = context.SimpleQueue()
         self.asked = context.Event()  # to stop
         self.done = 0.0  # share of the run, as last told
-        self.failures: dict[int, Failure] = {}  # by rank, in the order they were told
+        self.failures: dict[int, TrainingFailure] = {}  # by rank, in the order they were told
         given = (folder, micro, self.told, self.asked)
         self.processes = [
             context.Process(target=work, args=(rank, *given), name=f"rank {rank}", daemon=True)
@@ -192,7 +192,7 @@ class Team:
     def _hear(self, progress: OnEvent) -> None:
         while not self.told.empty():
             message = self.told.get()
-            if isinstance(message, Halved):
+            if isinstance(message, MicroBatchTooLarge):
                 raise message
             if isinstance(message, Event):
                 self.done = message.progress
@@ -236,7 +236,7 @@ def work(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", aske
         return  # it was gone before the kernel knew
     try:
         _train(rank, folder, micro, told, asked)
-    except Halved as halved:
+    except MicroBatchTooLarge as halved:
         _leave(told, halved)
     except Exception as error:
         traceback.print_exc()
@@ -252,7 +252,7 @@ def _leave(told: "SimpleQueue[Message]", why: Message) -> None:
 
 def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", asked: Flag) -> None:
     tune_allocator()
-    plan: Plan = torch.load(folder / PLAN, weights_only=False)  # our own, of a moment ago
+    plan: RankPlan = torch.load(folder / PLAN, weights_only=False)  # our own, of a moment ago
     torch.set_num_threads(plan.threads)
     device = plan.devices[rank]
     if device.type == "cuda":
@@ -266,7 +266,7 @@ def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", as
         plan.settings,
         _silent if rank else told.put,
         plan.aux,
-        Ranks(rank, len(plan.devices)),
+        ProcessGroup(rank, len(plan.devices)),
     )
     trainer.stepper.micro = micro
     if rank:
@@ -283,10 +283,10 @@ def follow(trainer: Trainer, checkpoint: Path) -> None:
     with trainer.ready():
         trainer.resume(checkpoint)
         while (history := _next(trainer.ranks)) is not None:
-            trainer.train_one_epoch(len(history.losses) + 1, history, Limits(Budget(), never, spent=0.0))
+            trainer.train_one_epoch(len(history.losses) + 1, history, RunLimits(Budget(), never, spent=0.0))
 
 
-def _next(ranks: Ranks) -> History | None:
+def _next(ranks: ProcessGroup) -> History | None:
     told: Any = None
     return ranks.agree(told)  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.training.network.augment import Part
+from models.training.network.augment import AugmentedBatch
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 MAX_RANKS = 1024  # seeds are that far apart
 
 
-class Ranks:
+class ProcessGroup:
     """The processes that train one network together, as one of them sees it: number `rank` of `count`, from 0.
 
     Where there are several, torch's process group stands already, with a backend for tensors on the CPU too.
@@ -32,13 +32,13 @@ class Ranks:
         self.rank = rank
         self.count = count
 
-    def part(self, images: int, mixed: bool) -> Part | None:
+    def part(self, images: int, mixed: bool) -> AugmentedBatch | None:
         """This rank's own of so many images; None: all. Where they are `mixed`, each with the one before it, the first of them is the
         one before its own, and only lends itself."""
         if self.count == 1:
             return None
         start, stop = (images * number // self.count for number in (self.rank, self.rank + 1))
-        return Part(torch.arange(start - mixed, stop) % images, images)
+        return AugmentedBatch(torch.arange(start - mixed, stop) % images, images)
 
     def wrap(self, module: nn.Module, *, unused: bool) -> nn.Module:
         """The module with its gradients averaged over the ranks; `unused` where some of its weights may take no part in a step.
@@ -84,4 +84,4 @@ class Ranks:
             yield
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()

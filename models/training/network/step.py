@@ -16,16 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import OutOfMemory
 from models.runtime import is_out_of_memory
-from models.training.job.request import Effective
+from models.training.job.request import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
-from models.training.network.process_group import ALONE, Ranks
+from models.training.network.process_group import ALONE, ProcessGroup
 
 MOMENTUM = 0.9
 
 Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", the highest of their learning rates
 
 
-class Halved(Exception):
+class MicroBatchTooLarge(Exception):
     """A device ran out of memory in a step that other processes share: it cannot be done again by one of them. `micro` may fit."""
 
     def __init__(self, micro: int) -> None:
@@ -33,7 +33,7 @@ class Halved(Exception):
         self.micro = micro
 
 
-class Scores(nn.Module):
+class ScoresWithAuxiliary(nn.Module):
     """A network and the classifiers that listen to it, as one module: images -> its scores (N, C), then theirs."""
 
     def __init__(self, network: nn.Module, aux: Auxiliary | None) -> None:
@@ -63,12 +63,12 @@ class Stepper:
         network: nn.Module,
         aux: Auxiliary | None,
         groups: Groups,
-        settings: Effective,
+        settings: ResolvedHyperparameters,
         classes: Tensor | None,
         tell: Callable[[str], None],
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
-        self.whole = Scores(network, aux)
+        self.whole = ScoresWithAuxiliary(network, aux)
         self.scores: nn.Module = self.whole
         self.aux = aux
         self.settings = settings
@@ -211,12 +211,12 @@ class Stepper:
             )
         self.micro = max(self.least, min(self.micro, len(images)) // 2)
         if self.ranks.count > 1:
-            raise Halved(self.micro)
+            raise MicroBatchTooLarge(self.micro)
         self._free_memory()
         self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
 
 
-def _optimizer(groups: Groups, settings: Effective) -> torch.optim.Optimizer:
+def _optimizer(groups: Groups, settings: ResolvedHyperparameters) -> torch.optim.Optimizer:
     """Fused: all weights in one pass over memory, which is three to four times as fast on a CPU."""
     decay = settings.weight_decay or 0.0
     if settings.optimizer == "sgd":

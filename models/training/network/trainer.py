@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.errors import TrainingError
 from models.preprocessing import Preprocessing
 from models.progress import Stop, never
 from models.training.evaluation.evaluate import outputs
 from models.training.head.regression import class_weights
 from models.training.job.job_files import StopReason
-from models.training.job.request import Budget, EarlyStopping, Effective, Event, OnEvent
+from models.training.job.request import Budget, EarlyStopping, Event, OnEvent, ResolvedHyperparameters
 from models.training.network import checkpoint as checkpoints
 from models.training.network.augment import SEED_STEP
 from models.training.network.auxiliary import Auxiliary
@@ -36,7 +36,7 @@ from models.training.network.batches import Batches
 from models.training.network.early_stopping import reason_to_stop, trade
 from models.training.network.freezing import Freezing
 from models.training.network.gradient_checkpointing import recomputing
-from models.training.network.process_group import ALONE, Ranks
+from models.training.network.process_group import ALONE, ProcessGroup
 from models.training.network.schedule import share
 from models.training.network.step import Groups, Stepper
 
@@ -44,7 +44,7 @@ AVERAGE_EVERY = 5  # steps; averaging every step costs more and gains nothing
 REPORT_EVERY_S = 0.4  # between two events
 
 REASONS: tuple[StopReason | None, ...] = (None, "budget", "stopped")  # for which an epoch is cut short
-Weights = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class History:
     seconds: list[float] = field(default_factory=list)  # wall time, validation included
     stop_reason: StopReason | None = None  # None: all epochs ran, or more are to come
     trade: str = ""  # what early stopping saved and may have cost, for people
-    best: Weights = field(default_factory=dict)
+    best: StateDict = field(default_factory=dict)
     kept_epoch: int = 0  # whose weights stay, once the run is over
 
     @property
@@ -73,9 +73,9 @@ class History:
 
 def train(
     network: nn.Sequential,
-    data: Dataset,
+    data: LoadedDataset,
     preprocessing: Preprocessing,
-    settings: Effective,
+    settings: ResolvedHyperparameters,
     stopping: EarlyStopping,
     budget: Budget,
     checkpoint: Path,
@@ -100,7 +100,7 @@ def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint:
     settings = trainer.settings
     with trainer.ready():
         history = trainer.resume(checkpoint)
-        limits = Limits(budget, stop, spent=sum(history.seconds))
+        limits = RunLimits(budget, stop, spent=sum(history.seconds))
         while not history.stop_reason and len(history.losses) < settings.epochs:
             history = trainer.next_epoch(history, limits)
             history = replace(history, stop_reason=history.stop_reason or _reason(history, stopping, budget, settings))
@@ -115,7 +115,9 @@ def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint:
     )
 
 
-def _reason(history: History, stopping: EarlyStopping, budget: Budget, settings: Effective) -> StopReason | None:
+def _reason(
+    history: History, stopping: EarlyStopping, budget: Budget, settings: ResolvedHyperparameters
+) -> StopReason | None:
     """Why this epoch is the last; None: it is not, or all that were asked for have run."""
     epoch = len(history.losses)
     if epoch < settings.epochs and reason_to_stop(stopping, history.losses, history.val_losses):
@@ -123,7 +125,7 @@ def _reason(history: History, stopping: EarlyStopping, budget: Budget, settings:
     return "budget" if budget.max_epochs and epoch >= budget.max_epochs else None
 
 
-class Limits:
+class RunLimits:
     """What may end a run at any step."""
 
     def __init__(self, budget: Budget, stop: Stop, spent: float) -> None:
@@ -143,12 +145,12 @@ class Trainer:
     def __init__(
         self,
         network: nn.Sequential,
-        data: Dataset,
+        data: LoadedDataset,
         preprocessing: Preprocessing,
-        settings: Effective,
+        settings: ResolvedHyperparameters,
         progress: OnEvent,
         aux: Auxiliary | None = None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         self.device = next(network.parameters()).device
         self.network = network.to(memory_format=torch.channels_last)
@@ -182,7 +184,7 @@ class Trainer:
 
     # One epoch
 
-    def next_epoch(self, history: History, limits: Limits) -> History:
+    def next_epoch(self, history: History, limits: RunLimits) -> History:
         started, epoch = time.monotonic(), len(history.losses) + 1
         rate = self.rate(self.steps * (epoch - 1), history)
         self.ranks.agree(replace(history, best={}))  # the others follow
@@ -203,7 +205,7 @@ class Trainer:
         return replace(longer, best=self.weights()) if longer.best_epoch == epoch else longer
 
     def train_one_epoch(
-        self, epoch: int, history: History, limits: Limits
+        self, epoch: int, history: History, limits: RunLimits
     ) -> tuple[float, float | None, StopReason | None]:
         """-> the mean training loss, the training accuracy, and why it ended early. All chance follows from seed and epoch, so a resumed
         run draws the same.
@@ -272,7 +274,7 @@ class Trainer:
         )
         return F.cross_entropy(scores, labels).item(), int((scores.argmax(dim=1) == labels).sum()) / len(rows)
 
-    def weights(self) -> Weights:
+    def weights(self) -> StateDict:
         """A copy of the weights that are validated: the average, or the network's own."""
         module = self.average.module if self.average else self.network
         return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}

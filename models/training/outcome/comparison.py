@@ -8,52 +8,52 @@ from torch import Tensor
 from models.classifier import Backbone, ModelConfig
 from models.errors import ModelError
 from models.runtime.options import Precision
-from models.training.context import Job
-from models.training.evaluation.gate import Verdict, compare
+from models.training.context import TrainingContext
+from models.training.evaluation.gate import GateVerdict, compare
 from models.training.job.job_files import Deployment
 from models.training.job.request import FinetuneRequest
 from models.training.reports import Parity
-from models.training.train import Trained
+from models.training.train import TrainingResult
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """Which version is served under the name, and the verdict where the two can be compared; else why they cannot.
 
     `fair`: the served version was trained under the same split, so that none of these images can have been in its training part.
     """
 
     served: int | None
-    verdict: Verdict | None
+    verdict: GateVerdict | None
     reason: str
     fair: bool = True
 
 
-def compare_with_served(job: Job, trained: Trained) -> Compared:
+def compare_with_served(job: TrainingContext, trained: TrainingResult) -> Comparison:
     name = job.request.name
     version = job.store.serving().models.get(name)
     if version is None:
-        return Compared(None, None, f"no version of {name} is served yet")
+        return Comparison(None, None, f"no version of {name} is served yet")
     try:
         config = job.store.config(name, version)
         if config.classes != job.data.classes:
-            return Compared(version, None, f"its classes are not those of {name}@{version}, which is served")
+            return Comparison(version, None, f"its classes are not those of {name}@{version}, which is served")
         served, new = (_correct(job, probabilities) for probabilities in _probabilities(job, config, trained))
     except ModelError as error:
-        return Compared(version, None, f"{name}@{version}, which is served, cannot be compared with: {error}")
+        return Comparison(version, None, f"{name}@{version}, which is served, cannot be compared with: {error}")
     verdict = compare(served, new)
     if config.lineage.get("dataset", {}).get("split") == job.data.split:
-        return Compared(version, verdict, verdict.reason)
+        return Comparison(version, verdict, verdict.reason)
     reason = f"{verdict.reason} But {name}@{version} was trained under another split: these images may have been among its training images."
-    return Compared(version, verdict.model_copy(update={"reason": reason}), reason, fair=False)
+    return Comparison(version, verdict.model_copy(update={"reason": reason}), reason, fair=False)
 
 
-def _correct(job: Job, probabilities: Tensor) -> Tensor:
+def _correct(job: TrainingContext, probabilities: Tensor) -> Tensor:
     return probabilities.argmax(dim=1) == job.data.labels[job.held_out]
 
 
 @torch.inference_mode()
-def _probabilities(job: Job, config: ModelConfig, trained: Trained) -> tuple[Tensor, Tensor]:
+def _probabilities(job: TrainingContext, config: ModelConfig, trained: TrainingResult) -> tuple[Tensor, Tensor]:
     """Of the held-out images, (n, C) by the served version and by the new one, from features in one precision: float32 where their
     backbones have different ones. A backbone that both versions stand on is not read again."""
     shared = {backbone.ref: backbone for backbone in trained.backbones}
@@ -66,7 +66,7 @@ def _probabilities(job: Job, config: ModelConfig, trained: Trained) -> tuple[Ten
     return served, trained.head.probabilities(*(_features(job, backbone, alike) for backbone in trained.backbones))
 
 
-def _features(job: Job, backbone: Backbone, precision: Precision) -> Tensor:
+def _features(job: TrainingContext, backbone: Backbone, precision: Precision) -> Tensor:
     """Of the held-out images."""
     pixels, digests = job.pixels(backbone.ref.preprocessing)
     own = [digests[row] for row in job.held_out.tolist()]
@@ -80,7 +80,7 @@ def _features(job: Job, backbone: Backbone, precision: Precision) -> Tensor:
     )
 
 
-def decide(request: FinetuneRequest, compared: Compared, parity: Parity) -> tuple[Deployment, str]:
+def decide(request: FinetuneRequest, compared: Comparison, parity: Parity) -> tuple[Deployment, str]:
     """What is to become of the new version, and why."""
     if not parity.images:
         return (

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.store.store import ModelStore
 from models.training.bases import Base
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.job.command import command
 
 MAX_NAMED_BAD_FILES = 100
 
 
-def lineage_of(job: Job, fresh: Sequence[str]) -> dict[str, Any]:
+def lineage_of(job: TrainingContext, fresh: Sequence[str]) -> dict[str, Any]:
     """`fresh`: the stages that were initialised anew. `seconds` are of this process alone, when it resumed another's work."""
     data, audit = job.data, job.data.audit
     names = [base.name for base in job.bases]
@@ -44,7 +44,7 @@ def lineage_of(job: Job, fresh: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _ancestry(job: Job, base: Base) -> dict[str, Any]:
+def _ancestry(job: TrainingContext, base: Base) -> dict[str, Any]:
     """Which model a run started from, and how that one was made, down to the first of the line."""
     lineage = job.store.config(base.name, base.version).lineage
     return {"model": base.name, "version": base.version, "backbone_sha256": base.stored.sha256, "lineage": lineage}
@@ -53,7 +53,7 @@ def _ancestry(job: Job, base: Base) -> dict[str, Any]:
 # What the bases have seen
 
 
-def seen_before(bases: Sequence[Base], data: Dataset, store: ModelStore) -> list[str]:
+def seen_before(bases: Sequence[Base], data: LoadedDataset, store: ModelStore) -> list[str]:
     """A sentence where a base was trained on what is held out here, or may have been; none where its lineage does not say so."""
     found: dict[str, list[str]] = {}
     for base in bases:
@@ -66,7 +66,7 @@ def seen_before(bases: Sequence[Base], data: Dataset, store: ModelStore) -> list
     ]
 
 
-def _overlap(lineage: dict[str, Any], data: Dataset) -> str | None:
+def _overlap(lineage: dict[str, Any], data: LoadedDataset) -> str | None:
     """How images that are held out here may have trained a backbone of this lineage. A dataset is known again by its hash or its name; a
     val/ or test/ of its own was never trained on."""
     drawn = [name for part, name in (("val", "validation"), ("test", "test")) if data.split.get(f"{part}_fraction")]

@@ -24,18 +24,18 @@ from models.files.records import to_json
 from models.images.decoding import decode
 from models.preprocessing import normalise
 from models.runtime.tolerances import CEILING, FLOOR, distances, heads_agree
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.head.features import Extractor
 from models.training.job.job_files import PARITY, ParitySample, ParitySamples
 from models.training.reports import Parity
-from models.training.train import Trained
+from models.training.train import TrainingResult
 
 PARITY_IMAGES = 8
 PARITY_BYTES = 24 * 2**20  # of all samples together: the server has to read them
 
 
 @torch.inference_mode()
-def parity(job: Job, trained: Trained, config: ModelConfig) -> Parity:
+def parity(job: TrainingContext, trained: TrainingResult, config: ModelConfig) -> Parity:
     """Compares the stored version with the trained one on some held-out images, and leaves these in the job's folder for the server."""
     stored = job.store.load(config.name, config.version)
     rows, contents, pixels = _read_again(job, stored)
@@ -65,7 +65,7 @@ def _original(backbone: Backbone, pixels: Tensor) -> Tensor:
     return features
 
 
-def _from_training(job: Job, trained: Trained, rows: Tensor, original: list[Tensor]) -> float:
+def _from_training(job: TrainingContext, trained: TrainingResult, rows: Tensor, original: list[Tensor]) -> float:
     """The largest distance of an image's original features from those of the run's own pixels and backbones; 1 where one is NaN."""
     farthest = 0.0
     for backbone, found in zip(trained.backbones, original, strict=True):
@@ -75,7 +75,7 @@ def _from_training(job: Job, trained: Trained, rows: Tensor, original: list[Tens
     return farthest
 
 
-def _read_again(job: Job, stored: Classifier) -> tuple[Tensor, dict[str, bytes], list[Tensor]]:
+def _read_again(job: TrainingContext, stored: Classifier) -> tuple[Tensor, dict[str, bytes], list[Tensor]]:
     """Rows (n,) of some held-out images, their files' contents by path, and their pixels (n, C, H, W) for each backbone."""
     rows = _sampled(job.held_out).tolist()
     contents = _contents(job, [job.data.paths[row] for row in rows])
@@ -97,7 +97,12 @@ def _read_again(job: Job, stored: Classifier) -> tuple[Tensor, dict[str, bytes],
 
 
 def _compared(
-    job: Job, trained: Trained, stored: Classifier, rows: Tensor, pixels: list[Tensor], original: list[Tensor]
+    job: TrainingContext,
+    trained: TrainingResult,
+    stored: Classifier,
+    rows: Tensor,
+    pixels: list[Tensor],
+    original: list[Tensor],
 ) -> Parity:
     again, farthest, explained = [], 0.0, FLOOR
     agrees = stored.config.classes == job.data.classes
@@ -128,7 +133,7 @@ def _sampled(rows: Tensor) -> Tensor:
     return rows[places]
 
 
-def _contents(job: Job, paths: list[str]) -> dict[str, bytes]:
+def _contents(job: TrainingContext, paths: list[str]) -> dict[str, bytes]:
     with open_source(job.request.dataset, job.reading) as source:
         names = {item.path: item.file for item in source.items}
         found: dict[str, bytes] = {}

@@ -10,24 +10,28 @@ import torch
 from models.data.dataset import Part
 from models.files import atomic_files
 from models.files.records import to_json
-from models.training.candidates import Choice
-from models.training.context import Job
+from models.training.candidates import BaseChoice
+from models.training.context import TrainingContext
 from models.training.evaluation.calibrate import Calibration
 from models.training.evaluation.evaluate import Evaluation, LabelError, evaluate, label_errors
 from models.training.evaluation.learning_curve import LearningCurve, learning_curve
 from models.training.job.job_files import REPORT, REPORT_PAGE
 from models.training.job.request import Event
 from models.training.network.trainer import History
-from models.training.outcome.comparison import Compared
+from models.training.outcome.comparison import Comparison
 from models.training.outcome.lineage import lineage_of
-from models.training.reports import Batch, Epoch, Report, html, write_tensorboard
-from models.training.train import Trained
+from models.training.reports import AugmentedThumbnails, Epoch, Report, html, write_tensorboard
+from models.training.train import TrainingResult
 
 SUMMARY = {"images", "accuracy", "interval", "macro_f1", "nll", "ece"}  # of an evaluation, kept with the model
 
 
 def make_report(
-    job: Job, trained: Trained, calibration: Calibration, choice: Choice | None, compared: Compared
+    job: TrainingContext,
+    trained: TrainingResult,
+    calibration: Calibration,
+    choice: BaseChoice | None,
+    compared: Comparison,
 ) -> Report:
     history, fitted = trained.history, trained.fit
     return Report(
@@ -66,7 +70,7 @@ def _epochs(history: History) -> tuple[Epoch, ...]:
     )
 
 
-def _evaluated(job: Job, trained: Trained, part: Any) -> Evaluation:
+def _evaluated(job: TrainingContext, trained: TrainingResult, part: Any) -> Evaluation:
     """Validation chose epoch and temperature, and so flatters; test images, where there are such, are seen for the first time."""
     rows, data = job.data.rows[part], job.data
     found = evaluate(
@@ -80,7 +84,7 @@ def _evaluated(job: Job, trained: Trained, part: Any) -> Evaluation:
     return found
 
 
-def _checked(job: Job, trained: Trained) -> tuple[Part, ...]:
+def _checked(job: TrainingContext, trained: TrainingResult) -> tuple[Part, ...]:
     """Whose labels can be doubted: training images by the heads of the other folds, and where a whole network has learned all of those
     by heart, the held-out ones."""
     if trained.fit is not None:
@@ -88,7 +92,7 @@ def _checked(job: Job, trained: Trained) -> tuple[Part, ...]:
     return ("val", "test") if len(job.data.rows["test"]) else ("val",)
 
 
-def _label_errors(job: Job, trained: Trained) -> tuple[LabelError, ...]:
+def _label_errors(job: TrainingContext, trained: TrainingResult) -> tuple[LabelError, ...]:
     parts = _checked(job, trained)
     rows = torch.cat([job.data.rows[part] for part in parts])
     if trained.fit is not None:
@@ -99,7 +103,7 @@ def _label_errors(job: Job, trained: Trained) -> tuple[LabelError, ...]:
     return label_errors(probabilities, job.data.labels[rows], paths, job.data.classes)
 
 
-def _learning_curve(job: Job, trained: Trained) -> LearningCurve | None:
+def _learning_curve(job: TrainingContext, trained: TrainingResult) -> LearningCurve | None:
     if trained.fit is None or len(trained.backbones) > 1 or job.settings.copies:
         return None
     train, val = job.data.rows["train"], job.data.rows["val"]
@@ -130,7 +134,7 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     return evaluation.model_dump(mode="json", include=SUMMARY) | {"per_class": recalls}
 
 
-def write_report(report: Report, folder: Path, thumbnails: Mapping[str, bytes], batch: Batch) -> None:
+def write_report(report: Report, folder: Path, thumbnails: Mapping[str, bytes], batch: AugmentedThumbnails) -> None:
     """report.json, report.html with pictures by path and of a batch, and tensorboard/ beside them."""
     atomic_files.replace(folder / REPORT, to_json(report))
     atomic_files.replace(folder / REPORT_PAGE, html(report, thumbnails, batch).encode())

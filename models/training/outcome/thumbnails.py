@@ -10,15 +10,15 @@ from models.data.samples import UNREADABLE
 from models.data.sources import open_source
 from models.errors import ImageError
 from models.images.decoding import decode
-from models.training.context import Job
-from models.training.network.batches import Sample
-from models.training.reports import Batch, Report
+from models.training.context import TrainingContext
+from models.training.network.batches import AugmentedImages
+from models.training.reports import AugmentedThumbnails, Report
 
 THUMBNAIL = 96  # pixels
 MOST_SHOWN = 50  # of the bad files, and of the duplicates
 
 
-def odd_ones(job: Job) -> dict[str, bytes]:
+def odd_ones(job: TrainingContext) -> dict[str, bytes]:
     """Of the first duplicates, and of the first bad files that show a picture all the same, by path."""
     audit, shape = job.data.audit, job.bases[0].preprocessing
     groups = (*audit.conflicts, *audit.duplicates, *audit.near_duplicates)
@@ -34,7 +34,7 @@ def odd_ones(job: Job) -> dict[str, bytes]:
     return shown
 
 
-def thumbnails(job: Job, report: Report) -> dict[str, bytes]:
+def thumbnails(job: TrainingContext, report: Report) -> dict[str, bytes]:
     """Of the mistakes and doubted labels, by path."""
     evaluated = [part for part in (report.test, report.val) if part]
     wanted = {mistake.path for part in evaluated for mistake in part.mistakes}
@@ -43,10 +43,10 @@ def thumbnails(job: Job, report: Report) -> dict[str, bytes]:
     return {path: jpeg(job.data.pixels[row]) for path, row in places.items()}
 
 
-def training_batch(sample: Sample, classes: tuple[str, ...]) -> Batch:
+def training_batch(sample: AugmentedImages, classes: tuple[str, ...]) -> AugmentedThumbnails:
     """With the label, or its shares, below each."""
     captions = (caption(label, classes) for label in sample.labels)
-    return Batch(sample.said, tuple(zip(captions, map(jpeg, sample.pixels), strict=True)))
+    return AugmentedThumbnails(sample.said, tuple(zip(captions, map(jpeg, sample.pixels), strict=True)))
 
 
 def caption(label: Tensor, classes: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.classifier import Classifier, ModelConfig
 from models.data import dataset
-from models.data.dataset import Dataset
+from models.data.dataset import LoadedDataset
 from models.data.samples import Reading
 from models.decision_rules import PRECISION, Decisions
 from models.errors import DatasetError
@@ -17,15 +17,15 @@ from models.files.text_encodings import AUTO
 from models.images.cost import DEFAULT_LIMITS, Limits
 from models.progress import Progress, silent
 from models.store.store import ModelStore
-from models.training.context import Job
+from models.training.context import TrainingContext
 from models.training.evaluation.evaluate import outputs
-from models.training.train import Trained
-from models.uncertainty import Conformal, Neighbourhood, Reference, kth, nearest, sample
+from models.training.train import TrainingResult
+from models.uncertainty import Conformal, NearestNeighbours, Reference, kth, nearest, sample
 
 Features = Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
 
 
-def reference_of(job: Job, trained: Trained) -> Reference:
+def reference_of(job: TrainingContext, trained: TrainingResult) -> Reference:
     """From the training images, and the validation images, to which also the temperature was fitted."""
     return _reference(
         job.data,
@@ -89,7 +89,7 @@ def calibrate(
     return reference
 
 
-def held_out(data: Dataset, part: Literal["val", "test"], share: float = 1.0) -> Tensor:
+def held_out(data: LoadedDataset, part: Literal["val", "test"], share: float = 1.0) -> Tensor:
     """Rows of a part: `share` of them, in the order of their files' hashes, which has nothing to do with what they show."""
     rows = sorted(data.rows[part].tolist(), key=lambda row: data.files[row])
     return torch.tensor(rows[: round(share * len(rows))], dtype=torch.int64)
@@ -102,7 +102,7 @@ def _features(classifier: Classifier, pixels: list[Tensor]) -> Features:
 
 @torch.inference_mode()
 def _reference(
-    data: Dataset,
+    data: LoadedDataset,
     held: Tensor,
     features: Features,
     probabilities: Callable[[Tensor], Tensor],
@@ -116,6 +116,6 @@ def _reference(
     train = data.rows["train"]
     kept = train[sample(data.labels[train], seen[0].shape[1], most)]
     names = [data.paths[row] for row in kept.tolist()]
-    near = Neighbourhood.of(features(kept)[0], names, seen[0])
+    near = NearestNeighbours.of(features(kept)[0], names, seen[0])
     within = kth(nearest(near.features, seen[0])[0]) <= near.threshold
     return Reference(conformal, near, Decisions.of(found, labels, within, precision))

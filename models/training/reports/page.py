@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from models.data.audit import Audit
-from models.training.candidates import Scored
+from models.training.candidates import ScoredBase
 from models.training.evaluation.evaluate import Evaluation
-from models.training.evaluation.gate import Verdict
+from models.training.evaluation.gate import GateVerdict
 from models.training.evaluation.layer_activity import TrainedLayer
 from models.training.reports.markup import Child, Markup, element, table
 from models.training.reports.plots import Series, confusion, lines, reliability_diagram
-from models.training.reports.record import Batch, Report
+from models.training.reports.record import AugmentedThumbnails, Report
 
 STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what the page may do, wherever it is opened
@@ -24,7 +24,7 @@ MIN_POINTS = 2  # of a line
 Thumbnails = Mapping[str, bytes]
 
 
-def html(report: Report, thumbnails: Thumbnails, batch: Batch | None = None) -> str:
+def html(report: Report, thumbnails: Thumbnails, batch: AugmentedThumbnails | None = None) -> str:
     """The whole page; `thumbnails` are small JPEGs by path, of the mistakes and doubted labels that are to be shown with a picture."""
     title = f"{report.name} v{report.version}" if report.version else report.name
     head = element(
@@ -39,7 +39,7 @@ def html(report: Report, thumbnails: Thumbnails, batch: Batch | None = None) -> 
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def _sections(report: Report, thumbnails: Thumbnails, batch: Batch | None) -> Iterable[Markup]:
+def _sections(report: Report, thumbnails: Thumbnails, batch: AugmentedThumbnails | None) -> Iterable[Markup]:
     yield _attention(report)
     yield _mistakes(report.test or report.val, "test" if report.test else "validation", thumbnails)
     yield _confusion(report.test or report.val, "Test" if report.test else "Validation")
@@ -94,7 +94,7 @@ def _accuracy_tile(name: str, evaluation: Evaluation) -> Markup:
     return _tile(name, f"{evaluation.accuracy:.1%}", f"{low:.1%} to {high:.1%} (95 %), {evaluation.images:,} images")
 
 
-def _verdict_tile(verdict: Verdict) -> Markup:
+def _verdict_tile(verdict: GateVerdict) -> Markup:
     colour = {"better": "good", "not worse": "good", "worse": "bad"}.get(verdict.verdict)
     against = f"{verdict.new_accuracy:.1%} against {verdict.served_accuracy:.1%}"
     return _tile("against what is served", element("span", verdict.verdict, class_=colour), against)
@@ -202,7 +202,7 @@ def _strength_plots(report: Report) -> Iterable[Markup]:
         yield lines([series], "strength of the penalty", what, log_x=True, mark=report.strength)
 
 
-def _batch(batch: Batch | None) -> Markup:
+def _batch(batch: AugmentedThumbnails | None) -> Markup:
     if batch is None:
         return Markup("")
     pictures = (element("figure", _image(jpeg, said), element("figcaption", said)) for said, jpeg in batch.pictures)
@@ -272,7 +272,7 @@ def _candidates(report: Report) -> Markup:
     return _section("Choice of the base", element("p", said, class_="faint"), table(head, rows))
 
 
-def _cost(scored: Scored) -> str:
+def _cost(scored: ScoredBase) -> str:
     """Of one image, or of training on one fold."""
     if scored.latency_ms is not None:
         return f"{scored.latency_ms:.1f} ms"

@@ -9,10 +9,10 @@ from models.data.audit import Audit
 from models.data.samples import Part
 from models.files.records import Record
 from models.runtime.options import Precision
-from models.training.candidates import Choice
+from models.training.candidates import BaseChoice
 from models.training.evaluation.calibrate import Calibration
 from models.training.evaluation.evaluate import Evaluation, LabelError
-from models.training.evaluation.gate import Verdict
+from models.training.evaluation.gate import GateVerdict
 from models.training.evaluation.layer_activity import TrainedLayer
 from models.training.evaluation.learning_curve import LearningCurve
 from models.training.head.regression import PathPoint
@@ -51,7 +51,7 @@ class Parity(Record):
         return f"it answers other probabilities than in training, by up to {self.max_difference:.3f}"
 
 
-class Batch(NamedTuple):
+class AugmentedThumbnails(NamedTuple):
     """Pictures of images as they were trained on. They are on the page alone, and not in the record."""
 
     said: str  # what they are
@@ -77,14 +77,14 @@ class Report(Record):
     strength: float | None = None  # the one that was taken
     stop_reason: str | None = None
     stopping: str | None = None  # what stopping early saved and may have cost, in words
-    candidates: Choice | None = None
+    candidates: BaseChoice | None = None
     calibration: Calibration
     val: Evaluation
     test: Evaluation | None = None
     label_errors: tuple[LabelError, ...] = ()
     labels_checked: tuple[Part, ...] = ()  # the parts whose images were looked at for `label_errors`
     learning_curve: LearningCurve | None = None
-    verdict: Verdict | None = None
+    verdict: GateVerdict | None = None
     parity: Parity | None = None
     timings: dict[str, float] = Field(default={})  # phase -> seconds
     lineage: dict[str, Any] = Field(default={})

@@ -20,8 +20,8 @@ from models.files import atomic_files
 from models.files.records import Record, read_record, to_json
 from models.training import train
 from models.training.bases import Base
-from models.training.candidates import Choice, Scored, ranked
-from models.training.context import Job
+from models.training.candidates import BaseChoice, ScoredBase, ranked
+from models.training.context import TrainingContext
 from models.training.head.regression import fold_of
 from models.training.job.request import Budget, EarlyStopping, Event
 from models.training.network import checkpoint
@@ -60,7 +60,7 @@ class FoldResults(Record):
         return sum(result.seconds for result in self.results)
 
 
-def choose_architecture(job: Job) -> Choice:
+def choose_architecture(job: TrainingContext) -> BaseChoice:
     """The most accurate of `job.bases` over the folds; of equal ones the quickest to train.
 
     Raises TrainingError: fewer different images than folds, a loss that is no longer finite, a run that is to end before every fold is
@@ -82,15 +82,15 @@ def choose_architecture(job: Job) -> Choice:
     best, *rest = ranked([_scored(base, finished) for base in job.bases])
     said = f"{best.name} is trained in full: {best.accuracy:.2%} ± {best.spread:.2%} over {folds} folds"
     job.progress(Event("select", 1.0, message=said))
-    return Choice(best=best.name, candidates=(best, *rest), folds=folds, epochs=epochs_of(job))
+    return BaseChoice(best=best.name, candidates=(best, *rest), folds=folds, epochs=epochs_of(job))
 
 
-def epochs_of(job: Job) -> int:
+def epochs_of(job: TrainingContext) -> int:
     """Epochs on each fold: never more than the full training has."""
     return min(job.request.fold_epochs, job.settings.epochs)
 
 
-def folds_of(job: Job) -> Tensor:
+def folds_of(job: TrainingContext) -> Tensor:
     """int64 (n,): the fold of each training image; classes are spread evenly, duplicates share a fold."""
     rows, folds = job.data.rows["train"], job.request.selection_folds
     groups = job.data.groups[rows]
@@ -110,7 +110,7 @@ def discard(folder: Path) -> None:
 # One fold
 
 
-def _one_fold(job: Job, base: Base, held: Tensor, spent: float, place: tuple[int, int]) -> Job:
+def _one_fold(job: TrainingContext, base: Base, held: Tensor, spent: float, place: tuple[int, int]) -> TrainingContext:
     """The job of training `base` on all but the images `held` (n,) of the training part; `spent` seconds of the budget are gone."""
     number, of = place
     pixels, digests = job.pixels(base.preprocessing)
@@ -132,7 +132,7 @@ def _one_fold(job: Job, base: Base, held: Tensor, spent: float, place: tuple[int
     )
 
 
-def _train_fold(job: Job, fold: int, path: Path) -> FoldResult:
+def _train_fold(job: TrainingContext, fold: int, path: Path) -> FoldResult:
     """Every architecture starts a fold from the same seed, and gets its images in the same order."""
     [base] = job.bases
     torch.manual_seed(job.settings.seed + fold)
@@ -160,11 +160,11 @@ def _ended(reason: str) -> TrainingError:
     )
 
 
-def _scored(base: Base, finished: FoldResults) -> Scored:
+def _scored(base: Base, finished: FoldResults) -> ScoredBase:
     """Means and standard deviations over the folds."""
     accuracies = [result.accuracy for result in finished.of(base.architecture)]
     seconds = [result.seconds for result in finished.of(base.architecture)]
-    return Scored(
+    return ScoredBase(
         name=base.name,
         accuracy=round(statistics.fmean(accuracies), 6),
         spread=round(statistics.pstdev(accuracies), 6),

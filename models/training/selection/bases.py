@@ -13,8 +13,8 @@ import torch
 from models.classifier import Backbone
 from models.runtime import Options, compile_backbone
 from models.runtime.choice import seconds_of
-from models.training.candidates import Candidate, Choice, choose
-from models.training.context import Job
+from models.training.candidates import BaseCandidate, BaseChoice, choose
+from models.training.context import TrainingContext
 from models.training.job.request import Event
 from models.training.selection.architectures import choose_architecture, discard
 from models.training.train import cached_features
@@ -22,7 +22,7 @@ from models.training.train import cached_features
 SHOTS = 9  # single images, of which the median counts
 
 
-def choose_base(job: Job) -> tuple[Job, Choice | None]:
+def choose_base(job: TrainingContext) -> tuple[TrainingContext, BaseChoice | None]:
     """The job with the one base that it goes on with, and the table; as it was where the base was named."""
     if job.request.base != "auto" and not job.request.selects_architecture:
         return job, None
@@ -37,12 +37,12 @@ def choose_base(job: Job) -> tuple[Job, Choice | None]:
     return replace(job, bases=(best,), data=data, run=run, _pixels={}), choice
 
 
-def _choose(job: Job) -> Choice:
+def _choose(job: TrainingContext) -> BaseChoice:
     rows = job.data.rows["train"]
     with job.clock.phase("features"):
         backbones = {base.name: job.store.load_backbone(base.stored) for base in job.bases}
         candidates = [
-            Candidate(name, cached_features(job, backbone)[rows], latency_ms(backbone, job.device))
+            BaseCandidate(name, cached_features(job, backbone)[rows], latency_ms(backbone, job.device))
             for name, backbone in backbones.items()
         ]
         choice = choose(

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from service.diagnostics.gpu_check.runner import Check
+from service.diagnostics.gpu_check.runner import GpuCheck
 
 PACKAGE = "service.diagnostics.gpu_check"
 
 
-def _check(name: str, target: str, expected: str, limit_s: float, least_s: float = 10.0) -> Check:
-    return Check(name, f"{PACKAGE}.{target}", expected, limit_s, least_s)
+def _check(name: str, target: str, expected: str, limit_s: float, least_s: float = 10.0) -> GpuCheck:
+    return GpuCheck(name, f"{PACKAGE}.{target}", expected, limit_s, least_s)
 
 
 CHECKS = (
@@ -89,7 +89,7 @@ CHECKS = (
 )
 
 
-def selected(names: Sequence[str]) -> list[Check]:
+def selected(names: Sequence[str]) -> list[GpuCheck]:
     """The checks of these names, or all; `facts` is always the first. Raises ValueError for an unknown name."""
     known = [check.name for check in CHECKS]
     if unknown := [name for name in names if name not in known]:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from service.diagnostics.gpu_check.records import Measurement, Order
+from service.diagnostics.gpu_check.records import GpuCheckSpec, Measurement
 
 OUTCOME = "outcome.json"
 
 
-def main(order: Order, begin: Callable[[Order], object]) -> int:
+def main(order: GpuCheckSpec, begin: Callable[[GpuCheckSpec], object]) -> int:
     """The exit code: 0 if the check came to its end, whatever it found. `begin` makes the check's argument."""
     module, _, function = order.target.partition(":")
     try:
@@ -34,7 +34,7 @@ def write(folder: Path, measurement: Measurement) -> None:
     new.replace(folder / OUTCOME)
 
 
-def session(order: Order) -> object:
+def session(order: GpuCheckSpec) -> object:
     from service.diagnostics.gpu_check.session import Session  # imports torch, which may fail
 
     return Session.begin(order)
@@ -48,4 +48,4 @@ def end(code: int) -> None:
 
 
 if __name__ == "__main__":
-    end(main(Order.model_validate_json(sys.argv[1]), session))
+    end(main(GpuCheckSpec.model_validate_json(sys.argv[1]), session))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.runtime import Options, compile_backbone, device_works, is_device_lost, is_out_of_memory
 from models.runtime.torch_engine import TorchEngine
-from service.diagnostics.gpu_check.records import Measurement, Order, problems
+from service.diagnostics.gpu_check.records import GpuCheckSpec, Measurement, problems
 from service.diagnostics.gpu_check.session import Session, random_backbone
 
 CASE_S = 40.0
@@ -76,7 +76,7 @@ def errors(session: Session) -> Measurement:
 
 def elsewhere(session: Session, name: str) -> dict[str, Any]:
     """What a process of the case's own observes; under `wrong` why there is no answer."""
-    order = Order(target=name, folder=session.folder, rehearse=session.rehearse)
+    order = GpuCheckSpec(target=name, folder=session.folder, rehearse=session.rehearse)
     command = [sys.executable, "-m", "service.diagnostics.gpu_check.errors", order.model_dump_json()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CASE_S, check=False)  # noqa: S603
@@ -141,7 +141,7 @@ def missing_kernel(session: Session) -> Measurement:
     )
 
 
-def main(order: Order) -> None:
+def main(order: GpuCheckSpec) -> None:
     session = Session.begin(order)
     if session.on_gpu:
         torch.ones(1, device=session.device)  # a context, so that the case's error is its own
@@ -150,4 +150,4 @@ def main(order: Order) -> None:
 
 
 if __name__ == "__main__":
-    main(Order.model_validate_json(sys.argv[1]))
+    main(GpuCheckSpec.model_validate_json(sys.argv[1]))

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Status = Literal["passed", "failed", "skipped", "timed out", "crashed"]
-Verdict = Literal["passed", "failed", "incomplete", "no gpu"]
-EXIT_CODES: dict[Verdict, int] = {"passed": 0, "failed": 1, "no gpu": 3, "incomplete": 4}  # 2 is a wrong option
-FAILURES: tuple[Status, ...] = ("failed", "timed out", "crashed")
+CheckStatus = Literal["passed", "failed", "skipped", "timed out", "crashed"]
+GpuVerdict = Literal["passed", "failed", "incomplete", "no gpu"]
+EXIT_CODES: dict[GpuVerdict, int] = {"passed": 0, "failed": 1, "no gpu": 3, "incomplete": 4}  # 2 is a wrong option
+FAILURES: tuple[CheckStatus, ...] = ("failed", "timed out", "crashed")
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Order(_Record):
+class GpuCheckSpec(_Record):
     """What a child process runs. `target`: `module:function`."""
 
     target: str
@@ -46,7 +46,7 @@ class CheckResult(_Record):
     """One check in the document. `expected`: what it has to show to pass. `seconds`: of the process, imports included."""
 
     name: str
-    status: Status
+    status: CheckStatus
     expected: str
     seconds: float
     summary: str
@@ -54,7 +54,7 @@ class CheckResult(_Record):
     problems: tuple[str, ...] = ()
 
 
-class Document(_Record):
+class GpuReport(_Record):
     """A whole run. `rehearsal`: on the CPU with tiny sizes, so that no figure counts. `gpu`: name of the GPU."""
 
     schema_version: Literal[1] = 1
@@ -63,7 +63,7 @@ class Document(_Record):
     seconds: float
     rehearsal: bool
     gpu: str | None
-    verdict: Verdict
+    verdict: GpuVerdict
     reason: str | None = Field(default=None, description="Why no GPU can be used")
     checks: tuple[CheckResult, ...]
 
@@ -81,7 +81,7 @@ def problems(*expectations: tuple[bool, str]) -> tuple[str, ...]:
     return tuple(sentence for holds, sentence in expectations if not holds)
 
 
-def verdict_of(results: Iterable[CheckResult], left_out: bool) -> Verdict:
+def verdict_of(results: Iterable[CheckResult], left_out: bool) -> GpuVerdict:
     """left_out: a check did not run, for lack of time or because the run was interrupted."""
     if any(result.status in FAILURES for result in results):
         return "failed"

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from service.diagnostics.gpu_check.records import CheckResult, Document
-from service.diagnostics.gpu_check.runner import BUDGET_S, Check
+from service.diagnostics.gpu_check.records import CheckResult, GpuReport
+from service.diagnostics.gpu_check.runner import BUDGET_S, GpuCheck
 
 WIDTH = 22  # of a check's name
 
 
-def header(checks: Sequence[Check], rehearse: bool) -> str:
+def header(checks: Sequence[GpuCheck], rehearse: bool) -> str:
     where = "on the CPU as a rehearsal, so that no figure counts" if rehearse else "on the GPU"
     return f"{len(checks)} checks {where}, at most {BUDGET_S / 60:.0f} minutes"
 
@@ -22,7 +22,7 @@ def row(result: CheckResult) -> str:
     return "\n".join(lines)
 
 
-def footer(document: Document) -> str:
+def footer(document: GpuReport) -> str:
     """The verdict in one sentence."""
     if document.verdict == "no gpu":
         return f"No GPU can be used: {document.reason}"

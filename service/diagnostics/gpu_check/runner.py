@@ -22,7 +22,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from service.diagnostics.gpu_check.child import OUTCOME
-from service.diagnostics.gpu_check.records import CheckResult, Document, Measurement, Order, Status, verdict_of
+from service.diagnostics.gpu_check.records import (
+    CheckResult,
+    CheckStatus,
+    GpuCheckSpec,
+    GpuReport,
+    Measurement,
+    verdict_of,
+)
 from service.settings import PREFIX
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +40,7 @@ LOG_CHARACTERS = 600  # of a crashed check's output, in its result
 
 
 @dataclass(frozen=True)
-class Check:
+class GpuCheck:
     """A check, by the import path of its function.
 
     expected: what it has to show to pass. limit_s: its process is ended after it. least_s: with less time left it does not start.
@@ -47,7 +54,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Run:
+class GpuCheckRun:
     """How the checks run. `gpu`: the number of the one to check, as torch counts them; None: the first. `child`: see child.py."""
 
     rehearse: bool = False
@@ -57,7 +64,7 @@ class Run:
     child: str = "service.diagnostics.gpu_check.child"
 
 
-def run(checks: Sequence[Check], how: Run, on_result: Callable[[CheckResult], None]) -> Document:
+def run(checks: Sequence[GpuCheck], how: GpuCheckRun, on_result: Callable[[CheckResult], None]) -> GpuReport:
     """`on_result` is called after each check. SIGTERM and Ctrl-C end the check under way and skip the others."""
     began, started = time.monotonic(), datetime.now(UTC)
     results: list[CheckResult] = []
@@ -81,7 +88,7 @@ def run(checks: Sequence[Check], how: Run, on_result: Callable[[CheckResult], No
                 result = skipped(check, reason)
         results.append(result)
         on_result(result)
-    return Document(
+    return GpuReport(
         imago=version("imago"),
         started=started,
         seconds=round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -93,16 +100,16 @@ def run(checks: Sequence[Check], how: Run, on_result: Callable[[CheckResult], No
     )
 
 
-def skipped(check: Check, reason: str) -> CheckResult:
+def skipped(check: GpuCheck, reason: str) -> CheckResult:
     return CheckResult(name=check.name, status="skipped", expected=check.expected, seconds=0.0, summary=reason)
 
 
-def run_one(check: Check, how: Run, limit_s: float) -> tuple[CheckResult, Measurement]:
+def run_one(check: GpuCheck, how: GpuCheckRun, limit_s: float) -> tuple[CheckResult, Measurement]:
     """The check's result, and what it measured: empty where it did not come to its end."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="imago-gpu-check-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        order = Order(target=check.target, folder=folder, rehearse=how.rehearse, dataset=how.dataset)
+        order = GpuCheckSpec(target=check.target, folder=folder, rehearse=how.rehearse, dataset=how.dataset)
         with (folder / "check.log").open("wb") as log, _process(order, how, log.fileno()) as process:
             try:
                 code: int | None = process.wait(limit_s)
@@ -124,7 +131,7 @@ def run_one(check: Check, how: Run, limit_s: float) -> tuple[CheckResult, Measur
 
 
 @contextlib.contextmanager
-def _process(order: Order, how: Run, log: int) -> Iterator["subprocess.Popen[bytes]"]:
+def _process(order: GpuCheckSpec, how: GpuCheckRun, log: int) -> Iterator["subprocess.Popen[bytes]"]:
     """A child in a process group of its own, all of which is ended at the end of the block."""
     command = [sys.executable, "-m", how.child, order.model_dump_json()]
     process = subprocess.Popen(  # noqa: S603  (our own module)
@@ -142,7 +149,7 @@ def _process(order: Order, how: Run, log: int) -> Iterator["subprocess.Popen[byt
         _end_group(process)
 
 
-def environment(how: Run) -> dict[str, str]:
+def environment(how: GpuCheckRun) -> dict[str, str]:
     """Of the children: one GPU, and none of the server's settings, so that a check never touches the user's store or data."""
     variables = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     if not {"site-packages", "dist-packages"} & set(ROOT.parts):  # a checkout
@@ -177,7 +184,7 @@ def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
     return True
 
 
-def _outcome(folder: Path, code: int | None, limit_s: float) -> tuple[Status, Measurement]:
+def _outcome(folder: Path, code: int | None, limit_s: float) -> tuple[CheckStatus, Measurement]:
     """By what the child left; `code` is None where its time was over."""
     if code is None:
         return "timed out", Measurement(problems=(f"no result within {limit_s:.0f} s", *_log_end(folder)))

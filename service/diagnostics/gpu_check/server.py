@@ -22,7 +22,7 @@ from models.store import packaged
 from models.store.store import ModelStore
 from service.diagnostics.gpu_check.facts import pci_address
 from service.diagnostics.gpu_check.session import TINY, Session
-from service.diagnostics.load_generator import Load, Report, run
+from service.diagnostics.load_generator import LoadPlan, LoadReport, run
 
 READY_S = 90.0
 STOP_S = 15.0
@@ -32,7 +32,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Server:
+class RunningServer:
     """A server that is ready."""
 
     url: str
@@ -40,9 +40,11 @@ class Server:
     process: "subprocess.Popen[bytes]"
     ready_s: float
 
-    def load(self, bodies: Sequence[bytes], callers: int, seconds: float, model: str | None = None) -> Report:
+    def load(self, bodies: Sequence[bytes], callers: int, seconds: float, model: str | None = None) -> LoadReport:
         models = () if model is None else (model,)
-        return run(Load(self.url, models=models, concurrency=callers, duration_s=seconds, timeout_s=REQUEST_S), bodies)
+        return run(
+            LoadPlan(self.url, models=models, concurrency=callers, duration_s=seconds, timeout_s=REQUEST_S), bodies
+        )
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
         """The JSON answer of a route. Raises httpx.HTTPError, with the server's message for a status of 4xx or 5xx."""
@@ -59,7 +61,7 @@ class Server:
 
 
 @contextmanager
-def serving(session: Session, weights: Path, *flags: str) -> Iterator[Server]:
+def serving(session: Session, weights: Path, *flags: str) -> Iterator[RunningServer]:
     """Started, ready, and ended with SIGTERM. Raises RuntimeError with the end of its log where it does not become ready."""
     log, key, began = session.folder / "serve.log", secrets.token_hex(32), time.monotonic()
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--device", str(session.device)]
@@ -72,7 +74,7 @@ def serving(session: Session, weights: Path, *flags: str) -> Iterator[Server]:
         )
     try:
         url = _ready(process, log)
-        yield Server(url, key, process, round(time.monotonic() - began, 1))
+        yield RunningServer(url, key, process, round(time.monotonic() - began, 1))
     finally:
         process.terminate()
         try:

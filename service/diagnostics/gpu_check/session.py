@@ -13,7 +13,7 @@ from torch import Tensor
 from models import architectures
 from models.classifier import Backbone, BackboneRef
 from models.runtime import cpu_count, tune_allocator
-from service.diagnostics.gpu_check.records import Order
+from service.diagnostics.gpu_check.records import GpuCheckSpec
 
 T = TypeVar("T")
 TINY = "lenet5"  # the network of a rehearsal
@@ -29,7 +29,7 @@ class Session:
     dataset: Path | None = None
 
     @classmethod
-    def begin(cls, order: Order) -> "Session":
+    def begin(cls, order: GpuCheckSpec) -> "Session":
         """Prepares this process as the server does. Does not touch the GPU."""
         tune_allocator()
         torch.set_num_threads(cpu_count())

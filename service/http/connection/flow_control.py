@@ -12,7 +12,7 @@ from service.http.connection.held_bytes import Share
 RATE = 1024  # bytes a second that a client must take
 
 
-class Flow(FlowControl):
+class PausingFlowControl(FlowControl):
     """Flow control that does not resume reading while requests wait behind one that is being answered."""
 
     ahead = False

@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 from models.errors import ModelError
 from service.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
-from service.http.connection.flow_control import Flow, WriteWatch
+from service.http.connection.flow_control import PausingFlowControl, WriteWatch
 from service.http.connection.guards import Guards
 from service.http.connection.half_closed import HalfClosed
 from service.http.connection.held_bytes import Share
@@ -93,7 +93,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._address = (transport.get_extra_info("peername") or ("",))[0]
         guards = self._guards
         client = guards.client_of(self._address)
-        self.flow: Flow = Flow(self.transport)
+        self.flow: PausingFlowControl = PausingFlowControl(self.transport)
         unread = Share(guards.held, client)
         self._writing = WriteWatch(self.transport, self.loop, unread, guards.write_timeout_s)
         self._pipelined = Share(guards.held, client)

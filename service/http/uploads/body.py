@@ -14,7 +14,7 @@ MOST_SPARE = 16  # blocks that are kept for the next body: a fresh one costs 0.5
 _spare: list[mmap] = []
 
 
-class Body:
+class BodyBuffer:
     """Grows by `add`; `take` and `take_array` return all of it, once."""
 
     def __init__(self) -> None:

@@ -35,10 +35,10 @@ _ESCAPES = (
     (rb"\u002b", b"+"), (rb"\u002B", b"+"), (rb"\u002f", b"/"), (rb"\u002F", b"/"), (rb"\u003d", b"="), (rb"\u003D", b"="),
 )  # fmt: skip
 
-Images = tuple[list[bytes], list[str | None], dict[str, list[str]]]  # with their filenames, and the fields
+JsonImages = tuple[list[bytes], list[str | None], dict[str, list[str]]]  # with their filenames, and the fields
 
 
-def read(body: bytes, known: Collection[str], max_images: int) -> Images:
+def read(body: bytes, known: Collection[str], max_images: int) -> JsonImages:
     """Takes as long as the body is; raises BadRequest, ValidationFailed, UnknownField, MissingFile."""
     body = body.removeprefix(b"\xef\xbb\xbf")
     rest, strings = lifted(body, REST + REST_PER_IMAGE * max_images)
@@ -97,7 +97,7 @@ class _Reader:
         self._images: list[bytes] = []
         self._filenames: list[str | None] = []
 
-    def read(self, request: dict[str, Any]) -> Images:
+    def read(self, request: dict[str, Any]) -> JsonImages:
         fields: dict[str, list[str]] = {}
         for key, value in request.items():
             if key in self._known:

@@ -42,7 +42,7 @@ Sink = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
-class Part:
+class PartHead:
     """The head of a part. `filename` is None where there is none; `kind` is the type in small letters, without its parameters."""
 
     name: str
@@ -64,7 +64,7 @@ def is_image_name(name: str) -> bool:
 class Multipart:
     """Splits a body into its parts. `begin` returns where the bytes of a part go. All methods raise BadRequest."""
 
-    def __init__(self, content_type: str, begin: Callable[[Part], Sink]) -> None:
+    def __init__(self, content_type: str, begin: Callable[[PartHead], Sink]) -> None:
         parameters = parameters_of(content_type)
         boundary = parameters.get("boundary", "")
         if not boundary:
@@ -174,7 +174,7 @@ class Multipart:
         return False
 
 
-def part_of(head: bytes, charset: str = "utf-8") -> Part:
+def part_of(head: bytes, charset: str = "utf-8") -> PartHead:
     """A part's head, of which lines may be folded and names be written in several ways. Raises BadRequest."""
     headers: dict[str, str] = {}
     lines = _FOLD.sub(b" ", head).splitlines()
@@ -187,7 +187,7 @@ def part_of(head: bytes, charset: str = "utf-8") -> Part:
         headers[name.strip().lower().decode("latin-1")] = _text(value.strip(), charset)
     disposition = parameters_of(headers.get("content-disposition", ""))
     filename = disposition.get("filename*", disposition.get("filename"))
-    return Part(
+    return PartHead(
         name=unquote(disposition.get("name*", disposition.get("name", ""))),
         filename=filename,
         kind=headers.get("content-type", "").partition(";")[0].strip().lower(),

@@ -23,9 +23,9 @@ from models.images.formats import format_of
 from service.errors import BadRequest, MissingFile, UnknownField, UnsupportedMediaType, ValidationFailed
 from service.http.middleware import SMALL_BODY
 from service.http.uploads import image_json
-from service.http.uploads.body import Body
+from service.http.uploads.body import BodyBuffer
 from service.http.uploads.image_json import MAX_FIELD_BYTES
-from service.http.uploads.multipart import Multipart, Part, Sink
+from service.http.uploads.multipart import Multipart, PartHead, Sink
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -92,9 +92,9 @@ def _unknown_field(name: str, known: Collection[str]) -> UnknownField:
     return UnknownField(f"there is no field of that name; there are {', '.join(sorted(known))}", param=printable(name))
 
 
-async def read_body(request: Request) -> Body:
+async def read_body(request: Request) -> BodyBuffer:
     """Collects the body of a request; the middleware counts it. Raises ClientDisconnect, and what the middleware refuses it with."""
-    body = Body()
+    body = BodyBuffer()
     try:
         async for chunk in request.stream():
             body.add(chunk)
@@ -109,10 +109,10 @@ class _Form:
 
     def __init__(self, max_files: int, known: Collection[str]) -> None:
         self._max_files, self._known = max_files, known
-        self.images: list[tuple[Part, Body]] = []
-        self.fields: list[tuple[Part, bytearray]] = []
+        self.images: list[tuple[PartHead, BodyBuffer]] = []
+        self.fields: list[tuple[PartHead, bytearray]] = []
 
-    def begin(self, part: Part) -> Sink:
+    def begin(self, part: PartHead) -> Sink:
         """Returns where the bytes of this part go."""
         if (name := part.name.removesuffix("[]")) in self._known:
             return self._field(name, part)
@@ -120,10 +120,10 @@ class _Form:
             raise _no_image(part, self._known)
         if len(self.images) == self._max_files:
             raise BadRequest(f"more than {self._max_files} images; IMAGO_MAX_FILES is the limit")
-        self.images.append((part, body := Body()))
+        self.images.append((part, body := BodyBuffer()))
         return body.add
 
-    def _field(self, name: str, part: Part) -> Sink:
+    def _field(self, name: str, part: PartHead) -> Sink:
         if len(self.fields) == MAX_FIELDS:
             raise BadRequest(f"more than {MAX_FIELDS} fields in the form")
         self.fields.append((part, text := bytearray()))
@@ -143,7 +143,7 @@ class _Form:
             body.close()
 
 
-def _no_image(part: Part, known: Collection[str]) -> UnknownField | BadRequest:
+def _no_image(part: PartHead, known: Collection[str]) -> UnknownField | BadRequest:
     if not part.name:
         return BadRequest("malformed multipart: a part has no name; an image is a part `file`")
     fields = ", ".join(sorted(known))
@@ -189,7 +189,7 @@ async def _from_base64(data: bytes) -> bytes:
     return work() if len(data) <= SMALL_BODY else await run_in_threadpool(work)
 
 
-def _values(part: Part, text: bytes) -> list[str]:
+def _values(part: PartHead, text: bytes) -> list[str]:
     """A field's text; of one that says it is JSON, the string, the number, or the list of them."""
     if "json" in part.kind:
         with suppress(ValueError):

@@ -22,9 +22,9 @@ from models.architectures import licences
 from models.classifier import BackboneRef, Head, ModelConfig
 from models.errors import ModelNotFound, ReadOnlyStore, WeightsError
 from models.preprocessing import Preprocessing
-from models.runtime import Runtime, RuntimeInfo, compile_backbone
+from models.runtime import CompiledBackbone, RuntimeInfo, compile_backbone
 from models.store import packaged
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from models.uncertainty import Reference, nearest
 from service.errors import DeviceLost
@@ -69,7 +69,7 @@ class HeadPart:
         return head.combine([part]) if len(head.layers) == 1 else part
 
 
-class NearPart:
+class NeighboursPart:
     """What a backbone's batch computes for a version that keeps training images: features (n, D) -> distances and places (n, 2 * M)."""
 
     def __init__(self, kept: Mapping[torch.device, Tensor]) -> None:
@@ -89,7 +89,7 @@ class Served:
     parts: tuple[HeadPart, ...]
     head: Head  # on the CPU
     reference: Reference | None = None
-    near: NearPart | None = None
+    near: NeighboursPart | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     @property
@@ -140,7 +140,9 @@ class Loader:
         reference = await loop.run_in_executor(self._readers, self._reference, config)
         near = None
         if reference is not None and (neighbourhood := reference.neighbourhood) is not None:
-            near = NearPart(await self._work.everywhere(neighbourhood.features.to, devices, self._readers, batcher))
+            near = NeighboursPart(
+                await self._work.everywhere(neighbourhood.features.to, devices, self._readers, batcher)
+            )
         served = Served(config, backbones, parts, head, reference, near)
         await _probe(served, batcher)
         return served
@@ -153,12 +155,14 @@ class Loader:
         self._work.close()
         self._puller.shutdown(wait=False, cancel_futures=True)
 
-    async def pull(self, name: str, progress: Progress | None = None, as_name: str | None = None) -> ModelConfig:
+    async def pull(
+        self, name: str, progress: DownloadProgress | None = None, as_name: str | None = None
+    ) -> ModelConfig:
         """Published weights -> a version in the store. One at a time, in a thread of their own, which calls `progress`: loading does
         not wait for them."""
         return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress, as_name)
 
-    def _pull(self, name: str, progress: Progress | None, as_name: str | None) -> ModelConfig:
+    def _pull(self, name: str, progress: DownloadProgress | None, as_name: str | None) -> ModelConfig:
         if name in packaged.NAMES:
             return _unpacked(name, self._store)
         from models.store.pull import IMAGENET_ENSEMBLE, pull, pull_group
@@ -211,7 +215,7 @@ class Loader:
         read = time.monotonic()
         settings, options = self._settings, self._settings.runtime_options()
 
-        def compile_for(device: torch.device) -> Runtime:
+        def compile_for(device: torch.device) -> CompiledBackbone:
             return compile_backbone(backbone, device, options, layer, is_serving=partial(batcher.is_busy, device))
 
         replicas = await self._work.replicas(compile_for, ref.preprocessing, batcher)

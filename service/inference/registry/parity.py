@@ -15,11 +15,11 @@ from torch import Tensor
 from models.errors import WeightsError
 from models.runtime.tolerances import allowed, distances, heads_agree
 from service.inference.registry.loader import LoadedBackbone, Served
-from service.inference.results import Sample
+from service.inference.results import ParityImage
 
 
 @torch.inference_mode()
-def check(samples: Sequence[Sample], served: Served, features: Sequence[Tensor], answered: Tensor) -> None:
+def check(samples: Sequence[ParityImage], served: Served, features: Sequence[Tensor], answered: Tensor) -> None:
     """`features` (n, D) of the samples by each backbone of `served`, and the probabilities `answered` (n, classes), by the path that
     requests take. Raises WeightsError that names the first image that differs."""
     if any(tuple(sample.probabilities) != served.config.classes for sample in samples):
@@ -33,7 +33,7 @@ def check(samples: Sequence[Sample], served: Served, features: Sequence[Tensor],
         _check_probabilities(samples, found, right)
 
 
-def _check_features(samples: Sequence[Sample], backbone: LoadedBackbone, found: Tensor, original: Tensor) -> None:
+def _check_features(samples: Sequence[ParityImage], backbone: LoadedBackbone, found: Tensor, original: Tensor) -> None:
     info = max(backbone.infos.values(), key=lambda info: info.agreement.max_difference)
     limit = allowed(info.agreement.max_difference)
     for sample, off in zip(samples, distances(found, original).tolist(), strict=True):
@@ -44,7 +44,7 @@ def _check_features(samples: Sequence[Sample], backbone: LoadedBackbone, found: 
             )
 
 
-def _check_probabilities(samples: Sequence[Sample], found: Tensor, right: Tensor) -> None:
+def _check_probabilities(samples: Sequence[ParityImage], found: Tensor, right: Tensor) -> None:
     for sample, agrees, off in zip(
         samples, heads_agree(found, right).tolist(), (found - right).abs().amax(dim=1).tolist(), strict=True
     ):

@@ -19,7 +19,7 @@ import torch
 from models.classifier import ModelConfig
 from models.errors import ModelError, ModelNotFound, NameConflict, OutOfMemory, WeightsError
 from models.store import packaged
-from models.store.download import Progress
+from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from service.errors import DeviceLost, NotReady, ServiceError
 from service.inference.batcher import Batcher
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory or lost a device; doubled each time
 T = TypeVar("T")
-Check = Callable[[Served], Awaitable[None]]
+ActivationCheck = Callable[[Served], Awaitable[None]]
 
 
-class Failure(NamedTuple):
+class LoadFailure(NamedTuple):
     """Why a model is not served. `passing`: another try may succeed, because what it lacked may be freed, or another device is left."""
 
     reason: str
@@ -46,7 +46,7 @@ async def unchecked(served: Served) -> None:
     """The loader's own probe is enough."""
 
 
-class Catalogue:
+class Registry:
     """The versions in memory, by name. Made and used on one event loop."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Catalogue:
         self.served: Mapping[str, Served] = {}
         self.default: str | None = None
         self._loader = Loader(settings, store, metrics, devices)
-        self._failures: dict[str, Failure] = {}
+        self._failures: dict[str, LoadFailure] = {}
         self._loading: set[str] = set()
         self._store_error: str | None = None
         self._sync_lock = asyncio.Lock()
@@ -145,7 +145,7 @@ class Catalogue:
         finally:
             del self._pulls[name]
 
-    async def pull(self, name: str, progress: Progress, as_name: str | None = None) -> ModelConfig:
+    async def pull(self, name: str, progress: DownloadProgress, as_name: str | None = None) -> ModelConfig:
         """Published weights -> a version in the store, which serves from then on unless another of its name does.
 
         Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict where the setting `models` names others.
@@ -155,7 +155,7 @@ class Catalogue:
             await self.activate(config.name, config.version)
         return config
 
-    async def activate(self, name: str, version: int, check: Check = unchecked) -> ModelStatus:
+    async def activate(self, name: str, version: int, check: ActivationCheck = unchecked) -> ModelStatus:
         """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
 
         Raises ModelNotFound, NameConflict (the setting `models` names others), OutOfMemory, NotReady (a device is taken), DeviceLost,
@@ -186,7 +186,7 @@ class Catalogue:
             raise NameConflict(f"the setting `models` names {name!r}; take it out there")
 
     async def _serve(
-        self, name: str, version: int, record: Callable[[], object], check: Check = unchecked
+        self, name: str, version: int, record: Callable[[], object], check: ActivationCheck = unchecked
     ) -> ModelStatus:
         await asyncio.to_thread(self.store.check_writable)
         async with self._sync_lock:
@@ -286,12 +286,12 @@ class Catalogue:
         try:
             return await work
         except (ModelError, ServiceError) as error:
-            failure = self._failures[name] = Failure(str(error), self._may_pass(error))
+            failure = self._failures[name] = LoadFailure(str(error), self._may_pass(error))
             log.error("%s could not be loaded: %s", name, error)
             if failure.passing and name not in self._retries:
                 self._retries[name] = asyncio.create_task(self._retry(name))
         except Exception:
-            self._failures[name] = Failure("an internal error; the log has the details")
+            self._failures[name] = LoadFailure("an internal error; the log has the details")
             log.exception("%s could not be loaded", name)
         finally:
             self._loading.discard(name)

@@ -20,7 +20,7 @@ import torch
 from models.errors import ModelError, OutOfMemory
 from models.images.decoding import stack
 from models.preprocessing import Preprocessing
-from models.runtime import Runtime, is_device_lost, is_out_of_memory, memory, steps_up_to
+from models.runtime import CompiledBackbone, is_device_lost, is_out_of_memory, memory, steps_up_to
 from service.errors import DeviceLost, NotReady, ServiceError
 from service.inference.batcher import Batcher
 from service.inference.forward import pins
@@ -38,7 +38,7 @@ _Result = TypeVar("_Result")
 class Replicas:
     """A compiled backbone on each device that took it, at least one; `failures` of the others."""
 
-    runtimes: Mapping[torch.device, Runtime]
+    runtimes: Mapping[torch.device, CompiledBackbone]
     failures: Mapping[str, str]  # by device
 
 
@@ -63,7 +63,7 @@ class DeviceWork:
         return usable
 
     async def replicas(
-        self, compile_for: Callable[[torch.device], Runtime], shape: Preprocessing, batcher: Batcher
+        self, compile_for: Callable[[torch.device], CompiledBackbone], shape: Preprocessing, batcher: Batcher
     ) -> Replicas:
         """Compiled and warm on every device that is not lost. Where it fails on all, raises one of the errors: that of a device
         without memory, or taken by another process, before others."""
@@ -72,7 +72,7 @@ class DeviceWork:
             *(self._replica(partial(compile_for, device), device, shape, batcher) for device in devices),
             return_exceptions=True,
         )
-        runtimes: dict[torch.device, Runtime] = {}
+        runtimes: dict[torch.device, CompiledBackbone] = {}
         failures: dict[str, Exception] = {}
         for device, outcome in zip(devices, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -91,15 +91,17 @@ class DeviceWork:
         return Replicas(runtimes, {name: str(error) for name, error in failures.items()})
 
     async def _replica(
-        self, compiled: Callable[[], Runtime], device: torch.device, shape: Preprocessing, batcher: Batcher
-    ) -> Runtime:
+        self, compiled: Callable[[], CompiledBackbone], device: torch.device, shape: Preprocessing, batcher: Batcher
+    ) -> CompiledBackbone:
         async with self._turns[device]:  # so that the time limit counts from the begin of the work
             runtime = await self.run(compiled, device, self._compilers[device], batcher)
         if device.type == "cuda":
             await self._warm_up(runtime, device, shape, batcher)
         return runtime
 
-    async def _warm_up(self, runtime: Runtime, device: torch.device, shape: Preprocessing, batcher: Batcher) -> None:
+    async def _warm_up(
+        self, runtime: CompiledBackbone, device: torch.device, shape: Preprocessing, batcher: Batcher
+    ) -> None:
         """Runs every batch step once in the thread that serves, because cuDNN keeps its plans by thread. A step for which there is no
         memory bounds the batches of this device."""
         fits = 0
@@ -197,7 +199,7 @@ def _free(device: torch.device) -> str:
     return f" ({(total - used) >> 20:,} of {total >> 20:,} MB are free)"
 
 
-def _run(runtime: Runtime, size: int, shape: Preprocessing) -> None:
+def _run(runtime: CompiledBackbone, size: int, shape: Preprocessing) -> None:
     """A batch of black images, to its end; from pinned memory, of which the first batches then find enough."""
     image = torch.zeros(shape.height, shape.width, shape.channels, dtype=torch.uint8).permute(2, 0, 1)
     runtime(stack([image] * size, pinned=pins(runtime.device))).sum().item()

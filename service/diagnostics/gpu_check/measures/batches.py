@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from models.classifier import Head, HeadConfig, LayerConfig
-from models.runtime import Options, Runtime, compile_backbone
+from models.runtime import CompiledBackbone, Options, compile_backbone
 from service.diagnostics.gpu_check.records import Measurement, problems
 from service.diagnostics.gpu_check.session import Session, random_backbone, random_pixels
 from service.inference.batcher import BackboneQueue, Batcher
-from service.inference.forward import Part
+from service.inference.forward import PartFunction
 from service.observability.metrics import Metrics
 
 HEADS = (1, 2, 100)
@@ -98,7 +98,7 @@ def out_of_memory_serving(session: Session) -> Measurement:
 
 
 @contextmanager
-def batching(session: Session, runtime: Runtime) -> Iterator[tuple[Batcher, BackboneQueue]]:
+def batching(session: Session, runtime: CompiledBackbone) -> Iterator[tuple[Batcher, BackboneQueue]]:
     """A batcher on the one device, and a queue for the runtime. The caller starts it."""
     metrics = Metrics()
     batcher = Batcher([session.device], metrics)
@@ -109,7 +109,7 @@ def batching(session: Session, runtime: Runtime) -> Iterator[tuple[Batcher, Back
 
 
 def answered(
-    batcher: Batcher, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Sequence[Part]], start: bool = False
+    batcher: Batcher, queue: BackboneQueue, pixels: Tensor, parts: Sequence[Sequence[PartFunction]], start: bool = False
 ) -> list[Any]:
     """An Output or an exception for each image (N, C, H, W). `start`: the device begins when all of them wait."""
 
@@ -159,7 +159,7 @@ def logged(name: str) -> Iterator[list[str]]:
         logging.getLogger(name).removeHandler(handler)
 
 
-def _head(session: Session, features: int) -> Part:
+def _head(session: Session, features: int) -> PartFunction:
     head = Head(HeadConfig(layers=(LayerConfig(in_features=features),)), CLASSES).eval().requires_grad_(False)
     return partial(head.to(session.device).part, 0)
 

@@ -12,7 +12,7 @@ from models.training.job.request import EarlyStopping, FinetuneRequest, Hyperpar
 from service.diagnostics.gpu_check.measures.batches import waits
 from service.diagnostics.gpu_check.pictures import CLASSES, picture, two_classes
 from service.diagnostics.gpu_check.records import Measurement, problems
-from service.diagnostics.gpu_check.server import Server, default_store, serving
+from service.diagnostics.gpu_check.server import RunningServer, default_store, serving
 from service.diagnostics.gpu_check.session import Session
 
 IMAGES = 120  # of each class
@@ -45,7 +45,7 @@ def head_job(session: Session) -> Measurement:
     return judged(figures)
 
 
-def finished(server: Server, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
+def finished(server: RunningServer, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """The job once it is at its end. Raises TimeoutError."""
     job: dict[str, Any] = server.ask("POST", "/finetune", json=request)
     ends = time.monotonic() + limit_s
@@ -57,7 +57,7 @@ def finished(server: Server, request: dict[str, Any], limit_s: float) -> dict[st
     return job
 
 
-def right(server: Server) -> float:
+def right(server: RunningServer) -> float:
     """The share of unseen images that the deployed version classifies correctly."""
     found = []
     for kind in CLASSES:

@@ -9,9 +9,9 @@ import torch
 
 from service.diagnostics.gpu_check.pictures import photograph
 from service.diagnostics.gpu_check.records import Measurement, problems
-from service.diagnostics.gpu_check.server import Server, default_store, random_store, serving, watched
+from service.diagnostics.gpu_check.server import RunningServer, default_store, random_store, serving, watched
 from service.diagnostics.gpu_check.session import Session
-from service.diagnostics.load_generator import Report
+from service.diagnostics.load_generator import LoadReport
 
 CALLERS = (1, 32, 256)
 WARM_S, MEASURED_S = 1.0, 5.0
@@ -36,7 +36,7 @@ def serve(session: Session) -> Measurement:
     return judged(figures)
 
 
-def under_load(session: Session, server: Server, bodies: list[bytes], callers: int) -> dict[str, Any]:
+def under_load(session: Session, server: RunningServer, bodies: list[bytes], callers: int) -> dict[str, Any]:
     with watched(session) as utilisation:
         cpu, began = server.cpu_seconds(), time.monotonic()
         report = server.load(bodies, callers, session.size(MEASURED_S, 1.0))
@@ -44,7 +44,7 @@ def under_load(session: Session, server: Server, bodies: list[bytes], callers: i
     return {**answers(report), **utilisation.figures(), "server_cores": round(cpu / seconds, 2)}
 
 
-def answers(report: Report) -> dict[str, Any]:
+def answers(report: LoadReport) -> dict[str, Any]:
     return {
         "images_per_s": report.images_per_second,
         "p50_ms": report.latency_ms.get("p50"),
@@ -98,7 +98,7 @@ def swap(session: Session) -> Measurement:
 class Swaps:
     """Activates the two versions in turn, in a thread: so many times. Leaving the block waits for the last."""
 
-    def __init__(self, server: Server, name: str, count: int) -> None:
+    def __init__(self, server: RunningServer, name: str, count: int) -> None:
         self.seconds: list[float] = []
         self.errors: list[str] = []
         self._server, self._name, self._count = server, name, count
@@ -157,14 +157,14 @@ def memory_mb(session: Session) -> int | None:
     return (total - free) >> 20
 
 
-def runtime_of(server: Server, name: str) -> dict[str, Any]:
+def runtime_of(server: RunningServer, name: str) -> dict[str, Any]:
     """How the first backbone of a model runs, as `GET /models` says."""
     model = server.ask("GET", f"/models/{name}")
     runtime: dict[str, Any] = next(iter(model["backbones"][0]["runtime"].values()))
     return runtime
 
 
-def best_rate(server: Server, name: str) -> float | None:
+def best_rate(server: RunningServer, name: str) -> float | None:
     """Images/s of the engine that was chosen, in its best batch; None where nothing was measured."""
     runtime = runtime_of(server, name)
     chosen = [c for c in runtime["candidates"] if c["precision"] == runtime["precision"] and c["rates"]]

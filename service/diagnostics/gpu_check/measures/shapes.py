@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from models.classifier import Backbone
-from models.runtime import Options, Runtime, compile_backbone
+from models.runtime import CompiledBackbone, Options, compile_backbone
 from service.diagnostics.gpu_check.records import Measurement, problems
 from service.diagnostics.gpu_check.session import Session, host_memory_mb, random_backbone, random_pixels
 
@@ -47,7 +47,9 @@ def judged(figures: dict[str, Any], sizes: int) -> Measurement:
     )
 
 
-def _in_thread(session: Session, runtime: Runtime, backbone: Backbone, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _in_thread(
+    session: Session, runtime: CompiledBackbone, backbone: Backbone, sizes: tuple[int, ...]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: found.update(_walk(session, runtime, backbone, sizes)))
     thread.start()
@@ -57,7 +59,7 @@ def _in_thread(session: Session, runtime: Runtime, backbone: Backbone, sizes: tu
     return found
 
 
-def _walk(session: Session, runtime: Runtime, backbone: Backbone, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _walk(session: Session, runtime: CompiledBackbone, backbone: Backbone, sizes: tuple[int, ...]) -> dict[str, Any]:
     """First and second pass of each size, in this thread."""
     before, times = host_memory_mb(), []
     for size in sizes:
@@ -74,7 +76,7 @@ def _walk(session: Session, runtime: Runtime, backbone: Backbone, sizes: tuple[i
     }
 
 
-def _pass_ms(session: Session, runtime: Runtime, pixels: torch.Tensor) -> float:
+def _pass_ms(session: Session, runtime: CompiledBackbone, pixels: torch.Tensor) -> float:
     began = time.perf_counter()
     runtime(pixels)
     session.synchronize()
