@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from models.cgroup import cpu_count
+from models.files.cgroup import cpu_count
 from service.diagnostics.load_generator import LoadPlan, LoadReport, run
 
 ROOT = Path(__file__).parents[1]

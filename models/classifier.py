@@ -20,28 +20,11 @@ import torch.nn.functional as F
 from pydantic import AwareDatetime, Field, model_validator
 from torch import Tensor, nn
 
+from models.activations import Activation
 from models.errors import WeightsError
 from models.files.class_names import complaint
 from models.files.records import NAME_PATTERN, Record
 from models.preprocessing import Preprocessing, normalise
-
-# `none` is for those who import a head: its layers are joined to one.
-Activation = Literal[
-    "relu",
-    "gelu",
-    "tanh",
-    "sigmoid",
-    "silu",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "relu6",
-    "hardswish",
-    "mish",
-    "softplus",
-    "none",
-]
-
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import DotEnvSettingsSource, EnvSettingsSource
 
-from models.cgroup import memory_limit
+from models.files.cgroup import memory_limit
 from models.images import heif
 from service.system.platform_variables import injected
 from service.system.prefix import prefix_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models import cgroup
+from models.files import cgroup
 from models.runtime import cpu_count, device
 from service.settings import Settings
 
@@ -114,5 +114,5 @@ def test_memory_is_that_of_the_container(tmp_path: Path, membership: str, files:
 
 
 def test_counting_cores_imports_no_torch() -> None:
-    program = "import sys, models.cgroup; sys.exit('torch' in sys.modules)"
+    program = "import sys, models.files.cgroup; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -183,7 +183,7 @@ def test_a_pickle_is_never_run(store: ModelStore, tmp_path: Path, suffix: str, z
 def test_a_whole_pickled_network_is_refused_with_advice(tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "whole.pth"
     torch.save(network, path)
-    with pytest.raises(WeightsError, match=r"whole pickled model \(models\.classics\.\w+") as caught:
+    with pytest.raises(WeightsError, match=r"whole pickled model \(models\.architectures\.classics\.\w+") as caught:
         read_state(path)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         "model = torch.load('whole.pth', weights_only=False)",

@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from models import cgroup
 from models.errors import DeviceUnavailable
+from models.files import cgroup
 from models.runtime.gpus import gpus
 from models.runtime.options import Precision
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of a GPU's free memory, for training beside a server
 
-CPU_QUOTA = cgroup.ROOT / "cpu.max"  # of a container; models/cgroup.py has the other places
+CPU_QUOTA = cgroup.ROOT / "cpu.max"  # of a container; models/files/cgroup.py has the other places
 
 
 def devices(name: str) -> list[torch.device]:

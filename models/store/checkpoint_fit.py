@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from models import architectures
+from models.activations import Activation
 from models.architectures import Network, timm_networks
 from models.architectures.timm_names import PREFIX, is_timm
 from models.architectures.torchvision_keys import modern_key
-from models.classifier import Activation
 from models.errors import ArchitectureNotFound, WeightsError
 from models.files import weights_file
 from models.store.checkpoints import Checkpoint, heads

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from models.classifier import Activation
+from models.activations import Activation
 from service.cli.options import examples, settings_options
 from service.cli.progress import progress
 from service.cli.store import open_store, stored

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import SecretStr
 
-from models import cgroup
+from models.files import cgroup
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Activation, ConvLayer, Layer, MLPLayer
+from models.activations import Activation
+from models.classifier import ConvLayer, Layer, MLPLayer
 from models.errors import WeightsError
 from models.store.checkpoints.matching import Shape, is_foreign
 
