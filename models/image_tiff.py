@@ -40,6 +40,7 @@ COMPRESSIONS = {
     34712: "JPEG 2000",
     34887: "LERC",
     34934: "JPEG XR",
+    50001: "WebP",  # Pillow knows of it, its libtiff does not
     50002: "JPEG XL",
 }
 
@@ -97,6 +98,10 @@ class Page:
     def sample_format(self) -> tuple[int, ...]:
         formats = self.tags.get(SAMPLE_FORMAT) or (UNSIGNED,)
         return formats[:1] if len(set(formats)) == 1 else formats
+
+    @property
+    def has_alpha(self) -> bool:
+        return self.one(EXTRA_SAMPLES, 0) in ALPHA
 
     @property
     def is_thumbnail(self) -> bool:
@@ -199,7 +204,7 @@ def _check(page: Page) -> None:
     if page.is_thumbnail:
         raise InvalidImage("TIFF whose first page is a thumbnail of another: save that page alone, as PNG or TIFF")
     compression = page.one(COMPRESSION, 1)
-    if compression not in COMPRESSION_INFO:
+    if compression in COMPRESSIONS or compression not in COMPRESSION_INFO:
         name = COMPRESSIONS.get(compression, f"compression {compression}")
         raise InvalidImage(f"TIFF with {name} inside is not read: save it uncompressed or with LZW")
     if not page.tags.get(PHOTOMETRIC) and compression != OLD_JPEG:
@@ -237,10 +242,12 @@ def _layout(page: Page) -> str:
     if kind > FLOAT:
         numbers = f"numbers that are no integers or floats (sample format {kind})"
     text = f"{len(bits)} {'band' if len(bits) == 1 else 'bands'} of {numbers}"
-    if len(bits) == 4 and photometric == RGB and page.one(EXTRA_SAMPLES, 0) not in ALPHA:
+    if len(bits) == 4 and photometric == RGB and not page.has_alpha:
         text += ", the fourth not declared as transparency,"
     if page.one(PLANAR, 1) == 2 and len(bits) > 1:
         text += " in separate planes"
     if photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, 3, *COLOURS):
         text += f" with photometric interpretation {photometric}"
+    if page.one(FILL_ORDER, 1) == 2:
+        text += " in reversed order (FillOrder 2)"
     return f"{text} in big-endian order" if page.big_endian and bits[0] > 8 and len(bits) == 1 else text

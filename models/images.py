@@ -20,7 +20,7 @@ import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from models import image_modes, image_process, image_tiff, sniff
+from models import heif, image_modes, image_process, image_tiff, sniff
 from models.classifier import Preprocessing, to_uint8, unscaled
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.geometry import Axis, axes, whole_pixels
@@ -264,6 +264,8 @@ def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
     declared = {"WEBP": int.from_bytes(data[4:8], "little") + 8, "BMP": int.from_bytes(data[2:6], "little")}
     if len(data) < declared.get(file_format, 0):
         return f"truncated {name}: {len(data)} of {declared[file_format]} bytes"
+    if file_format in ("AVIF", "HEIF") and len(data) < (end := heif.end_of_boxes(data)):
+        return f"truncated {name}: {len(data)} of at least {end} bytes"
     if "truncated" in str(error).lower():
         return f"truncated {name}: its {stage} breaks off after {len(data)} bytes"
     return f"damaged {name}: its {stage} cannot be decoded"

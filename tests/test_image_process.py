@@ -66,6 +66,14 @@ def test_a_damaged_file_leaves_the_process_for_the_next() -> None:
     assert len(image_process._idle) == 1
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_truncated_avif_is_named(keep: float) -> None:
+    data = save(photo(40, 30), "AVIF")
+    size = int(len(data) * keep)
+    with pytest.raises(InvalidImage, match=f"^truncated AVIF: {size} of at least [0-9]+ bytes$"):
+        decode(data[:size], SMALL, EXTRA)
+
+
 def test_an_orientation_comes_back() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -140,6 +140,10 @@ def test_a_layout_that_is_not_read_is_named(
     [
         pytest.param(b"MM\0+\0\x08\0\0" + bytes(200), "^big-endian BigTIFF is not read", id="big-endian BigTIFF"),
         pytest.param(tiff_of(bands(1), 1, {259: [34712]}), "^TIFF with JPEG 2000 inside", id="JPEG 2000"),
+        pytest.param(tiff_of(bands(1), 1, {259: [50001]}), "^TIFF with WebP inside", id="WebP"),
+        pytest.param(
+            tiff_of(bands(3, "u2"), 2, {266: [2]}), r"^TIFF of 3 bands of 16 bits in reversed order", id="FillOrder"
+        ),
         pytest.param(tiff_of(bands(1), 1, {259: [60000]}), "^TIFF with compression 60000 inside", id="unknown"),
         pytest.param(tiff_of(bands(3), 2, {254: [1], 330: [8]}), "^TIFF whose first page is a thumb", id="thumbnail"),
         pytest.param(tiff_of(bands(3), 2, {262: []}), "^TIFF without the tag Photometric", id="no value"),
