@@ -190,8 +190,8 @@ def reading(data: bytes) -> tuple[bytes, Samples]:
 
 def _declared_bits(page: Page) -> int:
     """By SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 where none says."""
-    largest = page.one(MAX_SAMPLE, page.one(MAX_VALUE, 0))
-    return largest.bit_length() or (page.bits[0] if page.bits[0] < 16 else 0)
+    depth, declared = page.bits[0], page.one(MAX_SAMPLE, page.one(MAX_VALUE, 0)).bit_length()
+    return declared if 0 < declared <= depth else depth if depth < 16 else 0
 
 
 def _low_bytes(page: Page) -> str:

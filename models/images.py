@@ -239,7 +239,7 @@ def _with_low_bytes(
         low.load()
         return low
 
-    joined = image_modes.with_low_bytes(image, samples, read_low)
+    joined = image_modes.with_low_bytes(image, samples, read_low, ImageBytes(b"", deadline, left).check_time)
     joined.getexif()[ORIENTATION_TAG] = _orientation(image)
     return joined
 
