@@ -100,7 +100,7 @@ class Finder:
             raise DatasetError(f"{place}: the path has {len(cell):,} characters, and at most {MAX_PATH:,} are read")
         if match := REMOTE.match(cell):  # the image may lie beside the table, by the end of its path
             cell = posixpath.join("/", unquote(re.split(r"[?#]", cell[match.end() :])[0]))
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", cell):
+        if ":" in cell and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", cell):
             raise DatasetError(_not_fetched(cell, place))
         return posixpath.normpath(cell.replace("\\", "/"))
 
@@ -156,7 +156,11 @@ ENDING, STEM = "the end of their paths", "their names without a suffix"
 
 
 def leads_outside(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/") or bool(re.match(r"[A-Za-z][A-Za-z+.-]*:", name))
+    return (
+        name.startswith("/")
+        or ".." in name.split("/")
+        or (":" in name and bool(re.match(r"[A-Za-z][A-Za-z+.-]*:", name)))
+    )
 
 
 def is_image(name: str) -> bool:

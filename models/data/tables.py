@@ -6,13 +6,14 @@
 
 table --table_text--> rows of cells --table_columns--> path, label, part --table_paths--> files beside it
 
-A table is read twice: once to understand its columns by their names and values, once for its rows.
+A table is read once, to understand its columns by their names and values; one of more than KEPT rows once more, for its rows.
 """
 
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
@@ -40,8 +41,12 @@ IN_FOLDERS = (".csv", ".tsv", *JSON_LINES)
 TABLES = (*IN_FOLDERS, ".tab", ".psv", ".txt")
 ONE_HOT = "_classes.csv"
 MAX_TABLES = 100  # that are looked at in a folder
+KEPT = 300_000  # rows of a table in memory, some 150 MB
 SAMPLE = 50  # rows by which the column of images is found
 WHOLE = re.compile(r"-?\d+\.0+")  # an integer, as pandas writes it where a cell of the column is empty
+
+
+Rows = list[tuple[str, Row]]  # each with its place, for messages
 
 
 class Understood(NamedTuple):
@@ -53,6 +58,7 @@ class Understood(NamedTuple):
     columns: Columns
     dialect: str
     is_beside: bool  # whether any of its first images is there
+    rows: "Rows | None"  # all of them; None: more than KEPT
 
 
 class Listed(NamedTuple):
@@ -176,18 +182,23 @@ def _understood(files: Files, name: str) -> Understood:
             any(map(is_image, table.columns)) or any(cell and finder.locate(cell) for cell in table.columns)
         )
         names = tuple(f"column {at}" for at in range(1, len(table.columns) + 1)) if headless else table.columns
-        survey = _survey(name, names, chain([("", table.columns)], table.rows) if headless else table.rows)
+        kept: Rows = []
+        first = [(f"{printable(name)}, line 1", table.columns)] if headless else []
+        survey = _survey(name, names, chain(first, table.rows), kept)
         columns = understand(survey, finder.locate, headless)
         beside = any(finder.locate(row[columns.path]) for row in survey.sample if row[columns.path])
-        return Understood(name, names, headless, columns, table.dialect, beside)
+        return Understood(name, names, headless, columns, table.dialect, beside, kept if survey.rows <= KEPT else None)
 
 
-def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]]) -> Survey:
+def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: Rows) -> Survey:
+    """Adds the first rows to `kept`."""
     sample: list[Row] = []
     values: list[set[str] | None] = [set() for _ in names]
     count = 0
-    for _, row in rows:
+    for place, row in rows:
         count += 1
+        if count <= KEPT:
+            kept.append((place, row))
         if len(sample) < SAMPLE:
             sample.append(row)
         for at, known in enumerate(values):
@@ -241,9 +252,8 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
     classes = {at: table.names[at] for at in columns.classes}
     items: list[Item] = []
     unlabelled: list[str] = []
-    with open_table(files, table.name) as opened:
-        first = f"{printable(table.name)}, line 1"
-        for place, row in chain([(first, opened.columns)] if table.headless else [], opened.rows):
+    with _rows_of(files, table) as rows:
+        for place, row in rows:
             label = marked_class(row, classes, place) if columns.label is None else row[columns.label]
             if not label:
                 unlabelled.append(place)
@@ -271,6 +281,16 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
         items = [replace(item, part=parts[item.path]) for item in items]
         notes.append(f"{printable(table.name)} has no column of parts; they follow from the folders of the images")
     return Listed(items, notes)
+
+
+@contextmanager
+def _rows_of(files: Files, table: Understood) -> Iterator[Iterable[tuple[str, Row]]]:
+    if table.rows is not None:
+        yield table.rows
+        return
+    with open_table(files, table.name) as opened:
+        first = [(f"{printable(table.name)}, line 1", opened.columns)] if table.headless else []
+        yield chain(first, opened.rows)
 
 
 def _without_points(items: Iterable[Item]) -> Iterable[Item]:
