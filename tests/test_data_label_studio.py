@@ -83,7 +83,7 @@ def test_tasks_without_a_choice_are_left_out_and_counted(tmp_path: Path) -> None
     ]
     source = listed(folder(tmp_path, PHOTOS | {"min.json": as_json(tasks)}))
     assert len(source.items) == 2
-    assert source.notes == ("3 tasks of min.json have no choice and are left out",)
+    assert source.notes == ("min.json: 3 tasks have no choice and are left out",)
 
 
 def test_two_annotators_who_disagree_are_a_conflict(tmp_path: Path) -> None:

@@ -25,18 +25,19 @@ from models.data.samples import (
     MAX_NAMED,
     PARTS,
     UNREADABLE,
-    Ignored,
+    IgnoredFiles,
     Part,
     Read,
     Reading,
     Source,
     advised,
+    counted,
 )
 from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.image_cost import DEFAULT_LIMITS, Limits
 from models.images import decode
-from models.training import audit, duplicates, split
+from models.training import audit, duplicates, split, split_checks
 from models.training.audit import Audit, BadFile, Images
 from models.training.duplicates import Near
 from models.training.image_kinds import image_kind
@@ -46,7 +47,6 @@ from models.training.request import NearDuplicates
 __all__ = ["PARTS", "Audit", "BadFile", "Dataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
-MAX_SMALL = 100  # classes with too few images that an error names
 MAX_HELD_OUT = 0.9  # of the images, validation and test together
 TICK_S = 0.25  # between two signs of progress
 DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
@@ -120,7 +120,9 @@ def load(
             source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
         )
         given = [source.items[place].part for place in decoded.places]
-        found = _split(images, decoded.files, given, Shares(val_fraction, test_fraction, seed), min_per_class)
+        found = _split(
+            images, decoded.files, given, Shares(val_fraction, test_fraction, seed), min_per_class, near_duplicates
+        )
     remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
     report = audit.make_audit(
         images,
@@ -208,11 +210,18 @@ class _Found(NamedTuple):
     rule: dict[str, Any]
 
 
-def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares: Shares, min_per_class: int) -> _Found:
+def _split(
+    images: Images,
+    files: Sequence[bytes],
+    given: Sequence[Part],
+    shares: Shares,
+    min_per_class: int,
+    near: NearDuplicates,
+) -> _Found:
     """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
     labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
-    _check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
+    split_checks.check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
     rule = _rule(rows, shares)
     val = 0.0 if len(rows["val"]) else shares.val
     test = 0.0 if len(rows["test"]) else shares.test
@@ -220,7 +229,7 @@ def _split(images: Images, files: Sequence[bytes], given: Sequence[Part], shares
         return _Found(rows, groups, left_out, [], rule)
     if val + test > MAX_HELD_OUT:
         raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
-    _check_apart(images, rows["train"])
+    split_checks.check_apart(images, rows["train"], near)
     groups, broken = split.break_up(groups, labels, rows["train"])
     held = split.hold_out(rows["train"], labels, groups, files, val, test, shares.seed)
     rows = {part: held[part] if len(held[part]) else rows[part] for part in PARTS}
@@ -235,43 +244,6 @@ def _rule(given: dict[Part, Tensor], shares: Shares) -> dict[str, Any]:
     return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
 
 
-def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...], least: int) -> None:
-    counts = train.bincount(minlength=len(classes)).tolist()
-    small = [
-        (name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < least
-    ]
-    if not small:
-        return
-    listed = "; ".join(
-        f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
-        for name, count, index in small[:MAX_SMALL]
-    )
-    more = f"; and {len(small) - MAX_SMALL} more classes" if len(small) > MAX_SMALL else ""
-    why = "to train and to validate on" if least == 2 else "by min_per_class (--min-per-class)"
-    raise TooFewImages(
-        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least {least} are needed, {why}; "
-        "add images, or remove the class"
-    )
-
-
-def _also(count: int) -> str:
-    return f" ({count} more are identical to images of validation or test)" if count else ""
-
-
-def _check_apart(images: Images, train: Tensor) -> None:
-    """Raises DatasetError for a class that near-duplicates leave with nothing to hold out."""
-    equal = split.lonely(duplicates.equal(images.digests), images.labels, train)
-    alike = [label for label in split.lonely(images.groups, images.labels, train) if label not in equal]
-    if not alike:
-        return
-    names = ", ".join(repr(images.classes[label]) for label in alike[:MAX_NAMED])
-    more = f" and {len(alike) - MAX_NAMED} more classes" if len(alike) > MAX_NAMED else ""
-    raise DatasetError(
-        f"all images of class {names}{more} are taken for near-duplicates, which stay on one side of the split, so none is left "
-        "for the other: --near-duplicates report splits them like other images and lists them, --near-duplicates off does not search"
-    )
-
-
 def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
     """Near-duplicates of which the parts were not made here, or not by groups."""
     held_out = {*rows["val"].tolist(), *rows["test"].tolist()}
@@ -280,8 +252,8 @@ def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} training images have near-duplicates in validation or test and stay where they are: if they show the same "
-        "objects, the accuracy looks better than it is; see near_duplicates in the audit"
+        f"{counted(count, 'training image has', 'training images have')} near-duplicates in validation or test, where the dataset's own "
+        "parts keep them: if they show the same objects, the accuracy looks better than it is; see near_duplicates in the audit"
     ]
 
 
@@ -294,12 +266,13 @@ def _remarks(found: _Found, source: Source) -> list[str]:
             "the accuracy of this class will look better than it is"
         )
     if source.strays:
-        remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
+        count = counted(len(source.strays), "file outside class folders is", "files outside class folders are")
+        remarks.append(f"{count} ignored, the first {source.strays[0]}")
     return [*remarks, *source.notes, *([source.advice] if source.advice else [])]
 
 
-def _ignored(source: Source) -> list[Ignored]:
-    strays = [Ignored("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
+def _ignored(source: Source) -> list[IgnoredFiles]:
+    strays = [IgnoredFiles("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
     return [*(strays if source.strays else []), *source.ignored]
 
 
@@ -374,7 +347,8 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
     examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:MAX_NAMED])
     limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
     more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
-    raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
+    cannot = f"{len(bad)} of {counted(total, 'file', 'files')} cannot be used as images"
+    raise TooManyBadFiles(f"{cannot} ({limit}): {examples}{more}", "on_bad_file" if on_bad_file == "fail" else None)
 
 
 def _compact(array: Array, places: Sequence[int]) -> Array:

@@ -57,6 +57,7 @@ class Failure(Record):
 
     code: str
     message: str
+    param: str | None = None  # the field of the request that is at fault, where one is
 
 
 class Result(Record):
