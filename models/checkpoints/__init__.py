@@ -3,6 +3,7 @@
 foreign_files   files that hold no state dict: what each is
 torch_files     torch.save's three forms, over `pickled`, which calls nothing
 content         dictionaries in each other -> tensors, class names, the architecture's name
+reparametrised  weights that are kept in parts, put together
 matching        the keys that a training script gave the tensors -> the keys of the network; `heads`: its last layers
 """
 
@@ -32,6 +33,7 @@ from models.checkpoints.content import (
 from models.checkpoints.matching import rank
 from models.checkpoints.pickled import Unreadable
 from models.checkpoints.placeholders import StorageAt, TensorAt
+from models.checkpoints.reparametrised import InParts, joined
 from models.checkpoints.torch_files import Open, TorchFile
 from models.errors import WeightsError
 
@@ -65,6 +67,20 @@ class Checkpoint:
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """`{name: key of the file}` -> the tensors by these names, floats as float32. Raises WeightsError."""
         chosen = {name: self.tensors[key] for name, key in keys.items()}
+        parts = {
+            f"{name}\0{number}": part
+            for name, tensor in chosen.items()
+            for number, part in enumerate(tensor.parts if isinstance(tensor, InParts) else [tensor])
+        }
+        values = self._read(parts)
+        return {
+            name: tensor.weight(*(values[f"{name}\0{number}"] for number in range(len(tensor.parts))))
+            if isinstance(tensor, InParts)
+            else values[f"{name}\0{0}"]
+            for name, tensor in chosen.items()
+        }
+
+    def _read(self, chosen: dict[str, Any]) -> dict[str, Tensor]:
         if self.file is None:
             return chosen
         loaded = self.file.load(chosen, self.source)
@@ -85,8 +101,14 @@ class Checkpoint:
         kinds = {str(_dtype(tensor)).removeprefix("torch.") for tensor in at}
         return sorted(kinds & {"float16", "bfloat16", "float64"})
 
+    def reparametrised(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Of these tensors those that the file has in parts, by their keys: `weight norm` and the like."""
+        at = {key: self.tensors[key] for key in keys.values()}
+        return {key: tensor.form.name for key, tensor in at.items() if isinstance(tensor, InParts)}
+
 
 def _dtype(at: Any) -> torch.dtype | None:
+    at = at.parts[at.form.whole] if isinstance(at, InParts) else at
     if isinstance(at, TensorAt) and isinstance(at.storage, StorageAt):
         return torch_files.dtype_of(at, at.storage)
     return at.dtype if isinstance(at, Tensor) else None
@@ -156,7 +178,7 @@ def _understood(file: TorchFile, source: str) -> Checkpoint:
     return Checkpoint(
         source,
         file.form,
-        content.tensors,
+        joined(content.tensors),
         tuple(dict.fromkeys(content.wrappers)),
         content.others,
         tuple(class_lists(file.content)),
@@ -209,7 +231,11 @@ def _safetensors(opened: Open, source: str) -> Checkpoint:
     notes = header.get("__metadata__")
     said = {key: _json(value) for key, value in notes.items()} if isinstance(notes, dict) else {}
     return Checkpoint(
-        source, "safetensors", state, classes=tuple(class_lists(said)), architectures=tuple(architecture_names(said))
+        source,
+        "safetensors",
+        joined(state),
+        classes=tuple(class_lists(said)),
+        architectures=tuple(architecture_names(said)),
     )
 
 
