@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import architectures, tensors, timm_networks
 from models.activations import Activation
 from models.architectures import Network
-from models.checkpoints import Checkpoint, heads
+from models.checkpoints import Checkpoint, foreign_files, heads
 from models.checkpoints.matching import COUNTER, Body, Shape, bodies, by_position, is_foreign, modern_key
 from models.errors import ArchitectureNotFound, WeightsError
 from models.timm_names import PREFIX, is_timm
@@ -346,11 +346,16 @@ def _explained(
     try:
         return _filled(architecture, state, channels, checkpoint.source, needs_layer)
     except WeightsError as error:
-        like = [name for name in alike(checkpoint, architecture) if name != architecture]
-        hint = (
-            f"; the names and shapes are those of {' or '.join(like)}" if like and "does not fit" in str(error) else ""
-        )
+        hint = _whose(checkpoint, architecture) if "does not fit" in str(error) else ""
         raise WeightsError(f"{error}{hint}") from error
+
+
+def _whose(checkpoint: Checkpoint, architecture: str) -> str:
+    """Whose names these are, where that is known."""
+    if what := foreign_files.named_keys(checkpoint.tensors, checkpoint.source):
+        return f"; {what}"
+    like = [name for name in alike(checkpoint, architecture) if name != architecture]
+    return f"; the names and shapes are those of {' or '.join(like)}" if like else ""
 
 
 def alike(checkpoint: Checkpoint, architecture: str | None = None) -> list[str]:

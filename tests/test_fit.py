@@ -298,13 +298,20 @@ def test_one_output_is_two_classes(tmp_path: Path, beside: dict[str, Any], class
     yes = network(images()).sigmoid()
     torch.testing.assert_close(probabilities, torch.cat([1 - yes, yes], dim=1))
     assert names == classes
-    assert any(note.startswith("warning: one output") for note in notes)
+    assert any(note.startswith("warning: one output") and "a regression" in note for note in notes)
 
 
 def test_one_output_takes_two_names(tmp_path: Path) -> None:
     state = architectures.build("lenet5", 1).state_dict()
     assert fitted(state, tmp_path, classes=["ham", "spam"])[2] == ("ham", "spam")
     assert "3 class names were given, but the weights in" in refused(state, tmp_path, classes=["a", "b", "c"])
+    named = {"model": state, "classes": ["spam"]}
+    assert "1 class name in 'classes', but its weights have one output, which is two" in refused(named, tmp_path)
+
+
+def test_what_no_checkpoint_says_is_said(tmp_path: Path, network: nn.Module) -> None:
+    notes = fitted(network.state_dict(), tmp_path)[1]
+    assert any(note.startswith("assumed: one of 3 classes per image (softmax); pixels as lenet5") for note in notes)
 
 
 def test_squeezenets_one_output() -> None:

@@ -8,7 +8,7 @@ weight_orig, weight_mask                      pruning: W * mask
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,15 @@ class InParts:
     def shape(self) -> Shape:
         return tuple(self.parts[self.form.whole].shape)
 
-    def weight(self, *values: Tensor) -> Tensor:
-        """The weight, of the values of all parts, float32."""
-        return self.form.compute(*(value.float() for value in values))
+
+def parts_of(tensor: Any) -> tuple[Any, ...]:
+    """The parts of a weight; of any other tensor itself."""
+    return tensor.parts if isinstance(tensor, InParts) else (tensor,)
+
+
+def whole_of(tensor: Any, values: Sequence[Tensor]) -> Tensor:
+    """The tensor, of the values of its parts."""
+    return tensor.form.compute(*(value.float() for value in values)) if isinstance(tensor, InParts) else values[0]
 
 
 def joined(tensors: Mapping[str, Any]) -> dict[str, Any]:
