@@ -19,7 +19,7 @@ from models.archive import open_archive
 from models.checkpoints import Checkpoint, heads, read_checkpoint
 from models.checkpoints.content import described
 from models.class_names import complaint, read_classes
-from models.classifier import Head, ModelConfig
+from models.classifier import MAX_CLASSES, Head, ModelConfig
 from models.download import Progress
 from models.errors import ArchitectureNotFound, DatasetError, WeightsError
 from models.fit import Choices
@@ -105,7 +105,7 @@ def _fitted(
             raise
         raise WeightsError(
             f"{checkpoint.source} has tensors without plain values: {listed(broken)}; make them plain where it was trained "
-            "(`tensor.to_dense()`), and save it again"
+            "(`tensor.to_dense().contiguous()`), and save it again"
         ) from error
     if broken:
         notes.append(f"skipped, no plain values: {listed(broken)}")
@@ -139,6 +139,10 @@ def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
 def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | None, notes: list[str]) -> list[str]:
     """The names of the classes: those given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
     outputs = Head.of(network.layer).num_classes
+    if outputs > MAX_CLASSES:
+        raise WeightsError(
+            f"{checkpoint.source} is refused: it has {outputs:,} classes, at most {MAX_CLASSES:,} are served"
+        )
     count = max(outputs, 2)
     what = "one output, which is two classes" if outputs == 1 else f"{outputs} classes"
     if given is not None:

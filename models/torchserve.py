@@ -8,7 +8,7 @@ from typing import Any
 from models.archive import Archive
 from models.bundle import read_member
 from models.checkpoints import Checkpoint, ClassList, foreign_files, read_bytes
-from models.class_names import parse_classes, read_text
+from models.class_names import escaped, parse_classes, read_text
 from models.errors import WeightsError
 
 MANIFEST, LABELS = "MAR-INF/MANIFEST.json", "index_to_name.json"
@@ -42,7 +42,7 @@ def _weights(names: list[str], root: str, model: dict[str, Any], path: Path) -> 
         for name in (root + file, root + PurePosixPath(file).name):
             if name in names:
                 return name
-    handler = model.get("handler") or "a handler"
+    handler = escaped(str(model.get("handler") or "a handler"))[:100]
     if others := [name for name in names if name.lower().endswith(foreign_files.WEIGHTS)]:
         raise WeightsError(
             f"{path.name} leaves it to its handler ({handler}) to load {others[0][:200]!r}: unpack that file, and import it"

@@ -88,6 +88,15 @@ def test_weights_that_the_handler_loads_are_named(store: ModelStore, tmp_path: P
         import_model(path, store, "x", "lenet5")
 
 
+def test_a_handler_is_named_in_few_printable_characters(store: ModelStore, tmp_path: Path) -> None:
+    model = {"handler": "\x1b[31m\n" + "h" * 10_000}
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": model}, "net.pth": None})
+    with pytest.raises(WeightsError, match="holds code only") as caught:
+        import_model(path, store, "x", "lenet5")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
 def test_the_weights_are_refused_as_in_a_file(store: ModelStore, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"x.mar/net.pth is refused: it is a whole pickled model \(models\."):
         import_model(archive(tmp_path / "x.mar", architectures.build("lenet5", 3)), store, "x", "lenet5")

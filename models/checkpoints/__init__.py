@@ -209,6 +209,8 @@ def _check(content: Content, value: Any, source: str) -> None:
             reason = f"is refused: it is a pickled {kind}, and a file that may run code is never loaded"
             raise WeightsError(_advice(source, reason, "torch.load", ", weights_only=False", f".{attribute}"))
         raise WeightsError(f"{source} holds a {kind}, not a state dict: save it with {foreign_files.SAVE}")
+    if not entries:
+        raise WeightsError(f"{source} is not a state dict: it is empty; save it with {foreign_files.SAVE}")
     raise WeightsError(
         f"{source} is not a state dict: {len(entries)} entries are no plain tensors: {described(entries)}; "
         f"save it with {foreign_files.SAVE}"
