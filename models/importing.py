@@ -148,7 +148,7 @@ def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | No
     if given is not None:
         if len(given) != count:
             raise WeightsError(
-                f"{_counted(given)} {'was' if len(given) == 1 else 'were'} given, but the weights in {checkpoint.source} have {what}"
+                f"{len(given)} class names were given, but the weights in {checkpoint.source} have {what}"
             )
         names, origin = list(given), "--classes"
     else:
