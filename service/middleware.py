@@ -61,10 +61,8 @@ USER_PATHS = {
 }
 OPEN_WHILE_DRAINING = ("/health/", "/v2/health/", "/metrics")
 BODY_SHARE = 1 / 2  # of the memory for bodies that others leave, for one client, and of that for one request
-LINGER_BYTES, LINGER_S = (
-    2**20,
-    2.0,
-)  # of a refused body we still read so much, so that the sender gets to read our answer
+# The rest of a refused body is read and dropped: closing before that resets the connection, and many clients lose the answer with it.
+LINGER_BYTES, LINGER_S = 2**26, 2.0
 MAX_LINE, MAX_LOGGED_PATH, MAX_LOGGED_MODELS = 512, 240, 96  # characters of a line of the access log, and in it
 OF_OTHER_FIELDS = 290  # characters that names, address, method, route, numbers and trace_id take at most
 CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
