@@ -8,7 +8,6 @@ A JSON parser holds the GIL until it returns, in a thread too. What is left besi
 the strings are decoded from base64 in PIECEs, so that the event loop has its turn.
 """
 
-import json
 import re
 from base64 import b64decode
 from binascii import a2b_base64
@@ -21,6 +20,7 @@ from pydantic_core import from_json
 
 from models.sniff import is_address, is_multipart
 from service.errors import BadRequest, MissingFile, UnknownField, ValidationFailed
+from service.json_members import refuse_repeated
 from service.multipart import is_image_name
 
 LONG = 256  # bytes: longer strings are lifted out
@@ -54,26 +54,14 @@ def read(body: bytes, known: Collection[str], max_images: int) -> Images:
         raise BadRequest("the request has the character \\u0000 in it")
     try:
         request = from_json(rest, allow_inf_nan=False)
-        json.loads(rest, object_pairs_hook=_once)
     except ValueError:
         raise BadRequest('malformed JSON; send {"image": "<base64>"} in UTF-8') from None
+    refuse_repeated(rest)
     if not isinstance(request, dict):
         raise ValidationFailed('the body must be an object: {"image": "<base64>"}')
     if CONTENT[1] in request:  # a file of Power Automate as the whole body
         request = {"image": request}
     return _Reader(body, strings, known, max_images).read(request)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Refuses an object that has a member twice, of which JSON parsers keep the last."""
-    names = set()
-    for name, _ in pairs:
-        if name in names:
-            shown = "" if name[:1] == "\0" else name[:128]
-            raise BadRequest(
-                f"`{shown}` was given more than once; several images go into `images`, a list", param=shown
-            )
-        names.add(name)
 
 
 def lifted(text: bytes, most: int) -> tuple[bytes, list[tuple[int, int]]]:
