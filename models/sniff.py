@@ -121,6 +121,11 @@ def is_address(data: bytes) -> bool:
     return _URL.match(data) is not None
 
 
+def is_multipart(data: bytes) -> bool:
+    """A multipart body: a boundary, and the head of a part."""
+    return _BOUNDARY.match(data) is not None
+
+
 def described(data: bytes) -> str:
     """`a PDF document; save its page as PNG`: what bytes are that no decoder takes, and the remedy.
 
@@ -174,7 +179,7 @@ def _text(start: bytes) -> tuple[str, str]:
         return "a pointer of Git LFS", "fetch the file with git lfs pull"
     if is_address(small):
         return "an address", "nothing is fetched: send the image itself"
-    if _BOUNDARY.match(text):
+    if is_multipart(text):
         return (
             "a multipart body",
             "its Content-Type must be multipart/form-data with its boundary; leave that header to your HTTP library",

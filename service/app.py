@@ -29,6 +29,7 @@ from service.exports import Exports
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import Edge, Traffic, UserCORS
+from service.prefix import no_such_path
 from service.routes import datasets, finetune, models, ops, page, predict, v2
 from service.routes.upload import printable
 from service.settings import Settings
@@ -150,7 +151,7 @@ def _translate(error: HTTPException, request: Request) -> ServiceError:
             prefix = request.scope.get(
                 "app_root_path", request.scope["root_path"]
             )  # below a mount, `root_path` is the mount's
-            return NotFound(f"no such path; {prefix}/docs lists those there are")
+            return NotFound(no_such_path(request.scope["path"], prefix))
         case 405:
             allow = _allowed(request)
             return MethodNotAllowed(f"this path has no such method; it has {allow}", allow)

@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 
 from service.addresses import network_of
 from service.errors import Forbidden, TooManyAttempts, Unauthorized
+from service.json_members import refuse_repeated
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ class AdminRoute(APIRoute):
         async def handler(request: Request) -> Response:
             await require_admin(request)
             request.scope["state"]["exchange"].check_size()
+            if "json" in request.headers.get("content-type", ""):
+                refuse_repeated(await request.body())
             return await handle(request)
 
         return handler
