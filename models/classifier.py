@@ -24,7 +24,10 @@ from models.activations import Activation
 from models.errors import WeightsError
 from models.files.class_names import complaint
 from models.files.records import NAME_PATTERN, Record
-from models.preprocessing import Preprocessing, normalise
+from models.preprocessing import (
+    Preprocessing,
+    normalise,
+)
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
 

@@ -95,9 +95,13 @@ class ArchitectureNotFound(ModelError):
 
 
 class DatasetError(ModelError):
-    """A dataset that cannot be trained on."""
+    """A dataset that cannot be trained on. `param`: the field of a request that settles it, where one does."""
 
     code = "invalid_dataset"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class NoSuchColumn(DatasetError):

@@ -36,6 +36,7 @@ from service.routes import datasets, finetune, models, oip, ops, page, predict
 from service.routes.dependencies import State
 from service.routes.shared_answers import Listings
 from service.settings import Settings
+from service.system.prefix import no_such_path
 
 DESCRIPTION = (
     "Classify images with your own models. A failure is always `{error: {code, message, param, request_id}}`; "
@@ -150,7 +151,7 @@ def _translate(error: HTTPException, request: Request) -> ServiceError:
             prefix = request.scope.get(
                 "app_root_path", request.scope["root_path"]
             )  # below a mount, `root_path` is the mount's
-            return NotFound(f"no such path; {prefix}/docs lists those there are")
+            return NotFound(no_such_path(request.scope["path"], prefix))
         case 405:
             allow = _allowed(request)
             return MethodNotAllowed(f"this path has no such method; it has {allow}", allow)

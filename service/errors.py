@@ -297,10 +297,11 @@ def status_of(error: model.ModelError | ServiceError) -> int:
     return STATUS[type(error)]
 
 
-def error_of(code: str, message: str) -> model.ModelError:
+def error_of(code: str, message: str, param: str | None = None) -> model.ModelError:
     """The error that another process of ours reported by its code; what has no class of its own is a TrainingError."""
     kinds = (kind for kind in STATUS if issubclass(kind, model.ModelError) and kind.code == code)
-    return next(kinds, model.TrainingError)(message)
+    kind = next(kinds, model.TrainingError)
+    return kind(message, param) if issubclass(kind, model.DatasetError) else kind(message)
 
 
 def envelope(code: str, message: str, param: str | None = None, request_id: str | None = None) -> dict[str, Any]:

@@ -83,6 +83,46 @@ def tiff(width: int, height: int) -> bytes:
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
 
 
+def tiff_of(
+    pixels: np.ndarray, photometric: int = 1, tags: dict[int, list[int]] | None = None, order: str = "<"
+) -> bytes:
+    """A TIFF of any layout, (height, width) or (height, width, bands); `tags` of 16 bits replace and add to what the array says.
+
+    With 284: [2], in separate planes; with 259: [8], deflated.
+    """
+    layers = pixels[..., None] if pixels.ndim == 2 else pixels
+    height, width, bands = layers.shape
+    layers = layers.astype(f"{order}{pixels.dtype.str[1:]}")
+    kind = {"u": 1, "i": 2, "f": 3, "c": 6}[pixels.dtype.kind]
+    depth = pixels.dtype.itemsize * 8
+    all_tags = {
+        256: [width],
+        257: [height],
+        258: [depth] * bands,
+        259: [1],
+        262: [photometric],
+        277: [bands],
+        278: [height],
+    }
+    all_tags |= {339: [kind] * bands} | (tags or {})
+    in_planes = all_tags.get(284) == [2]
+    strips = [layers[..., band].tobytes() for band in range(bands)] if in_planes else [layers.tobytes()]
+    strips = [zlib.compress(strip) if all_tags[259] == [8] else strip for strip in strips]
+    all_tags |= {273: [0] * len(strips), 279: [len(strip) for strip in strips]}
+    end = 8 + 2 + 12 * len(all_tags) + 4
+    entries, values = b"", b""
+    at = end + sum(4 * len(content) for content in all_tags.values())  # of the first strip, at least
+    all_tags[273] = [at + sum(map(len, strips[:n])) for n in range(len(strips))]
+    for tag, content in sorted(all_tags.items()):
+        code, size = ("I", 4) if tag in (273, 279) else ("H", 3)
+        packed = struct.pack(f"{order}{len(content)}{code}", *content)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(f"{order}I", end + len(values))
+        entries += struct.pack(f"{order}HHI", tag, size, len(content)) + place
+        values += packed if len(packed) > 4 else b""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(all_tags))
+    return (head + entries + bytes(4) + values).ljust(at, b"\0") + b"".join(strips)
+
+
 def transparent_palette() -> bytes:
     image = solid("P", 1)
     image.putpalette([0, 0, 0, 255, 0, 0])

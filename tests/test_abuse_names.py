@@ -100,7 +100,7 @@ def test_class_names_of_folders_and_tars_too(tmp_path: Path, pack: object) -> No
     names = [os.fsdecode(name.encode("gbk")) for name in ("\u732b", "\u72d7")]
     path = pack(tmp_path / "a", {f"{name}/{i}.png": b"" for name in names for i in range(2)})  # type: ignore[operator]
     assert listed(path, "gbk").classes == ("\u72d7", "\u732b")
-    with pytest.raises(DatasetError, match="names of 1 classes in a are not UTF-8"):
+    with pytest.raises(DatasetError, match="1 class name of a cannot be read as UTF-8"):
         listed(path)
     with pytest.raises(DatasetError, match="cannot be read as ascii"):
         listed(path, "ascii")
@@ -112,7 +112,7 @@ def test_file_names_in_a_code_page_are_a_note(tmp_path: Path) -> None:
     source = listed(path)
     assert source.classes == ("ant", "bee")
     assert source.notes[0].startswith(
-        "1 names are not UTF-8, and their code page is not known; the first reads ant/\u72d71"
+        "1 name is not UTF-8, and its code page is not known; the first reads ant/\u72d71"
     )
 
 

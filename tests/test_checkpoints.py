@@ -3,6 +3,7 @@
 import argparse
 import collections
 import io
+import json
 import pathlib
 import pickle
 import struct
@@ -207,11 +208,33 @@ def test_other_zips_are_named(tmp_path: Path, member: str, reason: str) -> None:
         pytest.param("saved_model.pb", "SavedModel", id="TensorFlow"),
         pytest.param("data.pkl", "unpacked file of torch.save", id="unpacked"),
         pytest.param("best.pth", "give the file in it", id="a file in it"),
+        pytest.param("models/model.pt", "models/model.pt", id="MONAI"),
+        pytest.param("model.safetensors.index.json", "in several files: save them in one", id="shards"),
+        pytest.param("zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32.py", id="DeepSpeed"),
+        pytest.param("__0_0.distcp", "dcp_to_torch", id="torch.distributed"),
+        pytest.param("MAR-INF/MANIFEST.json", "zip -r NAME.mar", id="TorchServe"),
+        pytest.param("ant/photo.jpg", "a folder without weights", id="photographs"),
     ],
 )
 def test_folders_are_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"x")
     assert reason in (named_folder(tmp_path) or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        pytest.param({"architectures": ["ViTForImageClassification"]}, "(ViTForImageClassification)", id="class"),
+        pytest.param({"model_type": "vit"}, "Transformers (vit)", id="type"),
+        pytest.param({"architecture": "resnet18", "architectures": ["TimmWrapper"]}, None, id="timm's"),
+        pytest.param([], None, id="no configuration"),
+    ],
+)
+def test_folders_of_transformers_are_named(tmp_path: Path, config: Any, name: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reason = named_folder(tmp_path)
+    assert reason is None if name is None else reason is not None and name in reason
 
 
 @pytest.mark.parametrize("options", [{"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
@@ -248,6 +271,65 @@ def test_quantised_weights_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"mine{suffix}"
     torch.save({"fc.weight": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)}, path)
     assert "it is quantised (fc.weight)" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({"fc.weight": torch.ones(3, 2, dtype=torch.int8), "fc.SCB": torch.ones(3)}, id="bitsandbytes"),
+        pytest.param(
+            {"fc.weight": torch.ones(6, 1, dtype=torch.uint8), "fc.weight.absmax": torch.ones(1)}, id="4 bits"
+        ),
+        pytest.param({"fc.weight_fake_quant.scale": torch.ones(1)}, id="aware training"),
+        pytest.param({"fc.qweight": torch.ones(3, 2, dtype=torch.int32)}, id="GPTQ"),
+    ],
+)
+def test_whole_numbers_for_weights_are_refused(tmp_path: Path, state: State) -> None:
+    torch.save(state, tmp_path / "mine")
+    assert "it is quantised (fc." in refusal(tmp_path / "mine")
+    safetensors.torch.save_file(state, tmp_path / "mine")
+    assert "it is quantised (fc." in refusal(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({"module": {"a": torch.ones(0)}, "ds_version": "0.1"}, id="ZeRO-3"),
+        pytest.param({"optimizer_state_dict": {"zero_stage": 2}, "ds_version": "0.1"}, id="optimizer"),
+        pytest.param({"a": torch.ones(0, 3)}, id="FSDP"),
+    ],
+)
+def test_a_part_of_a_model_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "mine")
+    assert "it is one part of a model that was trained in several" in refusal(tmp_path / "mine")
+
+
+def test_an_object_that_holds_a_network_is_refused_with_its_attribute(tmp_path: Path) -> None:
+    learner = Anything()
+    learner.model = nn.Linear(1, 1)  # type: ignore[attr-defined]
+    torch.save(learner, tmp_path / "export.pkl")
+    assert "model = torch.load('export.pkl', weights_only=False).model" in refusal(tmp_path / "export.pkl")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sparse_weights_are_refused_by_name(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
+    state = dict(network.state_dict())
+    torch.save(state | {"fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match=r"fc.weight \(sparse\); make them plain"):
+        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
+    notes: list[str] = []
+    torch.save(state | {"graph": torch.eye(2).to_sparse()}, tmp_path / "mine.pth")
+    import_weights(tmp_path / "mine.pth", store, "mine", "lenet5", notes=notes)
+    assert "skipped, no plain values: graph (sparse)" in notes
+
+
+def test_a_file_of_transformers_or_one_of_several_is_named(store: ModelStore, tmp_path: Path) -> None:
+    torch.save({"vit.encoder.layer.0.output.weight": torch.ones(1)}, tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match="the names are those of Transformers"):
+        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
+    torch.save({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.bin")
+    with pytest.raises(WeightsError, match="it is one of several files: save them in one"):
+        import_weights(tmp_path / "model-00001-of-00002.bin", store, "mine", "lenet5")
 
 
 def test_a_wrong_number_of_names_in_the_file(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:

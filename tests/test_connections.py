@@ -273,6 +273,27 @@ async def test_a_shutdown_does_not_wait_for_clients_that_do_not_read(
     assert server.exit_code == 0
 
 
+@pytest.mark.abuse("H7")
+@pytest.mark.parametrize(("pieces", "pause_s"), [pytest.param(40, 0, id="at once"), pytest.param(4, 0.8, id="slowly")])
+async def test_a_client_that_reads_after_it_has_sent_all_still_reads_the_413(
+    tmp_path: Path, pieces: int, pause_s: float
+) -> None:
+    """Java's HttpClient: of 40 MB it got "fixed content-length: 140, bytes received: 0" instead of the answer."""
+
+    def send_then_read(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (pieces * 2**20))
+            for _ in range(pieces):
+                time.sleep(pause_s)
+                connection.sendall(bytes(2**20))
+            return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+    async with serving(small(tmp_path)) as server:
+        answer = await asyncio.to_thread(send_then_read, port_of(server))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"payload_too_large" in answer
+
+
 # Connections
 
 

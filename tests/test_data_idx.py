@@ -106,7 +106,7 @@ def test_the_audit_counts_parts_and_says_the_format(tmp_path: Path) -> None:
         pytest.param({IMAGES: b"\0\0\x0d\x03" + mnist()[IMAGES][4:]}, "00 00 08 03", id="floats"),
         pytest.param({LABELS: mnist()[IMAGES]}, "00 00 08 01", id="images for labels"),
         pytest.param({LABELS: idx(np.zeros(19, np.uint8))}, "20 images and .* 19 labels", id="counts"),
-        pytest.param({LABELS: idx(np.zeros(20, np.uint8))}, "1 classes", id="one class"),
+        pytest.param({LABELS: idx(np.zeros(20, np.uint8))}, "1 class ", id="one class"),
         pytest.param({"classes.txt": b"zero\none\n"}, "label 2 of image 2 has no name", id="label out of range"),
         pytest.param({"classes.txt": b"zero\nzero\n"}, "'zero' twice", id="names twice"),
         pytest.param({"classes.txt": b"a", "labels.txt": b"b"}, "keep the one", id="two lists of names"),

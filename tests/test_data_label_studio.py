@@ -8,9 +8,9 @@ import pytest
 from training_data import PREPROCESSING, archive, coloured, folder
 
 from models.data.dataset import load
-from models.data.formats.label_studio import FilesByPathEnd
 from models.data.samples import DatasetSource
 from models.data.sources import open_source
+from models.data.tables.label_studio import FilesByPathEnd
 from models.errors import DatasetError
 
 PHOTOS = {f"images/{name}.png": name.encode() for name in ("a", "b", "c")}
@@ -83,7 +83,7 @@ def test_tasks_without_a_choice_are_left_out_and_counted(tmp_path: Path) -> None
     ]
     source = listed(folder(tmp_path, PHOTOS | {"min.json": as_json(tasks)}))
     assert len(source.items) == 2
-    assert source.notes == ("3 tasks of min.json have no choice and are left out",)
+    assert source.notes == ("min.json: 3 tasks have no choice and are left out",)
 
 
 def test_two_annotators_who_disagree_are_a_conflict(tmp_path: Path) -> None:

@@ -92,8 +92,10 @@ def test_parts_without_class_folders_are_refused(tmp_path: Path, parts: list[str
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        pytest.param(images("train", "car", "bus"), "train/ among bus/, car/, train/ is called like a part", id="train"),
-        pytest.param(images("Test", "control"), "Test/ among Test/, control/ is called like", id="test"),
+        pytest.param(images("train", "car", "bus"), "train/ is named like a part of the dataset", id="train"),
+        pytest.param(images("Test", "control"), "and control/ beside it is not", id="test"),
+        pytest.param(images("valid", "invalid"), "`classes` takes invalid, valid as classes", id="valid"),
+        pytest.param(images("img", "masks"), "img/, masks/ are called like images and what belongs to them", id="img and masks"),
         pytest.param(below(["train", "car"]), "beside it lies car/", id="train with folders beside a class"),
         pytest.param(below(["val", "test"]), "none is for training", id="no training part"),
         pytest.param(images("fold1", "fold2"), "called like folds", id="flat folds"),
@@ -139,7 +141,7 @@ def test_two_forms_of_unicode_are_one_class_and_a_note(tmp_path: Path) -> None:
 def test_layout_csv_asks_for_the_table_in_a_folder(tmp_path: Path) -> None:
     files = images("train") | {"labels.csv": b"path,label\ntrain/0.jpg,ant\ntrain/1.jpg,bee\n"}
     assert read(tmp_path, files).classes == read(tmp_path, files, "csv").classes == ANT_BEE
-    assert "classes" in refused(tmp_path, files, "classes")
+    assert "1 class (train)" in refused(tmp_path, files, "classes")
     assert "needs a table of images and labels" in refused(tmp_path / "none", images(*ANT_BEE), "csv")
 
 
@@ -220,7 +222,9 @@ def test_links_are_followed_where_that_is_said(tmp_path: Path, folders: bool) ->
 @pytest.mark.abuse("J2")
 def test_links_to_folders_are_not_followed_and_it_says_what_to_do(tmp_path: Path) -> None:
     with (
-        pytest.raises(DatasetError, match=r"2 are links that are not followed, the first ant: upload .* `cp -rL`"),
+        pytest.raises(
+            DatasetError, match=r"2 files are symbolic links, which are not followed, the first ant: upload .* `cp -rL`"
+        ),
         open_source(linked(tmp_path, folders=True)),
     ):
         pass
@@ -229,7 +233,9 @@ def test_links_to_folders_are_not_followed_and_it_says_what_to_do(tmp_path: Path
 @pytest.mark.abuse("J2")
 def test_links_to_files_are_not_read_and_it_says_what_to_do(tmp_path: Path) -> None:
     with open_source(linked(tmp_path, folders=False)) as source:
-        assert source.advice.startswith("4 are links that are not followed, the first ant/0.jpg: upload")
+        assert source.advice.startswith(
+            "4 files are symbolic links, which are not followed, the first ant/0.jpg: upload"
+        )
         with pytest.raises(OSError, match="leads out of the dataset"):
             source.read("ant/0.jpg")
 

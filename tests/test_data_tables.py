@@ -159,7 +159,7 @@ def test_what_was_understood_is_told(tmp_path: Path) -> None:
         "list.csv: fold has numbers of folds, which are no parts",
         "list.csv: ignored columns: fold, colour",
         "6 images are found by their names without a suffix, for example 'img/ant/0' is img/ant/0.jpg",
-        "1 rows have no label and are ignored, the first list.csv, line 8",
+        "1 row has no label and is ignored, the first list.csv, line 8",
     )
 
 

@@ -69,7 +69,8 @@ def test_packed_pixels_as_they_are_published(tmp_path: Path, files: dict[str, by
 def test_what_is_no_regular_file_is_a_bad_file(tmp_path: Path, kind: bytes) -> None:
     audit = load(special(tmp_path / "a.tar", kind), PREPROCESSING, val_fraction=0.25, seed=0).audit
     (bad,) = audit.bad
-    assert (bad.path, "no regular file" in bad.reason, audit.images) == ("red/odd.png", True, 12)
+    reason = "a symbolic link, which is not followed" if kind == tarfile.SYMTYPE else "no regular file"
+    assert (bad.path, reason in bad.reason, audit.images) == ("red/odd.png", True, 12)
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "ant/../../evil.png", r"..\evil.png", "C:/evil.png"])
@@ -185,5 +186,5 @@ def test_a_member_costs_its_name(tmp_path: Path) -> None:
 def test_a_single_gzipped_file_is_no_dataset(tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzipped(mnist())[path.name])
-    with pytest.raises(DatasetError, match="neither a folder nor a zip"):
+    with pytest.raises(DatasetError, match="is a gzip file: unpack it"):
         listed(path)

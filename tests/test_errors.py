@@ -6,8 +6,10 @@ import pytest
 
 import models.runtime  # noqa: F401
 import service.app  # noqa: F401  whatever defines errors of its own is imported before we walk them
-from models.errors import EmptyImage, ImageTooLarge, ModelError, ModelNotFound, UnsupportedImage
+from models.errors import DatasetError, EmptyImage, ImageTooLarge, ModelError, ModelNotFound, UnsupportedImage
+from models.training.job.parent_process import explain
 from service.errors import STATUS, QueueFull, ServiceError, envelope, error_of, status_of
+from service.http.middleware import render
 
 
 def descendants(root: type[Exception]) -> Iterator[type[Exception]]:
@@ -54,3 +56,9 @@ def test_the_envelope_has_one_shape() -> None:
     assert envelope("queue_full", "try later", request_id="r") == {
         "error": {"code": "queue_full", "message": "try later", "param": None, "request_id": "r"}
     }
+
+
+def test_the_field_at_fault_of_another_process_is_kept() -> None:
+    failure = explain(DatasetError("the layout is in doubt", "layout"))
+    error = error_of(failure.code, failure.message, failure.param)
+    assert render(error, "r", "/finetune")[2].count(b'"param":"layout"') == 1

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from models import architectures
+from models.activations import Activation
+from models.classifier import Head, MLPLayer
 from models.errors import ExportError, WeightsError
 from models.preprocessing import Preprocessing
 from models.store.ensembles import ensemble
@@ -72,6 +74,22 @@ def test_every_other_network_answers_alike(store: ModelStore, tmp_path: Path, na
 )
 def test_what_else_the_store_holds(store: ModelStore, tmp_path: Path, members: list[str], options: Any) -> None:
     lively.publish(store, "mine", *members, **options)
+    agrees(store, "mine", tmp_path)
+
+
+def with_hidden_layers(store: ModelStore, activation: Activation) -> None:
+    """Publishes `mine`, whose head has several layers, as an import may give it."""
+    config = lively.publish(store, "body", "lenet5")
+    torch.manual_seed(0)
+    layer = MLPLayer(store.load("body").backbones[0].feature_dim, [16, 8], len(config.classes), activation)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    store.publish("mine", config.backbones, Head.of(layer), config.classes)
+
+
+@pytest.mark.parametrize("activation", ["relu", "hardswish"])
+def test_a_head_of_several_layers_answers_alike(store: ModelStore, tmp_path: Path, activation: Activation) -> None:
+    with_hidden_layers(store, activation)
     agrees(store, "mine", tmp_path)
 
 
@@ -138,6 +156,22 @@ def test_openvino_answers_alike(store: ModelStore, tmp_path: Path) -> None:
         rows = {f"images_{n}": pixels.permute(0, 2, 3, 1).numpy() for n, pixels in enumerate(images, 1)}
         given = torch.from_numpy(compiled(rows)["probabilities"])
         torch.testing.assert_close(given, classifier.probabilities(images), rtol=0, atol=AGREES)
+
+
+def test_openvino_answers_alike_by_a_head_of_several_layers(store: ModelStore, tmp_path: Path) -> None:
+    from models.runtime.openvino_engine import import_openvino
+
+    with_hidden_layers(store, "gelu")
+    export(store, store.config("mine"), "openvino", tmp_path / "mine.xml")
+    compiled = (
+        import_openvino()
+        .Core()
+        .compile_model(tmp_path / "mine.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"})
+    )
+    classifier = store.load("mine")
+    images = lively.noise(classifier.config.backbones[0].preprocessing, 3)
+    given = torch.from_numpy(compiled([images.permute(0, 2, 3, 1).numpy()])["probabilities"])
+    torch.testing.assert_close(given, classifier.probabilities([images]), rtol=0, atol=AGREES)
 
 
 # Files

@@ -12,7 +12,7 @@ from typing import Any
 import lively
 import pytest
 import torch
-from image_files import photo, save, solid
+from image_files import photo, png, save, solid
 from PIL import Image
 
 from models.store.export.files import export
@@ -42,6 +42,7 @@ FILES = {
     "cmyk.jpg": save(photo(70, 50).convert("CMYK"), "JPEG"),
     "gray.png": save(photo(60, 90).convert("L")),
     "gray16.png": save(Image.fromarray((torch.arange(4000).reshape(50, 80).numpy() * 16).astype("uint16"))),
+    "colour16.png": png((2, 2), 2, 16, 2 * (b"\0" + 2 * bytes.fromhex("c8003c001400"))),
     "palette.gif": save(photo(60, 40).convert("P"), "GIF"),
     "see-through.png": save(solid("RGBA", (200, 60, 20, 100))),
     "see-through.webp": save(photo(64, 64).convert("RGBA"), "WEBP", lossless=True),
@@ -100,12 +101,14 @@ def test_a_broken_file_has_its_error_in_its_place(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "weights")
     lively.publish(store, "gray", "mnist_cnn", channels=1)
     export(store, store.config("gray"), "onnx", tmp_path / "gray.onnx")
-    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good, bad, dark = tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "dark.png"
+    dark.write_bytes(png((40, 30), 2, 16, bytes(30 * (1 + 40 * 6))))
     good.write_bytes(FILES["thin.png"])
     bad.write_bytes(FILES["thin.png"][:100])
-    given = standalone(tmp_path / "predict.py", bad, good, "--top-k", 2)
+    given = standalone(tmp_path / "predict.py", bad, good, dark, "--top-k", 2)
     assert given["results"][0]["error"]["code"] == "invalid_image"
     assert len(given["results"][1]["predictions"]) == 2
+    assert "16-bit colour" in given["results"][2]["error"]["message"]
 
 
 @pytest.mark.soak

@@ -1,10 +1,13 @@
 """Checkpoints of other programs, fitted to a network by names and shapes."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ from models import architectures
 from models.errors import WeightsError
 from models.heatmaps import class_maps
 from models.store.checkpoint_fit import Choices, alike, fit, of_state
+from models.store.checkpoints import heads
 from models.store.ensembles import ensemble
 from models.store.importing import import_weights
 from models.store.store import ModelStore
@@ -178,7 +182,72 @@ def test_a_head_of_two_layers_is_explained_and_joined(tmp_path: Path, network: n
     assert ensemble(store, "both", ["mine", "other"]).head.layers[0].kind == "mlp"
 
 
+def test_an_assumed_eps_of_batch_norm_is_said(tmp_path: Path, network: nn.Module) -> None:
+    state = body(network.state_dict(), "m.") | under(stirred(HEADS[4].values[0]).state_dict(), "m.fc.")
+    assert any(
+        n.startswith("warning: batch norm of the head (m.fc.1)") and "1e-05" in n for n in fitted(state, tmp_path)[1]
+    )
+
+
+def test_layers_of_a_sequential_are_in_the_order_of_their_numbers(tmp_path: Path, network: nn.Module) -> None:
+    """safetensors sorts them as text."""
+    head = nn.Sequential(*(nn.Identity() for _ in range(11)))
+    head[2], head[10] = nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+    state = body(network.state_dict()) | under(head.state_dict(), "fc.")
+    safetensors.torch.save_file(state, tmp_path / "file")
+    store = ModelStore(tmp_path / "weights")
+    import_weights(tmp_path / "file", store, "mine", "lenet5")
+    assert store.config("mine").head.layers[0].hidden == (8,)
+
+
+def test_a_weight_normed_head(tmp_path: Path, network: nn.Module) -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 3))
+    state = body(network.state_dict()) | under(normed.state_dict(), "fc.")
+    _, notes, classes = fitted(state, tmp_path)
+    assert len(classes) == 3
+    assert "weight norm was put into the weights: fc.weight" in notes
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param({f"a{number}.x": (8, 8) for number in range(20_000)}, id="each in a module of its own"),
+        pytest.param({f"a.{number}": (8, 8) for number in range(20_000)}, id="one after the other"),
+    ],
+)
+def test_a_head_among_many_layers_is_looked_for_in_linear_time(shapes: dict[str, tuple[int, int]]) -> None:
+    started = time.process_time()
+    with suppress(WeightsError):
+        heads.find({f"{path}.weight": shape for path, shape in shapes.items()}, 8, "fc", None, None, "file")
+    assert time.process_time() - started < 1.5
+
+
 MISFITS: list[Any] = [
+    pytest.param(
+        lambda s: body(s) | {f"fc.{2 * n}.weight": torch.ones(WIDTH, WIDTH) for n in range(25)},
+        "25 linear layers; at most 21",
+        id="too many layers",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc.0.weight": torch.ones(1, WIDTH), "fc.1.weight": torch.ones(2_000_000, 1)},
+        "would be one of 2000000 x 84",
+        id="two thin layers",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc.0.weight": torch.ones(3, WIDTH), "fc.0.bias": torch.ones(5)},
+        "neither linear nor batch norm",
+        id="a bias of another width",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc.0.running_mean": torch.ones(WIDTH)} | last(s, "fc.1"),
+        "neither linear nor batch norm",
+        id="batch norm without a variance",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc.0.weight": torch.ones(3, WIDTH, dtype=torch.int64)},
+        "whole numbers in 'fc.0.weight'",
+        id="whole numbers",
+    ),
     pytest.param(lambda s: body(s), "has no last layer", id="no head"),
     pytest.param(lambda s: s | {"features.0.se.weight": torch.ones(3)}, "1 left over: features.0.se", id="attention"),
     pytest.param(
@@ -229,13 +298,20 @@ def test_one_output_is_two_classes(tmp_path: Path, beside: dict[str, Any], class
     yes = network(images()).sigmoid()
     torch.testing.assert_close(probabilities, torch.cat([1 - yes, yes], dim=1))
     assert names == classes
-    assert any(note.startswith("warning: one output") for note in notes)
+    assert any(note.startswith("warning: one output") and "a regression" in note for note in notes)
 
 
 def test_one_output_takes_two_names(tmp_path: Path) -> None:
     state = architectures.build("lenet5", 1).state_dict()
     assert fitted(state, tmp_path, classes=["ham", "spam"])[2] == ("ham", "spam")
     assert "3 class names were given, but the weights in" in refused(state, tmp_path, classes=["a", "b", "c"])
+    named = {"model": state, "classes": ["spam"]}
+    assert "1 class name in 'classes', but its weights have one output, which is two" in refused(named, tmp_path)
+
+
+def test_what_no_checkpoint_says_is_said(tmp_path: Path, network: nn.Module) -> None:
+    notes = fitted(network.state_dict(), tmp_path)[1]
+    assert any(note.startswith("assumed: one of 3 classes per image (softmax); pixels as lenet5") for note in notes)
 
 
 def test_squeezenets_one_output() -> None:

@@ -120,6 +120,14 @@ def test_damaged_files_are_refused(data: bytes) -> None:
         decode(data, SMALL, READS_HEIF, deadline=time.monotonic() + 30)
 
 
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.9])
+def test_a_truncated_file_is_named(keep: float) -> None:
+    data = heic(photo(64, 48))
+    size = int(len(data) * keep)
+    with pytest.raises(InvalidImage, match=f"^truncated HEIC: {size} of at least [0-9]+ bytes$"):
+        decode(data[:size], SMALL, READS_HEIF)
+
+
 def test_no_damaged_byte_of_a_header_does_harm() -> None:
     data = bytearray(grid(128, 96))
     for at in range(8, 600, 31):

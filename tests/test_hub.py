@@ -372,11 +372,13 @@ def test_packaged_models_keep_their_name(store: ModelStore, cache: Path) -> None
 
 def test_the_command_imports_a_folder_and_asks_for_nothing_that_it_says(tmp_path: Path) -> None:
     command = ["models", "import", str(tmp_path), "--weights", str(tmp_path / "w"), "--name", "mine"]
+    (tmp_path / "config.json").write_text("{}")
     ended = CliRunner().invoke(main, [*command, "--architecture", "resnet18"])
     assert ended.exit_code == 2
     assert "names its own architecture" in ended.output
+    (tmp_path / "config.json").unlink()
     ended = CliRunner().invoke(main, command)
-    assert "has no config.json: a folder of the Hub holds config.json and model.safetensors" in ended.output
+    assert "a folder without weights: give a file of weights, or a folder with config.json" in ended.output
 
 
 @pytest.mark.parametrize(

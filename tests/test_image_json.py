@@ -108,6 +108,10 @@ def test_every_length(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param({"image": [1, 2]}, "validation_error", "image[0]", "a string in base64", id="numbers"),
         pytest.param({"image": {"data": [255] * 99_999}}, "bad_request", None, "not a list of numbers", id="many numbers"),
         pytest.param({"image": {"url": "x"}}, "unknown_field", "image.url", "`data` and `filename`", id="object"),
+        pytest.param({"image": {"data": "AA", "$content": "AA"}}, "bad_request", "image", "mean the same", id="two contents"),
+        pytest.param({"image": str(base64.b64encode(GOOD))}, "validation_error", "image", "decode()", id="Python's str()"),
+        pytest.param(b'--b\r\nContent-Disposition: form-data\r\n\r\n', "bad_request", None, "is multipart", id="multipart"),
+        pytest.param({"image": None}, "missing_file", "image", "there is no image", id="null"),
         pytest.param({"image": b64(GOOD), "url": "x"}, "unknown_field", "url", "no field of that name", id="unknown"),
         pytest.param({"image": b64(GOOD), "x" * 999: 1}, "unknown_field", "", "no field", id="long key"),
         pytest.param({"image": b64(GOOD), "top_k": {}}, "validation_error", "top_k", "a string, a number", id="object field"),
@@ -148,10 +152,50 @@ def test_long_strings_are_lifted_out() -> None:
     assert [json.loads(text[start - 1 : end + 1]) for start, end in strings] == ["x" * 300, 'y"\\' * 200]
 
 
-def test_a_string_that_looks_like_a_lifted_one_is_harmless() -> None:
-    for text in ("\0" + "7", "\0" + "-1", "\0", "\0" + "0x"):
-        with pytest.raises(ValidationFailed):
-            images_of({"image": text})
+@pytest.mark.parametrize("text", ["\0" + "0", "\0" + "7", "\0", "a\0"])
+@pytest.mark.parametrize("key", ["image", "model", "\0" + "0"])
+def test_no_string_may_look_like_a_lifted_one(key: str, text: str) -> None:
+    """A few bytes would stand for an image of megabytes each."""
+    with pytest.raises(BadRequest, match="u0000"):
+        images_of({"images": [b64(LARGE)], key: text})
+
+
+IMAGE = json.dumps(b64(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param(f'{{"image": {IMAGE}, "image": {IMAGE}}}', "image", id="image"),
+        pytest.param(f'{{"image": {IMAGE}, "im\\u0061ge": {IMAGE}}}', "image", id="written in two ways"),
+        pytest.param(f'{{"image": {IMAGE}, "top_k": 1, "top_k": 1}}', "top_k", id="field"),
+        pytest.param(f'{{"image": {{"data": {IMAGE}, "data": {IMAGE}}}}}', "data", id="in an object"),
+    ],
+)
+async def test_a_member_given_twice_is_400(http: httpx.AsyncClient, body: str, param: str) -> None:
+    answer = await http.post("/predict", content=body, headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("bad_request", param)
+    assert "more than once" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        pytest.param({"image": b64(GOOD), "images": None}, None, id="optional member left null"),
+        pytest.param({"image": {"$content-type": "image/jpeg", "$content": b64(GOOD)}}, None, id="Power Automate"),
+        pytest.param({"$content-type": "image/jpeg", "$content": b64(GOOD)}, None, id="Power Automate, whole body"),
+        pytest.param(
+            {"image": {"data": b64(GOOD), "mimeType": "image/jpeg", "fileName": "a.jpg", "fileSize": "4 kB"}},
+            "a.jpg",
+            id="n8n",
+        ),
+    ],
+)
+async def test_files_of_low_code_clients(http: httpx.AsyncClient, body: dict[str, Any], name: str | None) -> None:
+    answer = await http.post("/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    assert [result["filename"] for result in answer.json()["results"]] == [name]
 
 
 @pytest.mark.parametrize("unit", [b'"",', b"[],", b"1,", b" ", b'\\"', b"\\", b'"a":{', b'"' + b"x" * 200 + b'",'])

@@ -1,7 +1,10 @@
 """TIFF and AVIF, decoded in processes that can be ended."""
 
+import json
 import time
 from collections.abc import Iterator
+from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 from hostile_images import tiff_of_one_strip
@@ -9,7 +12,7 @@ from image_files import SMALL, photo, save
 from PIL import Image
 
 from models.errors import ImageTooLarge, InvalidImage
-from models.images import decoder_process
+from models.images import decoder_child, decoder_process
 from models.images.cost import OutOfTime
 from models.images.decoding import Limits, decode
 
@@ -38,6 +41,37 @@ def test_modes_come_back_as_they_were(mode: str) -> None:
     expected = {"1": "L", "P": "RGB", "CMYK": "RGB"}.get(mode, mode)
     assert loaded.mode == expected
     assert loaded.tobytes() == image.convert(expected).tobytes()
+
+
+def test_an_answer_is_a_short_line_whatever_the_text_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("image file is truncated: " + "\U0001f600" * 500)
+
+    order = {"bytes": 0, "cpu_s": 1, "memory": 1, "format": "TIFF", "max_pixels": None, "raw_mode": None}
+    answers = BytesIO()
+    monkeypatch.setattr(decoder_child, "_decoded", fail)
+    monkeypatch.setattr(decoder_child, "_limit", lambda *_: None)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(json.dumps(order).encode() + b"\n")))
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=answers))
+    decoder_child.main()
+    assert len(answers.getvalue()) < decoder_process.ANSWER_BYTES
+    assert json.loads(answers.getvalue()) == {"error": "truncated"}
+
+
+def test_a_damaged_file_leaves_the_process_for_the_next() -> None:
+    data = save(photo(40, 30), "TIFF", compression="tiff_lzw")
+    for damaged in (data[:200], data[:1000] + bytes(500) + data[1500:]):
+        with pytest.raises(InvalidImage, match=r"^(truncated|damaged) TIFF"):
+            decode(damaged, SMALL, EXTRA)
+    assert len(decoder_process._idle) == 1
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_truncated_avif_is_named(keep: float) -> None:
+    data = save(photo(40, 30), "AVIF")
+    size = int(len(data) * keep)
+    with pytest.raises(InvalidImage, match=f"^truncated AVIF: {size} of at least [0-9]+ bytes$"):
+        decode(data[:size], SMALL, EXTRA)
 
 
 def test_an_orientation_comes_back() -> None:

@@ -221,3 +221,15 @@ def test_a_charset_that_is_none_is_latin_1(charset: str) -> None:
 def test_a_long_boundary() -> None:
     with pytest.raises(BadRequest, match="256"):
         Multipart("multipart/form-data; boundary=" + "b" * 300, lambda part: bytearray().extend)
+
+
+def test_the_head_of_a_part_may_not_end_its_lines_in_another_way() -> None:
+    multipart = Multipart("multipart/form-data; boundary=b", lambda _: bytearray().extend)
+    multipart.feed(b"--b\r\nContent-Disposition: form-data; name=file\n\nx\r\n--b--\r\n")
+    with pytest.raises(BadRequest, match="end each line with CRLF"):
+        multipart.end()
+
+
+def test_a_header_of_a_part_occurs_once() -> None:
+    with pytest.raises(BadRequest, match="content-disposition twice"):
+        part_of(b'Content-Disposition: form-data; name="file"\r\ncontent-disposition: form-data; name="model"')

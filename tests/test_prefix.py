@@ -14,7 +14,7 @@ from test_routes_finetune import BODY, Training
 from test_server import port_of, serving, small, talk, url_of
 
 from service.settings import Settings, SettingsError
-from service.system.prefix import OWN, forwarded, prefix_of, without
+from service.system.prefix import OWN, forwarded, no_such_path, prefix_of, without
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +99,23 @@ async def test_with_the_setting_both_paths_are_answered(tmp_path: Path) -> None:
     assert [answer.status_code for answer in answers] == [200, 200, 404, 200, 404]
     assert v2.json().keys() == {"error"}
     assert "/imago/docs" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "remedy"),
+    [
+        pytest.param("/nothing", "", "/docs lists the paths, below the proxy's prefix", id="unknown prefix"),
+        pytest.param("/nothing", "/imago", "/imago/docs lists the paths", id="known prefix"),
+        pytest.param("/imago/predict", "", "IMAGO_ROOT_PATH=/imago", id="prefix without the setting"),
+        pytest.param("/a/b/models/x/activate", "", "IMAGO_ROOT_PATH=/a/b", id="of two segments"),
+        pytest.param("/predict/", "", "remove the slash", id="slash at its end"),
+        pytest.param("//predict", "", "/docs lists", id="two slashes"),
+        pytest.param("/a b\r\n/predict", "", "/docs lists", id="no prefix"),
+        pytest.param("", "", "/docs lists", id="empty"),
+    ],
+)
+def test_a_404_says_what_helps(path: str, prefix: str, remedy: str) -> None:
+    assert remedy in no_such_path(path, prefix)
 
 
 async def test_an_upload_under_the_prefix_may_take_its_time(tmp_path: Path) -> None:

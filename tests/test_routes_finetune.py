@@ -283,3 +283,10 @@ async def test_predict_goes_on_without_a_database(tmp_path: Path) -> None:
     assert code_of(refused) == (503, "trainer_unavailable")
     assert "unable to open database file" in refused.json()["error"]["message"]
     assert (predicted.status_code, int(refused.headers["retry-after"])) == (200, 10)
+
+
+async def test_a_member_given_twice_is_400(tmp_path: Path) -> None:
+    async with client_of(Training(tmp_path)) as http:
+        content = json.dumps(BODY)[:-1] + ', "name": "other"}'
+        answer = await http.post("/finetune", content=content, headers={**ADMIN, "Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")

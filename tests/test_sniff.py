@@ -31,10 +31,6 @@ def boxed(brand: bytes, *more: bytes) -> bytes:
     return (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands + bytes(100)
 
 
-def tiff(content: bytes = b"") -> bytes:
-    return b"II*\0\x08\0\0\0" + content + bytes(300)
-
-
 @pytest.mark.parametrize(
     ("data", "what"),
     [
@@ -47,8 +43,8 @@ def tiff(content: bytes = b"") -> bytes:
         pytest.param(boxed(b"qt  "), "a video", id="mov"),
         pytest.param(boxed(b"crx ", b"isom"), "a camera raw file (Canon CR3)", id="cr3"),
         pytest.param(b"II*\0\x10\0\0\0CR\x02\0" + bytes(99), "a camera raw file (Canon CR2)", id="cr2"),
-        pytest.param(tiff(b"\x12\xc6\x01\0"), "a camera raw file (DNG)", id="dng"),
-        pytest.param(tiff(b"NIKON CORPORATION"), "a camera raw file (Nikon NEF)", id="nef"),
+        pytest.param(b"IIRO\x08\0\0\0" + bytes(99), "a camera raw file (Olympus ORF)", id="orf"),
+        pytest.param(b"\xff\xd8\xff\xf7\0\x0b" + bytes(99), "a JPEG-LS image", id="jpeg-ls"),
         pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image", id="jpeg xl"),
         pytest.param(b"\xff\x0a" + bytes(20), "a JPEG XL image", id="jpeg xl codestream"),
         pytest.param(save(solid(), "JPEG2000"), "a JPEG 2000 image", id="jpeg 2000"),

@@ -67,6 +67,7 @@ def tensor_at(*offsets: int, **changes: object) -> dict[str, object]:
         pytest.param(with_header({"a": tensor_at(0, 8, shape=[-1, -2])}, bytes(8)), id="negative shape"),
         pytest.param(with_header({"a": tensor_at(0, 8, shape=[2**62, 0])}, bytes(8)), id="values of an empty tensor"),
         pytest.param(with_header({"a": tensor_at(0, 0, shape=[2**70, 0])}), id="endless shape"),
+        pytest.param(with_header({"a": tensor_at(0, 4, shape=[1] * 65)}, bytes(4)), id="more sides than torch has"),
         pytest.param(with_header({"a": tensor_at(0, 8, dtype="F4")}, bytes(8)), id="unknown type"),
         pytest.param(with_header({"a": tensor_at(0, 8)}, struct.pack("<ff", 1, float("nan"))), id="nan"),
         pytest.param(with_header({"a": tensor_at(0, 8)}, struct.pack("<ff", 1, float("inf"))), id="infinite"),

@@ -52,7 +52,7 @@ def test_an_archive_is_imported_in_one_command(store: ModelStore, tmp_path: Path
 
 @pytest.mark.parametrize("model", [{"modelName": "x", "handler": "h.py"}, {"serializedFile": "gone.pth"}])
 def test_code_alone_is_refused_in_one_line(store: ModelStore, tmp_path: Path, model: Any) -> None:
-    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": model}})
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": model}, "net.pth": None})
     with pytest.raises(WeightsError, match="holds code only") as caught:
         import_model(path, store, "x", "lenet5")
     assert "\n" not in str(caught.value)
@@ -64,6 +64,37 @@ def test_a_manifest_that_describes_nothing(store: ModelStore, tmp_path: Path, ma
     path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": manifest})
     with pytest.raises(WeightsError, match="describes no model"):
         import_model(path, store, "x", "lenet5")
+
+
+@pytest.mark.parametrize("labels", [json.dumps(LABELS).encode("utf-16"), json.dumps(LABELS).encode("utf-8-sig")])
+def test_labels_in_other_encodings(store: ModelStore, tmp_path: Path, labels: bytes) -> None:
+    path = archive(tmp_path / "x.mar", index_to_name_json=labels)
+    assert import_model(path, store, "x", "lenet5").classes == ("ant", "bee", "wasp")
+
+
+def test_weights_in_a_folder_and_an_archive_in_a_folder(store: ModelStore, tmp_path: Path) -> None:
+    path, packed = archive(tmp_path / "x.mar"), tmp_path / "y.mar"
+    manifest = {"model": {"serializedFile": "weights/net.pth"}}
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w") as target:
+        target.writestr("insects/MAR-INF/MANIFEST.json", json.dumps(manifest))
+        target.writestr("insects/weights/net.pth", source.read("net.pth"))
+        target.writestr("insects/index_to_name.json", json.dumps(LABELS))
+    assert import_model(packed, store, "x", "lenet5").classes == ("ant", "bee", "wasp")
+
+
+def test_weights_that_the_handler_loads_are_named(store: ModelStore, tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": {"handler": "h.py"}}})
+    with pytest.raises(WeightsError, match=r"leaves it to its handler \(h.py\) to load 'net.pth': unpack that file"):
+        import_model(path, store, "x", "lenet5")
+
+
+def test_a_handler_is_named_in_few_printable_characters(store: ModelStore, tmp_path: Path) -> None:
+    model = {"handler": "\x1b[31m\n" + "h" * 10_000}
+    path = archive(tmp_path / "x.mar", **{"MAR-INF__MANIFEST_json": {"model": model}, "net.pth": None})
+    with pytest.raises(WeightsError, match="holds code only") as caught:
+        import_model(path, store, "x", "lenet5")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
 
 
 def test_the_weights_are_refused_as_in_a_file(store: ModelStore, tmp_path: Path) -> None:

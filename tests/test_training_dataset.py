@@ -108,7 +108,7 @@ def test_a_zip_is_the_same_dataset_as_its_folder(tmp_path: Path, top: str) -> No
 def test_the_hash_follows_the_content(tmp_path: Path) -> None:
     files = coloured(2)
     one = load_all(folder(tmp_path / "one", files)).sha256
-    files["red/000.png"] = files["red/001.png"]
+    files["red/000.png"] = coloured(3)["red/002.png"]
     assert load_all(folder(tmp_path / "two", files)).sha256 != one
 
 
@@ -173,7 +173,9 @@ def linked(root: Path) -> Path:
 @pytest.mark.abuse("J2")
 def test_a_dataset_of_links_is_refused_with_the_remedy_unless_they_are_followed(tmp_path: Path) -> None:
     root = linked(tmp_path)
-    with pytest.raises(TooManyBadFiles, match=r"12 are links that are not followed, .* `cp -rL`") as caught:
+    with pytest.raises(
+        TooManyBadFiles, match=r"12 files are symbolic links, which are not followed, .* `cp -rL`"
+    ) as caught:
         load_all(root)
     assert "\n" not in str(caught.value)
     data = load_all(root, reading=Reading(follow_links=True))
@@ -242,7 +244,7 @@ def test_a_damaged_member_is_a_bad_file(tmp_path: Path) -> None:
     ("files", "code", "message"),
     [
         pytest.param({}, "too_few_classes", "0 classes", id="empty"),
-        pytest.param({"red/000.png": SAME}, "too_few_classes", r"1 classes \(red\)", id="one class"),
+        pytest.param({"red/000.png": SAME}, "too_few_classes", r"1 class \(red\)", id="one class"),
         pytest.param(
             coloured(1),
             "too_few_images",
@@ -354,8 +356,15 @@ def test_a_picture_under_two_labels_is_told(tmp_path: Path) -> None:
     assert any("more than one label" in warning for warning in data.audit.warnings)
 
 
-def test_a_class_of_one_picture_trains_all_the_same(tmp_path: Path) -> None:
-    data = load_all(folder(tmp_path, coloured(4) | {f"pink/{i}.png": SAME for i in range(4)}))
+@pytest.mark.parametrize("near", ["report", "off"])
+def test_a_class_of_one_picture_is_refused_unless_duplicates_are_split_like_others(tmp_path: Path, near: str) -> None:
+    path = folder(tmp_path, coloured(4) | {f"pink/{i}.png": SAME for i in range(4)})
+    with pytest.raises(
+        DatasetError, match=r"all images of class 'pink' are one picture.*--near-duplicates report"
+    ) as caught:
+        load_all(path)
+    assert caught.value.param == "near_duplicates"
+    data = load_all(path, near_duplicates=near)
     assert [sum("pink" in path for path in paths(data, part)) for part in dataset.PARTS] == [3, 1, 0]
     assert any("pink are the same picture" in warning for warning in data.audit.warnings)
 

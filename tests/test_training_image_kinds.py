@@ -2,9 +2,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from image_files import tiff_of
 from PIL import Image
 
-from models.data.image_kinds import image_kind
+from models.images.kinds import image_kind
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,9 @@ from models.data.image_kinds import image_kind
         pytest.param("P", "GIF", "8-bit palette", id="GIF"),
         pytest.param("L", "BMP", "8-bit gray", id="BMP"),
         pytest.param("I;16", "TIFF", "16-bit gray", id="TIFF"),
+        pytest.param("RGBA", "TIFF", "8-bit colour with transparency", id="transparent TIFF"),
+        pytest.param("RGB", "AVIF", "8-bit colour", id="AVIF"),
+        pytest.param("RGBA", "AVIF", "8-bit colour with transparency", id="transparent AVIF"),
     ],
 )
 def test_depth_and_channels_from_the_header(mode: str, file_format: str, kind: str) -> None:
@@ -32,6 +36,27 @@ def test_depth_and_channels_from_the_header(mode: str, file_format: str, kind: s
     buffer = BytesIO()
     image.save(buffer, file_format)
     assert image_kind(buffer.getvalue()) == kind
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        pytest.param(tiff_of(np.zeros((8, 8, 3), "u2"), 2), "16-bit colour", id="16-bit RGB"),
+        pytest.param(tiff_of(np.zeros((8, 8, 4), "u1"), 5), "8-bit CMYK", id="CMYK"),
+        pytest.param(tiff_of(np.zeros((8, 4), "u1"), 0, {256: [8], 258: [4]}), "4-bit gray", id="4 bits"),
+        pytest.param(tiff_of(np.zeros((8, 8), "f4")), "32-bit gray", id="floats"),
+    ],
+)
+def test_tiffs_by_their_tags(data: bytes, kind: str) -> None:
+    assert image_kind(data) == kind
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_heic_by_its_boxes(mode: str) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = BytesIO()
+    pillow_heif.from_bytes(f"{mode};12", (64, 64), bytes(64 * 64 * 2 * len(mode))).save(buffer)
+    assert image_kind(buffer.getvalue()) == "12-bit colour" + (" with transparency" if mode == "RGBA" else "")
 
 
 def test_a_damaged_header_is_of_no_kind() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.data.duplicates.groups import Near, equal
-from models.data.samples import PARTS, DatasetItem, IgnoredFile, Part
+from models.data.samples import PARTS, DatasetItem, IgnoredFiles, Part, counted
 from models.errors import EmptyImage, ImageError, UnsupportedImage
 from models.files.records import Record
 from models.images import formats
@@ -37,14 +37,6 @@ class BadFile(Record):
 
     path: str
     reason: str
-
-
-class IgnoredFiles(Record):
-    """Files and folders that were taken for no part of the dataset, and why."""
-
-    reason: str
-    count: int
-    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +81,10 @@ def reason_of(error: ImageError, data: bytes) -> str:
     """Why these bytes, which decode refused, are no usable image."""
     if isinstance(error, EmptyImage):
         return "zero bytes"
-    return f"not an image: {formats.described(data)}" if isinstance(error, UnsupportedImage) else str(error)
+    if not isinstance(error, UnsupportedImage):
+        return str(error)
+    what, _, remedy = formats.described(data).partition("; ")
+    return f"not an image: {what}" + (f"; {remedy}" if remedy and "send" not in remedy else "")  # nothing is sent here
 
 
 def is_animated(data: bytes) -> bool:
@@ -150,7 +145,7 @@ def make_audit(
     remarks: Sequence[str] = (),
     *,
     layout: str,
-    ignored: Sequence[IgnoredFile] = (),
+    ignored: Sequence[IgnoredFiles] = (),
     image_kinds: Sequence[str] = (),
 ) -> Audit:
     """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings; `image_kinds` of each
@@ -176,7 +171,7 @@ def make_audit(
         class_counts={part: dict(zip(classes, counts[part], strict=True)) for part in PARTS},
         imbalance=round(max(counts["train"]) / max(1, min(counts["train"])), 2),
         warnings=(),
-        ignored=tuple(IgnoredFiles(reason=e.reason, count=e.count, examples=e.examples) for e in ignored),
+        ignored=tuple(ignored),
         image_kinds=dict(Counter(image_kinds).most_common()),
     )
     return audit.model_copy(update={"warnings": (*_warnings(audit), *remarks)})
@@ -201,17 +196,18 @@ def _warnings(audit: Audit) -> list[str]:
     if audit.bad:
         first = audit.bad[0]
         found.append(
-            f"{totals['bad']} of {audit.files} files are bad and left out, the first {first.path}: {first.reason}"
+            f"{totals['bad']} of {counted(audit.files, 'file', 'files')} {'is' if totals['bad'] == 1 else 'are'} bad and left out, "
+            f"the first {first.path}: {first.reason}"
         )
     if audit.conflicts:
         found.append(
-            f"{totals['conflicts']} identical pictures lie under more than one label, the first {_some(audit.conflicts[0])}: "
-            "remove the wrong ones"
+            f"{counted(totals['conflicts'], 'identical picture has', 'identical pictures have')} more than one label, the first "
+            f"{_some(audit.conflicts[0])}: remove the wrong ones"
         )
     if audit.left_out:
         found.append(
-            f"{totals['left_out']} images are identical to one of validation or test, pixel by pixel, and are left out of the "
-            f"part before it, so that the figures stay honest: {_some(audit.left_out)}"
+            f"{counted(totals['left_out'], 'image is', 'images are')} left out of training (or validation), identical to one of "
+            f"validation or test, pixel by pixel, which would flatter the figures: {_some(audit.left_out)}"
         )
     return found + _class_warnings(audit)
 
@@ -219,7 +215,7 @@ def _warnings(audit: Audit) -> list[str]:
 def _class_warnings(audit: Audit) -> list[str]:
     found, train = [], audit.class_counts["train"]
     if tiny := [f"{name} ({count})" for name, count in train.items() if count < TINY]:
-        found.append(f"fewer than {TINY} training images in {_some(tiny)}: expect little of these classes")
+        found.append(f"fewer than {TINY} training images in {_some(tiny)}: expect low accuracy there")
     if audit.imbalance > MAX_IMBALANCE:
         found.append(
             f"the largest class has {audit.imbalance:g} times the training images of the smallest: "
@@ -228,7 +224,7 @@ def _class_warnings(audit: Audit) -> list[str]:
     for part in ("val", "test"):
         missing = [name for name, count in audit.class_counts[part].items() if not count]
         if audit.parts[part] and missing:
-            found.append(f"no image in {part} of {_some(missing)}: nothing will be known of how well it is recognised")
+            found.append(f"no image in {part} of {_some(missing)}: the accuracy there is not measured")
     return found
 
 

@@ -12,8 +12,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from models.data.files import Files, is_text
+from models.data.other_formats import are_parts_of_images, labels_of
 from models.data.parts import PARTS, Part, is_fold, is_unlabelled, part_of, parts_among
-from models.data.samples import DatasetItem, DatasetSource, Layout, by_path, listed, make_source, refuse_alike, tallied
+from models.data.samples import (
+    DatasetItem,
+    DatasetSource,
+    Layout,
+    by_path,
+    counted,
+    listed,
+    make_source,
+    refuse_alike,
+    tallied,
+)
+from models.data.tables.text import JSON_LINES
 from models.errors import DatasetError, TooFewClasses
 from models.files.zip_file import printable
 
@@ -53,10 +65,17 @@ def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
         reading = _by_inner_part(found)
     else:
         if layout == "auto":
-            _refuse_doubtful(found, _tables(files))
+            _refuse_doubtful(found, files)
         reading = _by_class(found)
     if layout == "auto":
-        refuse_alike({item.class_name for item in reading.items})
+        classes = {item.class_name for item in reading.items}
+        refuse_alike(classes)
+        if are_parts_of_images(classes):
+            _doubt(
+                f"{_folders(sorted(classes))} are called like images and what belongs to them, such as masks or boxes, and Imago "
+                f"classifies whole images{labels_of(files)}",
+                f"`classes` takes {_quoted(sorted(classes))} as classes",
+            )
     strays = sorted([*("/".join(parts) for parts in beside), *side_strays, *reading.strays])
     left = [*reading.ignored, *(("text beside the images, such as annotations", name) for name in texts)]
     return make_source(
@@ -67,7 +86,8 @@ def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
         strays=[printable(name) for name in strays],
         notes=reading.notes,
         ignored=tallied(left),
-        hint=reading.hint or _table_hint(files),
+        hint=reading.hint,
+        elsewhere=lambda: _table_hint(files) or labels_of(files),
     )
 
 
@@ -76,8 +96,11 @@ def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
 
 def _is_side(files: Files, parts: Parts) -> bool:
     stem, suffix = posixpath.splitext(parts[-1].lower())
-    named = suffix in SIDE_SUFFIXES or (not suffix and stem in SIDE_NAMES)
-    return named and parts[-1] not in IGNORED and is_text(files, "/".join(parts))
+    named = suffix in SIDE_SUFFIXES or not suffix
+    if not named or not stem or parts[-1] in IGNORED:
+        return False
+    is_empty_allowed = bool(suffix) or stem in SIDE_NAMES
+    return is_text(files, "/".join(parts), is_empty_allowed)
 
 
 def _sorted_side(side: Collection[Parts], top: Parts) -> tuple[list[str], list[str]]:
@@ -93,11 +116,13 @@ def _sorted_side(side: Collection[Parts], top: Parts) -> tuple[list[str], list[s
 
 def _table_hint(files: Files) -> str:
     tables = _tables(files)
-    return f"; where the labels are in a table, give that ({listed(tables)})" if tables else ""
+    return f"; if the labels are in a table, give that as the dataset ({listed(tables)})" if tables else ""
 
 
 def _tables(files: Files) -> list[str]:
-    return sorted(name for name in files.names if name.lower().endswith((".csv", ".tsv")))
+    """Those that may have labels."""
+    suffixes = (".csv", ".tsv", *JSON_LINES)
+    return sorted(name for name in files.names if name.lower().endswith(suffixes) and "submission" not in name.lower())
 
 
 # What lies where
@@ -185,7 +210,11 @@ def _by_part(found: _Found, named: bool) -> _Read:
         parts = {top: found.parts.get(top, "train") for top in found.tops}
     trained = {name for top, part in parts.items() if part == "train" for name in found.classes(top)}
     if not trained:
-        raise TooFewClasses(f"no folder for training has class folders in it; there are {_folders(found.tops)}")
+        raise TooFewClasses(
+            f"layout splits needs a folder for training with class folders in it, and there is {_folders(found.tops)}; make it "
+            "train/<class>/*, or leave layout out",
+            "layout",
+        )
     items: list[DatasetItem] = []
     strays, ignored, notes = ["/".join(parts) for parts in found.names if len(parts) == 1], [], []
     for top in found.tops:
@@ -194,7 +223,7 @@ def _by_part(found: _Found, named: bool) -> _Read:
         if part is None or not found.classes(top, trained):
             why = _not_used(top) if part is None else _no_classes([top])
             ignored += [(why, "/".join(each)) for each in below]
-            notes += [f"{len(below)} files are ignored: {why}"] if below else []
+            notes += [f"{counted(len(below), 'file is', 'files are')} ignored: {why}"] if below else []
             continue
         items += [_item(each, found.names[each], part, level) for each in below if len(each) > level + 1]
         strays += ["/".join(each) for each in below if len(each) <= level + 1]
@@ -250,9 +279,9 @@ def _by_inner_part(found: _Found) -> _Read:
 # <class>/*
 
 
-def _refuse_doubtful(found: _Found, tables: list[str]) -> None:
+def _refuse_doubtful(found: _Found, files: Files) -> None:
     """Raises DatasetError, TooFewClasses where the folders may be something else than classes."""
-    tops = found.tops
+    tops, tables = found.tops, _tables(files)
     if tops and len(found.parts) == len(tops):
         if any(found.classes(top) for top in tops):
             _doubt(
@@ -260,13 +289,16 @@ def _refuse_doubtful(found: _Found, tables: list[str]) -> None:
             )
         table = f"a table of them ({listed(tables)})" if tables else "a CSV with the columns path and label"
         raise TooFewClasses(
-            f"{_no_classes(tops)}; make it train/<class>/*, or give {table}; if {_quoted(tops)} are the classes, set layout to "
-            "`classes` (--layout classes)"
+            f"{_no_classes(tops)}; make it train/<class>/*, or give {table}{labels_of(files)}; if {_quoted(tops)} are the classes, set "
+            "layout to `classes` (--layout classes)",
+            "layout",
         )
     if found.parts:
+        others = [top for top in tops if top not in found.parts]
         _doubt(
-            f"{_folders(found.parts)} among {_folders(tops)} is called like a part",
-            f"`classes` takes {_quoted(tops)} as classes",
+            f"{_folders(found.parts)} {_is(found.parts)} named like a part of the dataset (train, val, test), and "
+            f"{_folders(others)} beside it {_is(others)} not",
+            f"`classes` takes {_quoted(tops)} as classes; otherwise make it train/<class>/*",
         )
     if len(tops) > 1 and all(map(is_fold, tops)):
         _doubt(
@@ -278,7 +310,8 @@ def _refuse_doubtful(found: _Found, tables: list[str]) -> None:
     if len(tops) > 1 and len(names) > 1 and shared >= SHARED * len(tops) * len(names):
         _doubt(
             f"all of {_folders(tops)} have the same folders in them ({_folders(sorted(names))})",
-            f"`classes` takes {_quoted(tops)} as classes, `splits` {_quoted(sorted(names))}, all for training",
+            f"`classes` takes {_quoted(tops)} as classes, `splits` {_quoted(sorted(names))}, all for training; if they hold versions "
+            "of the same images, give one of them as the dataset",
         )
 
 
@@ -292,7 +325,7 @@ def _by_class(found: _Found) -> _Read:
 
 
 def _doubt(what: str, choice: str) -> NoReturn:
-    raise DatasetError(f"the layout is in doubt: {what}; set layout (--layout on the command line): {choice}")
+    raise DatasetError(f"the layout is in doubt: {what}; set layout (--layout on the command line): {choice}", "layout")
 
 
 def _no_classes(tops: Iterable[str]) -> str:
@@ -301,8 +334,14 @@ def _no_classes(tops: Iterable[str]) -> str:
 
 
 def _not_used(top: str) -> str:
-    no_labels = "has no labels by its name" if is_unlabelled(top) else "is no part (train, val or test)"
+    no_labels = (
+        "holds images without labels, by its name" if is_unlabelled(top) else "is not a part (train, val or test)"
+    )
     return f"{_folders([top])} {no_labels}"
+
+
+def _is(names: Collection[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _folders(names: Iterable[str]) -> str:

@@ -16,13 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from models.data import audit, split
+from models.data import audit, split, split_checks
 from models.data.audit import Audit, AuditedImages, BadFile
 from models.data.duplicates import groups as duplicates
 from models.data.duplicates.groups import Near
 from models.data.files import reason
 from models.data.formats.raw_pixels import PixelArray, allocate
-from models.data.image_kinds import image_kind
 from models.data.samples import (
     AS_IT_IS,
     MAX_EXAMPLES,
@@ -30,24 +29,25 @@ from models.data.samples import (
     PARTS,
     UNREADABLE,
     DatasetSource,
-    IgnoredFile,
+    IgnoredFiles,
     NearDuplicates,
     Part,
     Read,
     Reading,
     advised,
+    counted,
 )
 from models.data.sources import open_source
 from models.errors import DatasetError, ImageError, TooFewImages, TooManyBadFiles
 from models.images.cost import DEFAULT_LIMITS, Limits
 from models.images.decoding import decode
+from models.images.kinds import image_kind
 from models.preprocessing import Preprocessing
 from models.progress import Progress, silent
 
 __all__ = ["PARTS", "Audit", "BadFile", "LoadedDataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
-MAX_SMALL = 100  # classes with too few images that an error names
 MAX_HELD_OUT = 0.9  # of the images, validation and test together
 TICK_S = 0.25  # between two signs of progress
 DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
@@ -121,7 +121,9 @@ def load(
             source, decoded, near_duplicates, lambda done: progress(DECODING + (1 - DECODING) * min(done, 1.0))
         )
         given = [source.items[place].part for place in decoded.places]
-        found = _split(images, decoded.files, given, SplitShares(val_fraction, test_fraction, seed), min_per_class)
+        found = _split(
+            images, decoded.files, given, SplitShares(val_fraction, test_fraction, seed), min_per_class, near_duplicates
+        )
     remarks = [*_across(images.near, found.rows), *_remarks(found, source)]
     report = audit.make_audit(
         images,
@@ -210,12 +212,17 @@ class _Found(NamedTuple):
 
 
 def _split(
-    images: AuditedImages, files: Sequence[bytes], given: Sequence[Part], shares: SplitShares, min_per_class: int
+    images: AuditedImages,
+    files: Sequence[bytes],
+    given: Sequence[Part],
+    shares: SplitShares,
+    min_per_class: int,
+    near: NearDuplicates,
 ) -> _Found:
     """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
     labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
-    _check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
+    split_checks.check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
     rule = _rule(rows, shares)
     val = 0.0 if len(rows["val"]) else shares.val
     test = 0.0 if len(rows["test"]) else shares.test
@@ -223,7 +230,7 @@ def _split(
         return _Found(rows, groups, left_out, [], rule)
     if val + test > MAX_HELD_OUT:
         raise DatasetError(f"a validation share of {val:g} and a test share of {test:g} leave too little to train on")
-    _check_apart(images, rows["train"])
+    split_checks.check_apart(images, rows["train"], near)
     groups, broken = split.break_up(groups, labels, rows["train"])
     held = split.hold_out(rows["train"], labels, groups, files, val, test, shares.seed)
     rows = {part: held[part] if len(held[part]) else rows[part] for part in PARTS}
@@ -238,43 +245,6 @@ def _rule(given: dict[Part, Tensor], shares: SplitShares) -> dict[str, Any]:
     return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
 
 
-def _check_classes(train: Tensor, left_out: Tensor, classes: tuple[str, ...], least: int) -> None:
-    counts = train.bincount(minlength=len(classes)).tolist()
-    small = [
-        (name, count, index) for index, (name, count) in enumerate(zip(classes, counts, strict=True)) if count < least
-    ]
-    if not small:
-        return
-    listed = "; ".join(
-        f"class {name!r} has {count} usable training images" + _also(int((left_out == index).sum()))
-        for name, count, index in small[:MAX_SMALL]
-    )
-    more = f"; and {len(small) - MAX_SMALL} more classes" if len(small) > MAX_SMALL else ""
-    why = "to train and to validate on" if least == 2 else "by min_per_class (--min-per-class)"
-    raise TooFewImages(
-        f"{len(small)} of {len(classes)} classes are too small: {listed}{more}: at least {least} are needed, {why}; "
-        "add images, or remove the class"
-    )
-
-
-def _also(count: int) -> str:
-    return f" ({count} more are identical to images of validation or test)" if count else ""
-
-
-def _check_apart(images: AuditedImages, train: Tensor) -> None:
-    """Raises DatasetError for a class that near-duplicates leave with nothing to hold out."""
-    equal = split.lonely(duplicates.equal(images.digests), images.labels, train)
-    alike = [label for label in split.lonely(images.groups, images.labels, train) if label not in equal]
-    if not alike:
-        return
-    names = ", ".join(repr(images.classes[label]) for label in alike[:MAX_NAMED])
-    more = f" and {len(alike) - MAX_NAMED} more classes" if len(alike) > MAX_NAMED else ""
-    raise DatasetError(
-        f"all images of class {names}{more} are taken for near-duplicates, which stay on one side of the split, so none is left "
-        "for the other: --near-duplicates report splits them like other images and lists them, --near-duplicates off does not search"
-    )
-
-
 def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
     """Near-duplicates of which the parts were not made here, or not by groups."""
     held_out = {*rows["val"].tolist(), *rows["test"].tolist()}
@@ -283,8 +253,8 @@ def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} training images have near-duplicates in validation or test and stay where they are: if they show the same "
-        "objects, the accuracy looks better than it is; see near_duplicates in the audit"
+        f"{counted(count, 'training image has', 'training images have')} near-duplicates in validation or test, where the dataset's own "
+        "parts keep them: if they show the same objects, the accuracy looks better than it is; see near_duplicates in the audit"
     ]
 
 
@@ -297,12 +267,13 @@ def _remarks(found: _Found, source: DatasetSource) -> list[str]:
             "the accuracy of this class will look better than it is"
         )
     if source.strays:
-        remarks.append(f"{len(source.strays)} files outside class folders are ignored, the first {source.strays[0]}")
+        count = counted(len(source.strays), "file outside class folders is", "files outside class folders are")
+        remarks.append(f"{count} ignored, the first {source.strays[0]}")
     return [*remarks, *source.notes, *([source.advice] if source.advice else [])]
 
 
-def _ignored(source: DatasetSource) -> list[IgnoredFile]:
-    strays = [IgnoredFile("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
+def _ignored(source: DatasetSource) -> list[IgnoredFiles]:
+    strays = [IgnoredFiles("outside class folders", len(source.strays), source.strays[:MAX_EXAMPLES])]
     return [*(strays if source.strays else []), *source.ignored]
 
 
@@ -377,7 +348,8 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
     examples = "; ".join(f"{file.path}: {file.reason}" for file in bad[:MAX_NAMED])
     limit = f"at most {MAX_BAD_FRACTION:.0%} may be bad" if on_bad_file == "skip" else "remove them, or skip bad files"
     more = f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
-    raise TooManyBadFiles(f"{len(bad)} of {total} files are no usable images ({limit}): {examples}{more}")
+    cannot = f"{len(bad)} of {counted(total, 'file', 'files')} cannot be used as images"
+    raise TooManyBadFiles(f"{cannot} ({limit}): {examples}{more}", "on_bad_file" if on_bad_file == "fail" else None)
 
 
 def _compact(array: PixelArray, places: Sequence[int]) -> PixelArray:

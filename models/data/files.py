@@ -6,6 +6,7 @@ folder is an error of that file. Scans and reads are bounded.
 
 import gzip
 import os
+import posixpath
 import shutil
 import stat
 import tempfile
@@ -19,7 +20,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from models.data.samples import UNREADABLE, IgnoredFile, tallied
+from models.data.samples import UNREADABLE, IgnoredFiles, counted, tallied
 from models.data.system_files import left_by_systems, system_reason
 from models.errors import DatasetError
 from models.files.safe_open import open_beneath
@@ -28,8 +29,35 @@ from models.files.zip_directory import Member
 from models.files.zip_file import Archive, check_count, printable
 from models.images.cost import FILE_BYTES, TRAINING_BYTES
 
+IMAGES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".ppm",
+        ".pgm",
+    )
+)
+
+
+def is_image(name: str) -> bool:
+    """Whether the name has a suffix of images."""
+    return posixpath.splitext(name)[1].lower() in IMAGES
+
+
 PIECE = 2**20
 SEPARATORS = (b"\n", b",", b";", b"\t", b'"')  # around a word, to show it
+LINKED = "a symbolic link, which is not followed in an archive"
 MAX_DEPTH = 32  # folders in folders
 DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
 
@@ -44,7 +72,7 @@ class Files(ABC):
     notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
     encoding: str = AUTO  # of text files without a byte order mark; AUTO is UTF-8
     unread: Mapping[str, bytes] = {}  # names in an unknown code page, as they are shown, with their bytes
-    ignored: tuple[IgnoredFile, ...] = ()  # what systems leave, once `names` was asked for
+    ignored: tuple[IgnoredFiles, ...] = ()  # what systems leave, once `names` was asked for
     links: tuple[str, ...] = ()  # names of links that are not followed, once `names` was asked for
 
     @property
@@ -52,7 +80,8 @@ class Files(ABC):
         """What to do about the links that are not followed; empty where there are none."""
         if not self.links:
             return ""
-        said = f"{len(self.links)} are links that are not followed, the first {printable(self.links[0])}"
+        count = counted(len(self.links), "file is a symbolic link, which is", "files are symbolic links, which are")
+        said = f"{count} not followed, the first {printable(self.links[0])}"
         return f"{said}: {self.remedy}"
 
     remedy = "pack the archive again with the files themselves (tar -h)"
@@ -101,7 +130,7 @@ class Files(ABC):
         try:
             return decode_text(data, self.encoding)
         except UnicodeDecodeError as error:
-            raise DatasetError(undecodable(name, error, self.encoding)) from None
+            raise DatasetError(undecodable(name, error, self.encoding), "encoding") from None
 
 
 def undecodable(name: str, error: UnicodeDecodeError, encoding: str) -> str:
@@ -180,13 +209,17 @@ class FolderFiles(Files):
 
 
 class ZipFiles(Files):
+    remedy = "pack the zip again with the files themselves (zip -r, without -y)"
+
     def __init__(self, archive: Archive) -> None:
         self._archive, self.label, self.closing = archive, archive.path.name, ExitStack()
         self._names, self.notes, self.ignored = relative_names(archive.names)
         self.unread = archive.unread
+        self.links = tuple(name for name, file in self._names.items() if archive.member(file).is_link)
         if self.unread:
             first = described([next(iter(self.unread.values()))[:200]])
-            note = f"{len(self.unread)} names are not UTF-8, and their code page is not known; the first reads {first}"
+            count = counted(len(self.unread), "name is not UTF-8, and its", "names are not UTF-8, and their")
+            note = f"{count} code page is not known; the first reads {first}"
             self.notes += (
                 f"{note}: give it with --encoding (field `encoding`), or pack the zip again with names in UTF-8",
             )
@@ -196,7 +229,10 @@ class ZipFiles(Files):
         return self._names
 
     def open(self, file: str) -> IO[bytes]:
-        return self._archive.open(self._member(file))
+        member = self._member(file)
+        if member.is_link:
+            raise OSError(LINKED)
+        return self._archive.open(member)
 
     def size(self, file: str) -> tuple[int, int]:
         member = self._member(file)
@@ -226,13 +262,15 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def is_text(files: Files, name: str) -> bool:
-    """Whether the file begins like text, or is empty. Reads no more than its beginning; False where that cannot be read."""
+def is_text(files: Files, name: str, empty: bool = True) -> bool:
+    """Whether the file begins like text, or has no bytes and may be `empty`. Reads its beginning alone; False where that cannot be read."""
     try:
         with files.open(files.names[name]) as content:
             start = content.read(512)
     except (KeyError, *UNREADABLE):
         return False
+    if not start:
+        return empty
     return start.startswith((b"\xff\xfe", b"\xfe\xff")) or all(byte >= 32 or byte in b"\t\r\n\f" for byte in start)
 
 
@@ -306,7 +344,7 @@ class _Scan:
 # Archives
 
 
-def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[IgnoredFile, ...]]:
+def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[IgnoredFiles, ...]]:
     """As `Files.names`, `notes` and `ignored`, of members whose names end in `/` where they are folders; a folder is empty where no other
     member lies in it. Of several members with one name the last is kept."""
     names: dict[str, str] = {}
@@ -319,7 +357,8 @@ def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
     filled = _parents(names) | {""}  # "" is the archive itself, packed as "./"
     ignored = {name: left for name in names if (left := left_by_systems(name))}
     kept = {name: file for name, file in names.items() if name not in filled and name not in ignored}
-    lost = f"{len(twice)} files have the name of another and are left out, the first {twice[0][:200]}" if twice else ""
+    count = counted(len(twice), "file has the name of another and is", "files have the name of another and are")
+    lost = f"{count} left out, the first {twice[0][:200]}" if twice else ""
     notes = (f"{printable(lost)}: only the last file of a name is read; give each its own",) if lost else ()
     return kept, notes, tallied(dict.fromkeys(ignored.values()))
 

@@ -5,6 +5,7 @@ Also names of folders that are no part: folds, and images without labels.
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 Part = Literal["train", "val", "test"]
@@ -28,6 +29,7 @@ _PART = {part: re.compile(rf"({words})({BESIDE})?") for part, words in WORDS.ite
 _BESIDE = re.compile(BESIDE)
 
 
+@lru_cache(4096)  # the cells of a column, and folders, come again with each row
 def part_of(name: str) -> Part | None:
     """The part that a folder, file or value of this name is; None where the name has other words too (`bullet_train`)."""
     words = _words(name)

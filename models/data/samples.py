@@ -4,7 +4,7 @@ import re
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from lzma import LZMAError
@@ -45,7 +45,7 @@ class DatasetItem:
 
 
 @dataclass(frozen=True)
-class IgnoredFile:
+class IgnoredFiles:
     """Files and folders that are no part of the dataset, and why."""
 
     reason: str
@@ -64,7 +64,7 @@ class DatasetSource:
     read: Read
     strays: tuple[str, ...] = ()  # files outside the class folders, which are left alone
     notes: tuple[str, ...] = ()  # what a person should know before training: sentences for the audit
-    ignored: tuple[IgnoredFile, ...] = ()  # beside the strays: what systems leave, and files of text
+    ignored: tuple[IgnoredFiles, ...] = ()  # beside the strays: what systems leave, and files of text
     advice: str = ""  # what to do about links that are not followed
 
 
@@ -88,16 +88,16 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
     except DatasetError as error:
         if not (said := advice()):
             raise
-        raise type(error)(f"{error}; {said}") from error
+        raise type(error)(f"{error}; {said}", error.param) from error
 
 
-def tallied(found: Iterable[tuple[str, str]]) -> tuple[IgnoredFile, ...]:
+def tallied(found: Iterable[tuple[str, str]]) -> tuple[IgnoredFiles, ...]:
     """Of pairs of a reason and a name."""
     by_reason: dict[str, list[str]] = {}
     for why, name in found:
         by_reason.setdefault(why, []).append(name)
     return tuple(
-        IgnoredFile(why, len(names), tuple(map(printable, sorted(names)[:MAX_EXAMPLES])))
+        IgnoredFiles(why, len(names), tuple(map(printable, sorted(names)[:MAX_EXAMPLES])))
         for why, names in sorted(by_reason.items())
     )
 
@@ -114,11 +114,12 @@ def make_source(
     labelled: bool,
     strays: Sequence[str] = (),
     notes: Sequence[str] = (),
-    ignored: tuple[IgnoredFile, ...] = (),
+    ignored: tuple[IgnoredFiles, ...] = (),
     hint: str = "",
+    elsewhere: Callable[[], str] = str,
 ) -> DatasetSource:
-    """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small. `hint`: what to do
-    where there are too few classes.
+    """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small. Where classes are
+    missing, `hint` says how `layout` settles it, and `elsewhere` where the labels may be.
 
     Raises TooFewClasses; DatasetError: too many images, or a class that the training part lacks.
     """
@@ -129,13 +130,18 @@ def make_source(
     if wrong := complaint(classes):
         raise DatasetError(wrong)
     files = tuple(item for item in items if not item.path.endswith("/"))
+    lacking = _lacking(files, classes)
     if len(classes) < 2:
-        raise _too_few(classes, strays, labelled, hint)
-    known = set(classes)
-    strange = sorted({f"{item.part}/{item.class_name}" for item in files if item.class_name not in known})
-    if strange:
-        raise DatasetError(f"{listed(strange, MAX_NAMED)}: no such class in train/, which has {listed(classes, 10)}")
+        said = f"{f'; {lacking}' if lacking else ''}{elsewhere()}{hint}"
+        raise TooFewClasses(_too_few(classes, strays, labelled) + said, "layout" if hint else None)
+    if lacking:
+        raise DatasetError(f"{lacking}{elsewhere()}{hint}", "layout" if hint else None)
     return DatasetSource(layout, files, classes, labelled, read, tuple(strays), (*notes, *joined), ignored)
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """`1 file is`, `2 files are`."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -155,8 +161,27 @@ def refuse_alike(names: Iterable[str]) -> None:
         pairs = "; ".join(", ".join(map(repr, map(escaped, group))) for group in sorted(doubtful)[:MAX_NAMED])
         raise DatasetError(
             f"classes differ in case, width or separators alone: {pairs}; rename those that are one class, or set layout to `classes`, "
-            "`splits` or `csv` (--layout on the command line), which keeps them apart"
+            "`splits` or `csv` (--layout on the command line), which keeps them apart",
+            "layout",
         )
+
+
+def refuse_lists(names: Collection[str]) -> None:
+    """Raises DatasetError where labels are lists of others (`cat`, `dog`, `cat,dog`), as those of images with several labels."""
+    known = set(names)
+    lists = [name for name in sorted(known) if any(_is_list(name, mark, known) for mark in "|,; ")]
+    if lists:
+        raise DatasetError(
+            f"labels are lists of other labels ({', '.join(repr(escaped(name)[:100]) for name in lists[:5])}): Imago gives an image one "
+            "label; leave one, or set layout to `csv` (--layout csv), which takes each list as a class of its own",
+            "layout",
+        )
+
+
+def _is_list(name: str, mark: str, known: set[str]) -> bool:
+    pieces = {piece.strip() for piece in name.split(mark)}
+    alone = pieces & known  # ImageNet has `missile` and `projectile, missile`; `|` stands in no name
+    return len(pieces) > 1 and (bool(alone) if mark == "|" else alone == pieces)
 
 
 def _joined(names: Iterable[str]) -> list[str]:
@@ -181,8 +206,21 @@ def _normal(item: DatasetItem) -> DatasetItem:
     return replace(item, class_name=_nfc(item.class_name))
 
 
-def _too_few(classes: tuple[str, ...], strays: Sequence[str], labelled: bool, hint: str) -> TooFewClasses:
-    found = f"the dataset has {len(classes)} classes" + "".join(f" ({escaped(name)[:100]})" for name in classes)
+def _lacking(items: Iterable[DatasetItem], classes: Sequence[str]) -> str:
+    """The classes of validation and test that the training part lacks; empty where there are none."""
+    known = set(classes)
+    lacking = {part: sorted({i.class_name for i in items if i.part == part} - known) for part in PARTS}
+    found = [f"{part} has classes that train lacks ({listed(names, 10)})" for part, names in lacking.items() if names]
+    if not found:
+        return ""
+    has = f"train has {listed(classes, 10)}" if classes else "train has none"
+    return f"{'; '.join(found)}, and {has}: a class needs training images, so move some of its images to train, or remove it"
+
+
+def _too_few(classes: tuple[str, ...], strays: Sequence[str], labelled: bool) -> str:
+    found = counted(len(classes), "class", "classes") + "".join(f" ({escaped(name)[:100]})" for name in classes)
     needed = "two labels" if labelled else "two folders, one per class, with images in them"
-    beside = f"; {len(strays)} files lie outside class folders: {', '.join(strays[:MAX_NAMED])}" if strays else ""
-    return TooFewClasses(f"{found}; it needs at least {needed}{beside}{hint}")
+    outside = counted(len(strays), "file lies", "files lie")
+    more = f" and {len(strays) - MAX_NAMED} more" if len(strays) > MAX_NAMED else ""
+    beside = f"; {outside} outside class folders: {', '.join(strays[:MAX_NAMED])}{more}" if strays else ""
+    return f"the dataset has {found}; it needs at least {needed}{beside}"

@@ -14,11 +14,12 @@ from zipfile import is_zipfile
 
 from models.data.class_folders import read_class_folders
 from models.data.files import Files, FolderFiles, ZipFiles
-from models.data.formats import label_studio
 from models.data.formats.cifar import read_cifar
 from models.data.formats.idx import read_idx
 from models.data.formats.parquet import read_parquet
-from models.data.samples import AS_IT_IS, DatasetSource, Reading, advised, refuse_alike
+from models.data.other_formats import SPREADSHEET, SPREADSHEETS, container
+from models.data.samples import AS_IT_IS, DatasetSource, Reading, advised, counted, refuse_alike, refuse_lists
+from models.data.tables import label_studio
 from models.data.tables.table import TABLES, read_label_studio, read_one_hot, read_table, read_tables
 from models.data.tar import is_tar, open_tar
 from models.errors import DatasetError
@@ -26,6 +27,7 @@ from models.files.class_names import complaint
 from models.files.text_encodings import AUTO, described
 from models.files.zip_directory import CODE_PAGE
 from models.files.zip_file import open_archive
+from models.images import formats
 
 ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `printable` shows it
 MAX_SHOWN = 5  # classes in a message
@@ -40,7 +42,10 @@ LAYOUTS: tuple[Callable[[Files], DatasetSource | None], ...] = (
     read_class_folders,
 )
 
-NO_LAYOUT = "neither a folder nor a zip file nor a table; a dataset is a folder of class folders, a zip or tar of one, "
+A_DATASET = (
+    "a dataset is a folder of class folders, a zip or tar of one, a CSV of path,label, or one of the formats "
+    "that docs/training.md lists"
+)
 
 
 @contextmanager
@@ -56,9 +61,14 @@ def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[DatasetSour
             yield source
     elif path.is_file() and suffix in (*TABLES, ".json", ".parquet"):
         if reading.layout in ("classes", "splits"):
-            raise DatasetError(f"{path.name} is one file: layout {reading.layout} is for folders, zips and tars")
+            raise DatasetError(
+                f"{path.name} is one file: layout {reading.layout} is for folders, zips and tars; leave layout out",
+                "layout",
+            )
         with _one_file(path, suffix, reading) as source:
             yield source
+    elif path.is_file() and suffix in SPREADSHEETS:
+        raise DatasetError(f"{path.name} is {SPREADSHEET}")
     elif path.is_file() and is_zipfile(path):
         with open_archive(path, reading.encoding) as archive, _recognised(ZipFiles(archive), reading) as source:
             yield source
@@ -66,9 +76,14 @@ def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[DatasetSour
         with open_tar(path) as files, _recognised(files, reading) as source:
             yield source
     else:
-        raise DatasetError(
-            f"{path.name} is {NO_LAYOUT}a CSV of path,label, or one of the formats that docs/training.md lists"
-        )
+        raise DatasetError(f"{path.name} {container(_start(path))}; {A_DATASET}")
+
+
+def _start(path: Path) -> bytes:
+    if not path.is_file():
+        return b"?"
+    with path.open("rb") as file:
+        return file.read(formats.HEAD)
 
 
 @contextmanager
@@ -86,6 +101,7 @@ def _one_file(path: Path, suffix: str, reading: Reading) -> Iterator[DatasetSour
     source = read_table(files, path.name)
     if reading.layout != "csv":
         refuse_alike(source.classes)
+        refuse_lists(source.classes)
     yield replace(source, advice=files.advice)
 
 
@@ -108,11 +124,16 @@ def _read(files: Files, reading: Reading) -> DatasetSource:
     if reading.layout == "csv":
         source = next((source for read in OF_TABLES if (source := read(files)) is not None), None)
         if source is None:
-            raise DatasetError(f"layout csv needs a table of images and labels, and {files.label} has none with both")
+            raise DatasetError(
+                f"layout csv needs a table of images and labels, and {files.label} has none with both; add one with the columns path and "
+                "label, or leave layout out",
+                "layout",
+            )
         return source
     source = next(source for read in LAYOUTS if (source := read(files)) is not None)
     if source.labelled:
         refuse_alike(source.classes)
+        refuse_lists(source.classes)
     return source
 
 
@@ -147,10 +168,11 @@ def _decoded(source: DatasetSource, files: Files) -> DatasetSource:
     except UnicodeError:
         read = described([_raw(name) for name in odd[:MAX_SHOWN]])
         raise DatasetError(
-            f"the names of classes in {files.label} cannot be read as {files.encoding}; they read {read}: correct the encoding"
+            f"the names of classes in {files.label} cannot be read as {files.encoding}; they read {read}: correct the encoding",
+            "encoding",
         ) from None
     if wrong := complaint(names.values()):
-        raise DatasetError(f"{wrong}; or correct the encoding")
+        raise DatasetError(f"{wrong}; or correct the encoding", "encoding")
     items = tuple(replace(item, class_name=names[item.class_name]) for item in source.items)
     return replace(source, items=items, classes=tuple(sorted({*names.values()})))
 
@@ -161,6 +183,7 @@ def _raw(name: str) -> bytes:
 
 def _unknown(names: list[bytes], files: Files) -> DatasetError:
     return DatasetError(
-        f"the names of {len(names)} classes in {files.label} are not UTF-8, and their code page is not known; they read "
-        f"{described(names[:MAX_SHOWN])}: give it with --encoding (field `encoding`), or change the names to UTF-8"
+        f"{counted(len(names), 'class name', 'class names')} of {files.label} cannot be read as UTF-8, and the code page is not known; in "
+        f"likely ones: {described(names[:MAX_SHOWN])}; give it with --encoding (field `encoding`), or change the names to UTF-8",
+        "encoding",
     )

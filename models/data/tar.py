@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from models.data.files import DAMAGED, Files, relative_names
+from models.data.files import DAMAGED, LINKED, Files, relative_names
 from models.errors import DatasetError
 from models.files.zip_file import Window, check_count, check_growth, check_name
 
@@ -101,8 +101,10 @@ class TarFiles(Files):
         entry = self._members.get(file)
         if entry is None:
             raise FileNotFoundError("there is no such file in the archive")
+        if entry.is_link:
+            raise OSError(LINKED)
         if not entry.is_plain:
-            raise OSError("a link, a pipe or a device, and no regular file")
+            raise OSError("a hard link, a pipe or a device, and no regular file")
         return io.BufferedReader(Window(self._handle, entry.start, entry.size))
 
     def size(self, file: str) -> tuple[int, int]:

@@ -39,12 +39,22 @@ def read_classes(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise WeightsError(f"{path} is refused: larger than {MAX_BYTES} bytes")
-        text = decode_text(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read as text: class names are UTF-8, or UTF-16 with its mark") from error
+        text = read_text(path.read_bytes(), str(path))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix.lower() in (".yaml", ".yml"):
         raise WeightsError(f"{path} is YAML; give the class names as JSON, {FORMS}, or as text, one a line")
     return parse_classes(text, str(path))
+
+
+def read_text(data: bytes, source: str) -> str:
+    """The text of such a file. Raises WeightsError."""
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        raise WeightsError(
+            f"{source} cannot be read as text: class names are UTF-8, or UTF-16 with its mark"
+        ) from error
 
 
 def parse_classes(text: str, source: str) -> list[str]:
@@ -55,7 +65,7 @@ def parse_classes(text: str, source: str) -> list[str]:
         content = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, source))
     except (ValueError, RecursionError) as error:
         raise WeightsError(
-            f"{source} begins like JSON but is not; class names are a JSON list of class names, or {FORMS}"
+            f"{source} begins like JSON but is not; class names are JSON such as {FORMS}, or text, one a line"
         ) from error
     return names_of(content, source)
 

@@ -20,6 +20,7 @@ from models.errors import WeightsError
 from models.files.records import Record
 
 MAX_HEADER = 4 * 2**20  # bytes; the largest of torchvision's networks, 1,700 tensors, needs 0.2 MB
+MAX_DIMENSIONS = 64  # of a tensor, as torch has it
 MAX_LISTED = 20  # keys named in a message
 DTYPES = {
     "F64": torch.float64,
@@ -87,7 +88,11 @@ def parse(data: bytearray, path: Path) -> dict[str, Tensor]:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise WeightsError(f"{path} has a tensor {name!r} of type {entry.dtype}; only {', '.join(DTYPES)} are read")
-        if begin != position or end - begin != math.prod(entry.shape) * dtype.itemsize:
+        if (
+            len(entry.shape) > MAX_DIMENSIONS
+            or begin != position
+            or end - begin != math.prod(entry.shape) * dtype.itemsize
+        ):
             raise WeightsError(f"{path} is damaged: tensor {name!r} is not where its header says")
         position = end
         try:

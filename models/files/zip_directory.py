@@ -5,6 +5,7 @@ file --find_directory--> number and size that the end record claims --read_direc
 `zipfile` parses the whole directory before anybody can count it. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
 
+import stat
 import struct
 import zipfile
 import zlib
@@ -41,6 +42,7 @@ class Member(NamedTuple):
     packed: int  # bytes in the archive
     size: int  # bytes of the content
     offset: int  # of its local header in the file
+    is_link: bool = False  # a symbolic link, as `zip -y` packs it; its content is where it leads
 
 
 def find_directory(file: BinaryIO) -> Directory:
@@ -86,7 +88,14 @@ def read_directory(file: BinaryIO, directory: Directory) -> Iterator[Member]:
         if offset + directory.shift + packed > directory.start:
             raise zipfile.BadZipFile("a member would lie outside the file")
         filename, raw = _decoded(name, flags, extra)
-        yield Member(filename, raw, flags, method, crc, packed, size, offset + directory.shift)
+        yield Member(
+            filename, raw, flags, method, crc, packed, size, offset + directory.shift, _is_link(fields[1], fields[15])
+        )
+
+
+def _is_link(made_by: int, attributes: int) -> bool:
+    """By the mode of the file, which Unix and macOS write."""
+    return made_by >> 8 in (3, 19) and stat.S_ISLNK(attributes >> 16)
 
 
 def _zip64(extra: bytes, *sizes: int) -> list[int]:

@@ -201,7 +201,8 @@ def _renamed(member: Member, encoding: str, path: Path) -> Member:
         named = member._replace(filename=member.raw.decode(encoding))
     except UnicodeError:
         raise DatasetError(
-            f"{path.name}: a name in it cannot be read as {encoding}; it reads {described([member.raw[:100]])}: correct the encoding"
+            f"{path.name}: a name in it cannot be read as {encoding}; it reads {described([member.raw[:100]])}: correct the encoding",
+            "encoding",
         ) from None
     check_name(named.filename, path)
     return named

@@ -21,7 +21,7 @@ OPENERS = (
     WebPImagePlugin,
 )  # so that Pillow need not import all others
 AS_IT_IS = ("L", "LA", "RGB", "RGBA", "F")  # and integers of 16 and 32 bits
-ORIENTATION_TAG, BITS_TAG, MAX_SAMPLE_TAGS = 0x0112, 258, (341, 281)
+ORIENTATION_TAG = 0x0112
 
 
 def main() -> None:
@@ -32,11 +32,11 @@ def main() -> None:
             return
         _limit(order["cpu_s"], order["memory"])
         try:
-            answer, pixels = _decoded(data, order["format"], order["max_pixels"])
+            answer, pixels = _decoded(data, order["format"], order["max_pixels"], order["raw_mode"])
         except MemoryError:
             answer, pixels = {"error": "memory"}, b""
         except Exception as error:  # Pillow raises what comes to hand
-            answer, pixels = {"error": str(error)[:200]}, b""
+            answer, pixels = {"error": "truncated" if "truncated" in str(error).lower() else "damaged"}, b""
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + pixels)
         sys.stdout.buffer.flush()
 
@@ -62,11 +62,15 @@ def _check_size(image: Image.Image, max_pixels: int | None) -> None:
         raise ValueError("more pixels than its header promised")
 
 
-def _decoded(data: bytes, file_format: str, max_pixels: int | None) -> tuple[dict[str, Any], bytes]:
+def _decoded(
+    data: bytes, file_format: str, max_pixels: int | None, raw_mode: str | None
+) -> tuple[dict[str, Any], bytes]:
     if file_format == "HEIF" and file_format not in Image.OPEN:
         _register_heif()
     with Image.open(BytesIO(data), formats=(file_format,)) as opened:
         _check_size(opened, max_pixels)
+        if raw_mode is not None:
+            opened.tile = [_in_raw_mode(tile, raw_mode) for tile in opened.tile]
         opened.load()
         _check_size(opened, max_pixels)
         try:
@@ -76,7 +80,7 @@ def _decoded(data: bytes, file_format: str, max_pixels: int | None) -> tuple[dic
         image: Image.Image = opened
         if image.mode == "1":
             image = image.convert("L")
-        elif image.has_transparency_data and image.mode in ("L", "RGB"):
+        elif image.has_transparency_data and image.mode in ("L", "RGB") and raw_mode is None:
             image = image.convert("RGBA")
         elif image.mode not in AS_IT_IS and not image.mode.startswith("I"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -85,19 +89,12 @@ def _decoded(data: bytes, file_format: str, max_pixels: int | None) -> tuple[dic
         transparent = opened.info.get("transparency")
         deep = isinstance(transparent, int) and image.mode.startswith("I")
         answer["info"] = {"transparency": transparent} if deep else {}
-        return answer | {"declared": _declared_bits(opened)}, pixels
+        return answer, pixels
 
 
-def _declared_bits(image: Image.Image) -> int:
-    """Bits of a sample that a TIFF declares: by SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 where it does not."""
-    tags = getattr(image, "tag_v2", {})
-    try:
-        largest = next((tags[tag] for tag in MAX_SAMPLE_TAGS if tag in tags), 0)
-        largest = largest[0] if isinstance(largest, tuple) else largest
-        bits = int(largest).bit_length() or int(tags.get(BITS_TAG, (16,))[0])
-    except Exception:  # broken tags declare nothing
-        return 0
-    return bits if bits < 16 or largest else 0
+def _in_raw_mode(tile: Any, raw_mode: str) -> Any:
+    """The decoder of PNG has the raw mode as its argument, those of TIFF have it as the first of several."""
+    return tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
 
 
 if __name__ == "__main__":

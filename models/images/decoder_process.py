@@ -20,12 +20,12 @@ from PIL import Image
 
 from models.errors import ImageTooLarge, InvalidImage
 from models.images.cost import Left, OutOfTime, waits
-from models.images.modes import DECLARED
 
 CHILD = Path(__file__).with_name("decoder_child.py")
 LOOK_MS = 100  # between two looks whether the caller has left
 CPU_S = 10  # of one image; 50 megapixels take 2
 MEMORY = 4 * 2**30  # bytes of address space
+ANSWER_BYTES = 1000  # at most, of the line before the pixels
 ORIENTATION_TAG = 0x0112
 
 _idle: "list[subprocess.Popen[bytes]]" = []
@@ -33,11 +33,17 @@ _lock = threading.Lock()
 
 
 def load(
-    data: bytes, file_format: str, deadline: float, left: Left = waits, max_pixels: int | None = None
+    data: bytes,
+    file_format: str,
+    deadline: float,
+    left: Left = waits,
+    max_pixels: int | None = None,
+    raw_mode: str | None = None,
 ) -> Image.Image:
     """A file's pixels, and its orientation as EXIF: L, LA, RGB, RGBA, F, or integers of 16 and 32 bits.
 
     max_pixels: what the header has promised; a file with more is refused before and after it is decoded.
+    raw_mode: of Pillow's, in which samples are taken, of PNG and TIFF; None for the file's own.
 
     Raises OutOfTime after the deadline (`time.monotonic()`) or once the caller has `left`, ImageTooLarge, InvalidImage.
     """
@@ -47,7 +53,7 @@ def load(
     if deadline < math.inf:
         timer.start()
     try:
-        answer, pixels = _exchange(process, data, file_format, left, max_pixels)
+        answer, pixels = _exchange(process, data, file_format, left, max_pixels, raw_mode)
     except (OSError, ValueError):
         _end(process)
         if time.monotonic() >= deadline:
@@ -69,17 +75,23 @@ def load(
         raise OSError(answer["error"])
     image = Image.frombytes(answer["mode"], tuple(answer["size"]), pixels)
     image.getexif()[ORIENTATION_TAG] = answer["orientation"]
-    image.info |= {DECLARED: answer["declared"], **answer["info"]}
+    image.info |= answer["info"]
     return image
 
 
 def _exchange(
-    process: "subprocess.Popen[bytes]", data: bytes, file_format: str, left: Left, max_pixels: int | None
+    process: "subprocess.Popen[bytes]",
+    data: bytes,
+    file_format: str,
+    left: Left,
+    max_pixels: int | None,
+    raw_mode: str | None,
 ) -> tuple[dict[str, Any], bytes]:
     """Raises OutOfTime once the caller has `left`, OSError or ValueError where the process ends before it has answered."""
     if process.stdin is None or process.stdout is None:
         raise ValueError("started without pipes")
-    order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY, "max_pixels": max_pixels}
+    order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY}
+    order |= {"max_pixels": max_pixels, "raw_mode": raw_mode}
     process.stdin.write(json.dumps(order).encode() + b"\n")
     process.stdin.write(data)
     process.stdin.flush()
@@ -88,7 +100,7 @@ def _exchange(
     while not answers.poll(LOOK_MS):
         if left():
             raise OutOfTime
-    answer: dict[str, Any] = json.loads(process.stdout.readline(1000))
+    answer: dict[str, Any] = json.loads(process.stdout.readline(ANSWER_BYTES))
     pixels = process.stdout.read(answer.get("bytes", 0))
     if len(pixels) < answer.get("bytes", 0):
         raise ValueError("its pixels break off")

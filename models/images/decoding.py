@@ -21,7 +21,7 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 from torch import Tensor
 
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
-from models.images import decoder_process, formats, modes
+from models.images import decoder_process, formats, heif, modes, tiff
 from models.images.cost import (
     DEFAULT_LIMITS,
     EARLY,
@@ -32,6 +32,7 @@ from models.images.cost import (
     JpegCost,
     Left,
     jpeg_cost,
+    jpeg_frame,
     size_before_opening,
     waits,
 )
@@ -112,6 +113,11 @@ def _decode(
     limits.check_bytes(len(data))
     file_format = _sniff(data, limits.extra_formats)
     _ignore_pillow_warnings()
+    samples = modes.Samples()
+    if file_format == "TIFF":
+        data, samples = tiff.reading(data)
+    elif file_format == "PNG":
+        samples = modes.png_samples(data)
     stage = "header"
     try:
         with ExitStack() as held:
@@ -128,17 +134,19 @@ def _decode(
                 extent, pixels = image.size, math.prod(image.size)
                 if file_format == "JPEG":
                     extent, pixels = _draft(image, jpeg_cost(data), preprocessing, limits)
-                held.enter_context(hold(OUTSIDE * pixels if outside else pixels))
+                copies = (OUTSIDE if outside else 1) + (samples.low_bytes is not None)
+                held.enter_context(hold(copies * pixels))
             stage = "image data"
             file.check_time()
             if outside:
-                image = decoder_process.load(data, file_format, deadline, left, math.prod(early) if early else None)
+                promised = math.prod(early) if early else None
+                image = decoder_process.load(data, file_format, deadline, left, promised, samples.raw_mode)
                 extent = image.size
             image.load()
             file.check_time()
-            if file_format == "PNG":
-                image.info[modes.DECLARED] = modes.declared_bits(data)
-            modes.set_white(image)
+            if samples.low_bytes is not None:
+                image = _with_low_bytes(image, data, file_format, samples, limits, deadline, left, outside)
+            modes.set_white(image, samples)
             return _tensor(_cropped(image, extent, preprocessing))
     except (ImageError, NoRoom, OutOfTime):
         raise
@@ -211,6 +219,31 @@ def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
     return image
 
 
+def _with_low_bytes(
+    image: Image.Image,
+    data: bytes,
+    file_format: str,
+    samples: modes.Samples,
+    limits: Limits,
+    deadline: float,
+    left: Left,
+    outside: bool,
+) -> Image.Image:
+    """16-bit colour on the scale of the bits that it uses, as upright as before."""
+
+    def read_low() -> Image.Image:
+        if outside:
+            return decoder_process.load(data, file_format, deadline, left, raw_mode=samples.low_bytes)
+        low = _open(ImageBytes(data, deadline, left), file_format, limits)
+        low.tile = [tile._replace(args=samples.low_bytes) for tile in low.tile]  # type: ignore[attr-defined]
+        low.load()
+        return low
+
+    joined = modes.with_low_bytes(image, samples, read_low, ImageBytes(b"", deadline, left).check_time)
+    joined.getexif()[ORIENTATION_TAG] = _orientation(image)
+    return joined
+
+
 def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, limits: Limits) -> tuple[FloatSize, int]:
     """Choose a JPEG's scale, within the limits; returns the width and height of the picture in the pixels that `image` will have, and how
     many pixels of 4 bytes are allocated."""
@@ -225,9 +258,14 @@ def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, lim
 
 def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
     name = _name(file_format)
+    frame = jpeg_frame(data) if file_format == "JPEG" else None
+    if frame and (frame[0] != 8 or frame[1] not in (1, 3, 4)):
+        return f"JPEG of {frame[1]} channels of {frame[0]} bits is not read: save it as 8-bit RGB or gray"
     declared = {"WEBP": int.from_bytes(data[4:8], "little") + 8, "BMP": int.from_bytes(data[2:6], "little")}
     if len(data) < declared.get(file_format, 0):
         return f"truncated {name}: {len(data)} of {declared[file_format]} bytes"
+    if file_format in ("AVIF", "HEIF") and len(data) < (end := heif.end_of_boxes(data)):
+        return f"truncated {name}: {len(data)} of at least {end} bytes"
     if "truncated" in str(error).lower():
         return f"truncated {name}: its {stage} breaks off after {len(data)} bytes"
     return f"damaged {name}: its {stage} cannot be decoded"

@@ -5,7 +5,7 @@ The first bytes decide. Every row is (what it begins with, what it is, what to d
 
 import re
 
-from models.images import heif
+from models.images import heif, tiff
 
 AS_PNG = "save it as PNG or JPEG"
 RAW = "export it as JPEG from the photo editor"
@@ -30,9 +30,12 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x00\x00\x00\x0cjP", "a JPEG 2000 image", AS_PNG),
     (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image", AS_PNG),
     (0, b"II\xbc", "a JPEG XR image", AS_PNG),
-    (8, b"CR\x02", "a camera raw file (Canon CR2)", RAW),
+    (0, b"\xff\xd8\xff\xf7", "a JPEG-LS image", AS_PNG),
     (4, b"ftypcrx", "a camera raw file (Canon CR3)", RAW),
+    (6, b"HEAPCCDR", "a camera raw file (Canon CRW)", RAW),
     (0, b"IIRO", "a camera raw file (Olympus ORF)", RAW),
+    (0, b"IIRS", "a camera raw file (Olympus ORF)", RAW),
+    (0, b"MMOR", "a camera raw file (Olympus ORF)", RAW),
     (0, b"IIU\0", "a camera raw file (Panasonic RW2)", RAW),
     (0, b"FUJIFILMCCD-RAW", "a camera raw file (Fujifilm RAF)", RAW),
     (0, b"\0MRM", "a camera raw file (Minolta MRW)", RAW),
@@ -75,10 +78,9 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (8, b"WAVE", "an audio file", ""),
     (0, b"\x0b\x77", "an audio file", ""),
 )  # fmt: skip
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-DNG_TAG = b"\x12\xc6"  # DNGVersion, 0xC612
-MAKERS = ((b"NIKON", "Nikon NEF"), (b"SONY", "Sony ARW"), (b"PENTAX", "Pentax PEF"), (b"SAMSUNG", "Samsung SRW"))
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2")
+AVIF_BRANDS = {b"avif", b"avis"}
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+HEIF_BRANDS = HEIC_BRANDS | {b"mif1", b"msf1", b"mif2"}
 
 _URL = re.compile(rb"[a-z][a-z0-9+.-]{1,15}://", re.IGNORECASE)
 _BOUNDARY = re.compile(rb"--[^\r\n]{1,256}\r?\n(content-[a-z-]+):", re.IGNORECASE)
@@ -88,7 +90,7 @@ _FORM = re.compile(rb"[\w.\[\]%-]{1,64}=")
 
 def format_of(data: bytes) -> str | None:
     """The format that the first bytes name, as Pillow calls it: content decides, never a file name or a declared type."""
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(b"\xff\xd8\xff") and data[3:4] != b"\xf7":  # that is JPEG-LS
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
@@ -98,18 +100,20 @@ def format_of(data: bytes) -> str | None:
         return "WEBP"
     if data.startswith(b"BM") and data[16:18].strip(b"\0") == b"":  # a header of less than 64 KiB, unlike a text's
         return "BMP"
-    if data.startswith(TIFF_STARTS):
-        return "TIFF"
-    if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
+    if data.startswith(tiff.STARTS):
+        return "TIFF" if tiff.camera(data) is None else None
+    named = brands(data)
+    if named & AVIF_BRANDS:
         return "AVIF"
-    return "HEIF" if is_heif(data) else None
+    return "HEIF" if named & HEIF_BRANDS else None
 
 
-def brands(data: bytes) -> bytes:
+def brands(data: bytes) -> set[bytes]:
     """The brands of a file of ISO boxes, which name HEIC, AVIF or a kind of video; empty where it is none."""
     if data[4:8] != b"ftyp":
-        return b""
-    return data[8 : min(max(16, int.from_bytes(data[:4], "big")), 256)]
+        return set()
+    end = min(max(16, int.from_bytes(data[:4], "big")), 256)
+    return {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
 
 
 def is_address(data: bytes) -> bool:
@@ -117,9 +121,9 @@ def is_address(data: bytes) -> bool:
     return _URL.match(data) is not None
 
 
-def is_heif(data: bytes) -> bool:
-    named = brands(data)
-    return any(brand in named for brand in HEIF_BRANDS) and b"avif" not in named and b"avis" not in named
+def is_multipart(data: bytes) -> bool:
+    """A multipart body: a boundary, and the head of a part."""
+    return _BOUNDARY.match(data) is not None
 
 
 def described(data: bytes) -> str:
@@ -135,29 +139,26 @@ def _named(data: bytes) -> tuple[str, str]:
     for offset, start, what, remedy in SIGNATURES:
         if data.startswith(start, offset):
             return what, remedy
-    if data.startswith(TIFF_STARTS):
+    if data.startswith(tiff.STARTS):
         return _tiff(data)
-    if named := brands(data):
-        return _boxed(data, named)
+    if data[4:8] == b"ftyp":
+        return _boxed(data)
     return _text(data[:HEAD].removeprefix(b"\xef\xbb\xbf"))
 
 
 def _tiff(data: bytes) -> tuple[str, str]:
     """A TIFF, or what is built like one: raw files of cameras."""
-    start = data[:4096].upper()
-    if DNG_TAG in data[:1024] or DNG_TAG[::-1] in data[:1024]:
-        return "a camera raw file (DNG)", RAW
-    for maker, name in MAKERS:
-        if maker in start:
-            return f"a camera raw file ({name})", RAW
+    if (camera := tiff.camera(data)) is not None:
+        return f"a camera raw file ({camera})" if camera else "a camera raw file", RAW
     return "a TIFF image", f"{AS_PNG}, or set IMAGO_EXTRA_FORMATS=tiff"
 
 
-def _boxed(data: bytes, named: bytes) -> tuple[str, str]:
-    if b"avif" in named or b"avis" in named:
+def _boxed(data: bytes) -> tuple[str, str]:
+    file_format = format_of(data)
+    if file_format == "AVIF":
         return "an AVIF image", f"{AS_PNG}, or set IMAGO_EXTRA_FORMATS=avif"
-    if is_heif(data):
-        name = "a HEIC image" if b"he" in named else "a HEIF image"
+    if file_format == "HEIF":
+        name = "a HEIC image" if brands(data) & HEIC_BRANDS else "a HEIF image"
         installed = "" if heif.is_installed() else "install imago[heif] and "
         return name, f"{AS_PNG}, or {installed}set IMAGO_EXTRA_FORMATS=heif"
     return "a video", "send a frame of it as JPEG"
@@ -178,7 +179,7 @@ def _text(start: bytes) -> tuple[str, str]:
         return "a pointer of Git LFS", "fetch the file with git lfs pull"
     if is_address(small):
         return "an address", "nothing is fetched: send the image itself"
-    if _BOUNDARY.match(text):
+    if is_multipart(text):
         return (
             "a multipart body",
             "its Content-Type must be multipart/form-data with its boundary; leave that header to your HTTP library",

@@ -3,6 +3,7 @@
 libheif takes a whole file at once, so it runs in its own process (decoder_process.py); the limits are checked before, here.
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from models.errors import InvalidImage
@@ -23,21 +24,34 @@ def size(data: bytes) -> tuple[int, int]:
     while at != -1 and len(meta) >= at + 20:
         found.append((int.from_bytes(meta[at + 12 : at + 16], "big"), int.from_bytes(meta[at + 16 : at + 20], "big")))
         at = meta.find(EXTENTS, at + 20)
+    if len(data) < (end := end_of_boxes(data)):
+        raise InvalidImage(f"truncated HEIC: {len(data)} of at least {end} bytes")
     if not found:
         raise InvalidImage("damaged HEIC: its header names no size")
     return max(width for width, _ in found), max(height for _, height in found)
 
 
+def end_of_boxes(data: bytes) -> int:
+    """How long a file of ISO boxes (HEIC, AVIF) is by the lengths of its boxes: more than `data` has where it is cut off."""
+    return max((end for _, _, end in _boxes(data)), default=0)
+
+
 def _meta(data: bytes) -> bytes:
     """The content of the box `meta`; empty where there is none."""
+    return next((data[begin:end] for name, begin, end in _boxes(data) if name == b"meta"), b"")
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name of each box of the file itself, and where its content begins and ends."""
     at = 0
     for _ in range(MAX_BOXES):
+        if at + 8 > len(data):
+            return
         length, name, head = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], 8
         if length == 1:
             length, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
         if length == 0:
             length = len(data) - at
-        if name == b"meta":
-            return data[at + head : at + length]
-        at += max(length, head)
-    return b""
+        end = at + max(length, head)
+        yield name, at + head, end
+        at = end

@@ -3,16 +3,42 @@
 Samples of 16 bits seldom use them all: X-rays, microscopes and thermal cameras write 10, 12 or 14 bits into 16. The scale is that of the
 smallest of 8, 10, 12, 14 and 16 bits that holds the image's largest value, or of the bits that the file declares where they hold it. It
 depends on the one image alone, so that training, serving and `imago predict` see the same.
+
+Of 16-bit colour Pillow keeps the high bytes. Where these say that fewer bits are used, the file is read again for its low bytes.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.errors import InvalidImage
+
 BITS = (8, 10, 12, 14, 16, 24, 32)
-DECLARED, WHITE = "imago_bits", "imago_white"  # in `Image.info`, which crops keep
+SAMPLES, WHITE = "imago_samples", "imago_white"  # in `Image.info`, which crops keep
+LOW_BYTES = {2: "RGB;16L", 4: "RGBA", 6: "RGBA;16L"}  # raw modes by a PNG's colour type: it has the high bytes first
+ROWS = 32  # that are joined at a time
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a file says of its samples of more than 8 bits.
+
+    `declared`: bits that they use, 0 where it does not say. `raw_mode`: Pillow's, where its own choice is wrong. `low_bytes`: the raw mode
+    that takes the low bytes of 16-bit colour; of gray with transparency, both bytes of both. `transparent`: a colour. `multiplied`:
+    colours are multiplied by their transparency.
+    """
+
+    declared: int = 0
+    white_is_zero: bool = False
+    unsigned: bool = False
+    raw_mode: str | None = None
+    low_bytes: str | None = None
+    transparent: tuple[int, ...] | None = None
+    multiplied: bool = False
 
 
 def significant_bits(largest: int, declared: int = 0) -> int:
@@ -21,20 +47,84 @@ def significant_bits(largest: int, declared: int = 0) -> int:
     return declared if needed <= declared else next((bits for bits in BITS if needed <= bits), needed)
 
 
-def declared_bits(png: bytes) -> int:
-    """The bits that the chunk sBIT of a PNG declares, 0 where there is none."""
-    at = png.find(b"sBIT", 0, max(png.find(b"IDAT"), 0))
-    return png[at + 4] if at > 0 and png[at + 4] <= 16 else 0
+def png_samples(png: bytes) -> Samples:
+    """By the header, and by the chunks sBIT and tRNS."""
+    if png[24:25] != b"\x10":
+        return Samples()
+    bits, colour = _chunk(png, b"sBIT", 1), _chunk(png, b"tRNS", 6) if png[25] == 2 else b""
+    return Samples(
+        declared=bits[0] if bits and bits[0] <= 16 else 0,
+        low_bytes=LOW_BYTES.get(png[25]),
+        transparent=tuple(int.from_bytes(colour[at : at + 2], "big") for at in (0, 2, 4)) if colour else None,
+    )
 
 
-def set_white(image: Image.Image) -> None:
-    """Notes the value that is white, from all pixels of a loaded image: what is flattened later may be a part of it."""
+def _chunk(png: bytes, name: bytes, size: int) -> bytes:
+    """The first bytes of a chunk before the pixels; empty where there is none."""
+    at = png.find(name, 0, max(png.find(b"IDAT"), 0))
+    return png[at + 4 : at + 4 + size] if at > 0 else b""
+
+
+def with_low_bytes(
+    high: Image.Image, samples: Samples, read_low: Callable[[], Image.Image], check_time: Callable[[], None]
+) -> Image.Image:
+    """16-bit colour of which Pillow has read the high bytes -> RGB or RGBA on the scale of the bits that it uses.
+
+    `read_low` reads the file once more, by the raw mode `samples.low_bytes`; where 16 bits are used, the high bytes are enough.
+    """
+    extrema = [largest for _, largest in high.getextrema()]  # type: ignore[misc]
+    bits = significant_bits(max(extrema[:3]) << 8 | 255, samples.declared)
+    if bits == 16 and samples.transparent is None:
+        return high
+    if samples.multiplied:
+        raise InvalidImage(f"16-bit colour that uses {bits} bits, multiplied by its transparency: save it as 8-bit RGB")
+    low = read_low()
+    if samples.low_bytes == "RGBA":  # of gray: its two bytes, and those of its transparency
+        gray, alpha = low.getchannel(1), low.getchannel(3)
+        low = Image.merge("RGBA", (gray, gray, gray, alpha))
+    largest_alpha = extrema[3] << 8 | 255 if low.mode == "RGBA" else 0
+    table, alpha_table = _table(bits), _table(bits if largest_alpha < 2**bits else 16)
+    joined = Image.new("RGB" if len(extrema) == 3 and samples.transparent is None else "RGBA", high.size)
+    for top in range(0, high.height, ROWS):
+        check_time()
+        rows = (0, top, high.width, min(top + ROWS, high.height))
+        values = np.asarray(high.crop(rows)).astype(np.uint16)[..., : len(low.mode)] << 8 | np.asarray(low.crop(rows))
+        pixels = table[values]
+        if low.mode == "RGBA":
+            pixels[..., 3] = alpha_table[values[..., 3]]
+        elif samples.transparent is not None:
+            seen = (values != np.array(samples.transparent, np.uint16)).any(axis=2, keepdims=True)
+            pixels = np.concatenate((pixels, seen * np.uint8(255)), axis=2)
+        joined.paste(Image.fromarray(pixels), (0, top))
+    return joined
+
+
+def _table(bits: int) -> npt.NDArray[np.uint8]:
+    """8-bit pixels by samples of 16 bits, quicker than arithmetic with each."""
+    return _scaled(np.arange(65536), 2**bits - 1)
+
+
+def set_white(image: Image.Image, samples: Samples) -> None:
+    """Notes the value that is white, from all pixels of a loaded image: what is flattened later may be a part of it.
+
+    Raises InvalidImage for values below black.
+    """
+    image.info[SAMPLES] = samples
     if image.mode.startswith("I"):
-        largest = int(np.asarray(image).max(initial=0))
-        image.info[WHITE] = 2 ** significant_bits(largest, image.info.get(DECLARED, 0)) - 1
+        values = _integers(image)
+        white = 2 ** significant_bits(int(values.max(initial=0)), samples.declared) - 1
+        lowest: float = int(values.min(initial=0))
     elif image.mode == "F":
-        largest_float = float(_finite(image).max(initial=0))
-        image.info[WHITE] = 1 if largest_float <= 1 else 2 ** significant_bits(int(np.ceil(largest_float))) - 1
+        floats = _finite(image)
+        largest, lowest = float(floats.max(initial=0)), float(floats.min(initial=0))
+        white = 1 if largest <= 1 else 2 ** significant_bits(int(np.ceil(largest))) - 1
+    else:
+        return
+    if round(lowest * 255 / white) < 0:
+        raise InvalidImage(
+            f"the image has negative values, down to {lowest:.6g}: scale them to 0 and above, and save it as 8-bit or 16-bit gray"
+        )
+    image.info[WHITE] = white
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -42,7 +132,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _gray_integers(image)
     if image.mode == "F":
-        return Image.fromarray(_scaled(_finite(image), image.info[WHITE]))
+        return _gray(_scaled(_finite(image), image.info[WHITE]), image)
     if image.has_transparency_data:
         colour = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
@@ -53,13 +143,22 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def _gray_integers(image: Image.Image) -> Image.Image:
     """Gray of 16 or 32 bits -> L. Pillow's own conversion would clip everything above 255 to white."""
-    values = np.asarray(image)
+    values = _integers(image)
     if values.itemsize > 2:
-        return Image.fromarray(_scaled(values, image.info[WHITE]))
+        return _gray(_scaled(values, image.info[WHITE]), image)
     table = _scaled(np.arange(65536), image.info[WHITE])
     if isinstance(transparent := image.info.get("transparency"), int):
         table[transparent] = 255
-    return Image.fromarray(table[values])
+    return _gray(table[values], image)
+
+
+def _gray(pixels: npt.NDArray[np.uint8], image: Image.Image) -> Image.Image:
+    return Image.fromarray(255 - pixels if image.info[SAMPLES].white_is_zero else pixels)
+
+
+def _integers(image: Image.Image) -> npt.NDArray[Any]:
+    values = np.asarray(image)
+    return values.view(np.uint32) if image.info[SAMPLES].unsigned and values.itemsize == 4 else values
 
 
 def _finite(image: Image.Image) -> npt.NDArray[np.float32]:

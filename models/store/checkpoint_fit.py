@@ -18,7 +18,7 @@ from models.architectures.timm_names import PREFIX, is_timm
 from models.architectures.torchvision_keys import modern_key
 from models.errors import ArchitectureNotFound, WeightsError
 from models.files import weights_file
-from models.store.checkpoints import Checkpoint, heads
+from models.store.checkpoints import Checkpoint, foreign_files, heads
 from models.store.checkpoints.matching import COUNTER, BodyMatch, Shape, bodies, by_position, is_foreign
 
 # A key that only the networks of a family have, and what their names begin with.
@@ -114,13 +114,15 @@ def fit(
     )
     keys = {**body.keys, **own, **strangers}
     state = checkpoint.load({name: files[key] for name, key in keys.items()})
-    if precisions := checkpoint.precisions({name: files[key] for name, key in keys.items()}):
+    used_keys = {key: files[key] for key in (*keys.values(), *(scope + key for key in (head.keys if head else ())))}
+    if precisions := checkpoint.precisions(used_keys):
         notes.append(f"{', '.join(precisions)} became float32")
+    notes.extend(_notes_on_parts(checkpoint.reparametrised(used_keys)))
     if head is None:
         return _explained(checkpoint, architecture, state, channels)
     values = checkpoint.load({key: files[scope + key] for key in head.keys})
     weights_file.check_finite(values, checkpoint.source)
-    layer, is_assumed = heads.build(head, values, choices.activation)
+    layer, is_assumed = heads.build(head, values, choices.activation, checkpoint.source)
     notes.extend(_notes_on(head, scope, choices, is_assumed))
     if isinstance(layer, nn.Linear):
         place = expected.places[0]
@@ -140,9 +142,20 @@ def _notes_on(head: heads.FoundHead, scope: str, choices: Choices, is_assumed: b
         )
     elif choices.activation is None and len(head.linear) > 1:
         notes.append("its linear layers follow each other directly and are joined to one")
-    if any(module.kind == "norm" for module in head.modules):
-        notes.append("batch norm of the head went into the linear layer beside it")
+    if norms := [scope + module.path for module in head.modules if module.kind == "norm"]:
+        notes.append(
+            f"warning: batch norm of the head ({', '.join(norms)}) went into the linear layer beside it with an eps of "
+            f"{heads.EPS:g}, torch's default, since a state dict does not say it; if it was trained with another, answers differ slightly"
+        )
     return notes
+
+
+def _notes_on_parts(forms: Mapping[str, str]) -> list[str]:
+    """One line for each kind of parts that were put together."""
+    kinds: dict[str, list[str]] = {}
+    for key, form in forms.items():
+        kinds.setdefault(form, []).append(key)
+    return [f"{form} was put into the weights: {_grouped(keys)}" for form, keys in kinds.items()]
 
 
 def _is_under(body: BodyMatch, key: str | None) -> bool:
@@ -335,11 +348,16 @@ def _explained(
     try:
         return _filled(architecture, state, channels, checkpoint.source, needs_layer)
     except WeightsError as error:
-        like = [name for name in alike(checkpoint, architecture) if name != architecture]
-        hint = (
-            f"; the names and shapes are those of {' or '.join(like)}" if like and "does not fit" in str(error) else ""
-        )
+        hint = _whose(checkpoint, architecture) if "does not fit" in str(error) else ""
         raise WeightsError(f"{error}{hint}") from error
+
+
+def _whose(checkpoint: Checkpoint, architecture: str) -> str:
+    """Whose names these are, where that is known."""
+    if what := foreign_files.named_keys(checkpoint.tensors, checkpoint.source):
+        return f"; {what}"
+    like = [name for name in alike(checkpoint, architecture) if name != architecture]
+    return f"; the names and shapes are those of {' or '.join(like)}" if like else ""
 
 
 def alike(checkpoint: Checkpoint, architecture: str | None = None) -> list[str]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from models import architectures
 from models.architectures import Network
-from models.classifier import Head, ModelConfig
+from models.classifier import MAX_CLASSES, Head, ModelConfig
 from models.errors import ArchitectureNotFound, DatasetError, WeightsError
 from models.files.class_names import complaint, read_classes
+from models.files.weights_file import listed
 from models.files.zip_file import open_archive
 from models.store import bundle, torchserve
 from models.store import checkpoint_fit as fitting
@@ -82,15 +83,44 @@ def import_weights(
     report(1, STEPS)
     choices = choices or Choices()
     count = len(classes) if classes is not None else next((len(c.names) for c in checkpoint.classes if c.is_sure), None)
-    network = fitting.fit(architecture, checkpoint, channels, replace(choices, count=count), notes)
+    network = _fitted(architecture, checkpoint, channels, replace(choices, count=count), notes)
     if checkpoint.others:
         notes.append(f"skipped, no tensors: {described(checkpoint.others)}")
     names = _classes(checkpoint, network, classes, notes)
+    notes.append(_assumed(network, architecture, len(names)))
     report(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
     report(3, STEPS)
     lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
     return store.publish(name, [ref], Head.of(network.layer), names, lineage=lineage)
+
+
+def _fitted(
+    architecture: str, checkpoint: Checkpoint, channels: int | None, choices: Choices, notes: list[str]
+) -> Network:
+    broken = [f"{key} ({problem})" for key, problem in checkpoint.broken.items()]
+    try:
+        network = fitting.fit(architecture, checkpoint, channels, choices, notes)
+    except WeightsError as error:
+        if not broken:
+            raise
+        raise WeightsError(
+            f"{checkpoint.source} has tensors without plain values: {listed(broken)}; make them plain where it was trained "
+            "(`tensor.to_dense().contiguous()`), and save it again"
+        ) from error
+    if broken:
+        notes.append(f"skipped, no plain values: {listed(broken)}")
+    return network
+
+
+def _assumed(network: Network, architecture: str, count: int) -> str:
+    """What a checkpoint does not say: how its pixels are prepared, and that its classes exclude each other."""
+    shape = network.preprocessing
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (shape.mean, shape.std))
+    return (
+        f"assumed: one of {count} classes per image (softmax); pixels as {architecture} takes them: resize {shape.resize}, "
+        f"crop {shape.crop}, mean {mean}, deviation {std}"
+    )
 
 
 def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
@@ -110,22 +140,26 @@ def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
 def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | None, notes: list[str]) -> list[str]:
     """The names of the classes: those given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
     outputs = Head.of(network.layer).num_classes
+    if outputs > MAX_CLASSES:
+        raise WeightsError(
+            f"{checkpoint.source} is refused: it has {outputs:,} classes, at most {MAX_CLASSES:,} are served"
+        )
     count = max(outputs, 2)
+    what = "one output, which is two classes" if outputs == 1 else f"{outputs} classes"
     if given is not None:
         if len(given) != count:
-            what = "one output, which are two classes" if outputs == 1 else f"{outputs} classes"
             raise WeightsError(
                 f"{len(given)} class names were given, but the weights in {checkpoint.source} have {what}"
             )
         names, origin = list(given), "--classes"
     else:
-        names, origin = _from_file(checkpoint, count)
+        names, origin = _from_file(checkpoint, count, what)
     if outputs == 1:
         heads.two_classes(network.layer)
         names = names or list(ONE_OUTPUT)
         notes.append(
             f"warning: one output is read as two classes by the sigmoid: p({names[1]}) = sigmoid(output), {names[0]} is the rest; "
-            "--classes names them, the one of output 0 first"
+            "--classes names them, first the class of label 0; a regression (one output, MSELoss) has no classes and is not served"
         )
     notes.append(f"classes: {count}, from {origin}" if origin else f"classes: {count}, without names in the file")
     names = names or [f"class_{index}" for index in range(count)]
@@ -134,7 +168,7 @@ def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | No
     return names
 
 
-def _from_file(checkpoint: Checkpoint, count: int) -> tuple[list[str], str]:
+def _from_file(checkpoint: Checkpoint, count: int, what: str) -> tuple[list[str], str]:
     """The class names in the file, and where they are; none where it has none. Raises WeightsError where their number is another."""
     for names in checkpoint.classes:
         if len(names.names) == count:
@@ -142,10 +176,14 @@ def _from_file(checkpoint: Checkpoint, count: int) -> tuple[list[str], str]:
     for names in checkpoint.classes:
         if names.is_sure:
             raise WeightsError(
-                f"{checkpoint.source} has {len(names.names)} class names in {names.key!r}, but its weights have {count} classes: "
+                f"{checkpoint.source} has {_counted(names.names)} in {names.key!r}, but its weights have {what}: "
                 "give the names with --classes"
             )
     return [], ""
+
+
+def _counted(names: Sequence[str]) -> str:
+    return "1 class name" if len(names) == 1 else f"{len(names)} class names"
 
 
 def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:

@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models.errors import WeightsError
-from models.files.class_names import parse_classes
+from models.files.class_names import escaped, parse_classes, read_text
 from models.files.zip_file import Archive
 from models.store.bundle import read_member
-from models.store.checkpoints import Checkpoint, ClassList, read_bytes
+from models.store.checkpoints import Checkpoint, ClassList, foreign_files, read_bytes
 
 MANIFEST, LABELS = "MAR-INF/MANIFEST.json", "index_to_name.json"
 MAX_TEXT = 16 * 2**20
@@ -18,32 +18,43 @@ MAX_WEIGHTS = 16 * 2**30
 
 def is_archive(names: list[str]) -> bool:
     """True for the members of a TorchServe archive."""
-    return MANIFEST in names
+    return any(name == MANIFEST or name.endswith(f"/{MANIFEST}") for name in names)
 
 
 def read_archive(archive: Archive, path: Path) -> Checkpoint:
     """The weights and class names of an open archive. Raises WeightsError, also for one that holds code only."""
-    model = _model(archive, path)
-    names = archive.names
-    weights = model.get("serializedFile")
-    if not isinstance(weights, str) or PurePosixPath(weights).name not in names:
-        raise WeightsError(
-            f"{path.name} holds code only ({model.get('handler') or 'a handler'}) and no weights: "
-            "import the state dict that its handler loads"
-        )
-    weights = PurePosixPath(weights).name
+    root = min((name for name in archive.names if is_archive([name])), key=len).removesuffix(MANIFEST)
+    model = _model(archive, root, path)
+    weights = _weights(archive.names, root, model, path)
     data = read_member(archive, weights, MAX_WEIGHTS, path)
     checkpoint = replace(read_bytes(data, f"{path.name}/{weights}"), lineage={"archive": _described(model)})
-    if LABELS in names:
-        text = read_member(archive, LABELS, MAX_TEXT, path).decode("utf-8-sig", "replace")
-        names = parse_classes(text, f"{path.name}/{LABELS}")
+    if root + LABELS in archive.names:
+        source = f"{path.name}/{LABELS}"
+        names = parse_classes(read_text(read_member(archive, root + LABELS, MAX_TEXT, path), source), source)
         checkpoint = replace(checkpoint, classes=(ClassList(LABELS, names, is_sure=True), *checkpoint.classes))
     return checkpoint
 
 
-def _model(archive: Archive, path: Path) -> dict[str, Any]:
+def _weights(names: list[str], root: str, model: dict[str, Any], path: Path) -> str:
+    """The member with the weights: by the manifest's path, or by the name alone, as torch-model-archiver packs it."""
+    file = model.get("serializedFile")
+    if isinstance(file, str):
+        for name in (root + file, root + PurePosixPath(file).name):
+            if name in names:
+                return name
+    handler = escaped(str(model.get("handler") or "a handler"))[:100]
+    if others := [name for name in names if name.lower().endswith(foreign_files.WEIGHTS)]:
+        raise WeightsError(
+            f"{path.name} leaves it to its handler ({handler}) to load {others[0][:200]!r}: unpack that file, and import it"
+        )
+    raise WeightsError(
+        f"{path.name} holds code only ({handler}) and no weights: import the state dict that its handler loads"
+    )
+
+
+def _model(archive: Archive, root: str, path: Path) -> dict[str, Any]:
     try:
-        model = json.loads(read_member(archive, MANIFEST, MAX_TEXT, path))["model"]
+        model = json.loads(read_member(archive, root + MANIFEST, MAX_TEXT, path))["model"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(f"{path.name} is damaged: its {MANIFEST} describes no model") from error
     if not isinstance(model, dict):

@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from service.errors import Forbidden, TooManyAttempts, Unauthorized
+from service.http.json_members import refuse_repeated
 from service.settings import Settings
 from service.system.client_addresses import network_of
 
@@ -166,6 +167,8 @@ class AdminRoute(APIRoute):
         async def handler(request: Request) -> Response:
             await require_admin(request)
             request.scope["state"]["exchange"].check_size()
+            if "json" in request.headers.get("content-type", ""):
+                refuse_repeated(await request.body())
             return await handle(request)
 
         return handler

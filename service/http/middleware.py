@@ -59,12 +59,14 @@ USER_PATHS = {
     "POST": re.compile(rf"/predict|/embed|{INFER_PATH.pattern}"),
     "GET": re.compile(r"/models(/[^/]+)?|/v2(/(models|health)/.*)?"),
 }
-OPEN_WHILE_DRAINING = ("/health/", "/v2/health/", "/metrics")
+HEALTH = (
+    "/health/",
+    "/v2/health/",
+)  # answered under any Host: load balancers send the address that they reach the server by
+OPEN_WHILE_DRAINING = (*HEALTH, "/metrics")
 BODY_SHARE = 1 / 2  # of the memory for bodies that others leave, for one client, and of that for one request
-LINGER_BYTES, LINGER_S = (
-    2**20,
-    2.0,
-)  # of a refused body we still read so much, so that the sender gets to read our answer
+# The rest of a refused body is read and dropped: closing before that resets the connection, and many clients lose the answer with it.
+LINGER_BYTES, LINGER_S, LINGER_ALL_S = 2**26, 2.0, 15.0  # as long as more comes within 2 s, and in all
 MAX_LINE, MAX_LOGGED_PATH, MAX_LOGGED_MODELS = 512, 240, 96  # characters of a line of the access log, and in it
 OF_OTHER_FIELDS = 290  # characters that names, address, method, route, numbers and trace_id take at most
 CLIENT_LEFT = 499  # nobody reads it; it keeps those who left apart in the metrics
@@ -213,7 +215,8 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
         """Raises what can be said of a request by its head alone."""
-        self.hosts.check(headers.get(b"host"))
+        if not scope["path"].startswith(HEALTH):
+            self.hosts.check(headers.get(b"host"))
         draining = scope["state"]["engine"].draining
         exchange.closing = draining
         if not scope["path"].startswith(OPEN_WHILE_DRAINING):
@@ -315,8 +318,8 @@ class Edge:
         if not exchange.complete:
             await reply({"type": "http.response.body", "body": body, "more_body": True})
             body = b""
-            with anyio.move_on_after(LINGER_S):
-                await _discard(receive, LINGER_BYTES)
+            with anyio.move_on_after(LINGER_ALL_S):
+                await _discard(receive)
         await reply({"type": "http.response.body", "body": body, "more_body": False})
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
@@ -420,12 +423,15 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the request body is larger than {size}")
 
 
-async def _discard(receive: Receive, most: int) -> None:
-    while most > 0:
-        message = await receive()
-        most -= len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return
+async def _discard(receive: Receive) -> None:
+    left = LINGER_BYTES
+    while left > 0:
+        with anyio.move_on_after(LINGER_S):
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if message["type"] == "http.request" and message.get("more_body", False):
+                continue
+        return
 
 
 def _access_line(scope: Scope, route: str, exchange: Exchange, seconds: float) -> Fields:

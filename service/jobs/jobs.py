@@ -340,7 +340,7 @@ class Jobs:
             self._run_dry(folder, left)
             result = read_record(folder / RESULT, JobResult)
             if result.error is not None:
-                raise error_of(result.error.code, result.error.message)
+                raise error_of(result.error.code, result.error.message, result.error.param)
             found: dict[str, Any] = json.loads((folder / DRY_RUN).read_bytes())
             return found
 

@@ -7,6 +7,7 @@ public path       sent by the proxy    answered as    root_path
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 HEADER = b"x-forwarded-prefix"
@@ -57,6 +58,21 @@ def without(prefix: str, path: str) -> str:
     while prefix and f"{path}/".startswith(f"{prefix}/"):
         path = path[len(prefix) :] or "/"
     return path
+
+
+def no_such_path(path: str, prefix: str) -> str:
+    """The message of a 404: how to reach the list of paths, or the cause where the path shows it."""
+    segments = path.removeprefix("/").split("/")
+    if segments[0] in OWN and path.endswith("/"):
+        return "no such path; remove the slash at its end"
+    if prefix:
+        return f"no such path; {prefix}/docs lists the paths"
+    own = next((index for index, segment in enumerate(segments) if segment in OWN), 0)
+    before = "".join(f"/{segment}" for segment in segments[:own])
+    with suppress(ValueError):
+        if prefix_of(before):
+            return f"no such path; if {before} is the prefix of a proxy, start the server with IMAGO_ROOT_PATH={before}"
+    return "no such path; /docs lists the paths, below the proxy's prefix if there is one"
 
 
 def place(scope: Any, prefix: str) -> None:

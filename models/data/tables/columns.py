@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from models.data.files import is_image
 from models.data.samples import Part, part_of
-from models.data.tables.paths import is_image
 from models.data.tables.text import Row
 from models.errors import DatasetError, NoSuchColumn
 from models.files.zip_file import printable
@@ -20,12 +20,14 @@ def _words(text: str) -> frozenset[str]:
 
 PATHS = _words(
     "path paths filepath filepaths filename filenames file files imagepath imagepaths imgpath imagefile imagefilename imgfile "
-    "imgfilename imagename imagenames imgname imagefilepath fullpath relativepath relpath fname imagefname photopath"
+    "imgfilename imagename imagenames imageindex imgname imagefilepath fullpath relativepath relpath fname imagefname photopath"
 )
 IDS = _words("id ids image images img imgs imageid imgid idcode uuid name photo photoid picture pictureid fileid")
+URLS = _words("url urls uri uris imageurl imageuri imgurl sourceref gcsuri gcsfilepath cocourl")
 LABELS = _words(
     "label labels class classes category categories classname classnames labelname categoryname classlabel classlabels target targets "
-    "targetname truelabel groundtruth gt y breed diagnosis species tag tags dx emotion variety annotation choice"
+    "targetname truelabel groundtruth gt y breed diagnosis species tag tags dx emotion variety annotation choice "
+    "findinglabel findinglabels"
 )
 LABEL_IDS = _words("classid labelid categoryid targetid classidx classindex labelidx labelindex classnumber")
 # Of these any value that is no part is an error; of the others, where none is a part the column is about something else.
@@ -39,6 +41,10 @@ VALUES: dict[str, Part] = {"publictest": "val", "privatetest": "test", "heldout"
 NO_NAME = re.compile(r"(unnamed:\d+)?")  # of the index that pandas writes
 TRUE, FALSE = frozenset(("true", "t", "yes", "y", "1", "1.0")), frozenset(("false", "f", "no", "n", "0", "0.0", ""))
 MARKS = TRUE | FALSE
+PIXEL = re.compile(r"(pixel|px)\d+|\d+x\d+")  # columns of MNIST as CSV
+BOX = (frozenset(("xmin", "ymin", "xmax", "ymax")), frozenset(("bbox",)), frozenset(("bboxx", "bboxy")))
+NO_PART = frozenset(("", "unassigned"))  # values of a column of parts that leave it open
+FEW_ROWS = 20  # below which a column of labels may have a value for each row
 MAX_VALUES = 1000  # different ones that are kept of a column
 SHOWN = 5  # values or columns in a message
 
@@ -50,6 +56,7 @@ class Survey(NamedTuple):
     columns: Row
     sample: tuple[Row, ...]  # the first rows
     values: tuple[frozenset[str] | None, ...]  # of each column; None: more than MAX_VALUES
+    rows: int
 
 
 class Columns(NamedTuple):
@@ -99,15 +106,15 @@ def understand(survey: Survey, locate: Callable[[str], str | None], headless: bo
     return Columns(path, label, classes, split, flags, is_label_named, tuple(notes))
 
 
-def may_be_labelled(columns: Row) -> bool:
-    """Whether columns of these names are worth a look, in a folder with tables of other kinds."""
+def may_be_labelled(columns: Row, first: Row = ()) -> bool:
+    """Whether columns of these names, with these cells in their first row, are worth a look, in a folder with tables of other kinds."""
     keys = {_key(column) for column in columns}
-    return len(keys - {""}) > 1 and (bool(keys & (PATHS | IDS)) or any(map(is_image, columns)))
+    return len(keys - {""}) > 1 and (bool(keys & (PATHS | IDS | URLS)) or any(map(is_image, (*columns, *first))))
 
 
 def has_names(columns: Row) -> bool:
     """Whether the first row has names of columns, and not the first image."""
-    known = PATHS | IDS | LABELS | LABEL_IDS | SPLITS
+    known = PATHS | IDS | URLS | LABELS | LABEL_IDS | SPLITS
     return any(_key(column) in known for column in columns) and not any(map(is_image, columns))
 
 
@@ -125,8 +132,8 @@ def _among(survey: Survey, places: Sequence[int]) -> str:
 
 def _path(survey: Survey, keys: list[str], locate: Callable[[str], str | None]) -> int:
     """The column with a usual name whose cells are images beside the table; else any column of which that is so."""
-    tiers = [[at for at, key in enumerate(keys) if key in names] for names in (PATHS, IDS)]
-    tiers.append([at for at, key in enumerate(keys) if key not in PATHS | IDS])
+    tiers = [[at for at, key in enumerate(keys) if key in names] for names in (PATHS, IDS, URLS)]
+    tiers.append([at for at, key in enumerate(keys) if key not in PATHS | IDS | URLS])
     name = printable(survey.name)
     for tier in tiers:
         files = {at: [locate(row[at]) if row[at] else None for row in survey.sample] for at in tier}
@@ -135,11 +142,15 @@ def _path(survey: Survey, keys: list[str], locate: Callable[[str], str | None]) 
             return there[0]
         if there:
             raise _ambiguous(name, survey, there, "path")
-    named = tiers[0] or tiers[1]
+    named = tiers[0] or tiers[1] or tiers[2]
     if len(named) == 1:
         return named[0]
     if named:
         raise NoSuchColumn(str(_ambiguous(name, survey, named, "path")))
+    if "pixels" in keys or sum(map(bool, map(PIXEL.fullmatch, keys))) > 3:
+        raise NoSuchColumn(
+            f"{name} holds pixels and no paths, which is not read; save the images as PNG, in a folder per class"
+        )
     raise NoSuchColumn(
         f"{name} needs a first row with the columns path and label (and split, where the parts are given), or under their usual names; it "
         f"has {_among(survey, range(len(keys))) or 'none'}"
@@ -162,6 +173,7 @@ def _label(survey: Survey, keys: list[str], taken: set[int | None]) -> tuple[int
     if found:
         return found[0], ()
     if len(free) == 1 and keys[free[0]] not in PATHS | IDS:
+        _check_labels(survey, free[0])
         return free[0], ()
     marks = [at for at in free if (values := survey.values[at]) and values <= MARKS and values & TRUE]
     if len(marks) > 1 and marks == free:
@@ -170,6 +182,23 @@ def _label(survey: Survey, keys: list[str], taken: set[int | None]) -> tuple[int
         f"{name} has no column of labels under a usual name (label, class, category ...); rename it to label. It has "
         f"{_among(survey, range(len(keys)))}"
     )
+
+
+def _check_labels(survey: Survey, at: int) -> None:
+    """Raises NoSuchColumn where a column that is not named like labels has too many values for that: captions, sizes, boxes."""
+    values = survey.values[at]
+    if survey.rows >= FEW_ROWS and (values is None or len(values) > survey.rows / 2):
+        different = f"more than {MAX_VALUES}" if values is None else len(values)
+        raise NoSuchColumn(
+            f"{printable(survey.name)}: the column {_named(survey.columns[at])} has {different} different values in {survey.rows} "
+            "rows, too many for labels; if they are labels, rename it to label"
+        )
+
+
+def has_boxes(columns: Row) -> bool:
+    """Whether a row stands for a box in an image."""
+    keys = {_key(column) for column in columns}
+    return any(box <= keys for box in BOX)
 
 
 # Parts
@@ -206,6 +235,8 @@ def _split(survey: Survey, keys: list[str], path: int, headless: bool) -> tuple[
             notes.append(
                 f"{printable(survey.name)}: {_named(survey.columns[at])} has numbers of folds, which are no parts"
             )
+        elif headless and all(part_of_value(value) or value.lower() in NO_PART for value in values):
+            splits.append(at)
         elif len(parts) > 1 and key not in LABELS:
             if not headless:
                 _refuse(survey, at, values)
@@ -218,7 +249,7 @@ def _split(survey: Survey, keys: list[str], path: int, headless: bool) -> tuple[
 
 
 def _check_values(survey: Survey, at: int, values: frozenset[str]) -> None:
-    strange = sorted(value for value in values if part_of_value(value) is None)
+    strange = sorted(value for value in values if part_of_value(value) is None and value.lower() not in NO_PART)
     if strange or survey.values[at] is None:
         raise DatasetError(
             f"{printable(survey.name)}: the part is train, val or test (or empty), and the column {_named(survey.columns[at])} has "

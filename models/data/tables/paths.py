@@ -6,32 +6,17 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
+from urllib.parse import unquote
 
-from models.data.files import Files
-from models.data.samples import Part, part_of
+from models.data.files import Files, is_image
+from models.data.samples import Part, counted, part_of
 from models.errors import DatasetError
 from models.files.zip_file import printable
 
 MAX_PATH = 4096  # characters, as Linux has it
-IMAGES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".heic",
-        ".heif",
-        ".ppm",
-        ".pgm",
-    )
-)
+
+
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # `gs://bucket/cat.jpg`
 
 
 class Finder:
@@ -58,10 +43,15 @@ class Finder:
             found = [name for name in found if part and part in map(part_of, name.split("/")[:-1])] or found
         if len(found) > 1:
             listed = ", ".join(map(printable, sorted(found)[:3]))
-            raise DatasetError(f"{place}: {cell[:200]!r} may be {listed}; give the path relative to the table's folder")
+            remote = "nothing is fetched: " if REMOTE.match(cell) else ""
+            raise DatasetError(
+                f"{place}: {cell[:200]!r} may be {listed}; {remote}give the path relative to the table's folder"
+            )
         if found:
             self._count(kind, cell, found[0], place)
             return found[0]
+        if REMOTE.match(cell):
+            raise DatasetError(_not_fetched(cell, place))
         if is_foreign or leads_outside(name):
             raise DatasetError(
                 f"{place}: {cell[:200]!r} is refused; a path is relative to the table's folder and stays in it, and no file beside "
@@ -80,7 +70,7 @@ class Finder:
     def notes(self) -> list[str]:
         """What the table calls by another name than its path, as sentences for the audit."""
         return [
-            f"{self._counts[kind]} images are found by {kind}, for example {cell[:200]!r} is {printable(name)}"
+            f"{counted(self._counts[kind], 'image is', 'images are')} found by {kind}, for example {cell[:200]!r} is {printable(name)}"
             for kind, (cell, name) in self._examples.items()
         ]
 
@@ -89,10 +79,10 @@ class Finder:
             raise DatasetError(f"{place}: the row has no path")
         if len(cell) > MAX_PATH:
             raise DatasetError(f"{place}: the path has {len(cell):,} characters, and at most {MAX_PATH:,} are read")
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", cell):
-            raise DatasetError(
-                f"{place}: {cell[:200]!r} is refused; nothing is fetched: put the images beside the table, and give their paths"
-            )
+        if match := REMOTE.match(cell):  # the image may lie beside the table, by the end of its path
+            cell = posixpath.join("/", unquote(re.split(r"[?#]", cell[match.end() :])[0]))
+        if ":" in cell and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", cell):
+            raise DatasetError(_not_fetched(cell, place))
         return posixpath.normpath(cell.replace("\\", "/"))
 
     def _count(self, kind: str, cell: str, name: str, place: str) -> None:
@@ -137,16 +127,21 @@ class Finder:
         return found
 
 
+def _not_fetched(cell: str, place: str) -> str:
+    return (
+        f"{place}: {cell[:200]!r} is refused; nothing is fetched: put the images beside the table, and give their paths"
+    )
+
+
 ENDING, STEM = "the end of their paths", "their names without a suffix"
 
 
 def leads_outside(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/") or bool(re.match(r"[A-Za-z][A-Za-z+.-]*:", name))
-
-
-def is_image(name: str) -> bool:
-    """Whether the name has a suffix of images."""
-    return posixpath.splitext(name)[1].lower() in IMAGES
+    return (
+        name.startswith("/")
+        or ".." in name.split("/")
+        or (":" in name and bool(re.match(r"[A-Za-z][A-Za-z+.-]*:", name)))
+    )
 
 
 def parts_of_folders(names: Iterable[str]) -> dict[str, Part]:

@@ -6,30 +6,33 @@
 
 table --table_text--> rows of cells --table_columns--> path, label, part --table_paths--> files beside it
 
-A table is read twice: once to understand its columns by their names and values, once for its rows.
+A table is read once, to understand its columns by their names and values; one of more than KEPT rows once more, for its rows.
 """
 
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from models.data.files import Files
-from models.data.formats import label_studio
-from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, Part, by_path, make_source, part_of
+from models.data.files import Files, is_image
+from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, Part, by_path, counted, make_source, part_of
+from models.data.tables import label_studio
 from models.data.tables.columns import (
     MAX_VALUES,
     TRUE,
     Columns,
     Survey,
+    has_boxes,
     has_names,
     may_be_labelled,
     part_of_value,
     understand,
 )
-from models.data.tables.paths import Finder, is_image, leads_outside, parts_of_folders
+from models.data.tables.paths import Finder, leads_outside, parts_of_folders
 from models.data.tables.text import JSON_LINES, Row, Table, open_table
 from models.errors import DatasetError, NoSuchColumn
 from models.files.zip_file import check_count, printable
@@ -38,8 +41,12 @@ IN_FOLDERS = (".csv", ".tsv", *JSON_LINES)
 TABLES = (*IN_FOLDERS, ".tab", ".psv", ".txt")
 ONE_HOT = "_classes.csv"
 MAX_TABLES = 100  # that are looked at in a folder
+KEPT = 300_000  # rows of a table in memory, some 150 MB
 SAMPLE = 50  # rows by which the column of images is found
 WHOLE = re.compile(r"-?\d+\.0+")  # an integer, as pandas writes it where a cell of the column is empty
+
+
+Rows = list[tuple[str, Row]]  # each with its place, for messages
 
 
 class Understood(NamedTuple):
@@ -51,6 +58,7 @@ class Understood(NamedTuple):
     columns: Columns
     dialect: str
     is_beside: bool  # whether any of its first images is there
+    rows: "Rows | None"  # all of them; None: more than KEPT
 
 
 class Listed(NamedTuple):
@@ -82,7 +90,7 @@ def read_label_studio(files: Files) -> DatasetSource | None:
     """Label Studio's export and its images in one folder or archive; None where there is none at the top, or one folder below."""
     names = [name for name in files.names if name.count("/") < 2]
     exports = [name for name in names if label_studio.is_export(files, name)]
-    exports += [name for name in names if name.lower().endswith(".csv") and is_label_studio(_peeked(files, name))]
+    exports += [name for name in names if name.lower().endswith(".csv") and is_label_studio(_peeked(files, name)[0])]
     if len(exports) > 1:
         listed = ", ".join(map(printable, sorted(exports)))
         raise DatasetError(f"{files.label} holds {len(exports)} exports of Label Studio: {listed}; name one of them")
@@ -123,8 +131,9 @@ def read_tables(files: Files) -> DatasetSource | None:
     elif None in parts.values() or len(set(parts.values())) < len(parts):
         listed = ", ".join(printable(name) for name in sorted(parts)[:10])
         raise DatasetError(
-            f"{files.label} holds {len(usable)} tables with labels: {listed}; name one of them as the dataset, remove the others, or name "
-            "them train.csv, val.csv and test.csv"
+            f"{files.label} holds {len(usable)} tables with labels: {listed}; name one of them as the dataset, remove the others, "
+            "name them train.csv, val.csv and test.csv, or, where folders name the classes, set layout to `classes` (--layout classes)",
+            "layout",
         )
     return _source(files, usable, parts, others)
 
@@ -132,24 +141,27 @@ def read_tables(files: Files) -> DatasetSource | None:
 def _usable(files: Files, name: str) -> Understood | None:
     """A table among other files; None where it has no images that are there, or no labels. Kaggle's sample submission has labels, and
     they are not true."""
-    if "submission" in posixpath.basename(name).lower() or not may_be_labelled(_peeked(files, name)):
+    if "submission" in posixpath.basename(name).lower() or not may_be_labelled(*_peeked(files, name)):
         return None
     try:
         found = _understood(files, name)
     except NoSuchColumn:
         return None
     except DatasetError as error:
-        raise DatasetError(f"{error}; or remove the table, where folders name the classes") from error
+        raise DatasetError(
+            f"{error}; or, where folders name the classes, set layout to `classes` (--layout classes)",
+            error.param or "layout",
+        ) from error
     return found if found.is_beside else None
 
 
-def _peeked(files: Files, name: str) -> Row:
-    """The first row of a table; empty where it cannot be read."""
+def _peeked(files: Files, name: str) -> tuple[Row, Row]:
+    """The first two rows of a table; empty where it cannot be read."""
     try:
         with open_table(files, name, errors="replace") as table:
-            return table.columns
+            return table.columns, next(table.rows, ("", ()))[1]
     except (DatasetError, *UNREADABLE):
-        return ()
+        return (), ()
 
 
 def _part_of_table(name: str) -> Part | None:
@@ -170,16 +182,23 @@ def _understood(files: Files, name: str) -> Understood:
             any(map(is_image, table.columns)) or any(cell and finder.locate(cell) for cell in table.columns)
         )
         names = tuple(f"column {at}" for at in range(1, len(table.columns) + 1)) if headless else table.columns
-        survey = _survey(name, names, chain([("", table.columns)], table.rows) if headless else table.rows)
+        kept: Rows = []
+        first = [(f"{printable(name)}, line 1", table.columns)] if headless else []
+        survey = _survey(name, names, chain(first, table.rows), kept)
         columns = understand(survey, finder.locate, headless)
         beside = any(finder.locate(row[columns.path]) for row in survey.sample if row[columns.path])
-        return Understood(name, names, headless, columns, table.dialect, beside)
+        return Understood(name, names, headless, columns, table.dialect, beside, kept if survey.rows <= KEPT else None)
 
 
-def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]]) -> Survey:
+def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: Rows) -> Survey:
+    """Adds the first rows to `kept`."""
     sample: list[Row] = []
     values: list[set[str] | None] = [set() for _ in names]
-    for _, row in rows:
+    count = 0
+    for place, row in rows:
+        count += 1
+        if count <= KEPT:
+            kept.append((place, row))
         if len(sample) < SAMPLE:
             sample.append(row)
         for at, known in enumerate(values):
@@ -187,7 +206,7 @@ def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]]) -> Survey:
                 known.add(row[at])
                 if len(known) > MAX_VALUES:
                     values[at] = None
-    return Survey(name, names, tuple(sample), tuple(frozenset(v) if v is not None else None for v in values))
+    return Survey(name, names, tuple(sample), tuple(frozenset(v) if v is not None else None for v in values), count)
 
 
 # Rows
@@ -213,7 +232,8 @@ def _source(
         used = {item.file for item in items}
         unlisted = sorted(name for name, file in files.names.items() if is_image(name) and file not in used)
         if unlisted:
-            notes.append(f"{len(unlisted)} images are in no row and are ignored, the first {printable(unlisted[0])}")
+            without = counted(len(unlisted), "image is in no row and is", "images are in no row and are")
+            notes.append(f"{without} ignored, the first {printable(unlisted[0])}")
     said = [f"{printable(table.name)} ({_described(table)})" for table in tables]
     layout = f"the table{'s' if len(tables) > 1 else ''} {', '.join(said)}"
     return make_source(layout, by_path(_without_points(items)), files.read, labelled=True, notes=notes)
@@ -232,9 +252,8 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
     classes = {at: table.names[at] for at in columns.classes}
     items: list[DatasetItem] = []
     unlabelled: list[str] = []
-    with open_table(files, table.name) as opened:
-        first = f"{printable(table.name)}, line 1"
-        for place, row in chain([(first, opened.columns)] if table.headless else [], opened.rows):
+    with _rows_of(files, table) as rows:
+        for place, row in rows:
             label = marked_class(row, classes, place) if columns.label is None else row[columns.label]
             if not label:
                 unlabelled.append(place)
@@ -242,9 +261,17 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
             part = columns.part(row) or default
             file = finder.find(row[columns.path], place, part)
             items.append(DatasetItem(printable(file), files.file_of(file), part or "train", label))
+    if has_boxes(table.names) and (
+        twice := [file for file, count in Counter(item.file for item in items).items() if count > 1]
+    ):
+        raise DatasetError(
+            f"{printable(table.name)} has boxes, and several rows for one image, such as {printable(twice[0])}: Imago gives an image one "
+            "label; leave one row per image, or list crops of the boxes"
+        )
     notes = [*columns.notes, *finder.notes()]
     if unlabelled:
-        notes.append(f"{len(unlabelled)} rows have no label and are ignored, the first {unlabelled[0]}")
+        without = counted(len(unlabelled), "row has no label and is", "rows have no label and are")
+        notes.append(f"{without} ignored, the first {unlabelled[0]}")
     if (
         default is None
         and columns.split is None
@@ -254,6 +281,16 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
         items = [replace(item, part=parts[item.path]) for item in items]
         notes.append(f"{printable(table.name)} has no column of parts; they follow from the folders of the images")
     return Listed(items, notes)
+
+
+@contextmanager
+def _rows_of(files: Files, table: Understood) -> Iterator[Iterable[tuple[str, Row]]]:
+    if table.rows is not None:
+        yield table.rows
+        return
+    with open_table(files, table.name) as opened:
+        first = [(f"{printable(table.name)}, line 1", opened.columns)] if table.headless else []
+        yield chain(first, opened.rows)
 
 
 def _without_points(items: Iterable[DatasetItem]) -> Iterable[DatasetItem]:

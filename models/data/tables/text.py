@@ -51,14 +51,16 @@ def open_table(files: Files, name: str, errors: str = "strict") -> Iterator[Tabl
     if marked is None and b"\0" in start and "16" not in encoding and "32" not in encoding:
         raise DatasetError(
             f"{printable(name)} holds zero bytes, as UTF-16 without a byte order mark does; give --encoding utf-16-le "
-            "(field `encoding`), or save the file as UTF-8"
+            "(field `encoding`), or save the file as UTF-8",
+            "encoding",
         )
     with opened(files, name) as content:
         text = io.TextIOWrapper(content, encoding=encoding, errors=errors, newline="")
         try:
             yield _read(text, name, encoding)
         except UnicodeDecodeError as error:
-            raise DatasetError(undecodable(name, error, AUTO if encoding == "utf-8" else encoding)) from error
+            known = AUTO if encoding == "utf-8" else encoding
+            raise DatasetError(undecodable(name, error, known), "encoding") from error
         except csv.Error as error:
             raise DatasetError(
                 f"{printable(name)} cannot be read as a table: a quotation mark is not closed, or has text after it; put cells "

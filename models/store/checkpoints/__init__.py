@@ -3,11 +3,13 @@
 foreign_files   files that hold no state dict: what each is
 torch_files     torch.save's three forms, over `pickled`, which calls nothing
 content         dictionaries in each other -> tensors, class names, the architecture's name
+reparametrised  weights that are kept in parts, put together
 matching        the keys that a training script gave the tensors -> the keys of the network; `heads`: its last layers
 """
 
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from models.store.checkpoints.content import (
     ClassList,
     Content,
     architecture_names,
+    attribute_with_model,
     class_lists,
     contents,
     described,
@@ -33,6 +36,7 @@ from models.store.checkpoints.content import (
 from models.store.checkpoints.matching import rank
 from models.store.checkpoints.pickled import Unreadable
 from models.store.checkpoints.placeholders import StorageAt, TensorAt
+from models.store.checkpoints.reparametrised import InParts, joined, parts_of, whole_of
 from models.store.checkpoints.torch_files import Open, TorchFile
 
 __all__ = ["Checkpoint", "ClassList", "read_bytes", "read_checkpoint"]
@@ -40,6 +44,11 @@ __all__ = ["Checkpoint", "ClassList", "read_bytes", "read_checkpoint"]
 TO_STATE_DICT = """{source} {reason}. If you trust its maker, two lines turn it into a state dict, where it was trained:
     model = {load}
     torch.save(model.state_dict(), {target!r})"""
+# What torch, bitsandbytes and GPTQ keep beside quantised weights.
+QUANTISED = re.compile(
+    r"_packed_params|_fake_quant|activation_post_process|quant_state|(^|\.)(SCB|weight_format|qweight|qzeros)$|\.(absmax|quant_map)$"
+)
+BYTES = (torch.int8, torch.uint8)
 UNKNOWN = "it is damaged, truncated, or not a file of torch.save or safetensors"
 
 
@@ -52,6 +61,7 @@ class Checkpoint:
     tensors: Mapping[str, Any]
     wrappers: tuple[str, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)  # tensors without plain values, and why
     classes: tuple[ClassList, ...] = ()
     architectures: tuple[str, ...] = ()
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +75,14 @@ class Checkpoint:
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """`{name: key of the file}` -> the tensors by these names, floats as float32. Raises WeightsError."""
         chosen = {name: self.tensors[key] for name, key in keys.items()}
+        values = iter(self._read([part for tensor in chosen.values() for part in parts_of(tensor)]))
+        return {name: whole_of(tensor, [next(values) for _ in parts_of(tensor)]) for name, tensor in chosen.items()}
+
+    def _read(self, chosen: list[Any]) -> list[Tensor]:
         if self.file is None:
             return chosen
-        loaded = self.file.load(chosen, self.source)
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in loaded.items()}
+        loaded = self.file.load({str(number): tensor for number, tensor in enumerate(chosen)}, self.source).values()
+        return [tensor.float() if tensor.is_floating_point() else tensor for tensor in loaded]
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -85,8 +99,14 @@ class Checkpoint:
         kinds = {str(_dtype(tensor)).removeprefix("torch.") for tensor in at}
         return sorted(kinds & {"float16", "bfloat16", "float64"})
 
+    def reparametrised(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Of these tensors those that the file has in parts, by their keys: `weight norm` and the like."""
+        at = {key: self.tensors[key] for key in keys.values()}
+        return {key: tensor.form.name for key, tensor in at.items() if isinstance(tensor, InParts)}
+
 
 def _dtype(at: Any) -> torch.dtype | None:
+    at = at.parts[at.form.whole] if isinstance(at, InParts) else at
     if isinstance(at, TensorAt) and isinstance(at.storage, StorageAt):
         return torch_files.dtype_of(at, at.storage)
     return at.dtype if isinstance(at, Tensor) else None
@@ -156,9 +176,10 @@ def _understood(file: TorchFile, source: str) -> Checkpoint:
     return Checkpoint(
         source,
         file.form,
-        content.tensors,
+        joined(content.tensors),
         tuple(dict.fromkeys(content.wrappers)),
         content.others,
+        content.broken,
         tuple(class_lists(file.content)),
         tuple(architecture_names(file.content)),
         file=file,
@@ -168,11 +189,10 @@ def _understood(file: TorchFile, source: str) -> Checkpoint:
 def _check(content: Content, value: Any, source: str) -> None:
     """Raises WeightsError for a file that has no tensors of a network."""
     quantised = [key for key, problem in content.broken.items() if problem == "quantised"]
-    if quantised or any("_packed_params" in key for key in content.others):
-        raise WeightsError(
-            f"{source} is refused: it is quantised ({tensors.listed(quantised) or 'packed parameters'}): "
-            "import the float weights that it was made from"
-        )
+    _check_floats(content.tensors, [*quantised, *filter(QUANTISED.search, content.others)], source)
+    is_part = isinstance(value, dict) and "ds_version" in value and not content.tensors
+    if is_part or (content.tensors and all(0 in tensor.shape for tensor in content.tensors.values())):
+        raise WeightsError(f"{source} is refused: {foreign_files.IN_PARTS}")
     if content.tensors:
         return
     if content.model is not None:
@@ -185,11 +205,30 @@ def _check(content: Content, value: Any, source: str) -> None:
     entries = {**content.broken, **content.others}
     if not isinstance(value, dict):
         kind = kind_of(value) or type(value).__name__.removesuffix("At")
+        if attribute := attribute_with_model(value):
+            reason = f"is refused: it is a pickled {kind}, and a file that may run code is never loaded"
+            raise WeightsError(_advice(source, reason, "torch.load", ", weights_only=False", f".{attribute}"))
         raise WeightsError(f"{source} holds a {kind}, not a state dict: save it with {foreign_files.SAVE}")
+    if not entries:
+        raise WeightsError(f"{source} is not a state dict: it is empty; save it with {foreign_files.SAVE}")
     raise WeightsError(
         f"{source} is not a state dict: {len(entries)} entries are no plain tensors: {described(entries)}; "
         f"save it with {foreign_files.SAVE}"
     )
+
+
+def _check_floats(state: Mapping[str, Any], quantised: list[str], source: str) -> None:
+    """Raises WeightsError for the weights of a network that computes with whole numbers."""
+    quantised = quantised + [
+        key
+        for key, tensor in state.items()
+        if QUANTISED.search(key) or (key.endswith("weight") and len(tensor.shape) > 1 and _dtype(tensor) in BYTES)
+    ]
+    if quantised:
+        raise WeightsError(
+            f"{source} is refused: it is quantised ({tensors.listed(quantised[:4])}): "
+            "import the float weights that it was made from"
+        )
 
 
 def _advice(source: str, reason: str, load: str, options: str = "", keys: str = "") -> str:
@@ -204,12 +243,17 @@ def _safetensors(opened: Open, source: str) -> Checkpoint:
     state = tensors.parse(data, Path(source))
     if not state:
         raise WeightsError(f"{source} is not a state dict: it holds no tensors")
+    _check_floats(state, [], source)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     notes = header.get("__metadata__")
     said = {key: _json(value) for key, value in notes.items()} if isinstance(notes, dict) else {}
     return Checkpoint(
-        source, "safetensors", state, classes=tuple(class_lists(said)), architectures=tuple(architecture_names(said))
+        source,
+        "safetensors",
+        joined(state),
+        classes=tuple(class_lists(said)),
+        architectures=tuple(architecture_names(said)),
     )
 
 

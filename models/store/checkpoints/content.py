@@ -122,6 +122,12 @@ def is_model(value: Any) -> bool:
     return isinstance(value, Thing) and isinstance(value.state, dict) and "_modules" in value.state
 
 
+def attribute_with_model(value: Any) -> str | None:
+    """The name under which an object, such as fastai's Learner, holds a pickled nn.Module."""
+    state = value.state if isinstance(value, Thing) and isinstance(value.state, dict) else {}
+    return next((key for key, entry in state.items() if is_model(entry) and str(key).isidentifier()), None)
+
+
 def kind_of(value: Any) -> str:
     """The name of a class that the file wants; empty for numbers, text and containers."""
     if isinstance(value, Thing | NameAt):

@@ -1,7 +1,10 @@
 """Files that hold no state dict, recognised by their first bytes: what each is, and what to do with it."""
 
+import itertools
+import json
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -9,6 +12,18 @@ SAVE = 'torch.save(model.state_dict(), "weights.pth")'
 EXPORT = f"import the weights that it was made from, saved with {SAVE}"
 UNPACK = "unpack it first, and import the file in it"
 AGAIN = "download or copy it again"
+JOIN = 'save them in one, as with model.save_pretrained(folder, max_shard_size="100GB")'
+TRANSFORMERS = "its networks are not read; pull the same network from timm (`imago models search`), and train its head (`imago finetune`)"
+TRANSFORMERS_KEY = re.compile(
+    r"(^|\.)(encoder\.(layer|stages)\.\d+\.|embeddings\.(cls_token$|patch_embeddings\.)|embedder\.embedder\.)"
+)
+SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\b")
+IN_PARTS = (
+    "it is one part of a model that was trained in several (DeepSpeed, FSDP): join them where it was trained, "
+    "as `python zero_to_fp32.py . joined` does for DeepSpeed"
+)
+MAX_NAMES = 10_000  # looked at in a folder
+MAX_CONFIG = 2**22  # bytes
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".th", ".pkl", ".tar")
 
 STARTS: tuple[tuple[bytes, str, str], ...] = (
@@ -59,7 +74,7 @@ def _text(start: bytes) -> str | None:
             return f"it is a model of OpenVINO: {EXPORT}"
         return f"it is XML, often the error message of a download: {AGAIN}"
     if text.startswith(b"{") and b'"weight_map"' in text:
-        return "it is the index of weights in several files: join them where they were trained, and save one file"
+        return f"it is the index of weights in several files: {JOIN}"
     if text.startswith((b"{", b"[")) and text.isascii():
         return f"it is JSON text, a configuration or the error message of a download: {AGAIN}"
     if (
@@ -98,16 +113,59 @@ def named_zip(file: BinaryIO) -> tuple[str, str] | None:
     return "other", "it is a zip file, but no file of torch.save"
 
 
+def named_keys(keys: Iterable[str], source: str) -> str | None:
+    """Whose names the tensors of a file have, where these are not read; None where they say nothing."""
+    if any(TRANSFORMERS_KEY.search(key) for key in keys):
+        return f"the names are those of Transformers: {TRANSFORMERS}"
+    if SHARD.search(source):
+        return f"by its name it is one of several files: {JOIN}"
+    return None
+
+
 def named_folder(folder: Path) -> str | None:
-    """What a folder is and what to do, where it is not one of the Hub's; None where it might be."""
-    names = sorted(path.name for path in folder.iterdir())
+    """What a folder is and what to do, where it is not one of timm's or the Hub's; None where it is."""
+    names = sorted(path.name for path in itertools.islice(folder.iterdir(), MAX_NAMES))
     if "config.json" in names:
-        return None
+        return _named_config(folder / "config.json")
     if "saved_model.pb" in names or "keras_metadata.pb" in names:
         return "it is a SavedModel of TensorFlow: weights of TensorFlow are not read"
+    if any(name.endswith(".index.json") for name in names):
+        return f"it is a folder with the weights in several files: {JOIN}"
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return (
+            "it is a checkpoint of torch.distributed: join it, as with "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth`"
+        )
+    if "zero_to_fp32.py" in names or any(name.startswith("zero_pp_rank_") for name in names):
+        return IN_PARTS
+    if "MAR-INF" in names:
+        return "it is an unpacked TorchServe archive: pack it again (`zip -r NAME.mar .` in it), and import that"
     if any((place / "data.pkl").is_file() for place in (folder, *(folder / name for name in names[:100]))):
         return "it is an unpacked file of torch.save: give the file as it was before"
-    weights = [name for name in names if name.lower().endswith(WEIGHTS)]
+    inner = [path for name in names[:100] for path in _files_in(folder / name)]
+    weights = [path for path in inner if path.name.lower().endswith(WEIGHTS)]
     if weights:
-        return f"it is a folder: give the file in it, {str(folder / weights[0])!r}"
-    return None
+        return f"it is a folder: give the file in it, {str(weights[0])!r}"
+    return "it is a folder without weights: give a file of weights, or a folder with config.json and model.safetensors"
+
+
+def _files_in(path: Path) -> list[Path]:
+    """A file itself, or what lies in a folder."""
+    return sorted(itertools.islice(path.iterdir(), 100)) if path.is_dir() else [path]
+
+
+def _named_config(file: Path) -> str | None:
+    """None for a configuration that names its architecture, as timm's do, and for one that cannot be read."""
+    try:
+        config = json.loads(file.read_bytes()[:MAX_CONFIG])
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict) or "architecture" in config or not config.keys() & {"architectures", "model_type"}:
+        return None
+    return f"it is a model of Transformers ({_class_in(config)}): {TRANSFORMERS}"
+
+
+def _class_in(config: dict[str, object]) -> str:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else config.get("model_type")
+    return str(name)[:80]

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from models.activations import Activation
 from models.classifier import ConvLayer, Layer, MLPLayer
 from models.errors import WeightsError
-from models.store.checkpoints.matching import Shape, is_foreign
+from models.store.checkpoints.matching import COUNTER, Shape, is_foreign
 
 NAMES = re.compile(
     r"(^|[._])(fc\d*|new_fc|head|heads|classifier|classification_head|cls|cls_head|linear|last_linear|logits|output|out)$"
 )
+NORM = {"running_mean", "running_var", "weight", "bias"}
 EPS = 1e-5  # torch's default; no file has it
+MAX_HIDDEN = 20  # layers, as LayerConfig has it
+MAX_WIDTH = 2**20
+MAX_JOINED = 2**27  # weights: the product of two thin layers may be as large as one likes
 LayerKind = Literal["linear", "norm", "other"]
 
 
@@ -36,11 +40,15 @@ class Module:
 
     @property
     def kind(self) -> LayerKind:
-        weight = self.shapes.get("weight", ())
-        if "running_mean" in self.shapes and len(weight) < 2:
-            return "norm"
-        plain = len(weight) == 2 or (len(weight) == 4 and weight[2:] == (1, 1))
-        return "linear" if plain and self.shapes.keys() <= {"weight", "bias"} else "other"
+        shapes = {name: shape for name, shape in self.shapes.items() if name != COUNTER}
+        if shapes.keys() >= {"running_mean", "running_var"} and shapes.keys() <= NORM:
+            is_one_width = len(set(shapes.values())) == 1 and len(shapes["running_mean"]) == 1
+            return "norm" if is_one_width else "other"
+        weight = shapes.get("weight", ())
+        is_plain = len(weight) == 2 or (len(weight) == 4 and weight[2:] == (1, 1))
+        if not is_plain or 0 in weight or not shapes.keys() <= {"weight", "bias"}:
+            return "other"
+        return "linear" if shapes.get("bias", weight[:1]) == weight[:1] else "other"
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -87,13 +95,25 @@ class FoundHead:
 
 
 def modules_of(shapes: Mapping[str, Shape]) -> list[Module]:
-    """In the order of the file."""
+    """In the order of the file, and of a Sequential."""
     found: dict[str, Module] = {}
     for key, shape in shapes.items():
         path, _, name = key.rpartition(".")
         module = found.setdefault(path, Module(path))
         module.keys[name], module.shapes[name] = key, shape
-    return list(found.values())
+    return _in_order(list(found.values()))
+
+
+def _in_order(modules: list[Module]) -> list[Module]:
+    """Those of one Sequential by their numbers: safetensors sorts its names as text, `fc.10` before `fc.2`."""
+    numbered: dict[str, list[Module]] = {}
+    for module in modules:
+        if module.place is not None:
+            numbered.setdefault(module.parent, []).append(module)
+    ordered = {
+        parent: iter(sorted(children, key=lambda child: child.place or 0)) for parent, children in numbered.items()
+    }
+    return [module if module.place is None else next(ordered[module.parent]) for module in modules]
 
 
 def find(
@@ -169,25 +189,27 @@ def _misfit(module: Module, width: int) -> str:
 def _chains(modules: list[Module], features: int) -> list[FoundHead]:
     """Linear layers on the features, each with what follows it, and batch norm before it."""
     chains: list[FoundHead] = []
-    taken: set[str] = set()
+    end = 0  # of the chain before: no module is looked at twice, and a file may have 200,000
     for number, start in enumerate(modules):
-        if start.kind != "linear" or start.widths[0] != features or start.path in taken:
+        if number < end or start.kind != "linear" or start.widths[0] != features:
             continue
-        chain = [start]
-        for before in reversed(modules[:number]):
-            if before.widths != (features, features) or before.kind == "linear":
-                break
-            chain.insert(0, before)
-        for following in modules[number + 1 :]:
-            if following.parent != start.parent or following.widths[0] != chain[-1].widths[1]:
-                break
-            chain.append(following)
-        taken.update(module.path for module in chain)
+        first, begin, end = number, end, number + 1
+        while (
+            first > begin and modules[first - 1].widths == (features, features) and modules[first - 1].kind != "linear"
+        ):
+            first -= 1
+        while end < len(modules) and modules[end].parent == start.parent and _follows(modules[end - 1], modules[end]):
+            end += 1
+        chain = modules[first:end]
         while chain[-1].kind == "other":
             chain.pop()
         if not any(module.kind == "other" for module in chain):
             chains.append(FoundHead(tuple(chain)))
     return chains
+
+
+def _follows(before: Module, after: Module) -> bool:
+    return after.widths[0] == before.widths[1]
 
 
 def _nothing(modules: list[Module], features: int, own: str, source: str) -> str:
@@ -210,9 +232,13 @@ def _listed(modules: list[Module]) -> str:
 
 @torch.no_grad()
 def build(
-    head: FoundHead, values: Mapping[str, Tensor], activation: Activation | None
+    head: FoundHead, values: Mapping[str, Tensor], activation: Activation | None, source: str
 ) -> tuple[nn.Linear | MLPLayer, bool]:
-    """The head as one layer, and whether its activation is assumed. `values` by the keys of the file."""
+    """The head as one layer, and whether its activation is assumed. `values` by the keys of the file. Raises WeightsError."""
+    if odd := next((key for key, value in values.items() if not value.is_floating_point() and value.dim()), None):
+        raise WeightsError(
+            f"{source}: the head has whole numbers in {odd!r}: import the float weights that it was made from"
+        )
     steps: list[tuple[Tensor, Tensor]] = []  # (weight, bias) of each linear layer
     is_bent: list[bool] = []  # an activation lies after the layer of this place
     scale: tuple[Tensor, Tensor] | None = None  # of batch norm that goes into the next layer
@@ -239,8 +265,8 @@ def build(
         steps.append((weight, bias))
         is_bent.append(False)
     if scale is not None:
-        raise WeightsError(f"the head ends in batch norm after an activation ({head.modules[-1].path})")
-    return _layer(steps, is_bent, activation)
+        raise WeightsError(f"{source}: the head ends in batch norm after an activation ({head.modules[-1].path})")
+    return _layer(steps, is_bent, activation, source)
 
 
 def _has_gap(before: Module, after: Module) -> bool:
@@ -258,7 +284,7 @@ def _affine(norm: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _layer(
-    steps: list[tuple[Tensor, Tensor]], is_bent: list[bool], activation: Activation | None
+    steps: list[tuple[Tensor, Tensor]], is_bent: list[bool], activation: Activation | None, source: str
 ) -> tuple[nn.Linear | MLPLayer, bool]:
     joined = [steps[0]]
     for (weight, bias), bent in zip(steps[1:], is_bent[:-1], strict=True):
@@ -266,10 +292,20 @@ def _layer(
             joined.append((weight, bias))
         else:
             before, before_bias = joined[-1]
+            if len(weight) * before.shape[1] > MAX_JOINED:
+                raise WeightsError(
+                    f"{source}: the linear layers of the head follow each other directly, and would be one of {len(weight)} x "
+                    f"{before.shape[1]} weights: train the head anew on this network (`imago finetune`)"
+                )
             joined[-1] = (weight @ before, weight @ before_bias + bias)
     linear = [_linear(weight, bias) for weight, bias in joined]
     if len(linear) == 1:
         return linear[0], False
+    if len(linear) > MAX_HIDDEN + 1 or max(one.out_features for one in linear[:-1]) > MAX_WIDTH:
+        raise WeightsError(
+            f"{source}: the head has {len(linear)} linear layers; at most {MAX_HIDDEN + 1}, of at most {MAX_WIDTH:,} outputs, are read: "
+            "train the head anew on this network (`imago finetune`)"
+        )
     layer = MLPLayer(
         linear[0].in_features, [one.out_features for one in linear[:-1]], linear[-1].out_features, activation or "relu"
     )

@@ -31,6 +31,15 @@ def declared_bits(photo: Path) -> int:
     return data[at + 4] if at > 0 and data.startswith(b"\x89PNG") and data[at + 4] <= 16 else 0
 
 
+def check_depth(image: Image.Image, photo: Path) -> None:
+    """Pillow keeps the high bytes of 16-bit colour; Imago reads the low bytes as well where fewer bits are used."""
+    deep_colour = (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # in the header of a PNG
+    if image.format != "PNG" or photo.read_bytes()[24:26] not in deep_colour:
+        return
+    if max(largest for _, largest in image.getextrema()[:3]) < 64:  # type: ignore[misc]
+        raise ValueError("16-bit colour that uses fewer bits is not read here: save it as 8-bit PNG")
+
+
 def flat(image: Image.Image) -> Image.Image:
     """Any mode -> RGB or L: 16-bit and float gray scaled, transparent pixels on white."""
     if image.mode == "F" or image.mode.startswith("I"):
@@ -104,6 +113,7 @@ def pixels(
     draft = image.draft(None, (largest, largest))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
     sides = draft[1][2:] if draft else image.size
     image.load()
+    check_depth(image, photo)
     orientation = orientation_of(image)
     turned = orientation in (5, 6, 7, 8)
     width, height = sides[::-1] if turned else sides

@@ -58,6 +58,7 @@ class TrainingFailure(Record):
 
     code: str
     message: str
+    param: str | None = None  # the field of the request that is at fault, where one is
 
 
 class JobResult(Record):

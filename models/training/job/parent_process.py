@@ -34,7 +34,7 @@ def explain(error: BaseException) -> "TrainingFailure":
     if ran_out_of_disk(error):
         return TrainingFailure(code="disk_full", message="the disk is full; free some space and start the job again")
     if isinstance(error, ModelError):
-        return TrainingFailure(code=error.code, message=str(error))
+        return TrainingFailure(code=error.code, message=str(error), param=getattr(error, "param", None))
     if _has_lost_its_gpu(error):
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         return TrainingFailure(

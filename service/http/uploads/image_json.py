@@ -18,14 +18,20 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from models.images.formats import is_address
+from models.images.formats import is_address, is_multipart
 from service.errors import BadRequest, MissingFile, UnknownField, ValidationFailed
+from service.http.json_members import refuse_repeated
 from service.http.uploads.multipart import is_image_name
 
 LONG = 256  # bytes: longer strings are lifted out
 REST, REST_PER_IMAGE = 2**16, 512  # bytes beside the long strings
 MAX_FIELD_BYTES = 4096
 PIECE = 2**20  # bytes of base64 that are decoded at once: about 4 ms
+
+# Members of an image that is an object: ours, and those of files in Power Automate (`$content`) and n8n (`mimeType`, `fileName`).
+CONTENT = ("data", "$content")
+FILENAME = ("filename", "fileName", "name")
+IGNORED = frozenset({"$content-type", "mimeType", "contentType", "fileType", "fileExtension", "fileSize"})
 
 _BLANKS = re.compile(rb"(?:\s|\\[nrt])*+")
 _ALPHABET = (ascii_letters + digits + "+/").encode()
@@ -41,13 +47,20 @@ JsonImages = tuple[list[bytes], list[str | None], dict[str, list[str]]]  # with 
 def read(body: bytes, known: Collection[str], max_images: int) -> JsonImages:
     """Takes as long as the body is; raises BadRequest, ValidationFailed, UnknownField, MissingFile."""
     body = body.removeprefix(b"\xef\xbb\xbf")
+    if is_multipart(body):
+        raise BadRequest("the body is multipart, not JSON; leave the Content-Type header to your HTTP library")
     rest, strings = lifted(body, REST + REST_PER_IMAGE * max_images)
+    if rest.count(b"\\u0000") > len(strings):
+        raise BadRequest("the request has the character \\u0000 in it")
     try:
         request = from_json(rest, allow_inf_nan=False)
     except ValueError:
         raise BadRequest('malformed JSON; send {"image": "<base64>"} in UTF-8') from None
+    refuse_repeated(rest)
     if not isinstance(request, dict):
         raise ValidationFailed('the body must be an object: {"image": "<base64>"}')
+    if CONTENT[1] in request:  # a file of Power Automate as the whole body
+        request = {"image": request}
     return _Reader(body, strings, known, max_images).read(request)
 
 
@@ -103,7 +116,8 @@ class _Reader:
             if key in self._known:
                 fields[key] = self._texts(key, value)
             elif is_image_name(key):
-                self._add(key, value)
+                if value is not None:
+                    self._add(key, value)
             else:
                 names = ", ".join(sorted(self._known))
                 raise UnknownField(
@@ -124,13 +138,15 @@ class _Reader:
     def _add_one(self, name: str, value: Any) -> None:
         filename = None
         if isinstance(value, dict):
-            if unknown := value.keys() - {"data", "filename"}:
+            if unknown := value.keys() - {*CONTENT, *FILENAME, *IGNORED}:
                 raise UnknownField(
                     "an image is a string in base64, or an object of `data` and `filename`",
                     param=f"{name}.{self._shown(min(unknown))}",
                 )
-            filename = self._text(f"{name}.filename", value["filename"]) if value.get("filename") is not None else None
-            name, value = f"{name}.data", value.get("data")
+            if (named := self._member(name, value, FILENAME)) is not None:
+                filename = self._text(f"{name}.{named}", value[named])
+            content = self._member(name, value, CONTENT) or CONTENT[0]
+            name, value = f"{name}.{content}", value.get(content)
         if not isinstance(value, str):
             raise ValidationFailed("an image must be a string in base64", param=name)
         if len(self._images) == self._max_images:
@@ -140,10 +156,16 @@ class _Reader:
         self._images.append(decoded(text, start, end, name))
         self._filenames.append(filename)
 
+    def _member(self, name: str, value: dict[str, Any], names: Collection[str]) -> str | None:
+        """Returns the one of `names` that an object has, if any. Raises BadRequest where it has several."""
+        present = [each for each in names if value.get(each) is not None]
+        if len(present) > 1:
+            raise BadRequest(f"`{present[0]}` and `{present[1]}` mean the same; send one", param=name)
+        return present[0] if present else None
+
     def _place(self, value: str) -> tuple[int, int] | None:
         """Where a string stands that was lifted out."""
-        index = value[1:] if value[:1] == "\0" else ""
-        return self._strings[int(index)] if index.isdecimal() and int(index) < len(self._strings) else None
+        return self._strings[int(value[1:])] if value[:1] == "\0" else None
 
     def _text(self, name: str, value: Any) -> str:
         """A scalar as the form would have it."""
@@ -199,6 +221,10 @@ def decoded(text: bytes, start: int, end: int, name: str) -> bytes:
 
 
 def _not_base64(letters: bytes) -> str:
+    if letters[:2] in (b"b'", b'b"'):
+        return (
+            "the base64 begins with b', which Python's str() puts around bytes; send `base64.b64encode(data).decode()`"
+        )
     if b" " in letters:
         return (
             "the base64 has blanks in it: where a form has decoded it, they were +; encode it once more, or send JSON"

@@ -22,6 +22,7 @@ from service.errors import BadRequest
 
 MAX_HEAD = 8192  # bytes of a part's head, and of what precedes the first part
 MAX_LINES, MAX_PARAMETERS = 32, 32  # of a part's head, and of a line of it
+READ_HEADERS = ("content-disposition", "content-type", "content-transfer-encoding")
 MAX_PADDING = 64  # blanks between a boundary and the end of its line
 MAX_BOUNDARY = 256  # characters; RFC 2046 allows 70
 
@@ -91,6 +92,10 @@ class Multipart:
         """The body is at its end; raises BadRequest where it was not to end yet."""
         if self._step == self._preamble:
             raise self._no_boundary()
+        if self._step == self._head and b"\n" in self._rest:
+            raise BadRequest(
+                "malformed multipart: the head of a part does not end with an empty line; end each line with CRLF"
+            )
         if self._step != self._epilogue:
             raise BadRequest("malformed multipart: it breaks off before its closing boundary")
 
@@ -184,7 +189,10 @@ def part_of(head: bytes, charset: str = "utf-8") -> PartHead:
         name, colon, value = line.partition(b":")
         if not colon:
             raise BadRequest("malformed multipart: a line in the head of a part is no header")
-        headers[name.strip().lower().decode("latin-1")] = _text(value.strip(), charset)
+        key = name.strip().lower().decode("latin-1")
+        if key in headers and key in READ_HEADERS:
+            raise BadRequest(f"malformed multipart: the head of a part has {key} twice")
+        headers[key] = _text(value.strip(), charset)
     disposition = parameters_of(headers.get("content-disposition", ""))
     filename = disposition.get("filename*", disposition.get("filename"))
     return PartHead(

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from models.data.files import Files
-from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, by_path, make_source
+from models.data.files import Files, opened
+from models.data.other_formats import LIST, json_kind
+from models.data.samples import UNREADABLE, DatasetItem, DatasetSource, by_path, counted, make_source
 from models.errors import DatasetError
 from models.files.zip_file import check_count, printable
 
@@ -51,7 +52,10 @@ def read_json(files: Files, name: str) -> DatasetSource:
     except (ValueError, RecursionError):
         raise DatasetError(f"{printable(name)} is not valid JSON; export it again") from None
     if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
-        raise DatasetError(f"{printable(name)} is no list of tasks; export JSON-MIN or CSV from Label Studio")
+        with opened(files, name) as content:
+            kind = json_kind(content.read(PEEKED))
+        remedy = kind or "no list of tasks; export JSON-MIN or CSV from Label Studio"
+        raise DatasetError(f"{printable(name)} is {remedy}")
     return source(files, name, _tasks(name, found))
 
 
@@ -59,10 +63,11 @@ def _tasks(name: str, found: list[dict[str, Any]]) -> Iterator[Task]:
     for number, task in enumerate(found, 1):
         place = f"{printable(name)}, task {number}"
         if "image" not in task:
-            full = "annotations" in task
+            full, azure = "annotations" in task, "regions" in task
             remedy = (
                 "this is the full JSON: export JSON-MIN or CSV" if full else "name the image `image` in Label Studio"
             )
+            remedy = f"this is an export of Azure Custom Vision: {LIST}" if azure else remedy
             raise DatasetError(f"{place} has no `image`; {remedy}")
         yield Task(place, task["image"], task.get("choice"))
 
@@ -81,7 +86,10 @@ def source(files: Files, name: str, tasks: Iterable[Task]) -> DatasetSource:
         path = beside.find(posixpath.join(folder, wanted), task.place)
         items.add(DatasetItem(printable(path), files.names.get(path, path), "train", label))
         check_count(len(items))
-    notes = [f"{unlabelled} tasks of {printable(name)} have no choice and are left out"] if unlabelled else []
+    notes = []
+    if unlabelled:
+        without = counted(unlabelled, "task has no choice and is", "tasks have no choice and are")
+        notes = [f"{printable(name)}: {without} left out"]
     return make_source("Label Studio's export", by_path(items), files.read, labelled=True, notes=notes)
 
 
