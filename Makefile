@@ -38,7 +38,7 @@ soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600 $(ARGS)
 
 attack: $(STAMP)
-	ATTACK_WATCH_ALL=1 PYTHONPATH=tests $(BIN)/pytest -p attack_report -m "soak or not soak" --timeout 3600 $(ARGS)
+	ATTACK_WATCH_ALL=1 PYTHONPATH=tests $(BIN)/pytest -p support.attack_report -m "soak or not soak" --timeout 3600 $(ARGS)
 
 gpu-check: $(STAMP)
 	@exec $(BIN)/imago doctor --gpu $(ARGS)

@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from support.emulated_arithmetic import computed_in, tf32
+from support.training_data import coloured, folder
 from torch import nn
-from training_data import coloured, folder
 
 from models import architectures
 from models.classifier import Backbone, Classifier, Head, ModelConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.routing import iter_route_contexts
-from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 from starlette.types import Message
+from support.service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 
 from service.errors import Forbidden, Unauthorized
 from service.http.auth import Keys, admin_key_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
+from support.service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 
 from service.errors import TooManyAttempts, Unauthorized
 from service.http import auth

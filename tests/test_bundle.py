@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lively
 import pytest
 import torch
+from support import lively
 
 from models.errors import WeightsError
 from models.files.records import SEAL

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.fake_cuda import CUDA, fake_cuda
-from timm_walk import families
+from support.timm_walk import families
 
 from models import architectures
 from models.classifier import Backbone, Head, HeadConfig, LayerConfig

@@ -10,10 +10,10 @@ from typing import IO
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from packed_data import CIFAR10, CIFAR100, gzipped, mnist
+from support.packed_data import CIFAR10, CIFAR100, gzipped, mnist
+from support.training_data import coloured
 from test_data_parquet import TRAIN, hub
 from test_data_roboflow import table
-from training_data import coloured
 
 from models.data.files import Files
 from models.data.formats.cifar import read_cifar

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from training_data import COLOURS, PREPROCESSING, archive, folder, png
+from support.training_data import COLOURS, PREPROCESSING, archive, folder, png
 
 from models.data.dataset import load
 from models.data.files import FolderFiles

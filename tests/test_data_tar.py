@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_data import CIFAR10, gzipped, mnist
-from training_data import PREPROCESSING, coloured, folder
+from support.packed_data import CIFAR10, gzipped, mnist
+from support.training_data import PREPROCESSING, coloured, folder
 
 from models.data import tar
 from models.data.dataset import load

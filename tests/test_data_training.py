@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from packed_data import gzipped, mnist
-from training_data import archive, folder
+from support.packed_data import gzipped, mnist
+from support.training_data import archive, folder
 
 from models.store.store import ModelStore
 from service.cli import main

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from command_lines import in_page, make_files, parse, words
 from pydantic_core import PydanticUndefined
+from support.command_lines import in_page, make_files, parse, words
 
 from models.errors import ModelError
 from service.app import create_app
@@ -63,7 +63,7 @@ def settings_table() -> str:
 
 
 def test_there_is_every_setting() -> None:
-    """To renew the table: `python -m tests.test_docs`."""
+    """To renew the table: `python tests/test_docs.py`."""
     assert section(SETTINGS, "settings") == settings_table()
 
 
@@ -168,7 +168,7 @@ def metrics_table() -> str:
 
 
 def test_every_metric_is_documented_in_its_own_words() -> None:
-    """To renew the table: `python -m tests.test_docs`."""
+    """To renew the table: `python tests/test_docs.py`."""
     assert section(MONITORING, "metrics") == metrics_table()
 
 

@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import lively
 import onnxruntime
 import pytest
 import torch
+from support import lively
 
 from models import architectures
 from models.errors import ExportError, WeightsError

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from time import process_time
 
 import pytest
-from hostile_images import ARITHMETIC, BASELINE, EXTENDED, PROGRESSIVE, at_the_limit, jpeg, many_scans, segment
-from image_files import IMAGENET, SMALL, photo, save
+from support.hostile_images import ARITHMETIC, BASELINE, EXTENDED, PROGRESSIVE, at_the_limit, jpeg, many_scans, segment
+from support.image_files import IMAGENET, SMALL, photo, save
 
 from models.errors import ImageTooLarge, InvalidImage
 from models.images import cost

@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import SMALL, save, solid
 from PIL import Image
+from support.image_files import SMALL, save, solid
 from torch import Tensor
 
 from models.errors import InvalidImage

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hostile_images import tiff_of_one_strip
-from image_files import SMALL, photo, save
 from PIL import Image
+from support.hostile_images import tiff_of_one_strip
+from support.image_files import SMALL, photo, save
 
 from models.errors import ImageTooLarge, InvalidImage
 from models.images import decoder_process

@@ -8,7 +8,8 @@ from time import process_time
 import numpy as np
 import pytest
 import torch
-from image_files import (
+from PIL import GifImagePlugin, Image, ImageCms, ImageOps
+from support.image_files import (
     GRAY,
     IMAGENET,
     ORANGE,
@@ -21,7 +22,6 @@ from image_files import (
     transparent_palette,
     ycck,
 )
-from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from models.architectures import timm_networks

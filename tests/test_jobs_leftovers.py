@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from service_fakes import FakeEngine, FakeStore
+from support.service_fakes import FakeEngine, FakeStore
 
 from models.files.atomic_files import staging
 from service.jobs import Jobs

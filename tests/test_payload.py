@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from service_fakes import ADMIN, Service, client_of
+from support.service_fakes import ADMIN, Service, client_of
+from support.training_data import coloured, folder
 from test_importing import Payload
-from training_data import coloured, folder
 
 from models import architectures
 from models.classifier import Head

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import API_KEY, GOOD, Service
-from service_fakes import http as http
+from support.service_fakes import API_KEY, GOOD, Service
+from support.service_fakes import http as http
 
 pytestmark = pytest.mark.anyio
 

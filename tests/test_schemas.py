@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from service_fakes import Service
+from support.service_fakes import Service
 
 
 @pytest.fixture(scope="module")

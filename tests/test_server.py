@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import GOOD, Service
+from support.service_fakes import GOOD, Service
 
 import service.server as server_module
 from service.errors import NotReady

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from command_lines import make_files, words
+from support.command_lines import make_files, words
 
 from models import architectures
 from models.training.job.request import FinetuneRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timm_walk import Walked, exported, families, heat_map, serve, walk
+from support.timm_walk import Walked, exported, families, heat_map, serve, walk
 
 from models import architectures
 from models.architectures import timm_networks

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from support.fake_cuda import CUDA, crossings, fake_cuda
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.training.network.batches import Batches
 from models.training.network.step import Stepper

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
+from support.training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.data import dataset
 from models.data.dataset import LoadedDataset, load, pixels

@@ -9,12 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import landscapes
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from training_data import archive, coloured, folder
+from support import landscapes
+from support.training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
 from models.data.dataset import load

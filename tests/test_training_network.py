@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.progress import never

@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from service_fakes import ADMIN, Service, client_of
-from v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
+from support.service_fakes import ADMIN, Service, client_of
+from support.v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
 
 from models import architectures
 from models.classifier import Head, HeadConfig, LayerConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v2_requests import binary, body, elements, tensor
+from support.v2_requests import binary, body, elements, tensor
 
 from models.errors import InvalidImage
 from models.images.decoding import unnormalise
