@@ -10,10 +10,10 @@ endif
 STAMP := .venv/.ready$(patsubst %,-%,$(filter-out cuda,$(TORCH)))
 ARGS ?=
 
-.PHONY: help setup serve test soak attack gpu-check check lint types contracts lock clean
+.PHONY: help setup serve unit test soak attack gpu-check check lint types contracts lock clean
 
 help:
-	@echo "make setup | serve | test | soak | attack | gpu-check | check | lock | clean"
+	@echo "make setup | serve | unit | test | soak | attack | gpu-check | check | lock | clean"
 	@echo "make serve TORCH=cpu    without CUDA: 2.2 GB, not 7.0; TORCH=cuda goes back"
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 
 serve: $(STAMP)
 	@exec $(BIN)/imago serve $(ARGS)
+
+# The tests that start no process, browser or database.
+unit: $(STAMP)
+	$(BIN)/pytest -m "not system" $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)

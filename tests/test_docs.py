@@ -23,7 +23,10 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+}
 README, SETTINGS, API = PAGES["README.md"], PAGES["docs/settings.md"], PAGES["docs/api.md"]
 MONITORING, OPERATIONS, TROUBLESHOOTING = (
     PAGES[f"docs/{page}.md"] for page in ("monitoring", "operations", "troubleshooting")
@@ -255,7 +258,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = PAGES["docs/README.md"]
-    assert [path.name for path in DOCS.glob("*.md") if path.name != "README.md" and f"({path.name})" not in index] == []
+    pages = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
+    assert [page for page in pages if page != "README.md" and f"({page})" not in index] == []
 
 
 def test_the_readme_stays_short() -> None:

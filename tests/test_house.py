@@ -83,7 +83,9 @@ def entries(folder: Path) -> list[str]:
 def test_no_folder_has_more_entries_than_can_be_read_at_a_glance() -> None:
     folders = [path.parent for package in PACKAGES for path in package.rglob("__init__.py")]
     assert len(folders) > 30
-    assert {str(path): len(entries(path)) for path in folders if path != PAGE and len(entries(path)) > MAX_ENTRIES} == {}
+    assert {
+        str(path): len(entries(path)) for path in folders if path != PAGE and len(entries(path)) > MAX_ENTRIES
+    } == {}
 
 
 def test_invariants_are_raised_and_not_asserted() -> None:
@@ -132,7 +134,9 @@ def test_what_is_declared_is_imported() -> None:
 
 
 def paths_in(table: str) -> list[str]:
-    return [path for row in re.findall(r"^\|.*\|$", table, re.MULTILINE) for path in re.findall(r"`([\w./]+/[\w./]*)`", row)]
+    return [
+        path for row in re.findall(r"^\|.*\|$", table, re.MULTILINE) for path in re.findall(r"`([\w./]+/[\w./]*)`", row)
+    ]
 
 
 @pytest.mark.parametrize(
