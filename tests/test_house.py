@@ -21,6 +21,7 @@ PAGE = ROOT / "service" / "web"  # the files of the page
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PREDICT = ROOT / "models" / "store" / "export" / "predict.py"  # a script that is written beside exported models
 PARTS = {"pydantic_core": "pydantic"}  # installed by that distribution, which fixes its version
+DISTRIBUTIONS = packages_distributions()
 NOT_IMPORTED = {
     "python-multipart": "FastAPI needs it for forms",
     "onnx": "torch.onnx.export imports it",
@@ -117,7 +118,7 @@ def declared() -> set[str]:
 
 def distributions(package: str) -> set[str]:
     """Those that install this package: several share `opentelemetry`."""
-    names = [PARTS[package]] if package in PARTS else packages_distributions().get(package, [package])
+    names = [PARTS[package]] if package in PARTS else DISTRIBUTIONS.get(package, [package])
     return {canonicalize_name(name) for name in names}
 
 
