@@ -17,7 +17,7 @@ SYSTEM_MARKS = ("data", "gpu", "soak")
 STARTERS = re.compile(
     r"^\s*(?:import|from) (?:subprocess|multiprocessing|playwright|socket|socketserver|uvicorn)\b"
     r"|^from support\.(?:attack_driver|hub_server|live_server|page_server|postgres_server|small_disk)\b"
-    r"|^pytestmark = pytest\.mark\.system$"
+    r"|^pytestmark = .*\bpytest\.mark\.system\b"
     r"|^from test_(?:jobs|proxies|serve|server|takeover) import",
     re.MULTILINE,
 )

@@ -39,6 +39,8 @@ from service.jobs.worker import _samples
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
+pytestmark = pytest.mark.system
+
 SHIPPED = Path(__file__).parents[1] / "weights"
 ARITHMETIC: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float32": nullcontext,

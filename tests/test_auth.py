@@ -82,6 +82,7 @@ def guarded_routes(service: Service) -> list[tuple[str, str]]:
     return guarded
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1")
 @pytest.mark.anyio
 async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None:

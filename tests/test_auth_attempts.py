@@ -154,6 +154,7 @@ async def test_what_a_browser_sends_by_itself_opens_nothing(
     assert (answer.status_code, "set-cookie" in answer.headers, service.store.calls) == (401, False, [])
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1")
 async def test_no_key_shows_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

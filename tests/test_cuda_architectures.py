@@ -14,6 +14,8 @@ from models.runtime.torch_engine import TorchEngine
 from service.inference.forward import PartFunction, apply_parts
 from service.inference.registry.loader import HeadPart, NeighboursPart
 
+pytestmark = pytest.mark.system
+
 SAMPLE = (
     "alexnet",
     "convnext_tiny",

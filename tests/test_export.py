@@ -43,6 +43,7 @@ def agrees(store: ModelStore, name: str, folder: Path) -> None:
         torch.testing.assert_close(given, expected, rtol=0, atol=AGREES)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_network_answers_alike(store: ModelStore, tmp_path: Path, name: str) -> None:
     lively.publish(store, "mine", name)

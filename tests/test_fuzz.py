@@ -6,6 +6,7 @@ import pytest
 from support.fuzz_targets import TARGETS
 
 
+@pytest.mark.system
 @pytest.mark.abuse("I19", "I20", "H2", "J11")
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds(name: str) -> None:

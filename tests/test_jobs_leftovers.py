@@ -14,6 +14,8 @@ from service.jobs.jobs import STAGING_LOCK
 from service.jobs.queue import Queue
 from service.settings import Settings
 
+pytestmark = pytest.mark.system
+
 KNOWN, LOST = "ftjob-" + "0" * 32, "ftjob-" + "1" * 32
 
 

@@ -100,6 +100,7 @@ def test_as_an_image_of_a_dataset(tmp_path: Path, touched: Path, payload: bytes)
     assert not touched.exists()
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize(
     ("path", "send"),

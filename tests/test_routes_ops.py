@@ -17,6 +17,7 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path, api_key=API_KEY)  # health and metrics are open all the same
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"])
 async def test_open_to_all(http: httpx.AsyncClient, path: str) -> None:
     assert (await http.get(path)).status_code == 200

@@ -15,6 +15,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "textbooks.md").read_text()
 COMMANDS = re.findall(r"`(imago finetune [^`]*)`", PAGE)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("line", COMMANDS)
 def test_each_command_is_a_request(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[FinetuneRequest] = []

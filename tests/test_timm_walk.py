@@ -15,6 +15,8 @@ from models.architectures import timm_networks
 from models.errors import ExportError
 from models.images.decoding import decode
 
+pytestmark = pytest.mark.system
+
 EXACT = 1e-5  # of the largest score
 EXPORT = 1e-4  # of a probability
 NO_ONNX = (

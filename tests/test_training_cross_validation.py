@@ -24,6 +24,8 @@ from models.training.selection.architectures import FoldResult, FoldResults
 from service.cli.finetune import show_plan, summary
 from service.http.schemas import DryRun
 
+pytestmark = pytest.mark.system
+
 CHOSEN = {"epochs": 3, "batch_size": 8, "lr": 0.02}
 BASES = ["mnist_cnn", "lenet5"]  # 28 and 32 px
 

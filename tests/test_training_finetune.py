@@ -38,6 +38,8 @@ from models.training.run import Event, FinetuneRequest
 from service.cli import main
 from service.http.schemas import DryRun
 
+pytestmark = pytest.mark.system
+
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"
 QUICK = {"epochs": 8, "batch_size": 8, "lr": 0.02}

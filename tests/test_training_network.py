@@ -17,6 +17,8 @@ from models.training.network.auxiliary import Auxiliary
 from models.training.network.checkpoint import previous
 from models.training.network.trainer import History, Trainer, deterministic
 
+pytestmark = pytest.mark.system
+
 DATA = in_memory()
 NONE, FREE = EarlyStopping(criterion="none"), Budget()
 

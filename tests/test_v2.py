@@ -22,7 +22,7 @@ from models.store.store import ModelStore
 from service.app import create_app
 from service.inference.engine import Engine
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.system, pytest.mark.anyio]
 OTHER = Preprocessing(resize=40, crop=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = ["ant", "bee", "cat"]
 INFER = "/v2/models/tiny/infer"
