@@ -81,6 +81,7 @@ async def test_messages_name_no_library(http: httpx.AsyncClient, field: str, val
     assert not any(word in message for word in ("<class", "pathlib", "pydantic", "instance of", "Path"))
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1604")
 async def test_blanks_around_an_idempotency_key_are_no_part_of_it(http: httpx.AsyncClient) -> None:  # noqa: F811
     answers = [

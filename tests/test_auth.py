@@ -98,6 +98,7 @@ async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None
     assert service.store.calls == []
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1616")
 @pytest.mark.anyio
 @pytest.mark.parametrize("length", [None, b"1", b"99999999999"], ids=["of no length", "broken", "huge"])

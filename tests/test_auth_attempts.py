@@ -93,6 +93,7 @@ async def test_many_addresses_take_no_more_memory(monkeypatch: pytest.MonkeyPatc
     assert len(attempts._bad) == 100
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1", "A1301")
 @pytest.mark.parametrize("path", ["/models", "/finetune"])
 async def test_wrong_keys_lock_nobody_out(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from models.store.export.files import SCRIPT, export
 from models.store.export.graph import graph_inputs
 from models.store.store import ModelStore
 
+pytestmark = pytest.mark.system
+
 AGREES = 1e-4
 SMALL = ("lenet5", "nin", "preact_resnet", "googlenet_small", "squeezenet1_1", "shallow_narrow", "vgg11_32")
 EMBEDDED = ModelStore(Path(__file__).parents[1] / "weights")
