@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import conftest
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -159,3 +160,28 @@ def test_the_map_answers_26_questions() -> None:
     rows = re.findall(r"^\| ([^|]+) \| `", page.partition("## Where is ...?\n")[2].partition("\n## ")[0], re.MULTILINE)
     assert len(rows) >= 26
     assert [question for question, count in Counter(rows).items() if count > 1] == []
+
+
+# Unit and system tests
+
+
+def test_a_unit_test_that_starts_a_process_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest, "unit_test", "test_a")
+    with pytest.raises(pytest.fail.Exception, match=r"test_a is a unit test, and does subprocess.Popen"):
+        conftest.refuse_start("subprocess.Popen", ())
+    conftest.refuse_start("open", ())
+
+
+@pytest.mark.parametrize(
+    ("line", "system"),
+    [
+        pytest.param("import subprocess", True, id="subprocess"),
+        pytest.param("from support.live_server import live_server", True, id="server"),
+        pytest.param("pytestmark = [pytest.mark.system, pytest.mark.anyio]", True, id="mark"),
+        pytest.param("from support.service_fakes import http", False, id="fakes"),
+    ],
+)
+def test_modules_of_system_tests(line: str, system: bool, tmp_path: Path) -> None:
+    module = tmp_path / "test_a.py"
+    module.write_text(f"import pytest\n{line}\n")
+    assert conftest.is_system_module(module) is system
