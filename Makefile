@@ -10,10 +10,10 @@ endif
 STAMP := .venv/.ready$(patsubst %,-%,$(filter-out cuda,$(TORCH)))
 ARGS ?=
 
-.PHONY: help setup serve test soak attack gpu-check check lint types contracts lock clean
+.PHONY: help setup serve unit test soak attack gpu-check check lint types contracts lock clean
 
 help:
-	@echo "make setup | serve | test | soak | attack | gpu-check | check | lock | clean"
+	@echo "make setup | serve | unit | test | soak | attack | gpu-check | check | lock | clean"
 	@echo "make serve TORCH=cpu    without CUDA: 2.2 GB, not 7.0; TORCH=cuda goes back"
 
 setup: $(STAMP)
@@ -31,6 +31,10 @@ $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 serve: $(STAMP)
 	@exec $(BIN)/imago serve $(ARGS)
 
+# The tests that start no process, browser or database.
+unit: $(STAMP)
+	$(BIN)/pytest -m "not system" $(ARGS)
+
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
 
@@ -38,7 +42,7 @@ soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600 $(ARGS)
 
 attack: $(STAMP)
-	ATTACK_WATCH_ALL=1 PYTHONPATH=tests $(BIN)/pytest -p attack_report -m "soak or not soak" --timeout 3600 $(ARGS)
+	ATTACK_WATCH_ALL=1 PYTHONPATH=tests $(BIN)/pytest -p support.attack_report -m "soak or not soak" --timeout 3600 $(ARGS)
 
 gpu-check: $(STAMP)
 	@exec $(BIN)/imago doctor --gpu $(ARGS)

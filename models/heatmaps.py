@@ -121,7 +121,8 @@ def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) ->
     if isinstance(layer, MLPLayer):
         weights = _slopes(layer, maps, classes)
     else:
-        assert isinstance(layer, nn.Linear), "a head's layer is one of the three"  # noqa: S101
+        if not isinstance(layer, nn.Linear):
+            raise TypeError("a head's layer is one of the three")
         weights = _mixing(head, classes) @ layer.weight  # (k, D), or (k, D * h * w)
     if weights.shape[1] == len(maps):
         return torch.einsum("cd,dhw->chw", weights, maps)
@@ -196,8 +197,10 @@ def _weighted(score: Tensor, output: Tensor) -> Tensor:
     """(h, w): the map, each channel weighted by the mean of the score's gradient over its positions; negative sums are none."""
     (gradient,) = torch.autograd.grad(score, output, retain_graph=True)
     maps, slopes = _spatial(output.detach()), _spatial(gradient)
-    assert maps is not None, "the hooked module has a map"  # noqa: S101
-    assert slopes is not None, "and its gradient the same shape"  # noqa: S101
+    if maps is None:
+        raise RuntimeError("the hooked module has a map")
+    if slopes is None:
+        raise RuntimeError("the gradient has the shape of the map")
     heat = (slopes.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
     return upright(heat, 1)[0, 0]
 

@@ -141,7 +141,8 @@ def _operation_id(route: APIRoute) -> str:
 
 
 async def _framework_error(request: Request, error: Exception) -> NoReturn:
-    assert isinstance(error, HTTPException)  # noqa: S101  (registered for it alone)
+    if not isinstance(error, HTTPException):
+        raise TypeError("the handler is registered for HTTPException alone")
     raise _translate(error, request) from error
 
 
@@ -172,7 +173,8 @@ def _allowed(request: Request) -> str:
 
 async def _invalid_request(request: Request, error: Exception) -> NoReturn:
     """The first complaint of several, without the input that it is about."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101  (registered for it alone)
+    if not isinstance(error, RequestValidationError):
+        raise TypeError("the handler is registered for RequestValidationError alone")
     first = error.errors()[0]
     param = printable(".".join(str(part) for part in first["loc"][1:])) or None
     match first["type"]:

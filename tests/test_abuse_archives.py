@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hostile_zips import claim, many_entries, overlapping, packed, zeros
-from training_data import PREPROCESSING, coloured
+from support.hostile_zips import claim, many_entries, overlapping, packed, zeros
+from support.training_data import PREPROCESSING, coloured
 
 from models.data.dataset import load
 from models.data.sources import open_source

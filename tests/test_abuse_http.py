@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from image_files import save, solid
-from live_server import LiveServer, live_server
-from live_server import weights as weights
+from support.image_files import save, solid
+from support.live_server import LiveServer, live_server
+from support.live_server import weights as weights
 
 PATIENCE_S = 20
 IMAGE = save(solid())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from image_files import save, solid
-from live_server import LiveServer, live_server
-from live_server import weights as weights
-from odd_images import ANY, OK, REFUSED, TOO_LARGE, Odd, bombs, odd_images, strips, two_in_one
+from support.image_files import save, solid
+from support.live_server import LiveServer, live_server
+from support.live_server import weights as weights
+from support.odd_images import ANY, OK, REFUSED, TOO_LARGE, Odd, bombs, odd_images, strips, two_in_one
 
 MEGAPIXELS = 100  # at a time; the server has the threads for four times as many
 RAW = {"Content-Type": "application/octet-stream"}

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import abuse, rig
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.Server]:

@@ -8,10 +8,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hostile_zips import packed
 from pydantic import ValidationError
+from support.hostile_zips import packed
+from support.training_data import PREPROCESSING, coloured, folder
 from test_data_tar import packed as tarred
-from training_data import PREPROCESSING, coloured, folder
 
 from models.classifier import ModelConfig
 from models.data.dataset import load, pixels

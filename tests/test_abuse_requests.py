@@ -27,6 +27,7 @@ def numbers_of(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
                     yield method, path, parameter["name"], parameter["in"]
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1610")
 async def test_huge_numbers_in_any_parameter_are_refused(http: httpx.AsyncClient) -> None:  # noqa: F811
     job = (await start(http)).rpartition("/")[2]
@@ -68,6 +69,7 @@ async def test_numbers_that_mean_nothing_name_their_field(http: httpx.AsyncClien
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, field)
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1603")
 @pytest.mark.parametrize("value", ["NaN", "1", "null", "[]", "{}", "true"])
 @pytest.mark.parametrize("field", ["dataset", "name", "hyperparameters", "budget", "early_stopping", "metadata"])
@@ -79,6 +81,7 @@ async def test_messages_name_no_library(http: httpx.AsyncClient, field: str, val
     assert not any(word in message for word in ("<class", "pathlib", "pydantic", "instance of", "Path"))
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1604")
 async def test_blanks_around_an_idempotency_key_are_no_part_of_it(http: httpx.AsyncClient) -> None:  # noqa: F811
     answers = [

@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from support.emulated_arithmetic import computed_in, tf32
+from support.training_data import coloured, folder
 from torch import nn
-from training_data import coloured, folder
 
 from models import architectures
 from models.classifier import Backbone, Classifier, Head, ModelConfig
@@ -38,6 +38,8 @@ from service.inference.results import ParityImage
 from service.jobs.worker import _samples
 from service.observability.metrics import Metrics
 from service.settings import Settings
+
+pytestmark = pytest.mark.system
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 ARITHMETIC: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import ADMIN, GOOD, Service, client_of
-from service_fakes import http as http
+from support.service_fakes import ADMIN, GOOD, Service, client_of
+from support.service_fakes import http as http
 
 pytestmark = pytest.mark.anyio
 

@@ -8,11 +8,11 @@ from unittest.mock import patch
 import httpx
 import pytest
 import torch
-from image_files import save, solid
-from live_server import LiveServer, live_server
-from live_server import weights as weights
 from support import hostile
 from support.attack_driver import LONGEST_STALL_MS, Hostile, attack
+from support.image_files import save, solid
+from support.live_server import LiveServer, live_server
+from support.live_server import weights as weights
 
 from models import architectures
 from models.classifier import Head

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.routing import iter_route_contexts
-from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 from starlette.types import Message
+from support.service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 
 from service.errors import Forbidden, Unauthorized
 from service.http.auth import Keys, admin_key_of
@@ -82,6 +82,7 @@ def guarded_routes(service: Service) -> list[tuple[str, str]]:
     return guarded
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1")
 @pytest.mark.anyio
 async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ async def test_every_route_but_the_open_ones_wants_a_key(tmp_path: Path) -> None
     assert service.store.calls == []
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A1616")
 @pytest.mark.anyio
 @pytest.mark.parametrize("length", [None, b"1", b"99999999999"], ids=["of no length", "broken", "huge"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
+from support.service_fakes import ADMIN, ADMIN_KEY, API_KEY, GOOD, Service, client_of
 
 from service.errors import TooManyAttempts, Unauthorized
 from service.http import auth
@@ -93,6 +93,7 @@ async def test_many_addresses_take_no_more_memory(monkeypatch: pytest.MonkeyPatc
     assert len(attempts._bad) == 100
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1", "A1301")
 @pytest.mark.parametrize("path", ["/models", "/finetune"])
 async def test_wrong_keys_lock_nobody_out(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +155,7 @@ async def test_what_a_browser_sends_by_itself_opens_nothing(
     assert (answer.status_code, "set-cookie" in answer.headers, service.store.calls) == (401, False, [])
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J1")
 async def test_no_key_shows_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

@@ -10,8 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
-from live_server import LiveServer, live_server
-from live_server import weights as weights
+from support.live_server import LiveServer, live_server
+from support.live_server import weights as weights
 
 from models.store.store import ModelStore
 

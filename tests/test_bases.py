@@ -91,6 +91,7 @@ def test_an_empty_store_offers_the_packaged_models(store: ModelStore) -> None:
     assert {base.images_per_s for base in bases} == {None}
 
 
+@pytest.mark.system
 def test_models_on_one_backbone_are_one_base(store: ModelStore) -> None:
     publish(store, "older")
     publish(store, "younger")
@@ -100,6 +101,7 @@ def test_models_on_one_backbone_are_one_base(store: ModelStore) -> None:
     assert [(base.name, base.default) for base in training_bases(store, []) if base.in_store] == [("younger", True)]
 
 
+@pytest.mark.system
 def test_an_image_passes_through_every_backbone_of_an_ensemble(store: ModelStore) -> None:
     first, second = publish(store, "first", 1), publish(store, "second", 2)
     ensemble(store, "both", ["first", "second"])

@@ -11,6 +11,8 @@ import pytest
 
 from service.diagnostics.load_generator import LoadPlan, complete, percentiles, plan, read_images, run
 
+pytestmark = pytest.mark.system
+
 Seen = list[tuple[str, bytes]]  # path, body
 
 

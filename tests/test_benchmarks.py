@@ -28,6 +28,7 @@ def in_process(gpu: FakeGpu) -> serve.InProcess:
     return serve.InProcess(engine, head, backbone.ref.preprocessing, CUDA, decoders=1)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("count", [1, 256])
 def test_the_limit_of_a_server_computes_on_a_gpu(gpu: FakeGpu, count: int) -> None:
     """One copy in, one out; a head that stayed on the CPU raises."""
@@ -47,6 +48,7 @@ def test_the_limit_tries_batches_up_to_the_largest_that_a_server_may_choose(kind
     assert max(forward.BATCHES["cuda"]) >= choice.LARGEST_BATCH["cuda"]
 
 
+@pytest.mark.system
 def test_every_contender_of_the_forward_benchmark_computes_on_a_gpu(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lively
 import pytest
 import torch
+from support import lively
 
 from models.errors import WeightsError
 from models.files.records import SEAL
@@ -57,6 +57,7 @@ def test_a_backbone_that_is_there_is_shared(store: ModelStore, bundle: Path) -> 
     assert len(list(store.backbones.root.iterdir())) == 1
 
 
+@pytest.mark.system
 def test_an_ensemble_brings_all_its_backbones(store: ModelStore, tmp_path: Path) -> None:
     source = ModelStore(tmp_path / "source")
     config = lively.publish(source, "both", "lenet5", "nin", "lenet5", kind="mean")

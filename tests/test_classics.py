@@ -12,6 +12,8 @@ from models.architectures.classics import NETWORKS
 from models.architectures.classics.inception import SharedInception, narrow_inception
 from models.architectures.classics.residual import LeakyBottleneck, resnet_bottleneck_28
 
+pytestmark = pytest.mark.system
+
 LARGE = "resnet_bottleneck_28"  # 1.7 GB of weights: only outlined, on the meta device
 SOME_LAYERS = ((1, 16, 1), (2, 32, 2))  # of the same blocks, small enough to train
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import lively
 import pytest
 from click.testing import CliRunner, Result
+from support import lively
 
 from models.store.store import ModelStore
 from service.cli import main

@@ -9,7 +9,7 @@ import click
 import httpx
 import pytest
 from click.testing import CliRunner
-from command_lines import commands, in_help, make_files, parse
+from support.command_lines import commands, in_help, make_files, parse
 
 from service.cli import COMMANDS, main
 from service.cli.datasets import Watched

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import Response
-from service_fakes import GOOD, Service
 from support.framing import Request, Transport, through_ours
+from support.service_fakes import GOOD, Service
 from test_server import HEAD, OK, PATIENCE_S, port_of, serving, small, talk, until, url_of
 from uvicorn.config import Config
 from uvicorn.server import ServerState

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from live_server import _read_until
-from live_server import weights as weights
+from support.live_server import _read_until
+from support.live_server import weights as weights
 
 from service.settings import Settings
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.fake_cuda import CUDA, fake_cuda
-from timm_walk import families
+from support.timm_walk import families
 
 from models import architectures
 from models.classifier import Backbone, Head, HeadConfig, LayerConfig
@@ -13,6 +13,8 @@ from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
 from service.inference.forward import PartFunction, apply_parts
 from service.inference.registry.loader import HeadPart, NeighboursPart
+
+pytestmark = pytest.mark.system
 
 SAMPLE = (
     "alexnet",

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed_data import CIFAR10, CIFAR100, cifar_rows
-from training_data import PREPROCESSING, archive, folder
+from support.packed_data import CIFAR10, CIFAR100, cifar_rows
+from support.training_data import PREPROCESSING, archive, folder
 
 from models.data.dataset import load
 from models.data.samples import DatasetSource

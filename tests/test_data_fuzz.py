@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from packed_data import CIFAR10, CIFAR100, gzipped, mnist
+from support.packed_data import CIFAR10, CIFAR100, gzipped, mnist
+from support.training_data import coloured
 from test_data_parquet import TRAIN, hub
 from test_data_roboflow import table
-from training_data import coloured
 
 from models.data.files import Files
 from models.data.formats.cifar import read_cifar
@@ -84,6 +85,7 @@ def look(read: Callable[[Files], DatasetSource | None], files: dict[str, bytes])
                 continue
 
 
+@pytest.mark.system
 @SOON
 @given(damaged(mnist()[IMAGES]), damaged(mnist()[LABELS]), st.booleans())
 @example(b"\0\0\x08\x03" + b"\xff" * 12, mnist()[LABELS], False)
@@ -92,6 +94,7 @@ def test_idx(images: bytes, labels: bytes, one: bool) -> None:
     look(read_idx, mnist() | {IMAGES: images} | ({} if one else {LABELS: labels}))
 
 
+@pytest.mark.system
 @SOON
 @given(damaged(gzipped(mnist())[f"{IMAGES}.gz"]), damaged(b"zero\none\n\xc3\xa4\n"))
 def test_gzipped_idx_and_names(images: bytes, names: bytes) -> None:
@@ -99,6 +102,7 @@ def test_gzipped_idx_and_names(images: bytes, names: bytes) -> None:
     look(read_idx, files)
 
 
+@pytest.mark.system
 @SOON
 @given(st.sampled_from([CIFAR10, CIFAR100]), st.data())
 def test_cifar(files: dict[str, bytes], data: st.DataObject) -> None:
@@ -113,6 +117,7 @@ def test_tables(export: bytes, classes: bytes) -> None:
     look(read_one_hot, {"train/_classes.csv": classes, "train/a.jpg": b""})
 
 
+@pytest.mark.system
 @SOON
 @given(damaged(hub()[TRAIN]))
 @example(hub()[TRAIN][:12] + b"\x0c" + hub()[TRAIN][13:])  # a dictionary without values, and rows that refer to them

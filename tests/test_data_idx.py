@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed_data import SIDE, digits, gzipped, idx, mnist
-from training_data import archive, folder
+from support.packed_data import SIDE, digits, gzipped, idx, mnist
+from support.training_data import archive, folder
 
 from models.data.dataset import LoadedDataset, load
 from models.data.samples import DatasetSource

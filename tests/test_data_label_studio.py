@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import PREPROCESSING, archive, coloured, folder
+from support.training_data import PREPROCESSING, archive, coloured, folder
 
 from models.data.dataset import load
 from models.data.samples import DatasetSource

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from support.training_data import archive, folder
 from test_data_tar import packed as tarred
-from training_data import archive, folder
 
 from models.data.samples import DatasetSource, Layout, Reading
 from models.data.sources import open_source

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from training_data import COLOURS, PREPROCESSING, archive, folder, png
+from support.training_data import COLOURS, PREPROCESSING, archive, folder, png
 
 from models.data.dataset import load
 from models.data.files import FolderFiles
@@ -187,6 +187,7 @@ def test_a_row_group_that_is_too_large(tmp_path: Path, monkeypatch: pytest.Monke
         listed(folder(tmp_path, hub()))
 
 
+@pytest.mark.system
 def test_a_bomb(tmp_path: Path) -> None:
     content = BytesIO()
     pq.write_table(pa.table({"image": [bytes(20 * 2**20)], "label": [1]}), content, compression="zstd")
@@ -237,6 +238,7 @@ def varint(value: int, length: int) -> bytes:
     return bytes([(value * 2 >> 7 * i) & 0x7F | 0x80 for i in range(length - 1)] + [value * 2 >> 7 * (length - 1)])
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A905")
 def test_pages_that_are_larger_than_the_footer_says_are_refused(tmp_path: Path) -> None:
     images = [bytes(4 * 2**20) for _ in range(12)]

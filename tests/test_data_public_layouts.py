@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from training_data import PREPROCESSING, coloured, folder
+from support.training_data import PREPROCESSING, coloured, folder
 
 from models.data.dataset import load
 from models.data.samples import DatasetSource, Reading

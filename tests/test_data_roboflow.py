@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from training_data import archive, coloured, folder
+from support.training_data import archive, coloured, folder
 
 from models.data.samples import DatasetSource
 from models.data.sources import open_source

@@ -3,8 +3,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hostile_zips import claim
-from training_data import archive, coloured, folder
+from support.hostile_zips import claim
+from support.training_data import archive, coloured, folder
 
 from models.data import files
 from models.data.samples import DatasetSource

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_data import archive, folder
+from support.training_data import archive, folder
 
 from models.data.samples import DatasetSource, Reading
 from models.data.sources import open_source

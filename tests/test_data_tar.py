@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_data import CIFAR10, gzipped, mnist
-from training_data import PREPROCESSING, coloured, folder
+from support.packed_data import CIFAR10, gzipped, mnist
+from support.training_data import PREPROCESSING, coloured, folder
 
 from models.data import tar
 from models.data.dataset import load
@@ -108,6 +108,7 @@ def test_a_gzip_that_is_cut_off(tmp_path: Path) -> None:
         listed(path)
 
 
+@pytest.mark.system
 def test_a_bomb_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder(tmp_path / "tmp", {"kept": b""})))
     path = packed(tmp_path / "a.tar.gz", coloured(1) | {"ant/big.png": bytes(40 * 2**20)})
@@ -147,6 +148,7 @@ def global_headers(count: int) -> bytes:
     return b"".join(key + member for key in keys)
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A906")
 @pytest.mark.parametrize(
     "headers",
@@ -170,6 +172,7 @@ def test_headers_cost_no_memory(tmp_path: Path, headers: bytes, mode: str) -> No
     assert peak < 5 * 2**20
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A906")
 def test_a_member_costs_its_name(tmp_path: Path) -> None:
     member = tarfile.TarInfo("red/1.png").tobuf(tarfile.USTAR_FORMAT)

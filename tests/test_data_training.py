@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from packed_data import gzipped, mnist
-from training_data import archive, folder
+from support.packed_data import gzipped, mnist
+from support.training_data import archive, folder
 
 from models.store.store import ModelStore
 from service.cli import main
@@ -33,6 +33,7 @@ def test_the_dry_run_says_what_was_recognised(tmp_path: Path, pack: Any) -> None
     assert "split: 30 train, 10 val, 10 test" in lines
 
 
+@pytest.mark.system
 def test_digits_are_trained_on_and_remembered_by_name(tmp_path: Path) -> None:
     path = folder(tmp_path / "digits", mnist(per_class=4))
     output = imago(tmp_path, "finetune", str(path), "--name", "digits", "--json", *SCRATCH)

@@ -90,6 +90,7 @@ def test_images_unlike_the_training_images_are_not_counted_as_accepted() -> None
     assert decisions.accepted_share == pytest.approx(0.6)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("count", [pytest.param(300, id="few"), pytest.param(3000, id="more than thresholds kept")])
 def test_the_precision_holds_for_new_images(count: int) -> None:
     """With the confidence that is promised: over many draws of the held-out images."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_driver import Card, with_gpus
+from support.fake_driver import Card, with_gpus
 
 from models import runtime
 from models.errors import DeviceUnavailable

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from command_lines import in_page, make_files, parse, words
 from pydantic_core import PydanticUndefined
+from support.command_lines import in_page, make_files, parse, words
 
 from models.errors import ModelError
 from service.app import create_app
@@ -23,7 +23,10 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+}
 README, SETTINGS, API = PAGES["README.md"], PAGES["docs/settings.md"], PAGES["docs/api.md"]
 MONITORING, OPERATIONS, TROUBLESHOOTING = (
     PAGES[f"docs/{page}.md"] for page in ("monitoring", "operations", "troubleshooting")
@@ -63,7 +66,7 @@ def settings_table() -> str:
 
 
 def test_there_is_every_setting() -> None:
-    """To renew the table: `python -m tests.test_docs`."""
+    """To renew the table: `python tests/test_docs.py`."""
     assert section(SETTINGS, "settings") == settings_table()
 
 
@@ -168,7 +171,7 @@ def metrics_table() -> str:
 
 
 def test_every_metric_is_documented_in_its_own_words() -> None:
-    """To renew the table: `python -m tests.test_docs`."""
+    """To renew the table: `python tests/test_docs.py`."""
     assert section(MONITORING, "metrics") == metrics_table()
 
 
@@ -255,7 +258,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = PAGES["docs/README.md"]
-    assert [path.name for path in DOCS.glob("*.md") if path.name != "README.md" and f"({path.name})" not in index] == []
+    pages = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
+    assert [page for page in pages if page != "README.md" and f"({page})" not in index] == []
 
 
 def test_the_readme_stays_short() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
-from live_server import weights as weights
 from pydantic import SecretStr
+from support.fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
+from support.live_server import weights as weights
 
 from service.cli import main
 from service.diagnostics import doctor

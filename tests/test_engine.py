@@ -42,6 +42,8 @@ from service.inference.results import ModelResults, Prediction, Wanted
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
+pytestmark = pytest.mark.system
+
 KIND = Preprocessing(resize=32, crop=32)
 
 

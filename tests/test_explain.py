@@ -43,6 +43,7 @@ class InPlace(nn.Module):
         return nn.functional.relu(self.conv(x), inplace=True).mean(dim=(2, 3))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_map_that_is_activated_in_place(engine: str) -> None:
     torch.manual_seed(0)
@@ -69,6 +70,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("name", "tap"), EXACT)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_maps_of_a_cam_network_add_up_to_its_scores(engine: str, name: str, tap: str | None) -> None:
@@ -85,6 +87,7 @@ def test_the_maps_of_a_cam_network_add_up_to_its_scores(engine: str, name: str, 
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["lenet5", "alexnet_32", "vgg11_32", "mobilenet_v3_small"])
 def test_other_networks_have_no_map_and_are_explained_by_gradients(name: str) -> None:
     backbone, head = made(name)
@@ -197,6 +200,7 @@ def test_an_overlay_is_the_image_where_it_is_cold_and_red_where_it_is_hot() -> N
     assert red > blue
 
 
+@pytest.mark.system
 def test_a_map_is_what_the_original_network_would_give() -> None:
     backbone, _ = made("preact_resnet")
     pixels = photo(backbone)

@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import lively
 import onnxruntime
 import pytest
 import torch
+from support import lively
 
 from models import architectures
 from models.activations import Activation
@@ -23,6 +23,8 @@ from models.store.ensembles import ensemble
 from models.store.export.files import SCRIPT, export
 from models.store.export.graph import graph_inputs
 from models.store.store import ModelStore
+
+pytestmark = pytest.mark.system
 
 AGREES = 1e-4
 SMALL = ("lenet5", "nin", "preact_resnet", "googlenet_small", "squeezenet1_1", "shallow_narrow", "vgg11_32")
@@ -45,6 +47,7 @@ def agrees(store: ModelStore, name: str, folder: Path) -> None:
         torch.testing.assert_close(given, expected, rtol=0, atol=AGREES)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_network_answers_alike(store: ModelStore, tmp_path: Path, name: str) -> None:
     lively.publish(store, "mine", name)

@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import lively
 import pytest
 import torch
-from image_files import photo, png, save, solid
 from PIL import Image
+from support import lively
+from support.image_files import photo, png, save, solid
 
 from models.store.export.files import export
 from models.store.store import ModelStore

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import lively
 import pytest
-from service_fakes import ADMIN, Service, client_of
+from support import lively
+from support.service_fakes import ADMIN, Service, client_of
 
 from models.classifier import ModelConfig
 from models.errors import ExportError, WeightsError

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from image_files import photo, save
-from live_server import LiveServer, live_server
-from live_server import weights as weights
+from support.image_files import photo, save
+from support.live_server import LiveServer, live_server
+from support.live_server import weights as weights
 
 TEXT = b"a text that is no image"
 

@@ -164,6 +164,7 @@ async def latencies(engine: Engine, served: Served, client: str, images: list[Te
     return taken
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A613")
 @pytest.mark.parametrize("client", ["another address", "the same address"])
 async def test_a_flood_for_one_model_does_not_slow_another_caller(store: ModelStore, client: str) -> None:

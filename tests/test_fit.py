@@ -260,6 +260,7 @@ MISFITS: list[Any] = [
 ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("write", "reason"), MISFITS)
 def test_misfits(tmp_path: Path, network: nn.Module, write: Callable[[State], Any], reason: str) -> None:
     message = refused(write(dict(network.state_dict())), tmp_path)
@@ -267,6 +268,7 @@ def test_misfits(tmp_path: Path, network: nn.Module, write: Callable[[State], An
     assert "\n" not in message
 
 
+@pytest.mark.system
 def test_the_network_whose_names_they_are_is_named(tmp_path: Path) -> None:
     checkpoint = of_state(
         {key: torch.empty(t.shape) for key, t in architectures.outline("vgg11").state_dict().items()}, "x"

@@ -84,6 +84,7 @@ def _head(gpu: FakeGpu) -> Head:
     return moved
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("heads", "near", "mapped"),
     [

@@ -11,6 +11,8 @@ from support.framing import Outcome, Request, through_h11, through_ours
 
 from service.http.connection.guarded_protocol import GuardedProtocol
 
+pytestmark = pytest.mark.system
+
 SMUGGLED = b"DELETE /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import live_server
-from live_server import weights as weights
 from PIL import Image
-from service_fakes import ADMIN_KEY
-from small_disk import disk as disk
-from small_disk import full
+from support.live_server import live_server
+from support.live_server import weights as weights
+from support.service_fakes import ADMIN_KEY
+from support.small_disk import disk as disk
+from support.small_disk import full
 from test_jobs import ended, jobs_in, waiting, wanting
 
 from service import datasets

@@ -3,9 +3,10 @@
 import random
 
 import pytest
-from fuzz_targets import TARGETS
+from support.fuzz_targets import TARGETS
 
 
+@pytest.mark.system
 @pytest.mark.abuse("I19", "I20", "H2", "J11")
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds(name: str) -> None:
@@ -21,6 +22,6 @@ def test_seeds(name: str) -> None:
 
 def test_a_target_lets_no_other_error_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     target, seeds = TARGETS["decode"]
-    monkeypatch.setattr("fuzz_targets.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("support.fuzz_targets.decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         target(seeds()[0])

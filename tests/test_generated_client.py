@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from landscapes import KINDS, landscape, png
-from live_server import CLASSES, live_server
-from live_server import weights as weights
-from service_fakes import ADMIN, client_of
+from support.landscapes import KINDS, landscape, png
+from support.live_server import CLASSES, live_server
+from support.live_server import weights as weights
+from support.service_fakes import ADMIN, client_of
 from test_routes_finetune import Training
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

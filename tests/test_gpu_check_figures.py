@@ -30,6 +30,8 @@ from service.diagnostics.gpu_check.server import RunningServer
 from service.diagnostics.gpu_check.session import TINY, Session
 from service.diagnostics.load_generator import LoadReport
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:

@@ -343,6 +343,7 @@ def test_a_measurement_that_hangs_on_another_gpu_does_not_hold_up_this_one(
     compiler._measuring.release()
 
 
+@pytest.mark.system
 def test_what_was_measured_beside_serving_is_measured_again(gpu: Gpu, tmp_path: Path) -> None:
     options = Options(threads=1, cache_dir=tmp_path)
     for serving, source in [(True, "measured"), (True, "cached"), (False, "measured"), (False, "cached")]:

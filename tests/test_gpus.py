@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
+from support.fake_driver import NO_DRIVER, Card, with_gpus, without_gpu
 
 from models.runtime import gpu_problem, gpus
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from service_fakes import ADMIN_KEY
+from support.service_fakes import ADMIN_KEY
 
 from service.cli import main
 from service.cli.jobs import connect

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from image_files import ORANGE, SMALL, difference, photo, save, solid
-from live_server import live_server
-from live_server import weights as weights
 from PIL import Image
+from support.image_files import ORANGE, SMALL, difference, photo, save, solid
+from support.live_server import live_server
+from support.live_server import weights as weights
 
 from models.errors import ImageTooLarge, InvalidImage, UnsupportedImage
 from models.images import decoder_process, heif

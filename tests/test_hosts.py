@@ -4,9 +4,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from live_server import live_server
-from live_server import weights as weights
-from service_fakes import GOOD, Service, client_of
+from support.live_server import live_server
+from support.live_server import weights as weights
+from support.service_fakes import GOOD, Service, client_of
 
 from service.errors import Misdirected
 from service.system.hosts import Hosts

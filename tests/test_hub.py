@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from hub_server import COMMIT, Hub, running_hub
+from support.hub_server import COMMIT, Hub, running_hub
 from torch import nn
 
 from models import architectures

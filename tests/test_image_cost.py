@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from time import process_time
 
 import pytest
-from hostile_images import ARITHMETIC, BASELINE, EXTENDED, PROGRESSIVE, at_the_limit, jpeg, many_scans, segment
-from image_files import IMAGENET, SMALL, photo, save
+from support.hostile_images import ARITHMETIC, BASELINE, EXTENDED, PROGRESSIVE, at_the_limit, jpeg, many_scans, segment
+from support.image_files import IMAGENET, SMALL, photo, save
 
 from models.errors import ImageTooLarge, InvalidImage
 from models.images import cost
@@ -80,6 +80,7 @@ def test_the_coefficients_of_several_scans_count_at_full_size(frame: int) -> Non
     assert held == [100 * 100 + 3 * 800 * 800 // 2]  # at 1/8; a pixel is 4 bytes, a coefficient 2
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A104")
 def test_a_baseline_jpeg_counts_by_the_pixels_that_are_decoded() -> None:
     limits = Limits(max_pixels=20_000)
@@ -110,6 +111,7 @@ def test_nothing_is_loaded_for_a_caller_who_has_left(monkeypatch: pytest.MonkeyP
         decode(save(photo(40, 30), "JPEG"), SMALL, left=lambda: True)
 
 
+@pytest.mark.system
 @pytest.mark.abuse("A102")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP"])
 def test_a_deadline_interrupts_the_decoder(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:

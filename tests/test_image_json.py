@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import BAD, GOOD, Service, client_of
-from service_fakes import http as http
-from service_fakes import service as service
+from support.service_fakes import BAD, GOOD, Service, client_of
+from support.service_fakes import http as http
+from support.service_fakes import service as service
 
 from service.errors import BadRequest, ValidationFailed
 from service.http.uploads import image_json

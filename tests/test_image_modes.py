@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from image_files import SMALL, png, png_chunk, save, solid, tiff_of
 from PIL import Image
+from support.image_files import SMALL, png, png_chunk, save, solid, tiff_of
 from torch import Tensor
 
 from models.errors import InvalidImage
@@ -51,6 +51,7 @@ def test_significant_bits(largest: int, declared: int, bits: int) -> None:
     assert significant_bits(largest, declared) == bits
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_the_bits_that_an_image_uses_become_256_grays(file_format: str, bits: int) -> None:
@@ -59,11 +60,13 @@ def test_the_bits_that_an_image_uses_become_256_grays(file_format: str, bits: in
     assert (int(pixels.min()), int(pixels.max())) == (0, 255)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_integers_of_32_bits_and_floats_have_the_same_scales(mode: str) -> None:
     assert levels(decode(save(ramp(4095, mode), "TIFF"), WHOLE, TIFF)) == 256
 
 
+@pytest.mark.system
 def test_a_dark_image_that_declares_its_bits_stays_dark() -> None:
     dark = ramp(1000)
     assert decode(declaring(save(dark), 12), WHOLE).max() == 62

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from image_files import ORANGE, SMALL, save, solid, tiff_of
+from support.image_files import ORANGE, SMALL, save, solid, tiff_of
 
 from models.errors import InvalidImage, UnsupportedImage
 from models.images import decoder_process

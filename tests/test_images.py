@@ -8,7 +8,8 @@ from time import process_time
 import numpy as np
 import pytest
 import torch
-from image_files import (
+from PIL import GifImagePlugin, Image, ImageCms, ImageOps
+from support.image_files import (
     GRAY,
     IMAGENET,
     ORANGE,
@@ -21,7 +22,6 @@ from image_files import (
     transparent_palette,
     ycck,
 )
-from PIL import GifImagePlugin, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from models.architectures import timm_networks
@@ -68,6 +68,7 @@ def test_equals_torchvision(size: tuple[int, int], preprocessing: Preprocessing)
     assert most <= 2
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("size", [(500, 375), (375, 501), (224, 224), (97, 31), (1279, 300)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("crop", [(224, 224), (192, 128), (96, 160)])
@@ -116,6 +117,7 @@ def test_a_record_without_a_crop_mode_is_what_it_was() -> None:
     assert Preprocessing.model_validate_json(read.model_dump_json()) == read
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "size",
     [pytest.param((1603, 1283), id="1/8"), pytest.param((643, 701), id="1/4"), pytest.param((323, 401), id="1/2")],
@@ -158,6 +160,7 @@ def test_extreme_shapes(size: tuple[int, int], file_format: str) -> None:
     assert difference(pixels, torch.tensor(ORANGE).view(3, 1, 1))[1] <= 3
 
 
+@pytest.mark.system
 @pytest.mark.abuse("I7")
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -245,6 +248,7 @@ def test_colour(data: bytes, expected: tuple[int, int, int]) -> None:
     assert difference(pixels, torch.tensor(expected).view(3, 1, 1))[1] <= 6
 
 
+@pytest.mark.system
 @pytest.mark.abuse("I8")
 @pytest.mark.parametrize(
     "image",

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import (
+from PIL import Image, ImageFile
+from support.image_files import (
     ORANGE,
     SMALL,
     difference,
@@ -30,7 +31,6 @@ from image_files import (
     solid,
     webp,
 )
-from PIL import Image, ImageFile
 
 from models.errors import EmptyImage, ImageError, ImageTooLarge, InvalidImage, UnsupportedImage
 from models.images.decoding import FORMATS, Limits, decode
@@ -156,7 +156,7 @@ def test_no_bomb_leaves_memory_behind() -> None:
     """With the allocator as the server sets it, what is touched once stays with the process: two canvases are 429 MB."""
     program = r"""
 import re
-from image_files import SMALL, avif, gif, save, solid, tiff, webp
+from support.image_files import SMALL, avif, gif, save, solid, tiff, webp
 from models.errors import ImageTooLarge
 from models.images.decoding import EXTRA_FORMATS, Limits, decode
 from models.runtime import tune_allocator

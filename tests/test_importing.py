@@ -57,6 +57,7 @@ BUNDLES = [
 ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_state_dicts_as_people_keep_them(
@@ -74,6 +75,7 @@ def test_state_dicts_as_people_keep_them(
     assert answers_alike(store, "mine", network)
 
 
+@pytest.mark.system
 def test_a_half_precision_file_is_served_in_float32(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "mine.pt"
     torch.save(network.half().state_dict(), path)
@@ -89,6 +91,7 @@ def test_gray_networks_are_recognised_by_their_first_convolution(store: ModelSto
     assert answers_alike(store, "gray", network, channels=1)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["nin", "squeezenet1_1"])
 def test_a_convolution_may_be_the_last_layer(store: ModelStore, tmp_path: Path, name: str) -> None:
     path = tmp_path / "mine.pth"
@@ -96,6 +99,7 @@ def test_a_convolution_may_be_the_last_layer(store: ModelStore, tmp_path: Path, 
     assert len(import_weights(path, store, "mine", name).classes) == 5
 
 
+@pytest.mark.system
 def test_a_backbone_that_the_store_has_is_shared(store: ModelStore, file: Path) -> None:
     first = import_weights(file, store, "mine", "resnet20_v1")
     second = import_weights(file, store, "yours", "resnet20_v1", ["a", "b", "c", "d"])
@@ -123,12 +127,14 @@ def test_all_that_does_not_fit_is_in_one_message(store: ModelStore, file: Path, 
     assert f"2 wrong shape: {second} (expected (16,), got (3, 2)), fc.bias (expected (4,), got (9,))" in message
 
 
+@pytest.mark.system
 def test_the_last_layer_is_named_as_in_the_file(store: ModelStore, tmp_path: Path) -> None:
     state = dict(architectures.build("squeezenet1_1", 5).state_dict())
     del state["classifier.1.bias"]
     assert "1 missing: classifier.1.bias" in rejected(store, tmp_path / "mine.pth", state, "squeezenet1_1")
 
 
+@pytest.mark.system
 def test_a_long_list_is_cut_and_counted(store: ModelStore, file: Path, network: nn.Module) -> None:
     other = architectures.build("vgg11_32", 4).state_dict()
     message = rejected(store, file, other)
@@ -185,6 +191,7 @@ def test_a_pickle_is_never_run(store: ModelStore, tmp_path: Path, suffix: str, z
     assert "weights_only" not in str(caught.value), "torch's own advice would run the payload"
 
 
+@pytest.mark.system
 def test_a_whole_pickled_network_is_refused_with_advice(tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "whole.pth"
     torch.save(network, path)
@@ -224,6 +231,7 @@ def unsafe(tree: ast.AST) -> list[str]:
 OWN = {"distributed.py": ["torch.load(folder / PLAN, weights_only=False)"]}
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize(("package", "own"), [("models", OWN), ("service", {}), ("benchmarks", {})])
 def test_no_code_of_ours_unpickles(package: str, own: dict[str, list[str]]) -> None:
@@ -262,6 +270,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
         read_state(tmp_path / name)
 
 
+@pytest.mark.system
 def test_names_are_checked(store: ModelStore, file: Path) -> None:
     with pytest.raises(ArchitectureNotFound, match="resnet20_v1"):
         import_weights(file, store, "mine", "resnet20_v")

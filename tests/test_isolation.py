@@ -18,6 +18,8 @@ from service.inference.batcher import DeviceThread
 from service.inference.engine import Engine
 from service.inference.results import Prediction
 
+pytestmark = pytest.mark.system
+
 CALLERS, BAD = 32, 13
 SOLO = 1e-4  # of a probability: a batch of another size sums in another order, in float32
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import psutil
 import pytest
-from postgres_server import postgres as postgres
-from service_fakes import FakeEngine, FakeStore
+from support.postgres_server import postgres as postgres
+from support.service_fakes import FakeEngine, FakeStore
 
 from models.errors import DatasetError, ModelNotFound, NameConflict
 from models.training.job.request import FinetuneRequest
@@ -31,7 +31,7 @@ from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 120  # for what takes a second on a machine that has nothing else to do
-TRAINER = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+TRAINER = (sys.executable, str(Path(__file__).parent / "support" / "fake_trainer.py"))
 
 
 @pytest.fixture(scope="module")

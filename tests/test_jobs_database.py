@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import ADMIN, GOOD, Service, client_of
-from small_disk import disk as disk
+from support.service_fakes import ADMIN, GOOD, Service, client_of
+from support.small_disk import disk as disk
 
 from service.jobs import table
 

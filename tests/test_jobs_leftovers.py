@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from service_fakes import FakeEngine, FakeStore
+from support.service_fakes import FakeEngine, FakeStore
 
 from models.files.atomic_files import staging
 from service.jobs import Jobs
@@ -13,6 +13,8 @@ from service.jobs import queue as module
 from service.jobs.jobs import STAGING_LOCK
 from service.jobs.queue import Queue
 from service.settings import Settings
+
+pytestmark = pytest.mark.system
 
 KNOWN, LOST = "ftjob-" + "0" * 32, "ftjob-" + "1" * 32
 

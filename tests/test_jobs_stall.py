@@ -7,6 +7,8 @@ import pytest
 
 from service.jobs.stall import IDLE_S, LOOK_S, SILENT_S, Stall
 
+pytestmark = pytest.mark.system
+
 EVENT = [{"phase": "train", "progress": 0.1}]
 
 

@@ -170,6 +170,7 @@ class States(RuleBasedStateMachine):
         assert len({self.jobs[id].name for id in active}) == len(active)
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J6")
 def test_any_order_of_events_leaves_what_it_should() -> None:
     run_state_machine_as_test(States, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))

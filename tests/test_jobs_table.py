@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from postgres_server import postgres as postgres
+from support.postgres_server import postgres as postgres
 
 from models.errors import NameConflict
 from service.diagnostics import doctor

@@ -20,6 +20,8 @@ from service.jobs.table import JobTable, Submission
 from service.jobs.worker import Worker
 from service.settings import Settings
 
+pytestmark = pytest.mark.system
+
 DONE = {"status": "succeeded", "model": "pets", "version": 1, "deployment": "activate"}
 FAILED = {"status": "failed", "error": {"code": "internal", "message": "m"}}
 

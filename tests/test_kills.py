@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import kills, rig
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.abuse("J7", "J9")
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

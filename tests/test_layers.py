@@ -5,6 +5,8 @@ import pytest
 from models import architectures
 from models.architectures.layer_table import LayerRow, LayerTable, layer_table
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "squeezenet1_1", "swin_v2_t", "regnet_x_400mf", "maxvit_t"])
 def test_totals_are_those_that_torchvision_publishes(name: str) -> None:

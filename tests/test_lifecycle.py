@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from live_server import _read_until
-from live_server import weights as weights
+from support.live_server import _read_until
+from support.live_server import weights as weights
 
 from benchmarks import lifecycle, rig
 from service.server import EXIT_DEVICE_LOST
@@ -47,7 +47,7 @@ def broken(
 ) -> "Iterator[tuple[str, str, Path, subprocess.Popen[bytes]]]":
     """A server whose device asserts, or hangs, once the file is there: what it does, its URL, the file, the process."""
     file, log, fault = tmp_path / "break", tmp_path / "serve.log", request.param
-    command = [sys.executable, str(Path(__file__).with_name("faulty_server.py")), str(file), fault, "serve"]
+    command = [sys.executable, str(Path(__file__).parent / "support" / "faulty_server.py"), str(file), fault, "serve"]
     device = "cuda:0" if fault == "cuda" else "cpu"
     command += ["--port", "0", "--engine", "torch", "--device", device, "--max-batch", "1", "--timeout-ms", "3000"]
     with log.open("wb") as out:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from image_files import photo, save
-from live_server import LiveServer, live_server, weights  # noqa: F401  (a fixture)
-from service_fakes import Service, client_of
+from support.image_files import photo, save
+from support.live_server import LiveServer, live_server, weights  # noqa: F401  (a fixture)
+from support.service_fakes import Service, client_of
 
 from service.http.memory_trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
 from service.http.middleware import BODY_SHARE, Traffic

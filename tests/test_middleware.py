@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service_fakes import ADMIN_KEY, GOOD, Service, client_of
 from starlette.types import Message
+from support.service_fakes import ADMIN_KEY, GOOD, Service, client_of
 
 pytestmark = pytest.mark.anyio
 MB = 2**20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import GOOD, Service, client_of
+from support.service_fakes import GOOD, Service, client_of
 
 from service.errors import BadRequest
 from service.http.uploads.multipart import Multipart, PartHead, is_image_name, parameters_of, part_of

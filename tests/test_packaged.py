@@ -11,6 +11,8 @@ from models.store import packaged
 from models.store.packaged import PACKAGES, Package
 from models.store.store import ModelStore
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from landscapes import archive, landscape, png
-from page_server import ADMIN_KEY, PATIENCE_S, QUIET, PageServer, add_twin, chromium, embedded, page_server
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from support.landscapes import archive, landscape, png
+from support.page_server import ADMIN_KEY, PATIENCE_S, QUIET, PageServer, add_twin, chromium, embedded, page_server
 
 from service.http.schemas import JOB_EXAMPLE
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from service_fakes import ADMIN, Service, client_of
+from support.service_fakes import ADMIN, Service, client_of
+from support.training_data import coloured, folder
 from test_importing import Payload
-from training_data import coloured, folder
 
 from models import architectures
 from models.classifier import Head
@@ -100,6 +100,7 @@ def test_as_an_image_of_a_dataset(tmp_path: Path, touched: Path, payload: bytes)
     assert not touched.exists()
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize(
     ("path", "send"),

@@ -86,6 +86,7 @@ def test_nothing_is_called(code: bytes, tmp_path: Any, monkeypatch: pytest.Monke
     assert os.listdir() == []
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize(
     "code",
@@ -117,6 +118,7 @@ def test_a_nested_key_has_no_hash_that_takes_for_ever() -> None:
     assert len(load(b"\x80\x02}" + bomb + b"K\x01s.")) == 1
 
 
+@pytest.mark.system
 def test_dictionaries_that_refer_to_each_other() -> None:
     inner: dict[str, Any] = {f"{n}": torch.ones(1) for n in range(50)}
     for _ in range(5):
@@ -127,6 +129,7 @@ def test_dictionaries_that_refer_to_each_other() -> None:
         read_bytes(file.getvalue(), "x")
 
 
+@pytest.mark.system
 def test_deep_nesting() -> None:
     assert isinstance(load(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), list)
 
@@ -194,6 +197,7 @@ def named(value: bytes, key: bytes = b"w") -> bytes:
 HUGE = b"(" + b"\x8b" + struct.pack("<I", 4000) + b"\x7f" * 4000 + b"2" * 300_000 + b"t"
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize(
     "code",
@@ -231,6 +235,7 @@ def test_hostile_files_are_refused_in_one_line(code: bytes, tmp_path: Path) -> N
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.system
 @pytest.mark.abuse("J12")
 @pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_member_that_holds_more_than_it_says(packing: int, tmp_path: Path) -> None:
@@ -255,6 +260,7 @@ def test_an_encrypted_or_damaged_member(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.system
 def test_views_of_one_storage_are_not_copied_without_end(tmp_path: Path) -> None:
     entries = b"".join(b"X\x06\x00\x00\x00%06d" % n + b"h\x00" for n in range(3000))
     first = b"X\x01\x00\x00\x00w" + tensor(b"M\xe8\x03M\xe8\x03\x86", b"K\x01M\xe8\x03\x86", 10**6) + b"q\x00"
@@ -270,6 +276,7 @@ def test_class_names_in_lists_that_hold_each_other() -> None:
     assert class_lists({"classes": names}) == []
 
 
+@pytest.mark.system
 def test_many_dictionaries_are_read_in_linear_time(tmp_path: Path) -> None:
     content = {f"k{n}": {"a": 1.5} for n in range(90_000)}
     began = time.monotonic()
@@ -278,6 +285,7 @@ def test_many_dictionaries_are_read_in_linear_time(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.system
 def test_keys_of_many_prefixes_are_placed_in_bounded_memory() -> None:
     expected = {f"layer.{n}": (1,) for n in range(1000)}
     found = {f"{n}.layer.0": (1,) for n in range(20_000)} | {f"m.layer.{n}": (1,) for n in range(1000)}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from image_files import SMALL, photo, save
+from support.image_files import SMALL, photo, save
 
 from models.errors import InvalidImage
 from models.images.decoding import NoRoom, decode

@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 
 import httpx
 import pytest
-from service_fakes import ADMIN, GOOD
+from support.service_fakes import ADMIN, GOOD
 from test_proxies import path_of, proxy
 from test_routes_finetune import BODY, Training
 from test_server import port_of, serving, small, talk, url_of

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from service_fakes import GOOD
+from support.service_fakes import GOOD
 from test_server import PATIENCE_S, port_of, serving, small, until, url_of
 
 from service.server import Server

@@ -20,6 +20,8 @@ from models.preprocessing import Preprocessing
 from models.store import download, pull
 from models.store.store import ModelStore
 
+pytestmark = pytest.mark.system
+
 PREPROCESSING = Preprocessing(resize=32, crop=32)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import ADMIN, Service, client_of
+from support.service_fakes import ADMIN, Service, client_of
+from support.v2_requests import PICTURES
 from test_v2 import CLASSES
 from test_v2 import weights as weights
-from v2_requests import PICTURES
 
 from models.errors import ReadOnlyStore
 from models.files import atomic_files

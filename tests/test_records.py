@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import weights as weights
+from support.live_server import weights as weights
 
 from models.classifier import ModelConfig
 from models.errors import ModelError, WeightsError

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
-from service_fakes import FakeEngine, FakeStore
-from training_data import coloured, folder
+from support.service_fakes import FakeEngine, FakeStore
+from support.training_data import coloured, folder
 
 from models.training.job.request import FinetuneRequest
 from service.jobs import Job, Jobs

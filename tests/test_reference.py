@@ -51,6 +51,7 @@ def answers(count: int, seed: int, classes: int = 6) -> tuple[Tensor, Tensor]:
     return (2 * scores).softmax(dim=1), labels
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 0.3])
 @pytest.mark.parametrize("held_out", [pytest.param(500, id="all scores kept"), pytest.param(5000, id="thinned out")])
 def test_the_conformal_set_covers(held_out: int, alpha: float) -> None:

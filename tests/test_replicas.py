@@ -30,6 +30,8 @@ from service.inference.registry import registry, replicas
 from service.inference.registry.served_models import plan_serving
 from service.inference.results import Prediction
 
+pytestmark = pytest.mark.system
+
 ONLY_A: dict[str, Any] = {"models": ("a",), "device": "cuda"}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hostile_zips import end_record
-from service_fakes import ADMIN, ADMIN_KEY, Service, client_of
+from support.hostile_zips import end_record
+from support.service_fakes import ADMIN, ADMIN_KEY, Service, client_of
 from test_routes_finetune import Training, code_of, ended, start
 from test_server import port_of, serving, talk, until
 

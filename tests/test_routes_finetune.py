@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import ADMIN, Service, client_of
+from support.service_fakes import ADMIN, Service, client_of
 from test_jobs import TRAINER
 
 from service.app import create_app

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import ADMIN, CLASSES, Service
-from service_fakes import http as http
-from service_fakes import service as service
+from support.service_fakes import ADMIN, CLASSES, Service
+from support.service_fakes import http as http
+from support.service_fakes import service as service
 
 from models import architectures
 from models.classifier import Head

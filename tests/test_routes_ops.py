@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import API_KEY, GOOD, Service
-from service_fakes import http as http
+from support.service_fakes import API_KEY, GOOD, Service
+from support.service_fakes import http as http
 
 pytestmark = pytest.mark.anyio
 
@@ -17,6 +17,7 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path, api_key=API_KEY)  # health and metrics are open all the same
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"])
 async def test_open_to_all(http: httpx.AsyncClient, path: str) -> None:
     assert (await http.get(path)).status_code == 200

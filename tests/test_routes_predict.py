@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import BAD, GOOD, TEXT, Service, client_of
-from service_fakes import http as http
-from service_fakes import service as service
+from support.service_fakes import BAD, GOOD, TEXT, Service, client_of
+from support.service_fakes import http as http
+from support.service_fakes import service as service
 
 from models.errors import InferenceFailed, ModelNotFound
 from service.errors import DeadlineExceeded, QueueFull

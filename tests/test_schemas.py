@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from service_fakes import Service
+from support.service_fakes import Service
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {op["operationId"]: op for path in document["paths"].values() for op in path.values()}
 
 
+@pytest.mark.system
 def test_operation_ids_are_plain_names(document: dict[str, Any]) -> None:
     assert {"predict", "embed", "list_models", "show_model", "sync_models", "ready"} <= set(operations(document))
 

@@ -39,6 +39,7 @@ def test_nothing_found_names_the_nearest() -> None:
         search.search("resnet55x")
 
 
+@pytest.mark.system
 def test_where_the_weights_are(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     network = architectures_of(store, "timm/test_vit")
@@ -70,6 +71,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"2 of {count}; --limit {count} shows all" in result.stderr
 
 
+@pytest.mark.system
 def test_the_table(tmp_path: Path) -> None:
     result = imago("models", "search", "timm/test_vit", "--weights", str(tmp_path))
     assert "timm/test_vit" in result.stdout

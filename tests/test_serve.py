@@ -14,9 +14,9 @@ from typing import IO
 
 import httpx
 import pytest
-from live_server import CLASSES
-from live_server import weights as weights
 from PIL import Image
+from support.live_server import CLASSES
+from support.live_server import weights as weights
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

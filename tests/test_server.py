@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import GOOD, Service
+from support.service_fakes import GOOD, Service
 
 import service.server as server_module
 from service.errors import NotReady
@@ -23,7 +23,7 @@ from service.http.connection.guards import Guards
 from service.server import Server, make_server, process_age_s
 from service.settings import Settings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.system, pytest.mark.anyio]
 PATIENCE_S = 20  # for what takes milliseconds on a machine that has nothing else to do
 OK = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -5,7 +5,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from service_fakes import FakeEngine, FakeStore
+from support.service_fakes import FakeEngine, FakeStore
 
 from service.errors import ValidationFailed
 from service.http.schemas import ModelList

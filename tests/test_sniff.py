@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 
 import pytest
-from image_files import photo, save, solid
+from support.image_files import photo, save, solid
 
 from models.images import formats, heif
 from models.images.formats import described

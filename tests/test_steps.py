@@ -83,6 +83,7 @@ def test_maps_of_mirrored_images_too() -> None:
     torch.testing.assert_close((features, maps), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("images", [1, 3, 8])
 def test_a_batch_is_filled_up_on_the_gpu(images: int) -> None:
     with fake_cuda() as gpu, torch.inference_mode():

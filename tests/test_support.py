@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import save, solid
 from support.emulated_arithmetic import computed_in, round_to_tf32, tf32
 from support.fake_cuda import CUDA, crossings, fake_cuda
+from support.image_files import save, solid
 from support.simulated_device import LOST, SimulatedGpu, located, out_of_memory, simulated
 from torch import nn
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from postgres_server import postgres as postgres
+from support.postgres_server import postgres as postgres
 from test_jobs import PATIENCE_S, command_of, ended, eventually, jobs_in, until, wanting
 
 from service.jobs import Jobs, takeover

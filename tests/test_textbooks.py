@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from command_lines import make_files, words
+from support.command_lines import make_files, words
 
 from models import architectures
 from models.training.job.request import FinetuneRequest
@@ -15,6 +15,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "textbooks.md").read_text()
 COMMANDS = re.findall(r"`(imago finetune [^`]*)`", PAGE)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("line", COMMANDS)
 def test_each_command_is_a_request(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[FinetuneRequest] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import coloured, folder
+from support.training_data import coloured, folder
 
 from models import architectures
 from models.architectures import timm_networks

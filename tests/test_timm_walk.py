@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timm_walk import Walked, exported, families, heat_map, serve, walk
+from support.timm_walk import Walked, exported, families, heat_map, serve, walk
 
 from models import architectures
 from models.architectures import timm_networks
 from models.errors import ExportError
 from models.images.decoding import decode
+
+pytestmark = pytest.mark.system
 
 EXACT = 1e-5  # of the largest score
 EXPORT = 1e-4  # of a probability

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed  # imported by torch in part only
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("models", "service", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 BUILT_WITH_CUDA = torch.version.cuda is not None

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from image_files import save, solid
-from live_server import live_server
-from live_server import weights as weights
 from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from service_fakes import GOOD, Service, client_of
+from support.image_files import save, solid
+from support.live_server import live_server
+from support.live_server import weights as weights
+from support.service_fakes import GOOD, Service, client_of
 
 from models.store.store import ModelStore
 from service.app import create_app

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training_data import settings
 from torch import Tensor
-from training_data import settings
 
 from models.training.network.augment import (
     augment,

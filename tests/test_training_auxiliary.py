@@ -5,6 +5,8 @@ from torch import nn
 from models import architectures
 from models.training.network.auxiliary import Auxiliary, auxiliary
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize(
     ("architecture", "places", "weight"),

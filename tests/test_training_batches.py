@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import Tensor, nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.preprocessing import denormalise, normalise
 from models.training.job.request import Budget, EarlyStopping, ResolvedHyperparameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import coloured, folder
+from support.training_data import coloured, folder
 
 from models import architectures
 from models.errors import ArchitectureNotFound, TrainingError
@@ -23,6 +23,8 @@ from models.training.selection import bases
 from models.training.selection.architectures import FoldResult, FoldResults
 from service.cli.finetune import show_plan, summary
 from service.http.schemas import DryRun
+
+pytestmark = pytest.mark.system
 
 CHOSEN = {"epochs": 3, "batch_size": 8, "lr": 0.02}
 BASES = ["mnist_cnn", "lenet5"]  # 28 and 32 px

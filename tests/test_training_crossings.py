@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from support.fake_cuda import CUDA, crossings, fake_cuda
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.training.network.batches import Batches
 from models.training.network.step import Stepper
@@ -14,6 +14,7 @@ from models.training.network.step import Stepper
 DATA = in_memory()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("recipe", "copies"),
     [
@@ -33,6 +34,7 @@ def test_a_batch_is_sent_in_few_copies_that_nobody_waits_for(recipe: dict[str, A
     assert len(log.all) == copies + (free == 0)
 
 
+@pytest.mark.system
 def test_the_passes_of_a_step_wait_for_nothing() -> None:
     """In float32: autocast asks for a real GPU's properties, as does the optimiser."""
     with fake_cuda() as gpu:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
+from support.training_data import PREPROCESSING, SIDE, archive, coloured, folder, png
 
 from models.data import dataset
 from models.data.dataset import LoadedDataset, load, pixels
@@ -57,6 +57,7 @@ def tiff(data: bytes) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.system
 def test_the_limits_hold_for_every_file(tmp_path: Path) -> None:
     files = coloured(4) | {"red/1.tif": tiff(SAME), "red/large.png": png((200, 40, 40), 8, side=40)}
     strict = load_all(folder(tmp_path, files), limits=Limits(max_side=39))
@@ -300,6 +301,7 @@ def photographs(count: int, prefix: str = "", seed: int = 0) -> dict[str, bytes]
     return {path: photograph(seed + place) for place, path in enumerate(paths)}
 
 
+@pytest.mark.system
 def test_near_duplicates_across_given_parts_stay_and_are_told(tmp_path: Path) -> None:
     names = ["train/red/a.png", "train/blue/b.png", "val/red/c.png"]
     files = photographs(20, "train/") | photographs(20, "val/", seed=100)
@@ -321,6 +323,7 @@ def test_the_request_says_what_near_duplicates_do(tmp_path: Path, near: str, lis
     assert data.audit.totals["near_duplicates"] == listed
 
 
+@pytest.mark.system
 def test_a_class_of_near_duplicates_is_an_error_that_names_the_flag(tmp_path: Path) -> None:
     files = photographs(30) | {f"pink/{i}.png": photograph(999, i) for i in range(4)}
     with pytest.raises(

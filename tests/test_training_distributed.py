@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fake_driver import Card, with_gpus
+from support.fake_driver import Card, with_gpus
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import Tensor, nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.training.job.job_files import TrainingFailure

@@ -106,12 +106,14 @@ def parts(count: int, marks: bool = True, seed: int = 0) -> Tensor:
     return images.clamp(0, 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("marks", [pytest.param(True, id="marks"), pytest.param(False, id="noise alone")])
 @pytest.mark.parametrize("count", [12, 60, 200])
 def test_different_objects_of_one_camera_are_alone(count: int, marks: bool) -> None:
     assert grouped(parts(count, marks)) == list(range(count))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("how", ["brighter", "gray"])
 def test_a_copy_among_pictures_of_one_camera_is_found(how: str) -> None:
     pixels = parts(60)

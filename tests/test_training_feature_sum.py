@@ -11,6 +11,8 @@ from models.training.head.feature_sum import SumRecipe, fit_sum
 from models.training.head.regression import Fit
 from models.training.job.request import FinetuneRequest, effective
 
+pytestmark = pytest.mark.system
+
 SETTINGS = replace(effective(FinetuneRequest(dataset="images", name="test"), "head", 90), epochs=15)
 
 

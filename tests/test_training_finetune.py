@@ -9,12 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import landscapes
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from training_data import archive, coloured, folder
+from support import landscapes
+from support.training_data import archive, coloured, folder
 
 from models.classifier import ModelConfig
 from models.data.dataset import load
@@ -37,6 +37,8 @@ from models.training.reports import Report
 from models.training.run import Event, FinetuneRequest
 from service.cli import main
 from service.http.schemas import DryRun
+
+pytestmark = pytest.mark.system
 
 FILES = coloured(20, "train/", side=32) | coloured(5, "test/", seed=50, side=32)
 SHIPPED = Path(__file__).parents[1] / "weights"

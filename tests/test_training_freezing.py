@@ -18,6 +18,7 @@ def trained(freezing: Freezing) -> list[bool]:
     return [all(p.requires_grad for p in parameters) for parameters in freezing.parameters]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("name", "some", "count"),
     [
@@ -37,6 +38,7 @@ def test_stages_have_the_names_that_a_user_knows(name: str, some: list[str], cou
     assert len(found) == count
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "densenet121", "inception_v3", "vit_b_16", "preact_resnet"])
 def test_every_weight_is_in_one_stage(name: str) -> None:
     module = architectures.create_backbone(name)
@@ -94,6 +96,7 @@ def test_no_such_stage() -> None:
 # Stages that are initialised anew
 
 
+@pytest.mark.system
 def test_resnet18_half_borrowed_and_half_new() -> None:
     """The stem, `layer1` and `layer2` are borrowed and frozen; `layer3`, `layer4` and the last layer are new and train."""
     network = architectures.create("resnet18", 10)

@@ -86,12 +86,14 @@ def test_a_given_weight_decay_is_the_only_strength(clouds: Clouds) -> None:
     assert torch.allclose(found.out_of_fold.sum(dim=1), torch.ones(300))
 
 
+@pytest.mark.system
 def test_the_same_images_and_seed_give_the_same_head_to_the_byte(clouds: Clouds) -> None:
     first, second = (layer_of(fitted(*clouds).head) for _ in range(2))
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.bias, second.bias)
 
 
+@pytest.mark.system
 def test_out_of_fold_answers_do_not_know_the_copies_of_an_image() -> None:
     """Every image is there twice, with random labels: only who has seen the copy can be right more often than by chance."""
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +123,7 @@ def test_a_class_of_one_group_gets_the_default_strength(clouds: Clouds) -> None:
     assert found.out_of_fold.isfinite().all()
 
 
+@pytest.mark.system
 def test_balanced_weights_raise_the_recall_of_the_rare_class(clouds: Clouds) -> None:
     features, labels = clouds
     rows = (labels < 2) | (torch.arange(300) < 30)
@@ -138,6 +141,7 @@ def test_label_smoothing_makes_answers_less_sure(clouds: Clouds) -> None:
     assert surest[1] < surest[0]
 
 
+@pytest.mark.system
 def test_progress_ends_at_1_and_never_falls(clouds: Clouds) -> None:
     seen: list[float] = []
     fit(*clouds, 3, torch.arange(300), SETTINGS, seen.append)

@@ -2,8 +2,8 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from image_files import tiff_of
 from PIL import Image
+from support.image_files import tiff_of
 
 from models.images.kinds import image_kind
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
-from training_data import PREPROCESSING, in_memory
+from support.training_data import PREPROCESSING, in_memory
 
 from models.classifier import BackboneRef
 from models.store.store import ModelStore

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training_data import PREPROCESSING, in_memory, settings
 from torch import nn
-from training_data import PREPROCESSING, in_memory, settings
 
 from models.errors import TrainingError
 from models.progress import never
@@ -16,6 +16,8 @@ from models.training.network import trainer as whole
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.checkpoint import previous
 from models.training.network.trainer import History, Trainer, deterministic
+
+pytestmark = pytest.mark.system
 
 DATA = in_memory()
 NONE, FREE = EarlyStopping(criterion="none"), Budget()

@@ -10,6 +10,8 @@ from models import architectures
 from models.training.network.freezing import stages
 from models.training.network.gradient_checkpointing import recomputing
 
+pytestmark = pytest.mark.system
+
 
 def forward_and_back(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All gradients and running statistics after one pass."""

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from training_reports import HOSTILE, report
+from support.training_reports import HOSTILE, report
 
 from models.training.candidates import BaseChoice, ScoredBase
 from models.training.reports import AugmentedThumbnails, Report, html, write_tensorboard

@@ -40,6 +40,7 @@ def chosen(max_latency_ms: float | None, seen: list[float] | None = None) -> Bas
     return choose(CANDIDATES, LABELS, torch.arange(90), 3, SETTINGS, max_latency_ms, progress)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("limit", "best"),
     [
@@ -52,6 +53,7 @@ def test_the_best_under_the_limit(limit: float | None, best: str) -> None:
     assert chosen(limit).best == best
 
 
+@pytest.mark.system
 def test_the_table_names_all_and_progress_moves() -> None:
     seen: list[float] = []
     found = chosen(10.0, seen)

@@ -3,8 +3,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.training_data import settings
 from torch import Tensor, nn
-from training_data import settings
 
 from models.errors import OutOfMemory
 from models.training.job.request import ResolvedHyperparameters

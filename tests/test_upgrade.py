@@ -4,8 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from service_fakes import GOOD
 from support.framing import Request, through_ours
+from support.service_fakes import GOOD
 from test_server import PATIENCE_S, port_of, serving, small
 
 SMUGGLED = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from service_fakes import ADMIN, Service, client_of
-from v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
+from support.service_fakes import ADMIN, Service, client_of
+from support.v2_requests import KIND, PICTURES, PIXELS, binary, body, elements, tensor
 
 from models import architectures
 from models.classifier import Head, HeadConfig, LayerConfig
@@ -22,7 +22,7 @@ from models.store.store import ModelStore
 from service.app import create_app
 from service.inference.engine import Engine
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.system, pytest.mark.anyio]
 OTHER = Preprocessing(resize=40, crop=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = ["ant", "bee", "cat"]
 INFER = "/v2/models/tiny/infer"

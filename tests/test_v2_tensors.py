@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v2_requests import binary, body, elements, tensor
+from support.v2_requests import binary, body, elements, tensor
 
 from models.errors import InvalidImage
 from models.images.decoding import unnormalise
@@ -164,6 +164,7 @@ def test_too_much_json() -> None:
         parsed(b" " * (MAX_JSON + 1))
 
 
+@pytest.mark.system
 @settings(deadline=None)
 @given(st.binary(max_size=200), st.none() | st.integers(0, 300))
 def test_any_bytes_are_read_or_refused(content: bytes, header_length: int | None) -> None:
@@ -174,6 +175,7 @@ def test_any_bytes_are_read_or_refused(content: bytes, header_length: int | None
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda part: st.lists(part))
 
 
+@pytest.mark.system
 @settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from(["UINT8", "FP32", "BYTES"]),

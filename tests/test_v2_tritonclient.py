@@ -8,10 +8,10 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from live_server import CLASSES
+from support.live_server import CLASSES
+from support.v2_requests import KIND, PICTURES, PIXELS
 from test_serve import read_until, start
 from tritonclient.utils import InferenceServerException
-from v2_requests import KIND, PICTURES, PIXELS
 
 from models import architectures
 from models.classifier import Head

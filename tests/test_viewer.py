@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_server import live_server
-from live_server import weights as weights
-from page_server import PATIENCE_S, QUIET, chromium
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from support.live_server import live_server
+from support.live_server import weights as weights
+from support.page_server import PATIENCE_S, QUIET, chromium
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE_S)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import API_KEY, Service, client_of
+from support.service_fakes import API_KEY, Service, client_of
 
 from service.routes.page import WEB
 

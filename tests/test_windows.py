@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from service_fakes import Service, client_of
 from starlette.types import Message
+from support.service_fakes import Service, client_of
 from test_middleware import Call, chunk
 
 from service.errors import QueueFull

@@ -265,7 +265,8 @@ def _take_conv_layer(squeezenet: nn.Module) -> ConvLayer:
     """SqueezeNet ends in dropout, 1x1 convolution, ReLU, mean: the last three are one `ConvLayer`."""
     classifier = squeezenet.get_submodule("classifier")
     conv = classifier.get_submodule("1")
-    assert isinstance(conv, nn.Conv2d), "SqueezeNet's last layer is a convolution"  # noqa: S101
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError("SqueezeNet's last layer is a convolution")
     layer = ConvLayer(conv.in_channels, conv.out_channels)
     layer.conv = conv
     for name in ("1", "2", "3"):

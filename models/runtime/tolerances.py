@@ -9,7 +9,7 @@ from torch import Tensor
 
 FLOOR = 1e-3  # float32 on another device, or in another order of summation: 2.5e-6 at most on a CPU
 # Photographs lie further from float32 than the probe images of models.runtime, 1.5 to 1.8 times in float16, bfloat16 and TF32
-# (docs/decisions.md).
+# (docs/contributing/decisions.md).
 MARGIN = 4.0
 CEILING = 0.25  # whatever was measured: other preprocessing moves an image by 0.35 to 1
 # The same float32 head on the same features. Two swapped classes that no image shows move small probabilities alone: these are

@@ -54,7 +54,8 @@ class TorchEngine:
 
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
-        assert self.map is not None, "the caller asks for maps only where there are some"  # noqa: S101
+        if self.map is None:
+            raise RuntimeError("the caller asks for maps only where there are some")
         kept: list[Tensor] = []
         hook = self.module.get_submodule(self.map).register_forward_hook(lambda _m, _i, output: kept.append(output))
         try:

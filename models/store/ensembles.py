@@ -60,5 +60,6 @@ def _tempered(head: Head) -> Layer:
     for parameter in (layer.output if isinstance(layer, MLPLayer) else layer).parameters():
         scaled: Tensor = parameter / head.config.temperature
         parameter.copy_(scaled)
-    assert isinstance(layer, Layer), "a head's layer is one of the three"  # noqa: S101
+    if not isinstance(layer, Layer):
+        raise TypeError("a head's layer is one of the three")
     return layer

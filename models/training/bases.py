@@ -21,7 +21,8 @@ class Base(Record):
 
     @property
     def stored(self) -> BackboneRef:
-        assert self.ref is not None, "a base of the store has its backbone"  # noqa: S101
+        if self.ref is None:
+            raise RuntimeError("a base of the store has its backbone")
         return self.ref
 
 

@@ -234,7 +234,8 @@ def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
         labels, groups, classes = job.data.labels[rows], job.data.groups[rows], len(job.data.classes)
         head = fit(features, labels, classes, groups, job.settings, job.tell("train"), job.is_to_end).head
     layer = head.layers[0]
-    assert isinstance(layer, nn.Linear)  # noqa: S101  (fit makes no other)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError("a fitted head's layer is linear")
     return layer
 
 

@@ -46,7 +46,8 @@ def _judged(
 ) -> Prediction:
     """`near`: distances to the nearest training images, then their places, (2 * M,)."""
     reference = served.reference
-    assert reference is not None, "the caller asks only where there is one"  # noqa: S101
+    if reference is None:
+        raise RuntimeError("the caller asks only where there is one")
     prediction = replace(prediction, decision=_decision(reference, probabilities, near))
     if wanted.alpha is not None:
         [found] = reference.conformal.sets(probabilities, wanted.alpha)

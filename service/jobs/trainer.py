@@ -86,7 +86,8 @@ class TrainerProcess:
         self._log: BinaryIO | None = None
         self._selector = selectors.DefaultSelector()
         for stream in (self._process.stdout, self._process.stderr):
-            assert stream is not None  # noqa: S101  (both are pipes)
+            if stream is None:
+                raise RuntimeError("the trainer's outputs are pipes")
             self._selector.register(stream, selectors.EVENT_READ)
 
     def begin(self, folder: Path, dry_run: bool = False) -> None:
@@ -160,7 +161,8 @@ class TrainerProcess:
         self._say("stop")
 
     def _say(self, line: str) -> None:
-        assert self._process.stdin is not None  # noqa: S101  (it is a pipe)
+        if self._process.stdin is None:
+            raise RuntimeError("the trainer's input is a pipe")
         with suppress(OSError):  # it has just ended
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()

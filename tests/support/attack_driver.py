@@ -4,7 +4,7 @@
         seen = attack(server, [Hostile("POST", "/predict", b"...")])
     assert seen.stall_ms < LONGEST_STALL_MS
 
-`make attack` runs every test of a row A... of abuse.tsv and prints these figures for each (tests/attack_report.py).
+`make attack` runs every test of a row A... of abuse.tsv and prints these figures for each (attack_report.py).
 """
 
 import http.client
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from live_server import LiveServer
+from support.live_server import LiveServer
 
 LONGEST_STALL_MS = 100.0  # that any request may cause
 PATIENCE_S = 60.0

@@ -182,7 +182,8 @@ class Stepper:
             scores, *others = self.scores(images)
             loss = self._cross_entropy(scores, labels)
             for auxiliary in others:
-                assert self.aux is not None, "only auxiliary classifiers have scores beside the network's"  # noqa: S101
+                if self.aux is None:
+                    raise RuntimeError("only auxiliary classifiers have scores beside the network's")
                 loss = loss + self.aux.weight * self._cross_entropy(auxiliary, labels)
         likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return loss, (scores.detach().argmax(dim=1) == likeliest).sum()

@@ -87,7 +87,8 @@ class Registry:
 
     async def wait_loaded(self) -> None:
         """Returns when everything that can be loaded is."""
-        assert self._first_sync is not None, "start() comes first"  # noqa: S101
+        if self._first_sync is None:
+            raise RuntimeError("start() comes first")
         await asyncio.shield(self._first_sync)
         while pulls := list(self._pulls.values()):
             await asyncio.wait(pulls)

@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer, ended, running
+
 from support.attack_driver import ATTACKS
+from support.live_server import LiveServer, ended, running
 
 ROWS: list[dict[str, Any]] = []
 

@@ -1,6 +1,6 @@
 """One timm network through everything that a served network goes through; and the smallest two of each family.
 
-python tests/timm_walk.py     writes timm_families.json anew: builds every network without memory, half an hour
+PYTHONPATH=tests python -m support.timm_walk  writes timm_families.json anew: builds every network without memory, half an hour
 """
 
 import gc
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from image_files import photo, save
 from torch import Tensor, nn
 
 from models import architectures
@@ -22,6 +21,7 @@ from models.preprocessing import normalise
 from models.runtime import Options, compile_backbone
 from models.store.importing import fit
 from models.store.store import ModelStore
+from support.image_files import photo, save
 
 FAMILIES = Path(__file__).with_name("timm_families.json")
 CLASSES = 7
@@ -139,10 +139,9 @@ def serve(walked: Walked) -> dict[str, str | None]:
 
 def exported(walked: Walked, folder: Path) -> float:
     """Largest difference of a probability between the exported file, by onnxruntime, and the version itself; `folder` is the walk's."""
-    from lively import answers
-
     from models.classifier import Head
     from models.store.export.files import export
+    from support.lively import answers
 
     store, layer = ModelStore(folder), cast(nn.Linear, walked.layer)
     classes = [f"class_{index}" for index in range(CLASSES)]

@@ -4,8 +4,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from image_files import png, png_chunk, save, solid
 from PIL import Image
+
+from support.image_files import png, png_chunk, save, solid
 
 BASELINE, EXTENDED, PROGRESSIVE, ARITHMETIC, PROGRESSIVE_ARITHMETIC = 0xC0, 0xC1, 0xC2, 0xC9, 0xCA
 

@@ -1,4 +1,4 @@
-"""Takes the pictures of the page in docs/screenshots: `python tests/screenshots.py`. The images on them are drawn."""
+"""Takes the pictures of the page in docs/screenshots: `PYTHONPATH=tests python -m support.screenshots`. The images on them are drawn."""
 
 import sys
 import tempfile
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from landscapes import KINDS, archive, landscape, png
-from page_server import ADMIN_KEY, CHROMIUM, PATIENCE_S, QUIET, PageServer, embedded, page_server
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-TARGET = Path(__file__).parents[1] / "docs" / "screenshots"
+from support.landscapes import KINDS, archive, landscape, png
+from support.page_server import ADMIN_KEY, CHROMIUM, PATIENCE_S, QUIET, PageServer, embedded, page_server
+
+TARGET = Path(__file__).parents[2] / "docs" / "screenshots"
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 MEASURED_S = 40  # how long the server is watched under load
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}

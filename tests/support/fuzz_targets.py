@@ -1,6 +1,6 @@
 """Where bytes of strangers enter: each target takes any bytes, and lets nothing out but the errors that it promises.
 
-    python tests/fuzz_targets.py decode|weights|multipart [options of libFuzzer]
+    PYTHONPATH=tests python -m support.fuzz_targets decode|weights|multipart [options of libFuzzer]
 
 runs one with atheris (from PyPI; not among the dependencies). Without it, `test_fuzz.py` replays the seeds.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from image_files import SMALL, photo, save, solid
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -24,6 +23,7 @@ from models.images.decoding import EXTRA_FORMATS, Limits, decode
 from service.errors import ServiceError
 from service.http.uploads.upload import read_upload
 from service.settings import Settings
+from support.image_files import SMALL, photo, save, solid
 
 LIMITS = Limits(max_bytes=2**20, max_pixels=2**22, extra_formats=frozenset(EXTRA_FORMATS))
 SETTINGS = Settings()

@@ -14,12 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from support import pulse
-from support.pulse import Pulse
 
 from models import architectures
 from models.classifier import Head
 from models.store.store import ModelStore
+from support import pulse
+from support.pulse import Pulse
 
 CLASSES = ["ant", "bee", "cat"]
 READY_S = 120.0

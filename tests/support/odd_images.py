@@ -11,7 +11,9 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 
-from image_files import (
+from PIL import Image
+
+from support.image_files import (
     ORANGE,
     gif,
     gif_of_blocks,
@@ -27,7 +29,6 @@ from image_files import (
     webp,
     ycck,
 )
-from PIL import Image
 
 OK, TOO_LARGE, NO_IMAGE, BROKEN = {200}, {413}, {415}, {422}
 REFUSED = NO_IMAGE | BROKEN

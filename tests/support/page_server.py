@@ -15,7 +15,7 @@ import pytest
 
 from models.store.store import ModelStore
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
+WEIGHTS = Path(__file__).parents[2] / "weights"
 ADMIN_KEY = "k" * 40
 CHROMIUM = "/usr/bin/chromium"
 QUIET = [
