@@ -1,6 +1,6 @@
 """Uncertainty on real features: heads on EfficientNet-Lite0 with its ImageNet weights, against images that belong and that do not.
 
-    python -m benchmarks.trust [--quick] [--rounds HALVES] [--cache FOLDER] [--picture docs/decisions.svg]
+    python -m benchmarks.trust [--quick] [--rounds HALVES] [--cache FOLDER] [--picture docs/guide/decisions.svg]
 
 Tasks: ants and bees (`hymenoptera.zip`); cat against dog, ship against truck, and all ten classes of CIFAR-10. Measured: AUROC of each
 score of strangeness, calibration error, coverage of the conformal sets, precision of accepted answers (thresholds from one random half of

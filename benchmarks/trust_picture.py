@@ -1,4 +1,4 @@
-"""The picture of docs/trust.md: images by distance and probability, and the three decisions as areas. Drawn by `benchmarks.trust`."""
+"""Draws the picture of docs/guide/uncertainty.md: images by distance and probability, and the three decisions as areas."""
 
 from collections.abc import Mapping
 from pathlib import Path

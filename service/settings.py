@@ -62,7 +62,7 @@ Formats = Annotated[
 
 
 class Settings(BaseSettings):
-    """What `imago serve` can be told. Every field is a flag, an environment variable and a line in docs/settings.md."""
+    """What `imago serve` can be told. Every field is a flag, an environment variable and a line in docs/reference/settings.md."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

@@ -1,4 +1,4 @@
-"""docs/operations.md, Back-up: its own lines, run beside a server at work while versions are published, and what they bring back."""
+"""docs/guide/operations.md, Back-up: its own lines, run beside a server at work while versions are published, and what they bring back."""
 
 import re
 import sqlite3
@@ -15,7 +15,7 @@ from support.live_server import weights as weights
 
 from models.store.store import ModelStore
 
-OPERATIONS = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+OPERATIONS = (Path(__file__).parents[1] / "docs" / "guide" / "operations.md").read_text()
 BACK_UP, RESTORE = re.findall(
     r"```console\n(.*?)```", OPERATIONS.partition("## Back-up")[2].partition("\n## ")[0], re.DOTALL
 )

@@ -70,7 +70,7 @@ def test_textbook_networks_have_their_parameters(
 
 
 def test_the_documentation_has_each_count() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "textbooks.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "textbooks.md").read_text()
     counts = [(param.values[0], f"{param.values[-1]:,}") for param in TEXTBOOKS]
     assert [count for _, count in counts if count not in page] == []
 

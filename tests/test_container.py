@@ -1,4 +1,4 @@
-"""What the container may do: little. compose.yaml, the Dockerfile and what docs/docker-kubernetes.md says for those who use neither."""
+"""The permissions of the container: compose.yaml, the Dockerfile and docs/guide/docker-kubernetes.md."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-PAGE = (ROOT / "docs" / "docker-kubernetes.md").read_text()
+PAGE = (ROOT / "docs" / "guide" / "docker-kubernetes.md").read_text()
 
 
 class Loader(yaml.SafeLoader):  # type: ignore[misc]

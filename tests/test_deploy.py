@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "imago.json").read_text())
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
-MONITORING = (ROOT / "docs" / "monitoring.md").read_text()
+MONITORING = (ROOT / "docs" / "guide" / "monitoring.md").read_text()
 
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = {rule["alert"]: rule["expr"] for rule in RULES}

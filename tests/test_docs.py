@@ -27,9 +27,9 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 }
-README, SETTINGS, API = PAGES["README.md"], PAGES["docs/settings.md"], PAGES["docs/api.md"]
+README, SETTINGS, API = PAGES["README.md"], PAGES["docs/reference/settings.md"], PAGES["docs/reference/api.md"]
 MONITORING, OPERATIONS, TROUBLESHOOTING = (
-    PAGES[f"docs/{page}.md"] for page in ("monitoring", "operations", "troubleshooting")
+    PAGES[f"docs/{page}.md"] for page in ("guide/monitoring", "guide/operations", "reference/troubleshooting")
 )
 ROUTES = create_app(Settings()).openapi()["paths"]
 
@@ -157,7 +157,7 @@ def test_a_request_with_a_mistake_is_noticed(line: str) -> None:
 
 
 def metrics_table() -> str:
-    """The table of docs/monitoring.md, as `Metrics` says it."""
+    """The table of docs/guide/monitoring.md, as `Metrics` says it."""
     metrics = Metrics()
     labels = {
         metric._name: ", ".join(metric._labelnames) for metric in vars(metrics).values() if hasattr(metric, "_name")
@@ -230,7 +230,7 @@ def test_a_command_in_a_page_parses(page: str, line: str, tmp_path: Path, monkey
 
 
 def test_the_comparison_has_the_figures_of_the_benchmarks() -> None:
-    figures = re.findall(r"[\d.]+ \([\d.]+ to [\d.]+\)", PAGES["docs/comparison.md"])
+    figures = re.findall(r"[\d.]+ \([\d.]+ to [\d.]+\)", PAGES["docs/guide/comparison.md"])
     assert len(figures) == 16
     assert [figure for figure in figures if figure not in PAGES["docs/benchmarks.md"]] == []
 
@@ -267,5 +267,5 @@ def test_the_readme_stays_short() -> None:
 
 
 if __name__ == "__main__":
-    renew(DOCS / "settings.md", "settings", settings_table())
-    renew(DOCS / "monitoring.md", "metrics", metrics_table())
+    renew(DOCS / "reference" / "settings.md", "settings", settings_table())
+    renew(DOCS / "guide" / "monitoring.md", "metrics", metrics_table())

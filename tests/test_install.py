@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+OPERATIONS = (ROOT / "docs" / "guide" / "operations.md").read_text()
 CUDA = re.compile(r"^(?:triton|(?:nvidia|cuda)-[\w-]+)==", re.MULTILINE)
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 INSTALL = ("sh", "deploy/install.sh")

@@ -87,7 +87,7 @@ def test_the_pod_has_the_mounts_of_compose() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_ingress_of_the_docs_leads_to_the_service(version: str) -> None:
-    page = (ROOT / "docs" / "proxies.md").read_text()
+    page = (ROOT / "docs" / "guide" / "proxies.md").read_text()
     (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "kind: Ingress" in block]
     ingress = yaml.safe_load(text)
     kubernetes_validate.validate(ingress, version, strict=True)

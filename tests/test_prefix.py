@@ -127,8 +127,8 @@ async def test_an_upload_under_the_prefix_may_take_its_time(tmp_path: Path) -> N
 
 
 def nginx_of_the_docs(folder: Path) -> str:
-    """The example of docs/proxies.md as it stands, but for its ports and the certificate's place."""
-    page = (Path(__file__).parents[1] / "docs" / "proxies.md").read_text()
+    """The example of docs/guide/proxies.md as it stands, but for its ports and the certificate's place."""
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "proxies.md").read_text()
     (example,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
     example = example.replace("listen 443 ", "listen 127.0.0.1:PROXY ").replace("127.0.0.1:8000", "127.0.0.1:SERVER")
     return CONFIG.replace("server { listen 127.0.0.1:PROXY; LOCATION }", example.replace("/etc/ssl", str(folder)))

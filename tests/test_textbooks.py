@@ -1,4 +1,4 @@
-"""docs/textbooks.md: each command is a request that training accepts, for an architecture that there is."""
+"""docs/guide/textbooks.md: each command is a request that training accepts, for an architecture that there is."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from models import architectures
 from models.training.job.request import FinetuneRequest
 from service.cli import main
 
-PAGE = (Path(__file__).parents[1] / "docs" / "textbooks.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "guide" / "textbooks.md").read_text()
 COMMANDS = re.findall(r"`(imago finetune [^`]*)`", PAGE)
 
 

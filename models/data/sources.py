@@ -44,7 +44,7 @@ LAYOUTS: tuple[Callable[[Files], DatasetSource | None], ...] = (
 
 A_DATASET = (
     "a dataset is a folder of class folders, a zip or tar of one, a CSV of path,label, or one of the formats "
-    "that docs/training.md lists"
+    "that docs/guide/training.md lists"
 )
 
 

@@ -19,10 +19,10 @@ POLL_S = 1.0
 TIMEOUT_S = 60.0
 WIDTH = 100  # of the list, at least: ids are copied into the next command, and in 80 columns they would be cut
 ELSEWHERE = {  # what a proxy says for itself
-    413: "a proxy before the server limits request bodies (nginx: client_max_body_size); docs/proxies.md has its settings",
+    413: "a proxy before the server limits request bodies (nginx: client_max_body_size); docs/guide/proxies.md has its settings",
     502: "a proxy before the server does not reach it",
     503: "a proxy before the server does not reach it",
-    504: "a proxy before the server did not wait for the answer (nginx: proxy_read_timeout); docs/proxies.md has its settings",
+    504: "a proxy before the server did not wait for the answer (nginx: proxy_read_timeout); docs/guide/proxies.md has its settings",
 }
 JOB = "ftjob-0f8fad5bd9cb469fa16570867728950e"  # of the examples
 

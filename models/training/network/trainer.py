@@ -345,7 +345,9 @@ def deterministic() -> Iterator[None]:
     options.fill_uninitialized_memory = False  # one more kernel for each new tensor
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*determinis", UserWarning)  # one a step: docs/training.md names them
+            warnings.filterwarnings(
+                "ignore", ".*determinis", UserWarning
+            )  # one a step: docs/guide/training.md names them
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
