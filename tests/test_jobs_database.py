@@ -11,7 +11,7 @@ import pytest
 from support.service_fakes import ADMIN, GOOD, Service, client_of
 from support.small_disk import disk as disk
 
-from service.jobs import table
+from service.jobs import database as module
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def replaced(database: Path) -> Iterator[None]:
 async def test_a_database_that_is_taken_away_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: Callable[[Path], AbstractContextManager[None]], reason: str
 ) -> None:
-    monkeypatch.setattr(table, "BUSY_S", 0.1)
+    monkeypatch.setattr(module, "BUSY_S", 0.1)
     async with client_of(Service(tmp_path / "data")) as http:
         assert (await http.get("/finetune", headers=ADMIN)).status_code == 200
         with taken(tmp_path / "data" / "jobs.sqlite"):

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any, cast
 
 import pytest
 
-from service.jobs.stall import IDLE_S, LOOK_S, SILENT_S, Stall
+from service.jobs.watch import CPU_LOOK_S, IDLE_S, SILENT_S, Stall
 
 pytestmark = pytest.mark.system
 
@@ -23,7 +24,7 @@ class Trainer:
 
     def seconds_until_noticed(self, monkeypatch: pytest.MonkeyPatch, events_at: Iterable[float] = ()) -> float | None:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        watched, began, left = Stall(self), self.now, sorted(events_at)
+        watched, began, left = Stall(cast(Any, self)), self.now, sorted(events_at)
         while self.now - began < 2 * SILENT_S:
             self.now += 1.0
             events = EVENT if left and self.now - began >= left[0] else []
@@ -37,7 +38,7 @@ class Trainer:
 def test_one_that_does_not_compute_is_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     noticed = Trainer(cpu=0.0).seconds_until_noticed(monkeypatch, events_at=[50.0])
     assert noticed is not None
-    assert 50 + IDLE_S < noticed <= 50 + IDLE_S + LOOK_S + 2
+    assert 50 + IDLE_S < noticed <= 50 + IDLE_S + CPU_LOOK_S + 2
 
 
 @pytest.mark.abuse("A1601")

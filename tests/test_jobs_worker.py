@@ -10,13 +10,13 @@ import pytest
 from models.errors import OutOfMemory
 from models.files.atomic_files import replace
 from models.training.job.job_files import EXIT_DEVICE_LOST, EXIT_DISK_FULL
-from service.errors import DeadlineExceeded, DeviceLost, Internal, NotReady, QueueFull
+from service.errors import DeadlineExceeded, DeviceLost, Internal, NotReady, QueueFull, TrainerUnavailable
 from service.inference.results import ParityImage
+from service.jobs import watch
 from service.jobs import worker as module
 from service.jobs.events import EVENTS, Tail
 from service.jobs.job import Job
-from service.jobs.queue import Interrupted
-from service.jobs.table import JobTable, Submission
+from service.jobs.table import Interrupted, JobTable, Submission
 from service.jobs.worker import Worker
 from service.settings import Settings
 
@@ -56,6 +56,7 @@ class Scene:
         self.settings = Settings(data=root, datasets=root / "datasets", weights=root / "weights")
         self.table = JobTable(f"sqlite:///{root}/jobs.sqlite")
         self.table.add(Submission("a", {"name": "pets", "dataset": "photos", "mode": "finetune"}, None, "0"), 10)
+        self.table.claim(lambda job: True)
         self.trainers: list[Trainer] = []
         self.refusals: list[Exception] = []
         self.leaving = False
@@ -91,6 +92,8 @@ class Scene:
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     for name in ("POLL_S", "LOOK_S", "FULL_RETRY_S", "ACTIVATE_RETRY_S"):
         monkeypatch.setattr(module, name, 0.001)
+    for name in ("POLL_S", "LOOK_S"):
+        monkeypatch.setattr(watch, name, 0.001)
     scene = Scene(tmp_path)
     yield scene
     scene.table.close()
@@ -246,3 +249,31 @@ def test_a_server_that_leaves_leaves_the_activation_to_the_next(scene: Scene) ->
 def leave(scene: Scene) -> None:
     scene.leaving = True
     raise NotReady("the server is shutting down")
+
+
+def test_the_next_job_is_claimed_after_any_error(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.001)
+    claim, errors = scene.table.claim, [RuntimeError("unexpected"), TrainerUnavailable("no database")]
+
+    def failing(reaches: Callable[[str], bool]) -> str | None:
+        if errors:
+            raise errors.pop()
+        job = claim(reaches)
+        if job is None:
+            scene.worker.close()
+        return job
+
+    monkeypatch.setattr(scene.table, "claim", failing)
+    scene.trainers.append(Trainer(result=DONE))
+    scene.worker.run()
+    assert scene.table.get("a").status == "succeeded"
+
+
+def test_a_job_that_another_server_has_claimed_is_left_to_it(scene: Scene) -> None:
+    scene.table.begin("a")
+    other = JobTable(f"sqlite:///{scene.settings.data}/jobs.sqlite", "other")
+    assert other.claim(lambda job: True) == "a"
+    with pytest.raises(Interrupted):
+        scene.train(Trainer(result=DONE))
+    assert (other.get("a").status, len(scene.trainers)) == ("running", 1)
+    other.close()

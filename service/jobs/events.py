@@ -1,6 +1,6 @@
-"""A job's events: one JSON object a line in `<job>/events.jsonl`, numbered from 1, so that a number is also a line.
+"""A job's events: one JSON object per line of `<job>/events.jsonl`, numbered from 1.
 
-Whoever appends holds the file's lock, and first cuts off a line that a crash left unfinished.
+A writer holds the file's lock, and first cuts off a line that a crash left unfinished.
 """
 
 import fcntl
@@ -17,7 +17,12 @@ TAIL_BYTES = 65_536  # no line is longer
 MAX_MESSAGE = 2000
 
 
-def append(path: Path, fields: Mapping[str, Any]) -> None:
+def append_queued(path: Path) -> None:
+    """Adds the first event, unless there are events: a server may run the job before the one that accepted it gets here."""
+    append(path, {"level": "info", "status": "queued"}, only_first=True)
+
+
+def append(path: Path, fields: Mapping[str, Any], only_first: bool = False) -> None:
     """Adds one event: its number, the time, and those of `fields` that are not None. OSError where the disk is full."""
     line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds")}
     line |= {name: value for name, value in fields.items() if value is not None}
@@ -26,12 +31,14 @@ def append(path: Path, fields: Mapping[str, Any]) -> None:
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         whole, last = _whole_lines(file.fileno())
+        if only_first and last > 0:
+            return
         file.truncate(whole)
         file.write(json.dumps({"seq": last + 1, **line}, allow_nan=False).encode() + b"\n")
 
 
 def _whole_lines(handle: int) -> tuple[int, int]:
-    """Up to which byte the file consists of whole lines, and the number of the last of them."""
+    """The size of the whole lines in bytes, and the number of the last of them."""
     size = os.fstat(handle).st_size
     start = max(0, size - TAIL_BYTES)
     tail = os.pread(handle, TAIL_BYTES, start)
@@ -43,14 +50,14 @@ def _whole_lines(handle: int) -> tuple[int, int]:
 
 
 class Tail:
-    """Reads a job's events from a number on, and later those that came since."""
+    """Reads a job's events after a number, and later the new ones."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
         self._path, self._skip = path, after
         self._offset = 0
 
     def read(self, limit: int) -> list[dict[str, Any]]:
-        """The next events, at most `limit`; none where there are none yet."""
+        """The next events, at most `limit`."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:

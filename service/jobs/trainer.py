@@ -1,4 +1,4 @@
-"""The trainer process, as the server sees it.
+"""The trainer process, seen from the server.
 
 started -> imports what training needs (seconds) -> begin(folder) -> events ... -> result.json, end
            a spare one waits here
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 TRAINER = (sys.executable, "-P", "-m", "models.training")  # -P: what lies in the current folder is not imported
 SPARE_S = 600.0  # a trainer that waits for a job holds some 250 MB
 LOG = "trainer.log"
-LOG_BYTES = 2**20  # of what the trainer says on stderr; the rest is dropped
+LOG_BYTES = 2**20  # of the trainer's stderr; the rest is dropped
 LINE_BYTES = 65_536
 SECRETS = ("IMAGO_ADMIN_KEY", "IMAGO_API_KEY", "IMAGO_JOBS_DATABASE")
 
 
 def order_of(settings: Settings, request: FinetuneRequest) -> JobSpec:
-    """What a trainer is given. The dataset is looked up again each time, for it may have moved: DatasetError."""
+    """The order for a trainer. Resolves the dataset anew each time, as it may have moved. Raises DatasetError."""
     dataset = resolve(settings.datasets, request.dataset)
     return JobSpec(
         request=request.model_copy(update={"dataset": dataset}),
@@ -64,14 +64,14 @@ def visible_gpus(device: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class TrainerProcess:
-    """A process of a session of its own: ended as a group, with whatever it started. It ends when its stdin does.
+    """A process with a session of its own, ended as a group with all processes that it started. It ends when its stdin does.
 
     `device`: the setting; the process sees the GPUs that this names.
     """
 
     def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        # A thread that waits for work is to sleep: the server needs the core.
+        # A thread that waits for work sleeps: the server needs the core.
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         environment |= visible_gpus(device, os.environ)
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
@@ -91,12 +91,12 @@ class TrainerProcess:
             self._selector.register(stream, selectors.EVENT_READ)
 
     def begin(self, folder: Path, dry_run: bool = False) -> None:
-        """Hands it the job of this folder; its stderr goes to a file there."""
+        """Starts the job of this folder; the trainer's stderr goes to a file there."""
         self._log = (folder / LOG).open("ab")
         self._say(json.dumps({"folder": str(folder.resolve()), "dry_run": dry_run}))
 
     def events(self, within_s: float) -> list[dict[str, Any]]:
-        """What the trainer has told since the last call; waits for it at most `within_s`."""
+        """The trainer's events since the last call; waits for them at most `within_s`."""
         events: list[dict[str, Any]] = []
         if not self._selector.get_map():  # both streams are at their end, and the process is about to be
             with suppress(subprocess.TimeoutExpired):
@@ -127,7 +127,7 @@ class TrainerProcess:
         return events
 
     def _keep(self, data: bytes) -> None:
-        """A full disk is the trainer's trouble, not ours."""
+        """Writes the trainer's stderr to its log; write errors are ignored."""
         with suppress(OSError):
             if self._log is not None:
                 self._log.write(data[: max(0, LOG_BYTES - self._log.tell())])
@@ -135,7 +135,7 @@ class TrainerProcess:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs, negative for a signal. What it said last may still be unread."""
+        """None while it runs, negative for a signal. Its last events may still be unread."""
         return self._process.poll()
 
     def memory_bytes(self) -> int:
@@ -157,7 +157,7 @@ class TrainerProcess:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def ask_to_stop(self) -> None:
-        """It ends after its current step and keeps the best; may be asked more than once."""
+        """Asks it to end after its current step and to keep the best; may be repeated."""
         self._say("stop")
 
     def _say(self, line: str) -> None:
@@ -168,7 +168,7 @@ class TrainerProcess:
             self._process.stdin.flush()
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL for what is still there after `grace_s`. Returns when nothing of it is left."""
+        """Sends SIGTERM, and SIGKILL after `grace_s`. Returns when no process of the group is left."""
         if self._process.poll() is None:
             self._signal(signal.SIGTERM)
             ends = time.monotonic() + grace_s
@@ -191,7 +191,7 @@ class TrainerProcess:
 
 
 class Trainers:
-    """Starts trainers, and keeps a spare one for a while: what training imports takes seconds, which the next job is spared."""
+    """Starts trainers, and keeps a spare one for a while, which saves the next job the seconds of its imports."""
 
     def __init__(self, threads: int, command: Sequence[str] = TRAINER, device: str = "auto") -> None:
         self._threads, self._command, self._device = threads, command, device
@@ -200,7 +200,7 @@ class Trainers:
         self._timer: threading.Timer | None = None
 
     def take(self) -> TrainerProcess:
-        """A trainer to begin a job with: the spare one, or a new one."""
+        """Returns the spare trainer, or a new one."""
         spare = self._swap(None)
         if spare is not None and spare.returncode is None:
             return spare
@@ -208,14 +208,13 @@ class Trainers:
         return TrainerProcess(self._threads, self._command, self._device)
 
     def prepare(self) -> None:
-        """Makes sure that there is a spare one for the next SPARE_S seconds, if the system lets it start. It dies with the calling
-        thread, as the kernel has it."""
+        """Keeps a spare trainer for the next SPARE_S seconds, if one can start. The kernel ends it with the calling thread."""
         spare = self._swap(None)
         if spare is None or spare.returncode is not None:
             self._end(spare)
             try:
                 spare = TrainerProcess(self._threads, self._command, self._device)
-            except OSError as error:  # no failure of the job that is under way
+            except OSError as error:  # the running job does not fail for it
                 log.warning("no spare trainer: %s", error)
                 return
         self._end(self._swap(spare))
@@ -224,7 +223,7 @@ class Trainers:
         self._end(self._swap(None))
 
     def _swap(self, spare: TrainerProcess | None) -> TrainerProcess | None:
-        """Puts this one in the place of the spare, and gives what was there."""
+        """Makes this the spare trainer, and returns the one before."""
         with self._lock:
             before, self._spare = self._spare, spare
             if self._timer is not None:

@@ -1,5 +1,6 @@
-"""Works on one job: runs its trainer, restarts it when it crashes, and puts the new model to service.
+"""Runs the jobs, one at a time: starts the trainer, starts it again when it crashes, and deploys the new model.
 
+    run:     claim the oldest job -> train -> deploy, until the server leaves
     train:   begin -> trainer process -> result.json        crashed: begin again, at most MAX_CRASHES times without getting further
                                                             disk full: begin again each minute, for a day
     deploy:  the gate's decision -> activate -> succeeded
@@ -11,6 +12,7 @@ import errno
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,22 +48,19 @@ from service.errors import (
     TrainerUnavailable,
 )
 from service.inference.results import ParityImage
-from service.jobs.events import EVENTS, append
+from service.jobs.eta import Reached
+from service.jobs.events import EVENTS, append, append_queued
 from service.jobs.job import Job
-from service.jobs.pace import Pace, Reached
-from service.jobs.queue import Interrupted
-from service.jobs.stall import Stall
-from service.jobs.table import JobTable
-from service.jobs.trainer import TrainerProcess, Trainers, order_of, signal_name
+from service.jobs.table import Interrupted, JobTable
+from service.jobs.trainer import Trainers, order_of, signal_name
+from service.jobs.watch import LOOK_S, POLL_S, Watch
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 MAX_CRASHES = 3  # of the trainer itself without getting further; a restart of the server is not the job's fault
-MAX_ATTEMPTS = 25  # but a job during which server or trainer end so often is not begun again
-POLL_S = 0.25  # how long the trainer is listened to at a time
-LOOK_S = 0.5  # how often the table is asked what is wanted, and told how far the job is
-EVENT_S, EVENT_STEP = 10.0, 0.02  # plain progress becomes an event so often, or when so much of a phase is done
+MAX_ATTEMPTS = 25  # but a job during which server or trainer end so often fails
+CLAIM_S = 1.0  # between two reads of the table: another server may have accepted a job, or be lost
 GRACE_S = 2.0  # from SIGTERM to SIGKILL: a cancelled job is gone within 5 s
 RETRY_S = 5.0  # when the database cannot be used
 FULL_RETRY_S, FULL_S = 60.0, 24 * 3600.0  # when the disk is full: tried again so often, and for so long
@@ -69,7 +68,7 @@ ACTIVATE_S, ACTIVATE_RETRY_S = 60.0, 2.0  # while the server is too busy to try 
 
 
 class Worker:
-    """Called in the queue's threads. `leaving` says that the server is going: then Interrupted is raised, and the job stays as it is."""
+    """`run` is the body of a thread. Once `leaving()` is true, the job stays as it is for the next start of the server."""
 
     def __init__(
         self,
@@ -84,6 +83,45 @@ class Worker:
         self.settings, self.store, self.table, self.folders = settings, store, table, folders
         self.leaving, self.trainers = leaving, trainers
         self._activate = activate
+        self._woken, self._closed = threading.Event(), False
+        self._out_of_reach = set[str]()  # jobs that were logged as such
+
+    def run(self) -> None:
+        """Runs one job after the other, until `close`."""
+        while not self._closed:
+            try:
+                job = None if self.leaving() else self.table.claim(self._reaches)
+                if job is None:
+                    self._woken.wait(CLAIM_S)
+                    self._woken.clear()
+                    continue
+                self.train(job)
+                self.deploy(job)
+            except Interrupted as error:
+                log.info("job interrupted: %s", error)
+            except TrainerUnavailable as error:
+                log.warning("no job can be claimed: %s", error)
+                self._woken.wait(RETRY_S)
+            except Exception:  # a thread that ended would leave all jobs waiting
+                log.exception("the jobs go on in %.0f s", RETRY_S)
+                self._woken.wait(RETRY_S)
+
+    def wake(self) -> None:
+        """Tells the worker of a new job."""
+        self._woken.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._woken.set()
+
+    def _reaches(self, job: str) -> bool:
+        """True if the folder of a job that another server has begun is here; logs an error once if not."""
+        if not self.table.shared or (self.folders / job).is_dir():
+            return True
+        if job not in self._out_of_reach:
+            log.error("job %s was begun by a lost server, but is not in %s: share its data folder", job, self.folders)
+            self._out_of_reach.add(job)
+        return False
 
     # Training
 
@@ -92,7 +130,7 @@ class Worker:
         self._persist(self._train, id)
 
     def _persist(self, work: Callable[[str], None], id: str) -> None:
-        """Does it again until there are a database and space; what nobody foresaw is the job's failure."""
+        """Repeats the work until the database answers and the disk has space. An unexpected error fails the job."""
         full: DiskFull | None = None
         while True:
             self._wait(0.0)
@@ -114,11 +152,11 @@ class Worker:
 
     def _break_down(self, id: str) -> None:
         log.exception("job %s failed", id)
-        with suppress(TrainerUnavailable, JobNotFound):  # the next start of the server finds it unfinished
+        with suppress(TrainerUnavailable, JobNotFound):  # then it is claimed again
             self._fail(id, "internal", "internal error; the server's log has the details")
 
     def _outwait(self, id: str, full: "DiskFull") -> bool:
-        """Returns when it is time for another try, or the job is to be cancelled; False once it has failed, after a day."""
+        """Waits for the next try, or for `cancel`. Fails the job after a day, and returns False."""
         if time.monotonic() - full.since >= FULL_S:
             self._fail(id, *_DISK_FULL)
             return False
@@ -127,7 +165,7 @@ class Worker:
             self._tell(id, "warning", "the disk is full; free some space: the job goes on by itself")
             full.told = True
         ends = time.monotonic() + FULL_RETRY_S
-        while time.monotonic() < ends and self.table.wish(id).status != "cancelling":
+        while time.monotonic() < ends and self.table.control(id).status != "cancelling":
             self._wait(LOOK_S)
         return True
 
@@ -137,7 +175,7 @@ class Worker:
             if time.monotonic() >= ends:
                 return
             time.sleep(POLL_S)
-        raise Interrupted
+        raise Interrupted("the server leaves")
 
     def _train(self, id: str) -> None:
         folder = self.folders / id
@@ -151,7 +189,7 @@ class Worker:
         self._settle(id, folder)
 
     def _attempt(self, job: Job, folder: Path) -> bool:
-        """One trainer process, from its start to its end, whatever that is: False if the job has failed with it."""
+        """Runs one trainer process from its start to its end. Returns False if the job has failed."""
         if job.attempt > MAX_ATTEMPTS:
             return self._fail(
                 job.id, "interrupted", f"server or trainer have ended {MAX_ATTEMPTS} times during this job"
@@ -161,6 +199,8 @@ class Worker:
         except ModelError as error:
             return self._fail(job.id, error.code, str(error))
         replace(folder / JOB, to_json(order))
+        with suppress(OSError):
+            append_queued(folder / EVENTS)  # the server that accepted the job may not have written it yet
         self._tell(job.id, status="running", message=f"attempt {job.attempt}")
         process = self.trainers.take()
         watch = Watch(self, job, process)
@@ -176,12 +216,12 @@ class Worker:
             return self._fail(
                 job.id, "out_of_memory", f"{limit}; take a smaller batch_size or base, or raise the limit"
             )
-        if (folder / RESULT).exists() or self.table.wish(job.id).status != "running":
+        if (folder / RESULT).exists() or self.table.control(job.id).status != "running":
             return True
         return self._crashed(job.id, process.returncode or 0, watch.reached, watch.stalled)
 
     def _crashed(self, id: str, returncode: int, reached: Reached, stalled: str | None) -> bool:
-        """False if that was once too often. `stalled`: why it was ended. Raises DiskFull."""
+        """Counts a crash. Returns False if it fails the job. `stalled`: why the server ended the trainer. Raises DiskFull."""
         if returncode == EXIT_DISK_FULL:
             raise DiskFull(reached)
         crashes, lost = self.table.crashed(id, reached), returncode == EXIT_DEVICE_LOST
@@ -200,7 +240,7 @@ class Worker:
         )
 
     def _settle(self, id: str, folder: Path) -> None:
-        """From what is in the folder to what is in the table."""
+        """Copies the result from the job's folder to the table."""
         if self._settle_cancelled(id, folder) or not (folder / RESULT).exists():
             return
         result = read_record(folder / RESULT, JobResult)
@@ -212,14 +252,14 @@ class Worker:
             self._settle_cancelled(id, folder)
 
     def _settle_cancelled(self, id: str, folder: Path) -> bool:
-        """The end of a job that somebody has cancelled, be it in the moment in which it ended by itself."""
-        cancelling = self.table.wish(id).status == "cancelling"
+        """Ends the job if a caller has cancelled it, also in the moment in which it ended by itself."""
+        cancelling = self.table.control(id).status == "cancelling"
         if cancelling:
             self._discard(id, folder)
         return cancelling
 
     def _fail(self, id: str, code: str, message: str, **found: Any) -> Literal[False]:
-        """The end of the job, unless it is being cancelled: then that is. False, as it does not go on."""
+        """Ends the job as failed, or as cancelled if a caller has cancelled it. Returns False: the job does not go on."""
         if self.table.finish(id, "failed", error={"code": code, "message": message}, **found):
             self._tell(id, "error", message, status="failed")
         else:
@@ -227,7 +267,7 @@ class Worker:
         return False
 
     def _discard(self, id: str, folder: Path) -> None:
-        """Nothing of a cancelled job is left but its record and its events."""
+        """Removes all of a cancelled job but its row and its events."""
         with suppress(ModelError, FileNotFoundError):
             run, name = json.loads((folder / RUN).read_bytes())["run"], self.table.get(id).request["name"]
             if found := published(self.store, name, run):
@@ -241,22 +281,22 @@ class Worker:
     # Deployment
 
     def deploy(self, id: str) -> None:
-        """Puts the model to service where the gate says so; then the job has succeeded. The last step of every job."""
+        """Deploys the model if the gate allows it; then the job has succeeded. The last step of every job."""
         self._persist(self._deploy, id)
         self.trainers.prepare()
 
     def _deploy(self, id: str) -> None:
-        job = self.table.get(id)
+        job = self.table.control(id)
         if job.status != "running" or job.phase != "deploy":
             return
         folder = self.folders / id
         result = read_record(folder / RESULT, JobResult)
-        deployment = self._put_to_service(result, folder / PARITY)
+        deployment = self._activate_if_allowed(result, folder / PARITY)
         (folder / PARITY).unlink(missing_ok=True)  # it holds images
         if self.table.finish(id, "succeeded", deployment=deployment):
             self._tell(id, status="succeeded", message=f"{result.model}@{result.version}: {deployment}")
 
-    def _put_to_service(self, result: JobResult, parity: Path) -> str:
+    def _activate_if_allowed(self, result: JobResult, parity: Path) -> str:
         if result.deployment == "rejected":
             return f"rejected: {result.reason}"
         if result.deployment != "activate" or result.model is None or result.version is None:
@@ -271,7 +311,7 @@ class Worker:
         return "activated"
 
     def _activate_patiently(self, name: str, version: int, samples: Sequence[ParityImage]) -> None:
-        """That the server is busy, or has lost a GPU, says nothing against the model: tried again for a while, or after the restart."""
+        """Retries for a while, or after a restart, while the server is busy or has lost a GPU: that is not the model's fault."""
         ends = time.monotonic() + ACTIVATE_S
         while True:
             try:
@@ -286,7 +326,7 @@ class Worker:
         self.note(id, {"level": level, "status": status, "message": message})
 
     def note(self, id: str, event: dict[str, Any]) -> None:
-        """Adds an event to the job's; a job does not fail because its diary cannot be written."""
+        """Adds an event to the job's events. Write errors never fail a job."""
         try:
             append(self.folders / id / EVENTS, event)
         except (OSError, ValueError) as error:
@@ -294,7 +334,7 @@ class Worker:
 
 
 def _samples(path: Path) -> list[ParityImage]:
-    """What the trainer says that some images get, if it does."""
+    """The trainer's results for some images, if it has written them."""
     if not path.exists():
         return []
     found = ParitySamples.model_validate_json(path.read_bytes()).samples
@@ -311,7 +351,7 @@ _DISK_FULL = ("disk_full", "the disk was full for a day; free some space and sta
 
 
 class DiskFull(Exception):
-    """No space is left, for the trainer or for us, since a time in monotonic seconds."""
+    """The trainer or the server has found the disk full. `since`: monotonic seconds."""
 
     def __init__(self, reached: Reached = (0, 0)) -> None:
         super().__init__("the disk is full")
@@ -322,77 +362,3 @@ def _disk_full(error: Exception) -> DiskFull | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull()
     return error if isinstance(error, DiskFull) else None
-
-
-class Watch:
-    """One trainer process: its words become events and progress, and the callers' wishes reach it."""
-
-    def __init__(self, worker: Worker, job: Job, process: TrainerProcess) -> None:
-        self._worker, self._job, self._process = worker, job, process
-        self._limit = worker.settings.trainer_bytes
-        self._pace = Pace(job.request["mode"], job.progress)
-        self._phase: str | None = None
-        self._looked = self._noted = 0.0  # monotonic seconds
-        self._noted_at = 0.0  # which progress of the phase
-        self._told = -1.0  # which progress of the job the table knows
-        self._asked = self._prepared = False
-        self._stall = Stall(process)
-        self.stalled: str | None = None  # why it was ended
-
-    @property
-    def reached(self) -> Reached:
-        return self._pace.reached
-
-    def follow(self) -> bool:
-        """Returns when the process has ended by itself or is to be ended: True where it takes too much memory. Raises Interrupted."""
-        while True:
-            ended = self._process.returncode is not None  # asked first: what it said last is read below
-            events = self._process.events(POLL_S)
-            for event in events:
-                self._hear(event)
-            if ended and not events:
-                return False
-            if self._worker.leaving():
-                raise Interrupted
-            if self._process.memory_bytes() > self._limit:
-                return True
-            if not ended and (stalled := self._stall.reason(events)):
-                self.stalled = f"the server: {stalled}"
-                return False
-            if time.monotonic() - self._looked >= LOOK_S and not self._look():
-                return False
-
-    def _look(self) -> bool:
-        """Tells the table how far the job is, and asks it what is wanted: False if that is to cancel."""
-        self._looked = time.monotonic()
-        try:
-            if self._phase is not None and self._told != self._pace.progress:
-                self._worker.table.progress(self._job.id, self._phase, self._pace.progress, self._pace.eta_seconds)
-                self._told = self._pace.progress
-            wish = self._worker.table.wish(self._job.id)
-        except TrainerUnavailable as error:  # the trainer goes on meanwhile
-            log.warning("job %s: %s", self._job.id, error)
-            return True
-        if wish.stop and not self._asked:
-            self._process.ask_to_stop()
-            self._asked = True
-        return wish.status != "cancelling"
-
-    def _hear(self, event: dict[str, Any]) -> None:
-        phase, progress = str(event["phase"]), float(event["progress"])
-        self._pace.update(phase, progress, event.get("epoch"))
-        changed, self._phase = phase != self._phase, phase
-        if changed:
-            self._looked = 0.0  # the table is told at once
-            self._prepare()
-        now = time.monotonic()
-        moved = abs(progress - self._noted_at) >= EVENT_STEP or now - self._noted >= EVENT_S
-        if changed or moved or progress >= 1 or "message" in event or "epoch" in event:
-            self._noted, self._noted_at = now, progress
-            self._worker.note(self._job.id, {"level": "info", **event})
-
-    def _prepare(self) -> None:
-        """Once this trainer is past its imports and its audit, the next one may begin its own: the next job finds it ready."""
-        if self._phase in ("features", "select", "train") and not self._prepared:
-            self._prepared = True
-            self._worker.trainers.prepare()

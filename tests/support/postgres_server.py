@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(STARTS_S)
+
+
+@pytest.fixture
+def database(postgres: str) -> str:
+    """The URL of a database of the test's own."""
+    import psycopg
+
+    name = f"imago_{time.monotonic_ns()}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return postgres.rpartition("/")[0] + f"/{name}"
 
 
 def _await(port: int, process: "subprocess.Popen[bytes]") -> None:

@@ -1,18 +1,18 @@
-"""How far a job is, and how long it will take: from the phases' progress to one figure for the whole."""
+"""Progress of a whole job and its estimated time to the end, from the progress of its phases."""
 
 import time
 
 _PHASES = ("audit", "features", "select", "train", "calibrate", "evaluate", "publish")
-# The share of each phase in a job's time, as a first guess; what was measured so far corrects it.
+# The share of each phase in a job's time, as a first guess, which measured times correct.
 _HEAD = dict(zip(_PHASES, (0.25, 0.5, 0.0, 0.1, 0.03, 0.07, 0.05), strict=True))
 _NETWORK = dict(zip(_PHASES, (0.05, 0.02, 0.0, 0.85, 0.02, 0.04, 0.02), strict=True))
 _SELECTION = dict(zip(_PHASES, (0.05, 0.0, 0.5, 0.37, 0.02, 0.04, 0.02), strict=True))
 
-Reached = tuple[int, int]  # how far a trainer came: the number of the phase, and the last epoch that ended in it
+Reached = tuple[int, int]  # a trainer's furthest point: the number of the phase, and the last epoch that ended in it
 
 
-class Pace:
-    """One attempt of a job. Progress never falls: a resumed attempt shows what it had until it is further."""
+class Eta:
+    """The progress of one attempt. It never falls: a resumed attempt shows the last value until it is further."""
 
     def __init__(self, mode: str, progress: float = 0.0) -> None:
         self._shares = _HEAD if mode in ("head", "auto") else _NETWORK  # auto: a head, until an epoch says otherwise

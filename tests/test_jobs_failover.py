@@ -5,26 +5,27 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from support.postgres_server import database as database
 from support.postgres_server import postgres as postgres
 from test_jobs import PATIENCE_S, command_of, ended, eventually, jobs_in, until, wanting
 
-from service.jobs import Jobs, takeover
-from service.jobs.table import JobTable
-from service.jobs.takeover import Takeover
+from service.jobs import Jobs, failover
+from service.jobs.failover import Heartbeat
+from service.jobs.table import JobTable, Submission
+from service.jobs.worker import Worker
 
 pytestmark = pytest.mark.anyio
 
 
 def serve(root: Path, url: str) -> None:
     """The server `first`, in a process of its own, with a job that waits to be stopped."""
-    takeover.BEAT_S = 0.1
+    failover.BEAT_S = 0.1
 
     async def main() -> None:
         async with jobs_in(root, jobs_database=url, server_name="first") as jobs:
@@ -57,21 +58,10 @@ async def second_server(root: Path, url: str) -> AsyncIterator[Jobs]:
         yield jobs
 
 
-@pytest.fixture
-def database(postgres: str, tmp_path: Path) -> str:
-    """A database of the test's own."""
-    import psycopg
-
-    name = f"imago_{time.monotonic_ns()}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return postgres.rpartition("/")[0] + f"/{name}"
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(takeover, "BEAT_S", 0.1)
-    monkeypatch.setattr(takeover, "LOST_S", 3.0)
+    monkeypatch.setattr(failover, "BEAT_S", 0.1)
+    monkeypatch.setattr(failover, "LOST_S", 3.0)
 
 
 async def test_the_job_of_a_server_that_does_not_come_back(tmp_path: Path, database: str) -> None:
@@ -97,65 +87,70 @@ async def test_a_server_that_was_only_away_ends_its_trainer(tmp_path: Path, data
             assert (await ended(jobs, job.id)).attempt == 2
 
 
-class Lost:
-    """A queue in which the server `first` holds one job; what is put back."""
-
-    def __init__(self) -> None:
-        self.put = list[str]()
-
-    def held_by(self, server: str) -> list[str]:
-        return ["job"] if server == "first" else []
-
-    def put_back(self, job: str) -> None:
-        self.put.append(job)
-
-
-def standing_by(table: JobTable, folders: Path, name: str = "second") -> tuple[Takeover, Lost]:
-    queue = Lost()
-    found = Takeover(table, name, folders, lambda: None)
-    found._queue = cast(Any, queue)
-    return found, queue
+def anywhere(job: str) -> bool:
+    return True
 
 
 @pytest.fixture
-def table(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobTable]:
-    """In which `first` was heard of long ago."""
-    monkeypatch.setattr(takeover, "LOST_S", -1.0)
-    table = JobTable(database)
-    Takeover(table, "first", tmp_path, lambda: None)
-    yield table
-    table.close()
+def tables(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[JobTable]]:
+    """Of the servers `first`, which was heard of long ago and has begun a job, `second` and `third`."""
+    monkeypatch.setattr(failover, "LOST_S", -1.0)
+    tables = [JobTable(database, name) for name in ("first", "second", "third")]
+    tables[0].add(Submission("job", {"name": "n", "dataset": "d", "mode": "head"}, None, ""), 1)
+    Heartbeat(tables[0])
+    tables[0].begin(str(tables[0].claim(anywhere)))
+    yield tables
+    for table in tables:
+        table.close()
 
 
-def test_one_of_several_takes_it(table: JobTable, tmp_path: Path) -> None:
-    (tmp_path / "job").mkdir()
-    (one, first), (other, second) = standing_by(table, tmp_path, "second"), standing_by(table, tmp_path, "third")
-    one._take_over()
-    other._take_over()
-    assert (first.put, second.put) == (["job"], [])
+def test_one_of_several_takes_it(tables: list[JobTable], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, second, third = tables
+    heartbeats = [Heartbeat(second), Heartbeat(third)]
+    assert second.claim(anywhere) is None
+    heartbeats[0]._forget_lost()
+    monkeypatch.setattr(failover, "LOST_S", 60.0)
+    for heartbeat in heartbeats:
+        heartbeat._turn()
+    assert (second.claim(anywhere), third.claim(anywhere)) == ("job", None)
 
 
-def test_a_job_out_of_reach_is_left_to_others(
-    table: JobTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_that_was_only_away_keeps_what_nobody_has_claimed(tables: list[JobTable]) -> None:
+    first, second, _ = tables
+    away, heartbeat = Heartbeat(first), Heartbeat(second)
+    heartbeat._forget_lost()
+    away._beat()
+    assert second.claim(anywhere) is None
+    assert first.control("job").status == "running"
+
+
+def test_a_server_that_starts_again_has_its_jobs_at_once(tables: list[JobTable], database: str) -> None:
+    again = JobTable(database, "first")
+    Heartbeat(again)
+    assert tables[1].claim(anywhere) is None
+    assert again.claim(lambda job: False) == "job"
+    again.close()
+
+
+def test_a_job_out_of_reach_is_left_to_others(tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
-    apart, out_of_reach = standing_by(table, tmp_path / "elsewhere")
-    apart._take_over()
-    apart._take_over()
-    assert out_of_reach.put == []
+    lost, table = JobTable(database, "lost"), JobTable(database)
+    lost.add(Submission("job", {"name": "n", "dataset": "d", "mode": "head"}, None, ""), 1)
+    lost.begin(str(lost.claim(anywhere)))
+    worker = Worker(cast(Any, None), cast(Any, None), table, tmp_path, lambda *_: None, lambda: False, cast(Any, None))
+    for _ in range(2):
+        assert table.claim(worker._reaches) is None
     assert caplog.text.count("is not in") == 1
     (tmp_path / "job").mkdir()
-    near, reached = standing_by(table, tmp_path)
-    near._take_over()
-    assert reached.put == ["job"]
+    assert table.claim(worker._reaches) == "job"
+    for each in (lost, table):
+        each.close()
 
 
-def test_who_is_heard_keeps_its_job(table: JobTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(takeover, "LOST_S", 60.0)
-    (tmp_path / "job").mkdir()
-    server, queue = standing_by(table, tmp_path)
-    server._take_over()
-    assert queue.put == []
+def test_a_server_that_is_heard_keeps_its_job(tables: list[JobTable], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failover, "LOST_S", 60.0)
+    Heartbeat(tables[1])._forget_lost()
+    assert tables[1].claim(anywhere) is None
 
 
 class Clock:
@@ -166,15 +161,14 @@ class Clock:
 
 
 def test_after_an_outage_of_the_database_all_get_time_to_come_back(
-    table: JobTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tables: list[JobTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(takeover, "time", clock)
-    monkeypatch.setattr(takeover, "LOST_S", 60.0)
-    (tmp_path / "job").mkdir()
-    server, _ = standing_by(table, tmp_path)
+    monkeypatch.setattr(failover, "time", clock)
+    monkeypatch.setattr(failover, "LOST_S", 60.0)
+    server = Heartbeat(tables[1])
     looked = list[float]()
-    monkeypatch.setattr(server, "_take_over", lambda: looked.append(clock.now))
+    monkeypatch.setattr(server, "_forget_lost", lambda: looked.append(clock.now))
     for clock.now in (1020.0, 1040.0, 1060.0, 1100.0, 1120.0, 1140.0, 1159.0, 1160.0):
         server._turn()
     assert looked == [1060.0, 1160.0]
