@@ -17,7 +17,7 @@ from service_fakes import Service, client_of
 from service.http.memory_trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
 from service.http.middleware import BODY_SHARE, Traffic
 from service.http.uploads.body import BLOCK, MOST_SPARE, SMALL, BodyBuffer
-from service.inference.shares import Shares
+from service.inference.backbone_queue import Shares
 
 MB = 2**20
 JPEG = {"Content-Type": "image/jpeg"}

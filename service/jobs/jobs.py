@@ -27,6 +27,7 @@ from models.training.job.request import FinetuneRequest
 from service import datasets
 from service.errors import DeadlineExceeded, Draining, ReportNotFound, ServiceError, TrainerUnavailable, error_of
 from service.inference.engine import Engine
+from service.inference.parity import deploy
 from service.inference.results import ParityImage
 from service.jobs.events import EVENTS, Tail, append
 from service.jobs.job import ACTIVE, ID_PATTERN, TERMINAL, Job
@@ -159,7 +160,7 @@ class Jobs:
         from service.jobs.worker import Worker
 
         def activate(name: str, version: int, samples: Sequence[ParityImage]) -> None:
-            asyncio.run_coroutine_threadsafe(self.engine.activate(name, version, samples), loop).result()
+            asyncio.run_coroutine_threadsafe(deploy(self.engine, name, version, samples), loop).result()
 
         def leaving() -> bool:
             return self._leaving or self._lost.is_set()
