@@ -58,11 +58,11 @@ class Entry:
 
     @property
     def error(self) -> str | None:
-        if self.failure is None:
-            return None
-        if self.retried_at is None or not self.failure.passing:
-            return self.failure.reason
-        return f"{self.failure.reason}; tried again in {max(0.0, self.retried_at - time.monotonic()):.0f} s"
+        """Why the model, or its new version, does not serve. Safe to call from any thread."""
+        failure, at = self.failure, self.retried_at
+        if failure is None or at is None or not failure.passing:
+            return failure and failure.reason
+        return f"{failure.reason}; tried again in {max(0.0, at - time.monotonic()):.0f} s"
 
 
 class Registry:
