@@ -139,7 +139,7 @@ class Server(uvicorn.Server):
         # What is in memory now stays: let no collection walk it again (a full one takes 0.1 s and more with torch imported).
         gc.collect()
         gc.freeze()
-        ready = [model.name for model in self.engine.models() if model.state == "ready"]
+        ready = [model.name for model in self.engine.registry.models() if model.state == "ready"]
         log.info("ready in %.1f s: %s", process_age_s(), ", ".join(ready))
 
     async def on_tick(self, counter: int) -> bool:

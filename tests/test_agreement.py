@@ -34,6 +34,7 @@ from models.training.reports import Parity, Report
 from models.training.run import FinetuneRequest
 from models.training.train import TrainingResult
 from service.inference.engine import Engine
+from service.inference.parity import deploy
 from service.inference.results import ParityImage
 from service.jobs.worker import _samples
 from service.observability.metrics import Metrics
@@ -299,14 +300,14 @@ async def test_a_server_of_any_precision_deploys_what_is_right_and_refuses_what_
         for spoil in WRONG:
             version = publish(store, spoil(exact.store.load("colours")))
             with pytest.raises(WeightsError, match="here than in training"):
-                await engine.activate("colours", version, exact.samples)
+                await deploy(engine, "colours", version, exact.samples)
         version = publish(store, exact.store.load("colours"))
-        assert (await engine.activate("colours", version, exact.samples)).version == len(WRONG) + 1
+        assert (await deploy(engine, "colours", version, exact.samples)).version == len(WRONG) + 1
 
 
 async def test_a_server_in_float32_deploys_a_head_of_any_training(run: Run, tmp_path: Path) -> None:
     async with serving(run.store, tmp_path, "float32") as engine:
-        assert (await engine.activate("colours", 1, run.samples)).version == 1
+        assert (await deploy(engine, "colours", 1, run.samples)).version == 1
 
 
 async def test_a_sum_of_several_backbones_deploys_in_bfloat16(tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ async def test_a_sum_of_several_backbones_deploys_in_bfloat16(tmp_path: Path) ->
     run = train(tmp_path, "bfloat16", base=("cifar10", "other"), mode="head")
     assert (run.result.deployment, run.parity.agrees) == ("activate", True)
     async with serving(store, tmp_path, "bfloat16") as engine:
-        assert (await engine.activate("colours", 1, run.samples)).version == 1
+        assert (await deploy(engine, "colours", 1, run.samples)).version == 1
 
 
 async def test_a_version_that_names_its_classes_in_another_order_is_refused(exact: Run, tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ async def test_a_version_that_names_its_classes_in_another_order_is_refused(exac
     config = classifier.config.model_copy(update={"classes": classifier.config.classes[::-1]})
     async with serving(store, tmp_path, "float32") as engine:
         with pytest.raises(WeightsError, match="another order"):
-            await engine.activate("colours", publish(store, replace(classifier, config=config)), exact.samples)
+            await deploy(engine, "colours", publish(store, replace(classifier, config=config)), exact.samples)
 
 
 # The measure

@@ -68,7 +68,7 @@ async def test_a_bug_is_500_with_a_fixed_text_and_its_id_in_the_log(
 
 @pytest.mark.abuse("G4")
 async def test_nan_never_reaches_the_wire(http: httpx.AsyncClient, service: Service) -> None:
-    service.engine.version = float("nan")  # type: ignore[assignment]
+    service.engine.registry.version = float("nan")  # type: ignore[assignment]
     assert (await http.post("/predict", content=GOOD)).status_code == 500
 
 

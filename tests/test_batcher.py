@@ -16,8 +16,9 @@ from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from models.runtime import failures
 from service.errors import DeadlineExceeded, DeviceLost, QueueFull
 from service.inference import forward
-from service.inference.batcher import BackboneQueue, Batcher
-from service.inference.items import Output
+from service.inference.backbone_queue import BackboneQueue, Item
+from service.inference.batcher import Batcher
+from service.inference.results import Output
 from service.observability.metrics import Metrics
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -68,7 +69,7 @@ async def batching(
         head_start_s: float = 0.0,
     ) -> asyncio.Task[Output]:
         deadline = time.monotonic() + timeout_s
-        return asyncio.create_task(batcher.submit(queue, image(value), [part], deadline, head_start_s))
+        return asyncio.create_task(batcher.submit(queue, Item(image(value), [part], deadline, head_start_s)))
 
     submit.batcher = batcher  # type: ignore[attr-defined]
     try:
@@ -78,8 +79,13 @@ async def batching(
         batcher.close()
 
 
+def value_of(output: Output) -> float:
+    [value] = output.values.values()
+    return value[0].item()
+
+
 def answers(outputs: Iterable[Output | BaseException]) -> list[object]:
-    return [output.values[0][0].item() if isinstance(output, Output) else type(output) for output in outputs]
+    return [value_of(output) if isinstance(output, Output) else type(output) for output in outputs]
 
 
 async def held(runtime: FakeRuntime, submit: Callable[..., asyncio.Task[Output]]) -> asyncio.Task[Output]:
@@ -157,7 +163,7 @@ async def test_the_limit_is_raised_again_after_a_while(monkeypatch: pytest.Monke
     queue = BackboneQueue("fake", {CPU: FakeRuntime(max_batch=8)}, 100, 100, Metrics())
     queue.lower_limit(CPU, 8)
     assert queue.batch_limit(CPU) == 4
-    monkeypatch.setattr("service.inference.batcher.RAISE_LIMIT_AFTER_S", 0.0)
+    monkeypatch.setattr("service.inference.backbone_queue.RAISE_LIMIT_AFTER_S", 0.0)
     assert [queue.batch_limit(CPU) for _ in range(2)] == [8, 8]
 
 
@@ -250,7 +256,7 @@ async def test_a_device_is_busy_while_its_thread_computes() -> None:
     queue = BackboneQueue("fake", {CPU: runtime}, 100, 10**6, metrics)
     assert not batcher.is_busy(CPU)
     runtime.gate.clear()
-    task = asyncio.create_task(batcher.submit(queue, image(1), [identity], time.monotonic() + 5))
+    task = asyncio.create_task(batcher.submit(queue, Item(image(1), [identity], time.monotonic() + 5)))
     batcher.start()
     assert await asyncio.to_thread(runtime.entered.wait, 5)
     assert batcher.is_busy(CPU)
@@ -271,7 +277,9 @@ async def test_every_device_has_a_replica_and_one_may_be_lost(monkeypatch: pytes
     batcher = Batcher([CPU, other], metrics)
     queue = BackboneQueue("fake", {CPU: good, other: bad}, 100, 10**6, metrics)
     good.gate.clear()
-    tasks = [asyncio.create_task(batcher.submit(queue, image(v), [identity], time.monotonic() + 5)) for v in range(6)]
+    tasks = [
+        asyncio.create_task(batcher.submit(queue, Item(image(v), [identity], time.monotonic() + 5))) for v in range(6)
+    ]
     await asyncio.sleep(0)
     batcher.start()
     assert await asyncio.to_thread(bad.entered.wait, 5)
@@ -301,7 +309,7 @@ async def at_once(batcher: Batcher, queue: BackboneQueue, count: int) -> list[as
     """Images that all wait before a device cuts its batch."""
     with batcher._lock:
         deadline = time.monotonic() + 5
-        tasks = [asyncio.create_task(batcher.submit(queue, image(v), [identity], deadline)) for v in range(count)]
+        tasks = [asyncio.create_task(batcher.submit(queue, Item(image(v), [identity], deadline))) for v in range(count)]
         await asyncio.sleep(0)
     return tasks
 
@@ -340,7 +348,7 @@ async def test_a_backbone_runs_where_it_was_loaded() -> None:
         assert answers(await asyncio.gather(*await at_once(batcher, queue, 1))) == [0]
         batcher.lose(CPU, DeviceLost("cpu is lost"))
         with pytest.raises(DeviceLost):
-            await batcher.submit(queue, image(1), [identity], time.monotonic() + 5)
+            await batcher.submit(queue, Item(image(1), [identity], time.monotonic() + 5))
 
 
 async def test_calls_and_batches_take_turns_in_the_devices_thread() -> None:
@@ -452,7 +460,9 @@ async def test_the_backbone_that_waited_longest_goes_first() -> None:
     queues = [BackboneQueue(str(i), {CPU: runtime}, 100, 10**6, metrics) for i, runtime in enumerate(runtimes)]
     tasks = []
     for which in (1, 0, 1):
-        tasks.append(asyncio.create_task(batcher.submit(queues[which], image(which), [identity], time.monotonic() + 5)))
+        tasks.append(
+            asyncio.create_task(batcher.submit(queues[which], Item(image(which), [identity], time.monotonic() + 5)))
+        )
         await asyncio.sleep(0.002)
     batcher.start()
     await asyncio.gather(*tasks)
@@ -469,7 +479,7 @@ def test_rows_that_share_a_part_go_through_it_together() -> None:
 
     images = [image(value) for value in range(3)]
     values = forward.run(FakeRuntime(), CPU, images, [[double], [identity], [identity, double]]).rows
-    assert [[v[0].item() for v in row] for row in values] == [[0.0], [1.0], [2.0, 4.0]]
+    assert [[value[0].item() for value in row.values()] for row in values] == [[0.0], [1.0], [4.0, 2.0]]
     assert calls == [2]
 
 

@@ -11,8 +11,8 @@ from models import architectures
 from models.classifier import Backbone, Head, HeadConfig, LayerConfig
 from models.runtime.options import Precision
 from models.runtime.torch_engine import TorchEngine
-from service.inference.forward import PartFunction, apply_parts
-from service.inference.registry.loader import HeadPart, NeighboursPart
+from service.inference.forward import HeadPart, NeighboursPart, apply_parts
+from service.inference.results import PartFunction
 
 pytestmark = pytest.mark.system
 
@@ -87,8 +87,8 @@ def test_every_kind_of_head_runs_on_the_gpu(config: HeadConfig) -> None:
         parts: list[PartFunction] = [HeadPart({CUDA: head}, member) for member in range(len(config.layers))]
         near: PartFunction = NeighboursPart({CUDA: torch.zeros(300, 512, device=CUDA)})
         values = apply_parts(features, [[*parts, near], [*parts, near], parts, parts])
-        assert {value.device.type for row in values for value in row} == {"cpu"}
-        assert on_cpu.combine([values[0][member][None] for member in range(len(parts))]).shape == (1, 5)
+        assert {value.device.type for row in values for value in row.values()} == {"cpu"}
+        assert on_cpu.combine([values[0][part][None] for part in parts]).shape == (1, 5)
 
 
 def test_maps_come_with_features() -> None:

@@ -35,10 +35,10 @@ from models.store.store import ModelStore
 from models.uncertainty import Conformal, NearestNeighbours, Reference
 from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull
 from service.inference.batcher import Batcher
+from service.inference.decoding import PixelBudget
 from service.inference.engine import Engine
-from service.inference.pixel_budget import PixelBudget
 from service.inference.registry.loader import Loader, Served
-from service.inference.results import ModelResults, Prediction, Wanted
+from service.inference.results import ModelResults, Prediction, PredictOptions
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -120,7 +120,7 @@ def reference(store: ModelStore, model: str, data: bytes) -> torch.Tensor:
     return classifier.probabilities(pixels)[0]
 
 
-def probabilities(answer: ModelResults, row: int = 0) -> torch.Tensor:
+def probabilities(answer: ModelResults[Prediction], row: int = 0) -> torch.Tensor:
     """Back in class order."""
     result = answer.results[row]
     assert isinstance(result, Prediction)
@@ -132,13 +132,13 @@ def probabilities(answer: ModelResults, row: int = 0) -> torch.Tensor:
 async def test_the_answer_is_the_reference_networks(store: ModelStore) -> None:
     async with serving(store) as engine:
         for model in ("a", "b", "c", "both"):
-            [answer] = await engine.predict([picture(1)], [model], k=10)
+            [answer] = await engine.predict([picture(1)], [model], PredictOptions(10))
             assert torch.allclose(probabilities(answer), reference(store, model, picture(1)), atol=1e-5)
 
 
 async def test_top_k_is_sorted_and_named(store: ModelStore) -> None:
     async with serving(store) as engine:
-        [answer] = await engine.predict([picture(1)], ["b"], k=3)
+        [answer] = await engine.predict([picture(1)], ["b"], PredictOptions(3))
     result = answer.results[0]
     assert isinstance(result, Prediction)
     assert result.labels == [f"b{i}" for i in result.indices]
@@ -155,19 +155,19 @@ async def test_no_name_means_the_default_model(store: ModelStore) -> None:
 
 async def test_models_on_one_backbone_share_it_and_cost_one_forward_pass(store: ModelStore) -> None:
     async with serving(store) as engine:
-        key = engine.model("a").backbones[0].key
+        key = engine.registry.model("a").backbones[0].key
         before = forward_passes(engine, key)
         answers = await engine.predict([picture(1)], ["a", "b"])
         assert forward_passes(engine, key) == before + 1
         assert [answer.model for answer in answers] == ["a", "b"]
-        assert engine.model("a").backbones[0].shared_with == ["b", "both"]
+        assert engine.registry.model("a").backbones[0].shared_with == ["b", "both"]
 
 
 @pytest.mark.abuse("A701")
 async def test_a_model_names_a_few_of_those_on_its_backbone(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.inference.registry.loader.SHARED_SHOWN", 1)
     async with serving(store) as engine:
-        shown = [engine.model(name).backbones[0] for name in ("a", "b")]
+        shown = [engine.registry.model(name).backbones[0] for name in ("a", "b")]
         assert [(backbone.shared_with, backbone.shared_with_count) for backbone in shown] == [(["b"], 2), (["a"], 2)]
 
 
@@ -195,9 +195,9 @@ async def test_a_bad_image_is_an_error_at_its_place(store: ModelStore) -> None:
 @pytest.mark.abuse("G2")
 async def test_an_answer_does_not_depend_on_its_neighbours(store: ModelStore) -> None:
     async with serving(store) as engine:
-        [together] = await engine.predict([picture(i) for i in range(20)], ["b"], k=7)
+        [together] = await engine.predict([picture(i) for i in range(20)], ["b"], PredictOptions(7))
         for i in range(20):
-            [alone] = await engine.predict([picture(i)], ["b"], k=7)
+            [alone] = await engine.predict([picture(i)], ["b"], PredictOptions(7))
             assert torch.allclose(probabilities(together, i), probabilities(alone), atol=1e-4)
 
 
@@ -228,7 +228,7 @@ async def test_before_the_default_model_is_warm_the_engine_is_not_ready(store: M
 async def test_the_engine_is_not_ready_while_no_thread_can_decode(store: ModelStore) -> None:
     gate = threading.Event()
     async with serving(store, decode_threads=2, timeout_ms=50) as engine:
-        holders = [asyncio.create_task(engine._decoders.run(client, gate.wait)) for client in "ab"]
+        holders = [asyncio.create_task(engine._decoder.pool.run(client, gate.wait)) for client in "ab"]
         await asyncio.sleep(0.2)
         assert not engine.ready
         assert re.fullmatch(r"no thread is free to decode an image for \d s", engine.not_ready_reason())
@@ -293,9 +293,9 @@ async def test_images_wait_while_too_many_pixels_are_in_memory(
 @pytest.mark.abuse("I14")
 async def test_an_image_without_room_is_answered_at_its_deadline_and_small_ones_go_on(store: ModelStore) -> None:
     async with serving(store, max_megapixels_in_flight=1) as engine:
-        with engine._pixels.hold(900_000):
+        with engine._decoder.budget.hold(900_000):
             with pytest.raises(DeadlineExceeded):
-                await engine.predict([picture(1, size=400)], ["a"], timeout_ms=200)
+                await engine.predict([picture(1, size=400)], ["a"], PredictOptions(timeout_ms=200))
             await engine.predict([picture(1)], ["a"])
         await engine.predict([picture(1, size=400)], ["a"])
 
@@ -303,7 +303,7 @@ async def test_an_image_without_room_is_answered_at_its_deadline_and_small_ones_
 @pytest.mark.abuse("G5")
 async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(store, max_batch=4) as engine:
-        backbone = engine.catalogue.served["a"].backbones[0]
+        backbone = engine.registry.served["a"].backbones[0]
         [runtime] = backbone.queue.runtimes.values()
         poison = decoding.decode(picture(2), KIND)
 
@@ -322,28 +322,28 @@ async def test_out_of_memory_is_one_images_error(store: ModelStore, monkeypatch:
 async def test_a_request_past_its_deadline_gets_no_answer(store: ModelStore) -> None:
     async with serving(store) as engine:
         with pytest.raises(DeadlineExceeded):
-            await engine.predict([picture(i, size=1500) for i in range(8)], ["a"], timeout_ms=1)
+            await engine.predict([picture(i, size=1500) for i in range(8)], ["a"], PredictOptions(timeout_ms=1))
         await engine.predict([picture(1)], ["a"])
 
 
 async def test_a_model_that_cannot_load_is_reported_and_stops_nothing(store: ModelStore) -> None:
     (store.root / "models" / "b" / "1" / "head.safetensors").write_bytes(b"damaged")
     async with serving(store) as engine:
-        status = {model.name: model for model in engine.models()}
+        status = {model.name: model for model in engine.registry.models()}
         assert [status[name].state for name in ("a", "b", "c")] == ["ready", "failed", "ready"]
         assert "head" in (status["b"].error or "")
 
 
 async def test_a_name_that_is_none_stops_nothing(store: ModelStore) -> None:
     async with serving(store, models=("a", "ResNet50")) as engine:
-        assert {model.name: model.state for model in engine.models()} == {"ResNet50": "failed", "a": "ready"}
+        assert {model.name: model.state for model in engine.registry.models()} == {"ResNet50": "failed", "a": "ready"}
 
 
 async def test_a_model_may_have_the_groups_name(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     add_head(store, "imagenet", ref, store.load_backbone(ref).feature_dim, classes=2)
     async with serving(store) as engine:
-        assert engine.model("imagenet").state == "ready"
+        assert engine.registry.model("imagenet").state == "ready"
 
 
 async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,11 +362,11 @@ async def test_pulling_does_not_hold_up_what_is_there(store: ModelStore, monkeyp
     async with asyncio.timeout(30):
         while not engine.ready:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert engine.model("p").state == "loading"
+    assert engine.registry.model("p").state == "loading"
     await engine.predict([picture(1)])
     release.set()
     await engine.wait_ready(30)
-    assert engine.model("q").error == "no network"
+    assert engine.registry.model("q").error == "no network"
     engine.close()
 
 
@@ -382,7 +382,11 @@ async def test_a_failed_pull_stays_failed_when_another_succeeds(
 
     monkeypatch.setattr(Loader, "_pull", pull)
     async with serving(store, models=("a", "p", "q"), pull_missing=True) as engine:
-        assert {model.name: model.state for model in engine.models()} == {"a": "ready", "p": "failed", "q": "ready"}
+        assert {model.name: model.state for model in engine.registry.models()} == {
+            "a": "ready",
+            "p": "failed",
+            "q": "ready",
+        }
 
 
 async def test_what_is_pulled_on_request_serves_from_then_on(
@@ -397,8 +401,8 @@ async def test_what_is_pulled_on_request_serves_from_then_on(
 
     monkeypatch.setattr(Loader, "_pull", pull)
     async with serving(store) as engine:
-        config = await engine.pull("new", lambda done, total: told.append(done))
-        assert (config.version, engine.model("new").version, told) == (1, 1, [7])
+        config = await engine.registry.pull("new", lambda done, total: told.append(done))
+        assert (config.version, engine.registry.model("new").version, told) == (1, 1, [7])
         assert store.serving().models["new"] == 1
 
 
@@ -406,9 +410,9 @@ async def test_a_default_that_cannot_load_leaves_the_old_default_answering(store
     async with serving(store) as engine:
         add_head(store, "b", store.config("b").backbones[0], 84, classes=2, seed=9)
         (store.root / "models" / "b" / "2" / "head.safetensors").write_bytes(b"damaged")
-        engine.catalogue.served = {name: served for name, served in engine.catalogue.served.items() if name != "b"}
+        engine.registry.entries["b"].served = None
         store.set_default("b")
-        await engine.sync()
+        await engine.registry.sync()
         assert engine.ready
         assert (await engine.predict([picture(1)]))[0].model == "a"
 
@@ -418,7 +422,7 @@ async def test_a_default_that_was_removed_is_not_said_to_be_loading(store: Model
     async with serving(store) as engine:
         for name in ("both", "b", "c", "a"):
             store.remove(name)
-        await engine.sync()
+        await engine.registry.sync()
         with pytest.raises(NotReady, match="the store serves no model"):
             await engine.predict([picture(1)])
         with pytest.raises(ModelNotFound):
@@ -427,8 +431,8 @@ async def test_a_default_that_was_removed_is_not_said_to_be_loading(store: Model
 
 async def test_models_names_what_to_serve(store: ModelStore) -> None:
     async with serving(store, models=("c", "missing")) as engine:
-        assert {model.name: model.state for model in engine.models()} == {"c": "ready", "missing": "failed"}
-        assert "imago models pull missing" in (engine.model("missing").error or "")
+        assert {model.name: model.state for model in engine.registry.models()} == {"c": "ready", "missing": "failed"}
+        assert "imago models pull missing" in (engine.registry.model("missing").error or "")
 
 
 @pytest.mark.abuse("G8")
@@ -450,10 +454,10 @@ async def test_a_hundred_swaps_under_load_lose_nothing(store: ModelStore) -> Non
         callers = [asyncio.create_task(caller(engine, i)) for i in range(8)]
         for version in range(2, 102):
             add_head(store, "a", ref, dim, classes=2 if version % 2 else 3, seed=version)
-            await engine.sync()
+            await engine.registry.sync()
         stop.set()
         await asyncio.gather(*callers)
-        assert engine.model("a").version == 101
+        assert engine.registry.model("a").version == 101
         assert len(seen) > 20
 
 
@@ -464,22 +468,22 @@ async def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore) ->
     head = Head(HeadConfig(layers=(LayerConfig(in_features=dim + 1),)), 2)
     async with serving(store) as engine:
         store.activate("a", store.publish("a", [ref], head, ["x", "y"]).version)
-        await engine.sync()
+        await engine.registry.sync()
         [answer] = await engine.predict([picture(1)], ["a"])
         assert answer.version == 1
-        assert engine.model("a").error
+        assert engine.registry.model("a").error
 
 
 async def test_activate_and_roll_back(store: ModelStore) -> None:
     ref = store.config("a").backbones[0]
     async with serving(store) as engine:
         add_head(store, "a", ref, store.load_backbone(ref).feature_dim, classes=3, activate=False)
-        assert (await engine.activate("a", 2)).version == 2
+        assert (await engine.registry.activate("a", 2)).version == 2
         assert (await engine.predict([picture(1)], ["a"]))[0].version == 2
-        assert (await engine.rollback("a")).version == 1
+        assert (await engine.registry.rollback("a")).version == 1
         assert store.serving().previous == {"a": 2}
         with pytest.raises(NameConflict, match="no previous version"):
-            await engine.rollback("b")
+            await engine.registry.rollback("b")
 
 
 async def test_a_version_is_recorded_only_when_it_has_been_tried(
@@ -497,7 +501,7 @@ async def test_a_version_is_recorded_only_when_it_has_been_tried(
 
     async with serving(store, models=("a",)) as engine:
         monkeypatch.setattr(Loader, "load", watched)
-        await engine.activate("a", version)
+        await engine.registry.activate("a", version)
         assert (recorded, store.serving().models["a"]) == ([1], version)
 
 
@@ -510,7 +514,7 @@ async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, n
     before = store.serving()
     async with serving(store) as engine:
         with pytest.raises(WeightsError, match=f"version {version} could not be loaded"):
-            await engine.activate(name, version)
+            await engine.registry.activate(name, version)
         assert store.serving() == before
         assert (await engine.predict([picture(1)], ["a"]))[0].version == 1
 
@@ -521,14 +525,14 @@ async def test_a_version_that_does_not_load_changes_nothing(store: ModelStore, n
 async def test_what_is_not_in_the_store_is_not_activated(store: ModelStore, name: str, said: str) -> None:
     async with serving(store) as engine:
         with pytest.raises(ModelNotFound, match=said):
-            await engine.activate(name, 7)
+            await engine.registry.activate(name, 7)
 
 
 async def test_a_model_that_the_setting_leaves_out_is_not_activated(store: ModelStore) -> None:
     before = store.serving()
     async with serving(store, models=("a",)) as engine:
         with pytest.raises(NameConflict, match="setting `models`"):
-            await engine.activate("b", 1)
+            await engine.registry.activate("b", 1)
         assert store.serving() == before
 
 
@@ -536,7 +540,7 @@ async def test_the_first_model_of_an_empty_server_is_its_default(store: ModelSto
     for name in ("both", "c", "b", "a"):
         store.deactivate(name)
     async with serving(store, ready=False) as engine:
-        await engine.activate("b", 1)
+        await engine.registry.activate("b", 1)
         assert engine.ready
         assert (await engine.predict([picture(1)]))[0].model == "b"
 
@@ -548,18 +552,18 @@ async def test_removing_does_not_wait_for_a_download(store: ModelStore, monkeypa
         async with asyncio.timeout(20):
             while not engine.ready:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            await engine.sync()
-        assert engine.model("p").state == "loading"
+            await engine.registry.sync()
+        assert engine.registry.model("p").state == "loading"
         release.set()
 
 
 @pytest.mark.abuse("G8")
 async def test_a_backbone_that_nobody_serves_leaves_memory(store: ModelStore) -> None:
     async with serving(store, models=("c",)) as engine:
-        old = weakref.ref(engine.catalogue.served["c"].backbones[0])
+        old = weakref.ref(engine.registry.served["c"].backbones[0])
         await engine.predict([picture(1)], ["c"])
         add_head(store, "c", *add_backbone(store, 3), classes=2)
-        await engine.sync()
+        await engine.registry.sync()
         gc.collect()
         assert old() is None
         assert (await engine.predict([picture(1)], ["c"]))[0].version == 2
@@ -577,8 +581,10 @@ async def test_draining_waits_for_what_is_under_way(store: ModelStore) -> None:
 @pytest.mark.abuse("G12")
 async def test_a_thousand_coloured_images_each_get_their_own_answer(store: ModelStore) -> None:
     async with serving(store, timeout_ms=60_000, max_queue_images=2048) as engine:
-        expected = [probabilities((await engine.predict([picture(i)], ["b"], k=7))[0]) for i in range(25)]
-        answers = await asyncio.gather(*(engine.predict([picture(i % 25)], ["b"], k=7) for i in range(1000)))
+        expected = [probabilities((await engine.predict([picture(i)], ["b"], PredictOptions(7)))[0]) for i in range(25)]
+        answers = await asyncio.gather(
+            *(engine.predict([picture(i % 25)], ["b"], PredictOptions(7)) for i in range(1000))
+        )
     for i, [answer] in enumerate(answers):
         assert torch.allclose(probabilities(answer), expected[i % 25], atol=1e-4)
 
@@ -591,7 +597,7 @@ async def test_each_prediction_is_explained_by_cam_by_grad_cam_and_in_an_ensembl
     add_head(store, "cam", ref, dim, classes=3)
     async with serving(store) as engine:
         for model, side in (("cam", 8), ("a", 5), ("both", 5)):
-            [answer] = await engine.predict([picture(1), b""], [model], k=2, wanted=Wanted("overlay"))
+            [answer] = await engine.predict([picture(1), b""], [model], PredictOptions(2, "overlay"))
             result, bad = answer.results
             assert isinstance(result, Prediction)
             assert isinstance(bad, EmptyImage)
@@ -600,7 +606,7 @@ async def test_each_prediction_is_explained_by_cam_by_grad_cam_and_in_an_ensembl
             grids = torch.tensor([e.grid for e in result.explanations])
             assert grids.shape == (2, side, side)
             assert result.explanations[0].overlay is not None
-            plain = (await engine.predict([picture(1)], [model], k=2))[0].results[0]
+            plain = (await engine.predict([picture(1)], [model], PredictOptions(2)))[0].results[0]
             assert isinstance(plain, Prediction)
             assert plain.explanations is None
             assert plain.probabilities == pytest.approx(result.probabilities, abs=1e-5)
@@ -610,9 +616,9 @@ async def test_a_cam_is_of_the_forward_pass_that_answered(store: ModelStore) -> 
     ref, dim = add_backbone(store, 3, "resnet20_v1")
     add_head(store, "cam", ref, dim, classes=3)
     async with serving(store) as engine:
-        key = engine.model("cam").backbones[0].key
+        key = engine.registry.model("cam").backbones[0].key
         before = forward_passes(engine, key)
-        await engine.predict([picture(1)], ["cam"], wanted=Wanted("grid"))
+        await engine.predict([picture(1)], ["cam"], PredictOptions(explain="grid"))
         assert forward_passes(engine, key) == before + 1
 
 
@@ -636,7 +642,7 @@ def remembering(store: ModelStore, name: str, count: int = 30) -> list[bytes]:
 async def test_an_answer_says_what_it_is_worth(store: ModelStore) -> None:
     pictures = remembering(store, "b")
     async with serving(store) as engine:
-        [answer] = await engine.predict([pictures[7], b""], ["b"], k=1, wanted=Wanted(alpha=0.1, neighbours=2))
+        [answer] = await engine.predict([pictures[7], b""], ["b"], PredictOptions(1, alpha=0.1, neighbours=2))
         result, bad = answer.results
         assert isinstance(result, Prediction)
         assert isinstance(bad, EmptyImage)
@@ -667,23 +673,23 @@ async def test_the_decision_follows_probability_and_distance(store: ModelStore) 
     ):
         store.put_reference(config, changed)
         async with serving(store) as engine:
-            rule = engine.model("b").decision
+            rule = engine.registry.model("b").decision
             assert (rule is None) == (decision is None)
             [answer] = await engine.predict([pictures[7]], ["b"])
             assert answer.document([None])["results"][0].get("decision") == decision
 
 
-@pytest.mark.parametrize("wanted", [Wanted(alpha=0.1), Wanted(neighbours=5)])
-async def test_a_model_that_keeps_nothing_says_how_to_get_it(store: ModelStore, wanted: Wanted) -> None:
+@pytest.mark.parametrize("options", [PredictOptions(alpha=0.1), PredictOptions(neighbours=5)])
+async def test_a_model_that_keeps_nothing_says_how_to_get_it(store: ModelStore, options: PredictOptions) -> None:
     async with serving(store) as engine:
         with pytest.raises(NotProvided, match="imago models calibrate a@1 DATASET"):
-            await engine.predict([picture(1)], ["a"], wanted=wanted)
+            await engine.predict([picture(1)], ["a"], options)
 
 
 async def test_an_ensemble_has_no_nearest_images_whatever_it_keeps(store: ModelStore) -> None:
     async with serving(store) as engine:
         with pytest.raises(NotProvided, match="several backbones"):
-            await engine.predict([picture(1)], ["both"], wanted=Wanted(neighbours=5))
+            await engine.predict([picture(1)], ["both"], PredictOptions(neighbours=5))
 
 
 async def test_a_damaged_reference_takes_nothing_else_down(store: ModelStore) -> None:

@@ -18,7 +18,7 @@ from support.image_files import photo, png, save, solid
 from models.store.export.files import export
 from models.store.store import ModelStore
 from service.cli.predict import classify, document
-from service.inference.results import PLAIN
+from service.inference.results import DEFAULTS
 from service.settings import Settings
 
 AGREES = 1e-4
@@ -66,7 +66,7 @@ def served(store: ModelStore, name: str, files: list[Path], data: Path) -> dict[
     settings = Settings(
         weights=store.root, data=data, engine="torch", precision="float32", device="cpu", threads=1, top_k=1000
     )
-    answers = asyncio.run(classify(settings, files, [name], PLAIN, lambda *_: None))
+    answers = asyncio.run(classify(settings, files, [name], DEFAULTS, lambda *_: None))
     return document(files, answers)
 
 

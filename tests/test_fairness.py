@@ -15,13 +15,10 @@ from models import architectures
 from models.classifier import Head
 from models.store.store import ModelStore
 from service.errors import QueueFull
-from service.inference.batch_budget import QUIET_S, BatchBudget
-from service.inference.batcher import BackboneQueue
+from service.inference.backbone_queue import QUIET_S, BackboneQueue, BatchBudget, FairQueue, Flow, Item, Shares
 from service.inference.engine import Engine
-from service.inference.fair_queue import FairQueue
-from service.inference.items import Flow, Item
 from service.inference.registry.loader import Served
-from service.inference.shares import Shares
+from service.inference.results import PredictOptions
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -29,8 +26,7 @@ IMAGE = torch.zeros(1, 2, 2, dtype=torch.uint8)
 
 
 async def item(client: str, model: str = "", head_start_s: float = 0.0) -> Item:
-    future = asyncio.get_running_loop().create_future()
-    return Item(IMAGE, [], 0.0, future, head_start_s, flow=(client, model))
+    return Item(IMAGE, [], 0.0, head_start_s, flow=(client, model))
 
 
 async def queue_of(*flows: Flow) -> FairQueue:
@@ -156,7 +152,7 @@ async def latencies(engine: Engine, served: Served, client: str, images: list[Te
     for _ in range(times):
         started = time.monotonic()
         try:
-            await engine.infer(images, served, client=client)
+            await engine.infer(images, served, PredictOptions(client=client))
             taken.append(time.monotonic() - started)
         except QueueFull:
             taken.append(float("inf"))
@@ -174,14 +170,14 @@ async def test_a_flood_for_one_model_does_not_slow_another_caller(store: ModelSt
         engine = Engine(settings, store, Metrics())
         engine.start()
         await engine.wait_ready(60)
-        flooded, other = engine.bind("a"), engine.bind("b")
+        flooded, other = engine.registry.bind("a"), engine.registry.bind("b")
         image = torch.zeros(3, 32, 32, dtype=torch.uint8)
         name = "flood" if client == "the same address" else "quiet"
 
         async def flood() -> None:
             while True:
                 try:
-                    await engine.infer([image] * 32, flooded, client="flood")
+                    await engine.infer([image] * 32, flooded, PredictOptions(client="flood"))
                 except QueueFull:
                     await asyncio.sleep(0.02)
 

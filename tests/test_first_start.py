@@ -15,6 +15,7 @@ from PIL import Image
 from models.store.store import ModelStore
 from service.cli import main
 from service.inference.engine import Engine
+from service.inference.results import PredictOptions
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -47,8 +48,8 @@ async def answered(weights: Path, image: bytes, **settings: object) -> tuple[str
     engine.start()
     try:
         await engine.wait_ready(120)
-        [answer] = await engine.predict([image], k=1)
-        return answer.model, answer.results[0].labels[0], len(engine.model(answer.model).classes)  # type: ignore[union-attr]
+        [answer] = await engine.predict([image], options=PredictOptions(1))
+        return answer.model, answer.results[0].labels[0], len(engine.registry.model(answer.model).classes)  # type: ignore[union-attr]
     finally:
         engine.close()
 
@@ -77,7 +78,7 @@ async def test_a_store_that_cannot_be_written_says_what_to_do(weights: Path, mon
     engine = Engine(chosen, ModelStore(weights), Metrics())
     engine.start()
     try:
-        await engine.catalogue.wait_loaded()
+        await engine.registry.wait_loaded()
         reason = engine.not_ready_reason()
     finally:
         engine.close()

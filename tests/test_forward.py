@@ -12,10 +12,11 @@ from torch import Tensor
 from models.classifier import Head, HeadConfig, LayerConfig
 from models.runtime.torch_engine import TorchEngine
 from service.inference import forward
-from service.inference.registry.loader import HeadPart, NeighboursPart
+from service.inference.forward import HeadPart, NeighboursPart
+from service.inference.results import PartFunction
 
 CPU = torch.device("cpu")
-Asked = list[list[forward.PartFunction]]
+Asked = list[list[PartFunction]]
 DIM = 128  # of its features
 
 
@@ -47,10 +48,14 @@ def broken_at_7(features: Tensor) -> Tensor:
     return torch.where(features == 7, math.inf, features)
 
 
-def test_each_image_gets_the_values_that_it_asked_for_in_its_order() -> None:
+def test_each_image_gets_the_values_that_it_asked_for() -> None:
     asked: Asked = [[double, absolute], [absolute], [absolute, double]]
     values = forward.run(Pixels(), CPU, images(1, 2, 3), asked)
-    assert [[value[0].item() for value in row] for row in values.rows] == [[2, 1], [2], [3, 6]]
+    assert [{part: value[0].item() for part, value in row.items()} for row in values.rows] == [
+        {double: 2, absolute: 1},
+        {absolute: 2},
+        {absolute: 3, double: 6},
+    ]
     assert (values.maps, values.finite) == ([None] * 3, [True] * 3)
 
 

@@ -22,7 +22,7 @@ from models.runtime.torch_engine import TorchEngine
 from service.diagnostics.gpu_check import errors, facts, server
 from service.diagnostics.gpu_check.measures import batches, graphs, memory, own_tests, serving, transfers
 from service.diagnostics.gpu_check.session import Session, random_pixels
-from service.inference import forward
+from service.inference.results import PartFunction
 
 
 def on_gpu(folder: Path) -> Session:
@@ -185,7 +185,7 @@ def test_waits_of_a_batch_are_counted(per_head: bool, problems: int, tmp_path: P
     def wait() -> None:
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
 
-    def head(session: Session, width: int) -> forward.PartFunction:
+    def head(session: Session, width: int) -> PartFunction:
         part = real_head(session, width)
 
         def waiting(features: torch.Tensor) -> torch.Tensor:

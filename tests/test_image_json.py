@@ -70,7 +70,7 @@ async def test_fields_mean_the_same_as_in_a_form(http: httpx.AsyncClient, servic
     answer = await http.post("/predict", json=body)
     assert answer.status_code == 200, answer.text
     assert service.engine.asked == {"files": [GOOD], "models": ["a", "b"], "k": 3, "timeout_ms": 200}
-    assert (service.engine.wanted.alpha, service.engine.wanted.explain) == (0.00001, "grid")
+    assert (service.engine.options.alpha, service.engine.options.explain) == (0.00001, "grid")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from models.store.store import ModelStore
 from service.errors import DeviceLost
 from service.inference.batcher import DeviceThread
 from service.inference.engine import Engine
-from service.inference.results import Prediction
+from service.inference.results import Prediction, PredictOptions
 
 pytestmark = pytest.mark.system
 
@@ -25,14 +25,14 @@ SOLO = 1e-4  # of a probability: a batch of another size sums in another order, 
 
 
 def runtime_of(engine: Engine, model: str = "b") -> Any:
-    (runtime,) = engine.catalogue.served[model].backbones[0].queue.runtimes.values()
+    (runtime,) = engine.registry.served[model].backbones[0].queue.runtimes.values()
     return runtime
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, engine: Engine, data: bytes, error: Exception) -> None:
     """The network raises this for every batch that holds the image."""
     runtime = runtime_of(engine)
-    poison, call = decoding.decode(data, engine.catalogue.served["b"].backbones[0].ref.preprocessing), runtime.__call__
+    poison, call = decoding.decode(data, engine.registry.served["b"].backbones[0].ref.preprocessing), runtime.__call__
 
     def fail(self: Any, pixels: torch.Tensor) -> torch.Tensor:
         if any(torch.equal(row, poison) for row in pixels):
@@ -52,10 +52,10 @@ async def test_one_bad_caller_of_32(
 ) -> None:
     files = [picture(seed) for seed in range(CALLERS)]
     async with serving(store, max_batch=CALLERS) as engine:
-        alone = [probabilities((await engine.predict([data], ["b"], k=7))[0]) for data in files]
+        alone = [probabilities((await engine.predict([data], ["b"], PredictOptions(7)))[0]) for data in files]
         poisoned(monkeypatch, engine, files[BAD], ValueError("a kernel chokes on it"))
         files[BAD] = files[BAD][:100] if cut else files[BAD]
-        answers = await asyncio.gather(*(engine.predict([data], ["b"], k=7) for data in files))
+        answers = await asyncio.gather(*(engine.predict([data], ["b"], PredictOptions(7)) for data in files))
     assert isinstance(answers.pop(BAD)[0].results[0], refusal)
     del alone[BAD]
     assert all(torch.allclose(probabilities(a), b, atol=SOLO) for [a], b in zip(answers, alone, strict=True))
@@ -73,10 +73,10 @@ async def waiting_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch, caller
         return answer
 
     monkeypatch.setattr(type(runtime), "__call__", held)
-    tasks = [asyncio.create_task(engine.predict([picture(seed)], ["b"], k=7)) for seed in range(callers)]
+    tasks = [asyncio.create_task(engine.predict([picture(seed)], ["b"], PredictOptions(7))) for seed in range(callers)]
     assert await asyncio.to_thread(begun.wait, 60)
     async with asyncio.timeout(60):
-        while len(engine.catalogue.served["b"].backbones[0].queue.items) < callers - 1:  # noqa: ASYNC110
+        while len(engine.registry.served["b"].backbones[0].queue.items) < callers - 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return go_on, tasks
 
@@ -87,7 +87,7 @@ async def test_a_model_that_is_unloaded_answers_what_waited_and_nothing_new(
 ) -> None:
     async with serving(store, max_batch=1, timeout_ms=60_000) as engine:
         go_on, tasks = await waiting_behind(engine, monkeypatch, 12)
-        await engine.retire("b")
+        await engine.registry.retire("b")
         with pytest.raises(ModelNotFound):
             await engine.predict([picture(1)], ["b"])
         go_on.set()
@@ -114,9 +114,9 @@ async def test_loaded_and_unloaded_two_hundred_times_under_load(store: ModelStor
     async with serving(store) as engine:
         callers = [asyncio.create_task(caller(engine, model)) for model in ("a", "d", "d")]
         for _ in range(200):
-            await engine.activate("d", 1)
+            await engine.registry.activate("d", 1)
             await asyncio.sleep(0)
-            await engine.retire("d")
+            await engine.registry.retire("d")
         over.set()
         await asyncio.gather(*callers)
     assert heard == {f"a {Prediction.__name__}", f"d {Prediction.__name__}", "d not there"}
@@ -170,7 +170,7 @@ async def test_the_memory_of_swapped_models_is_free_again(store: ModelStore) -> 
         before = torch.cuda.memory_allocated()
         for seed in range(10, 20):
             add_head(store, "c", *add_backbone(store, seed), classes=2)
-            await engine.sync()
+            await engine.registry.sync()
             await engine.predict([picture(1)], ["c"])
         gc.collect()
         assert torch.cuda.memory_allocated() < 1.05 * before

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import psutil
 import pytest
@@ -44,23 +45,22 @@ def settings_in(root: Path, **settings: Any) -> Settings:
     return Settings(data=root / "data", datasets=root / "datasets", weights=root / "weights", **settings)
 
 
-class Activating(FakeEngine):
-    """An engine for models of any name, of which version 9 does not load."""
-
-    async def activate(self, name: str, version: int, samples: Sequence[ParityImage] = ()) -> ModelStatus:
-        if version == 9:
-            raise ModelNotFound("no version 9")
-        self.asked[name] = (version, [(sample.name, sample.data) for sample in samples])
-        return ModelStatus(name=name, default=False, state="ready", version=version)
+async def deploy(engine: FakeEngine, name: str, version: int, samples: Sequence[ParityImage]) -> ModelStatus:
+    """Deploys models of any name, but for version 9, which does not load."""
+    if version == 9:
+        raise ModelNotFound("no version 9")
+    engine.asked[name] = (version, [(sample.name, sample.data) for sample in samples])
+    return ModelStatus(name=name, default=False, state="ready", version=version)
 
 
 @asynccontextmanager
 async def jobs_in(root: Path, **settings: Any) -> AsyncIterator[Jobs]:
     store = FakeStore()
-    jobs = Jobs(settings_in(root, **settings), Activating(store), store, TRAINER)
-    jobs.start()
-    yield jobs
-    await jobs.close()
+    jobs = Jobs(settings_in(root, **settings), FakeEngine(store), store, TRAINER)
+    with mock.patch("service.jobs.service.deploy", deploy):
+        jobs.start()
+        yield jobs
+        await jobs.close()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ async def test_a_job_succeeds_and_its_model_serves(jobs: Jobs) -> None:
     job = await ended(jobs, created.id)
     assert (job.status, job.model, job.version, job.deployment) == ("succeeded", "pets", 2, "activated")
     assert (job.progress, job.attempt, job.effective) == (1.0, 1, {"lr": 0.1})
-    assert cast(Activating, jobs.engine).asked["pets"] == (2, [("cat/1.jpg", b"image")])
+    assert cast(FakeEngine, jobs.engine).asked["pets"] == (2, [("cat/1.jpg", b"image")])
 
 
 async def test_its_events_are_numbered_and_tell_everything(jobs: Jobs) -> None:

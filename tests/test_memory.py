@@ -17,7 +17,7 @@ from support.service_fakes import Service, client_of
 from service.http.memory_trimming import MOST_PAUSE_S, PERIOD_S, WORTH_IT, Trimmer
 from service.http.middleware import BODY_SHARE, Traffic
 from service.http.uploads.body import BLOCK, MOST_SPARE, SMALL, BodyBuffer
-from service.inference.shares import Shares
+from service.inference.backbone_queue import Shares
 
 MB = 2**20
 JPEG = {"Content-Type": "image/jpeg"}
@@ -37,10 +37,10 @@ def test_a_body_is_what_was_added(size: int, step: int) -> None:
 
 GROW = """
 import runpy
-from service.http.uploads.body import Body
+from service.http.uploads.body import BodyBuffer
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 runpy.run_path("models/runtime/allocator.py")["tune_allocator"]()
-bodies = [Body() for _ in range(30)]
+bodies = [BodyBuffer() for _ in range(30)]
 before, piece = resident(), b"x" * 65536
 for _ in range(4 * 16):
     for body in bodies:

@@ -9,7 +9,7 @@ from support.image_files import SMALL, photo, save
 
 from models.errors import InvalidImage
 from models.images.decoding import NoRoom, decode
-from service.inference.pixel_budget import LARGE, PixelBudget
+from service.inference.decoding import LARGE, PixelBudget
 
 MP = 10**6
 

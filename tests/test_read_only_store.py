@@ -146,7 +146,7 @@ async def test_a_model_that_a_setting_names_is_not_taken_away(
     service.engine = Engine(service.settings, store, service.metrics)  # type: ignore[assignment]
     service.app = create_app(service.settings, service.engine, store, service.metrics, traffic=service.traffic)
     async with client_of(service) as http:
-        await service.engine.catalogue.wait_loaded()
+        await service.engine.registry.wait_loaded()
         refused = await http.request(method, path, headers=ADMIN)
     assert (refused.status_code, "the setting" in refused.text) == (409, True)
     assert store.versions("pair") == [1]
@@ -166,7 +166,7 @@ async def test_no_other_model_answers_where_there_is_no_default(weights: Path, t
         service.engine = Engine(service.settings, store, service.metrics)  # type: ignore[assignment]
         service.app = create_app(service.settings, service.engine, store, service.metrics, traffic=service.traffic)
         async with client_of(service) as http:
-            await service.engine.catalogue.wait_loaded()
+            await service.engine.registry.wait_loaded()
             refused = await http.post("/predict", content=PICTURES[0])
             named = await http.post("/predict?model=pair", content=PICTURES[0])
     finally:

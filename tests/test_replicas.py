@@ -71,10 +71,10 @@ async def test_what_waits_fails_when_loading_loses_the_device(store: ModelStore)
     async with on_gpus(store, gpu) as engine:
         gpu.held.set()
         requests = [asyncio.create_task(engine.predict([picture(i)])) for i in range(3)]
-        await until(lambda: len(engine.catalogue.served["a"].backbones[0].queue.items) == 2)
+        await until(lambda: len(engine.registry.served["a"].backbones[0].queue.items) == 2)
         gpu.fail_to_compile(LOST)
         with pytest.raises(DeviceLost):
-            await engine.activate("a", second_version(store))
+            await engine.registry.activate("a", second_version(store))
         outcomes = await asyncio.wait_for(asyncio.gather(*requests[1:], return_exceptions=True), 5)
         gpu.held.clear()
         with pytest.raises(DeviceLost):
@@ -103,7 +103,7 @@ async def test_a_head_that_breaks_the_device_loses_it_too(store: ModelStore, mon
         config = store.config("a")
         version = add_head(store, "a", config.backbones[0], 84, classes=2, activate=False)
         with pytest.raises(DeviceLost):
-            await engine.activate("a", version)
+            await engine.registry.activate("a", version)
         assert not engine.live
 
 
@@ -118,7 +118,7 @@ async def test_a_model_serves_where_it_could_be_loaded(
     first.fail_to_compile(error)
     async with on_gpus(store, first, second) as engine:
         [answer] = await engine.predict([picture(1)])
-        [backbone] = engine.model("a").backbones
+        [backbone] = engine.registry.model("a").backbones
         assert (engine.live, engine.ready) == (True, True)
         assert engine.device_states() == {"cuda:0": "lost" if error == LOST else "works", "cuda:1": "works"}
     assert isinstance(answer.results[0], Prediction)
@@ -171,14 +171,14 @@ async def test_a_device_that_hangs_while_a_version_is_tried_does_not_hold_up_the
         engine._health._hangs_after_s = lambda: 0.05
         first.held.set()
         second.held.set()
-        loading = asyncio.create_task(engine.activate("a", second_version(store)))
+        loading = asyncio.create_task(engine.registry.activate("a", second_version(store)))
         await until(lambda: [gpu for gpu in (first, second) if gpu.hanging()])
         [hanging] = [gpu for gpu in (first, second) if gpu.hanging()]
         with pytest.raises(DeviceLost, match="hangs in a batch"):
             await asyncio.wait_for(loading, 5)
         (second if hanging is first else first).held.clear()
-        await asyncio.wait_for(engine.activate("a", 2), 5)
-        assert engine.model("a").version == 2
+        await asyncio.wait_for(engine.registry.activate("a", 2), 5)
+        assert engine.registry.model("a").version == 2
         hanging.held.clear()
 
 
@@ -252,15 +252,15 @@ async def test_a_load_without_memory_is_tried_again(store: ModelStore, monkeypat
     async with on_gpus(store, gpu, ready=False) as engine:
         with pytest.raises(NotReady, match="not enough memory"):
             await engine.wait_ready(10)
-        error = engine.model("a").error or ""
+        error = engine.registry.model("a").error or ""
         assert re.search(
             r"cuda:0 has not enough memory \(8,192 of 8,192 MB are free\).*2\.00 GiB.*; tried again in 0 s", error
         )
         assert engine.live
         await until(lambda: engine.ready)
-        assert engine.model("a").error is None
+        assert engine.registry.model("a").error is None
         assert isinstance((await engine.predict([picture(1)]))[0].results[0], Prediction)
-        await until(lambda: not engine.catalogue._retries)
+        await until(lambda: not any(entry.retries for entry in engine.registry.entries.values()))
 
 
 async def test_the_time_between_tries_doubles_to_a_limit(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,11 +307,11 @@ async def test_what_is_not_to_be_served_any_more_is_not_tried_again(
     gpu = SimulatedGpu()
     gpu.fail_to_compile(out_of_memory(), times=10**6)
     async with on_gpus(store, gpu, ready=False, models=()) as engine:
-        await engine.catalogue.wait_loaded()
+        await engine.registry.wait_loaded()
         for name in ("both", "c", "b", "a"):
             store.deactivate(name)
-        await until(lambda: not engine.catalogue._retries)
-        assert engine.models() == []
+        await until(lambda: not any(entry.retries for entry in engine.registry.entries.values()))
+        assert engine.registry.models() == []
 
 
 async def test_a_gpu_that_another_process_has_is_tried_again(
@@ -331,8 +331,8 @@ async def test_activating_without_memory_says_so_and_changes_nothing(store: Mode
     async with on_gpus(store, gpu) as engine:
         gpu.fail_to_compile(out_of_memory())
         with pytest.raises(OutOfMemory, match="not enough memory"):
-            await engine.activate("a", second_version(store))
-        assert (engine.model("a").version, engine.live) == (1, True)
+            await engine.registry.activate("a", second_version(store))
+        assert (engine.registry.model("a").version, engine.live) == (1, True)
 
 
 # Warm
@@ -350,7 +350,7 @@ async def test_a_step_without_memory_bounds_the_batches(store: ModelStore) -> No
     gpu = SimulatedGpu(max_batch=64)
     gpu.fail(at=steps_up_to(64).index(32) + 1, error=out_of_memory())
     async with on_gpus(store, gpu) as engine:
-        [backbone] = engine.catalogue.served["a"].backbones
+        [backbone] = engine.registry.served["a"].backbones
         assert backbone.queue.batch_limit(gpu.device) == 24
         assert backbone.infos["cuda:0"].max_batch == 24
         assert "empty_cache" in gpu.calls
@@ -360,7 +360,7 @@ async def test_a_request_waits_for_one_step_of_a_model_that_is_warmed(store: Mod
     gpu = SimulatedGpu(base_s=0.005, max_batch=64)
     async with on_gpus(store, gpu) as engine:
         done = len(gpu.batches)
-        loading = asyncio.create_task(engine.activate("a", second_version(store)))
+        loading = asyncio.create_task(engine.registry.activate("a", second_version(store)))
         await until(lambda: len(gpu.batches) > done + 1)  # the steps that follow have more than one image
 
         def came(start: int) -> bool:
@@ -417,13 +417,13 @@ async def test_a_backbone_is_freed_after_a_swap_though_it_was_frozen(
         pytest.importorskip("openvino")
     async with serving(store, models=("a",), engine=engine_name) as engine:
         await engine.predict([picture(1)])
-        [backbone] = engine.catalogue.served["a"].backbones
+        [backbone] = engine.registry.served["a"].backbones
         runtime: Any = backbone.queue.runtimes[torch.device("cpu")]
         refs = [weakref.ref(backbone), weakref.ref(runtime.engine)]
         del backbone, runtime
         gc.collect()
         frozen_after()
-        await engine.activate("a", second_version(store))
+        await engine.registry.activate("a", second_version(store))
         await until(lambda: not [alive for alive in refs if alive() is not None])
 
 
@@ -431,13 +431,13 @@ async def test_the_memory_of_a_swapped_backbone_goes_back_to_the_gpu(store: Mode
     gpu = SimulatedGpu()
     async with on_gpus(store, gpu) as engine:
         before = gpu.calls.count("empty_cache")
-        await engine.activate("a", second_version(store))
+        await engine.registry.activate("a", second_version(store))
         await until(lambda: gpu.calls.count("empty_cache") > before)
 
 
 async def test_a_backbone_that_goes_with_the_server_leaves_nothing_to_do(store: ModelStore) -> None:
     async with serving(store, models=("a",)) as engine:
-        loader = engine.catalogue._loader
+        loader = engine.registry._loader
         batcher = engine.batcher
     loader._tidy(batcher)
     assert loader._tidying is None

@@ -2,14 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 from support.service_fakes import ADMIN, Service, client_of
-from test_jobs import TRAINER
+from test_jobs import TRAINER, deploy
 
 from service.app import create_app
 from service.jobs import Jobs
@@ -39,8 +40,9 @@ class Training(Service):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    return Training(tmp_path_factory.mktemp("service"), max_queued_jobs=2)
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    with mock.patch("service.jobs.service.deploy", deploy):
+        yield Training(tmp_path_factory.mktemp("service"), max_queued_jobs=2)
 
 
 @pytest.fixture(scope="module")

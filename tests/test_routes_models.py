@@ -59,10 +59,10 @@ async def test_activate_a_version_that_is_not_there(http: httpx.AsyncClient) -> 
 
 
 async def test_a_version_that_does_not_load_is_not_activated(http: httpx.AsyncClient, service: Service) -> None:
-    service.engine.broken = {2}
+    service.engine.registry.broken = {2}
     answer = await http.post("/models/pets/activate", json={"version": 2}, headers=ADMIN)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_weights")
-    assert (service.engine.version, service.store.version) == (1, 1)
+    assert (service.engine.registry.version, service.store.version) == (1, 1)
 
 
 @pytest.mark.abuse("H15")
@@ -169,7 +169,7 @@ def pulls(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         licence = "cc-by-nc-4.0" if name.startswith("timm/") else "MIT"
         return SimpleNamespace(name=as_name or name, version=1, lineage={"licence": licence})
 
-    monkeypatch.setattr(service.engine, "pull", pull)
+    monkeypatch.setattr(service.engine.registry, "pull", pull)
     monkeypatch.setattr("models.store.pull.check", lambda name: None)
     return names
 

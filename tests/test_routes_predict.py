@@ -286,7 +286,7 @@ async def test_embed(http: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("path", ["/predict", "/embed"])
 async def test_the_engine_gets_the_clients_address(http: httpx.AsyncClient, service: Service, path: str) -> None:
     await http.post(path, content=GOOD, headers=JPEG)
-    assert service.engine.client == "127.0.0.1"
+    assert service.engine.options.client == "127.0.0.1"
 
 
 async def test_embed_asks_one_model(http: httpx.AsyncClient) -> None:
@@ -308,7 +308,7 @@ async def test_what_explain_asks_for(
 ) -> None:
     answer = await http.post(f"/predict?explain={text}", content=GOOD, headers=JPEG)
     assert answer.status_code == 200
-    assert service.engine.wanted.explain == expected
+    assert service.engine.options.explain == expected
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ async def test_a_larger_top_k_of_the_server_does_not_refuse_an_explanation(tmp_p
 
 async def test_alpha_and_neighbours_are_passed_on(http: httpx.AsyncClient, service: Service) -> None:
     await http.post("/predict?alpha=.05&neighbours=5", content=GOOD, headers=JPEG)
-    assert (service.engine.wanted.alpha, service.engine.wanted.neighbours) == (0.05, 5)
+    assert (service.engine.options.alpha, service.engine.options.neighbours) == (0.05, 5)
 
 
 @pytest.mark.parametrize("count", ["0", "17", "x"])

@@ -5,12 +5,12 @@ import threading
 from dataclasses import replace
 
 import pytest
-from support.service_fakes import FakeEngine, FakeStore
+from support.service_fakes import FakeEngine, FakeRegistry, FakeStore
 
 from service.errors import ValidationFailed
 from service.http.schemas import ModelList
 from service.inference.registry.loader import ModelStatus
-from service.inference.results import MAX_MAPS, MAX_PREDICTIONS, PLAIN, Wanted, check_size
+from service.inference.results import DEFAULTS, MAX_MAPS, MAX_PREDICTIONS, PredictOptions, check_size
 from service.observability.metrics import Metrics
 from service.routes.shared_answers import Listings, Shared
 
@@ -46,7 +46,7 @@ async def test_callers_share_the_next_run_and_never_one_that_began_before() -> N
     assert work.runs == 2
 
 
-class ManyModels(FakeEngine):
+class ManyModels(FakeRegistry):
     def models(self) -> list[ModelStatus]:
         return [ModelStatus(name=name, default=False, state="ready") for name in "abcde"]
 
@@ -62,33 +62,38 @@ class ManyModels(FakeEngine):
     ],
 )
 async def test_pages_of_models(after: str, limit: int | None, names: str, more: bool) -> None:
-    listings = Listings(ManyModels(FakeStore()), Metrics())
+    engine = FakeEngine(FakeStore())
+    engine.registry = ManyModels(engine.registry.store)
+    listings = Listings(engine, Metrics())
     page = await listings.models(after, limit)
     found = ModelList.model_validate_json(page)
     assert ([model.name for model in found.models], found.has_more) == (list(names), more)
 
 
-EXPLAINED = Wanted(explain="overlay")
+EXDEFAULTSED = PredictOptions(explain="overlay")
 
 
 @pytest.mark.abuse("A801")
 @pytest.mark.parametrize(
-    ("images", "classes", "k", "wanted", "allowed"),
+    ("images", "classes", "k", "options", "allowed"),
     [
-        pytest.param(32, [1000], 1000, PLAIN, True, id="32 images, all of 1,000 classes"),
-        pytest.param(32, [1000] * 6, 1000, PLAIN, False, id="6 models"),
-        pytest.param(32, [3] * 16, 9_999_999, PLAIN, True, id="few classes, whatever is asked"),
-        pytest.param(32, [1000] * 6, 5, replace(PLAIN, alpha=0.1), False, id="conformal sets"),
-        pytest.param(32, [1000], 10, EXPLAINED, True, id="10 heat maps each"),
-        pytest.param(32, [1000] * 16, 5, EXPLAINED, False, id="heat maps of 16 models"),
-        pytest.param(1, [MAX_PREDICTIONS], MAX_PREDICTIONS, PLAIN, True, id="the most"),
-        pytest.param(1, [MAX_PREDICTIONS + 1], MAX_PREDICTIONS + 1, PLAIN, False, id="one more"),
-        pytest.param(MAX_MAPS + 1, [1], 1, EXPLAINED, False, id="one map more"),
+        pytest.param(32, [1000], 1000, DEFAULTS, True, id="32 images, all of 1,000 classes"),
+        pytest.param(32, [1000] * 6, 1000, DEFAULTS, False, id="6 models"),
+        pytest.param(32, [3] * 16, 9_999_999, DEFAULTS, True, id="few classes, whatever is asked"),
+        pytest.param(32, [1000] * 6, 5, PredictOptions(alpha=0.1), False, id="conformal sets"),
+        pytest.param(32, [1000], 10, EXDEFAULTSED, True, id="10 heat maps each"),
+        pytest.param(32, [1000] * 16, 5, EXDEFAULTSED, False, id="heat maps of 16 models"),
+        pytest.param(1, [MAX_PREDICTIONS], MAX_PREDICTIONS, DEFAULTS, True, id="the most"),
+        pytest.param(1, [MAX_PREDICTIONS + 1], MAX_PREDICTIONS + 1, DEFAULTS, False, id="one more"),
+        pytest.param(MAX_MAPS + 1, [1], 1, EXDEFAULTSED, False, id="one map more"),
     ],
 )
-def test_large_answers_are_bounded(images: int, classes: list[int], k: int, wanted: Wanted, allowed: bool) -> None:
+def test_large_answers_are_bounded(
+    images: int, classes: list[int], k: int, options: PredictOptions, allowed: bool
+) -> None:
+    options = replace(options, top_k=k)
     if allowed:
-        check_size(images, classes, k, wanted)
+        check_size(images, classes, options)
     else:
         with pytest.raises(ValidationFailed, match="at most"):
-            check_size(images, classes, k, wanted)
+            check_size(images, classes, options)

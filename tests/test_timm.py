@@ -197,7 +197,7 @@ def test_pixels_that_are_not_square_are_described() -> None:
 
 def test_the_default_model_does_without_timm() -> None:
     program = (
-        "import sys; from models import architectures as a, pull; a.create_backbone('efficientnet_lite0'); "
+        "import sys; from models import architectures as a; from models.store import pull; a.create_backbone('efficientnet_lite0'); "
         "a.preprocessing_of('preact_resnet'); assert not {'timm', 'huggingface_hub', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

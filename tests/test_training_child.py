@@ -210,15 +210,15 @@ sys.exit(main(Path(sys.argv[1]), run))
 IDLE = """
 import sys, time
 from pathlib import Path
-from models.training import child
+from models.training import trainer_process
 
 def idle(folder, *rest):
     (folder / "idle").touch()
     time.sleep(600)
 
-child.work = idle
-child._get_ready = lambda: None
-sys.exit(child.main(*map(Path, sys.argv[1:])))
+trainer_process.work = idle
+trainer_process._get_ready = lambda: None
+sys.exit(trainer_process.main(*map(Path, sys.argv[1:])))
 """
 
 

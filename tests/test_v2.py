@@ -194,9 +194,9 @@ async def test_priority_becomes_a_head_start_and_a_long_timeout_none(
     asked: list[tuple[bool, float]] = []
     submit = service.engine.batcher.submit
 
-    async def noted(queue: Any, pixels: Any, parts: Any, deadline: float, head_start_s: float, *more: Any) -> Any:
-        asked.append((deadline - time.monotonic() <= 10, head_start_s))
-        return await submit(queue, pixels, parts, deadline, head_start_s, *more)
+    async def noted(queue: Any, item: Any) -> Any:
+        asked.append((item.deadline - time.monotonic() <= 10, item.head_start_s))
+        return await submit(queue, item)
 
     monkeypatch.setattr(service.engine.batcher, "submit", noted)
     for parameters in ({"timeout": 10**12, "priority": 1}, {"priority": 3}, {"priority": 9}):
@@ -206,7 +206,7 @@ async def test_priority_becomes_a_head_start_and_a_long_timeout_none(
 
 
 async def test_a_passed_timeout_is_504(http: httpx.AsyncClient, service: Service) -> None:
-    [backbone] = service.engine.bind("tiny").backbones
+    [backbone] = service.engine.registry.bind("tiny").backbones
     [runtime] = backbone.queue.runtimes.values()
     backbone.queue.runtimes = {torch.device("cpu"): Slow(runtime)}
     answer = await http.post(INFER, content=body(tensor(data=[0] * 3072), parameters={"timeout": 20_000}))

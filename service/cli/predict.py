@@ -21,7 +21,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.inference.engine import Engine
-    from service.inference.results import ModelResults, Prediction, Wanted
+    from service.inference.results import ModelResults, Prediction, PredictOptions
 
 AT_ONCE = 32  # images that are in the engine together
 END_S = 10.0  # for the batch that a device thread is in when nobody needs it any more
@@ -74,11 +74,11 @@ def command(
     Exit code 1 if no image could be classified.
     """
     settings = Settings.load(**flags, top_k=top_k, timeout_ms=PATIENCE_MS)
-    from service.inference.results import Wanted
+    from service.inference.results import PredictOptions
 
-    wanted = Wanted("overlay" if explain else None, alpha, neighbours)
+    options = PredictOptions(settings.top_k, "overlay" if explain else None, alpha, neighbours)
     with progress("predict", "images") as update:
-        answers = asyncio.run(classify(settings, files, models, wanted, update))
+        answers = asyncio.run(classify(settings, files, models, options, update))
     if explain:
         write_heat(explain, files, answers)
     if as_json:
@@ -90,8 +90,8 @@ def command(
 
 
 async def classify(
-    settings: Settings, files: Sequence[Path], models: Sequence[str], wanted: "Wanted", update: Update
-) -> "list[ModelResults]":
+    settings: Settings, files: Sequence[Path], models: Sequence[str], options: "PredictOptions", update: Update
+) -> "list[ModelResults[Prediction]]":
     """One answer per model, over all files in their order. Only the models that are asked are loaded."""
     from models.store.store import ModelStore
     from service.inference.engine import Engine
@@ -105,10 +105,10 @@ async def classify(
     engine.start()
     try:
         await engine.wait_ready()
-        answers: list[ModelResults] = []
+        answers: list[ModelResults[Prediction]] = []
         for start in range(0, len(files), AT_ONCE):
             chunk = [file.read_bytes() for file in files[start : start + AT_ONCE]]
-            answers = joined(answers, await engine.predict(chunk, names, settings.top_k, wanted=wanted))
+            answers = joined(answers, await engine.predict(chunk, names, options))
             update(min(start + AT_ONCE, len(files)), len(files))
         return answers
     finally:
@@ -127,20 +127,22 @@ def end(engine: "Engine") -> None:
         os._exit(1)
 
 
-def joined(before: "list[ModelResults]", chunk: "list[ModelResults]") -> "list[ModelResults]":
+def joined(
+    before: "list[ModelResults[Prediction]]", chunk: "list[ModelResults[Prediction]]"
+) -> "list[ModelResults[Prediction]]":
     """The same models' answers over the files before and those of this chunk."""
     if not before:
         return chunk
     return [replace(new, results=old.results + new.results) for old, new in zip(before, chunk, strict=True)]
 
 
-def document(files: Sequence[Path], answers: "Sequence[ModelResults]") -> dict[str, Any]:
+def document(files: Sequence[Path], answers: "Sequence[ModelResults[Prediction]]") -> dict[str, Any]:
     """What POST /predict answers for these files as the parts of one multipart request."""
     bodies = [answer.document([file.name for file in files]) for answer in answers]
     return bodies[0] if len(bodies) == 1 else {"models": bodies}
 
 
-def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[ModelResults]") -> None:
+def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[ModelResults[Prediction]]") -> None:
     """`<number>-<file>-<model>-<class>.png`: numbered as files may have the same name."""
     folder.mkdir(parents=True, exist_ok=True)
     for answer in answers:
@@ -151,7 +153,7 @@ def write_heat(folder: Path, files: Sequence[Path], answers: "Sequence[ModelResu
             (folder / f"{name}.png").write_bytes(base64.b64decode(result.explanations[0].overlay or ""))
 
 
-def print_table(files: Sequence[Path], answers: "Sequence[ModelResults]") -> None:
+def print_table(files: Sequence[Path], answers: "Sequence[ModelResults[Prediction]]") -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from service.inference.items import Flow
+from service.inference.backbone_queue import Flow
 
 SHRINK = 0.75  # of the requests that were under way at a refusal
 GROWTH = 0.5  # of a request, in the time in which a whole window of them is answered

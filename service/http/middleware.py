@@ -36,8 +36,7 @@ from service.errors import (
 from service.http.auth import client_of
 from service.http.compression import inflating
 from service.http.large_requests import Windows
-from service.inference.items import Flow
-from service.inference.shares import Shares
+from service.inference.backbone_queue import Flow, Shares
 from service.inference.traces import Traces
 from service.observability.logs import ACCESS, Fields, request_id
 from service.observability.metrics import Metrics, Rejection
@@ -396,7 +395,7 @@ def _model_of(scope: Scope) -> str:
     """The models that a request names in its path or query; those in its body are not known yet."""
     path = INFER_PATH.fullmatch(scope["path"])
     models = [path["model"]] if path else parse_qs(scope["query_string"].decode("latin-1")).get("model", [])
-    return ",".join(sorted(filter(scope["state"]["engine"].is_served, set(models))))
+    return ",".join(sorted(filter(scope["state"]["engine"].registry.is_served, set(models))))
 
 
 def _is_upload(scope: Scope) -> bool:

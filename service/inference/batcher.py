@@ -6,8 +6,8 @@
 
 A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and at rest an
 image goes at once. The device thread cuts it itself, so no device waits for the event loop; of several free devices each takes its share.
-Clients take turns (turns.py), and a batch that others would wait for is kept short (pace.py). Priority is a head start in the line of
-one client and model, so that nobody waits for ever.
+Clients take turns, and a batch that others would wait for is kept short (backbone_queue.py). Priority is a head start in the line of one
+client and model, so that nobody waits for ever.
 
 What else has to be done in a device's thread (`call`: warming up, freeing memory) takes turns with the batches, one piece at a time.
 """
@@ -18,110 +18,40 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
 from models.errors import InferenceFailed, NonFiniteOutput, OutOfMemory
 from models.runtime import is_device_lost, is_out_of_memory
-from service.errors import DeadlineExceeded, DeviceLost, QueueFull
+from service.errors import DeadlineExceeded, DeviceLost
 from service.inference import forward
-from service.inference.batch_budget import BatchBudget
-from service.inference.fair_queue import FairQueue
-from service.inference.forward import BackboneRuntime, PartFunction
-from service.inference.forward import apply_parts as apply_parts  # the batcher's arithmetic, for checks of it
-from service.inference.items import Call, Flow, Forward, Item, Output, deliver, resolve
-from service.inference.shares import Shares
+from service.inference.backbone_queue import BackboneQueue, Item
+from service.inference.results import Forward, Output, Timings
 from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 DeviceState = Literal["works", "hangs", "lost"]
-RATE_MEMORY = 0.8  # weight of the past in the drain rate: about the last five batches
-QUEUE_SHARE = 7 / 8  # of the room that the others leave, for one client
-RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, so long until a larger batch is tried again
 
 
-class BackboneQueue:
-    """The images that wait for one backbone, bounded by count and by bytes; `runtimes` holds its replica on each device."""
+@dataclass(eq=False)
+class Call:
+    """Something else than a batch that a device's thread has to do."""
 
-    def __init__(
-        self,
-        name: str,
-        runtimes: Mapping[torch.device, BackboneRuntime],
-        max_images: int,
-        max_bytes: int,
-        metrics: Metrics,
-    ) -> None:
-        self.name = name
-        self.runtimes = runtimes
-        self.items, self.pace = FairQueue(), BatchBudget()
-        self.limits = {device: runtime.max_batch for device, runtime in runtimes.items()}
-        self.images_per_s: float | None = None
-        self._images, self._bytes = Shares(max_images, QUEUE_SHARE), Shares(max_bytes, QUEUE_SHARE)
-        self._limited_at: dict[torch.device, float] = {}
-        self._last_batch_at = 0.0
-        self._metrics = metrics
-
-    @contextmanager
-    def admit(self, images: int, size: int, flow: Flow = ("", "")) -> Iterator[None]:
-        """Room for a request's images, taken before anything is decoded and given back when they are answered. Event loop only.
-
-        Raises QueueFull where all clients together, or this one, or this one for this model, would hold too much.
-        """
-        if not (self._images.fits(*flow, images) and self._bytes.fits(*flow, size)):
-            raise QueueFull(
-                f"{self._images.total} images ({self._bytes.total >> 20} MB) already wait for this model: the limit is "
-                f"{self._images.most} images and {self._bytes.most >> 20} MB, less for each client; try again later",
-                retry_after_s=self.drain_s(),
-            )
-        self._images.take(*flow, images)
-        self._bytes.take(*flow, size)
-        self._metrics.waiting(self.name).set(self._images.total)
-        try:
-            yield
-        finally:
-            self._images.give(*flow, images)
-            self._bytes.give(*flow, size)
-            self._metrics.waiting(self.name).set(self._images.total)
-
-    def drain_s(self) -> float:
-        """Seconds until what waits now is answered, at the measured rate."""
-        return self._images.total / self.images_per_s if self.images_per_s else 1.0
-
-    def batch_limit(self, device: torch.device) -> int:
-        """How many images may travel together; halved by an out-of-memory, doubled again after a while."""
-        limit, most = self.limits[device], self.runtimes[device].max_batch
-        if limit < most and time.monotonic() - self._limited_at[device] > RAISE_LIMIT_AFTER_S:
-            self.limits[device] = limit = min(most, 2 * limit)
-            self._limited_at[device] = time.monotonic()
-        return limit
-
-    def lower_limit(self, device: torch.device, failed: int) -> None:
-        self.limits[device] = max(1, min(self.limits[device], failed // 2))
-        self._limited_at[device] = time.monotonic()
-        log.warning(
-            "%s: out of memory on %s with %d images; now at most %d", self.name, device, failed, self.limits[device]
-        )
-
-    def batch_done(self, images: int, oldest: float) -> None:
-        """Updates the drain rate: images over the time since the last batch, or since the oldest image came if that is later."""
-        now = time.monotonic()
-        rate = images / max(now - max(self._last_batch_at, oldest), 1e-6)
-        past = self.images_per_s
-        self.images_per_s = rate if past is None else RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
-        self._last_batch_at = now
+    work: Callable[[], Any]
+    future: asyncio.Future[Any]
 
 
 class Batcher:
     """Hands batches of every backbone to the device threads."""
 
     def __init__(self, devices: Sequence[torch.device], metrics: Metrics) -> None:
-        self.metrics = metrics
+        self.devices, self.metrics = devices, metrics
         self._lock = threading.RLock()  # of the queues, and of what the threads wait for
         self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, the next to be served first
         self._closed = False
@@ -144,27 +74,15 @@ class Batcher:
         """Of each device; it hangs if one batch has taken longer than so many seconds."""
         return {worker.device: worker.state(hangs_after_s) for worker in self.workers}
 
-    async def submit(
-        self,
-        queue: BackboneQueue,
-        pixels: Tensor,
-        parts: Sequence[PartFunction],
-        deadline: float,
-        head_start_s: float = 0.0,
-        mapped: bool = False,
-        origin: object = None,
-        flow: Flow = ("", ""),
-    ) -> Output:
-        """One image, uint8 (C, H, W), through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
-        future: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
-        item = Item(pixels, parts, deadline, future, head_start_s, mapped, origin, flow)
+    async def submit(self, queue: BackboneQueue, item: Item) -> Output:
+        """One image through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
         with self._lock:
             if not self._computes(queue):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
             queue.items.push(item)
             self._queues.setdefault(queue)
             self._wake_one(queue)
-        return await future
+        return await item.future
 
     async def call(self, device: torch.device, work: Callable[[], _Result]) -> _Result:
         """Does `work` in the device's thread, between two batches, and returns its result. Raises what it raises, and DeviceLost."""
@@ -224,7 +142,7 @@ class Batcher:
         while queue.items and len(items) < limit and queue.pace.admits(*queue.items.head(), len(items), now):
             item = queue.items.pop()
             if item.deadline <= now:
-                deliver([item], [DeadlineExceeded("the deadline passed while the image waited for the model")])
+                resolve([item.future], [DeadlineExceeded("the deadline passed while the image waited for the model")])
             elif item.future.cancelled():
                 self.metrics.reject("client_left")
             else:
@@ -350,15 +268,15 @@ class DeviceThread(threading.Thread):
 
     def _answer(self, queue: BackboneQueue, items: list[Item]) -> bool:
         """Computes and delivers a batch; False when the device is lost, and with it this thread."""
-        oldest, size = min(item.submitted_at for item in items), len(items)
+        futures, oldest = [item.future for item in items], min(item.submitted_at for item in items)
         try:
             answers = self._compute(queue, items)
         except Exception as error:
-            deliver(items, [self._lost(error)] * size)
+            resolve(futures, [self._lost(error)] * len(items))
             return False
-        queue.batch_done(size, oldest)
-        self._batcher.metrics.batch(queue.name, size)
-        deliver(items, answers)
+        queue.batch_done(len(items), oldest)
+        self._batcher.metrics.batch(queue.name, len(items))
+        resolve(futures, answers)
         return True
 
     def _lost(self, error: Exception) -> DeviceLost:
@@ -402,9 +320,38 @@ class DeviceThread(threading.Thread):
         ended, origins = time.monotonic(), [item.origin for item in items if item.origin is not None]
         queue.pace.computed(len(items), ended - started)
         batch = Forward(queue.name, str(self.device), len(items), started, ended, origins)
+        compute_ms = (ended - started) * 1000
         return [
-            Output(row, batch, (started - item.submitted_at) * 1000, (ended - started) * 1000, one_map)
+            Output(
+                row,
+                batch,
+                Timings(item.decode_ms, (started - item.submitted_at) * 1000, compute_ms),
+                item.pixels,
+                one_map,
+            )
             if finite
             else NonFiniteOutput("the model's answer for this image is not a finite number")
             for item, row, one_map, finite in zip(items, values.rows, values.maps, values.finite, strict=True)
         ]
+
+
+def resolve(futures: Sequence[asyncio.Future[Any]], answers: Sequence[Any]) -> None:
+    """Answers the futures on the loops that wait for them, one wake-up per loop. An exception is raised there."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for future, answer in zip(futures, answers, strict=True):
+        by_loop.setdefault(future.get_loop(), []).append((future, answer))
+    for loop, pairs in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, pairs)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            log.debug("%d answers came after their loop had ended", len(pairs))
+
+
+def _resolve(pairs: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in pairs:
+        if future.done():  # the caller left
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)

@@ -1,7 +1,10 @@
-"""The threads that decode, shared between clients.
+"""From an image's bytes to pixels: threads that clients share, and a bound on the pixels that are decoded at a time.
 
-run (event loop) --> the client's line for a model --> a free thread takes from the client that has used the least of them, and from
-                                                       the model for which it has used the least --> the caller's future
+Decoder.decode (event loop) --> the client's line for a model --> a free thread takes from the client that has used the least of them, and
+                                from the model for which it has used the least --> the caller's future
+
+decode thread: header -> hold --fits--> allocate, decode -> give back, and wake whoever would fit now
+                              --does not fit--> NoRoom -> event loop: room() waits, and holds no thread -> again from the header
 
 A client's turn is the seconds that its images have taken, counted from the turn of those that were being served when it came; its models
 take turns in the same way. While others wait, a client holds all threads but one at most, so that its expensive images never take the
@@ -9,16 +12,62 @@ last one.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from models.images import decoding as images
+from models.preprocessing import Preprocessing
+from service.errors import DeadlineExceeded
+from service.inference.backbone_queue import Flow
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Image = bytes | Tensor  # a file, or (C, height, width) preprocessed already: uint8, or float32 as `normalise` makes it
+
+LARGE = 24_000_000  # pixels: such an image may take a thread for a second
+
+
+class Decoder:
+    """Decodes images within the limits of the settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.pool = DecodePool(settings.decoders)
+        self.budget = PixelBudget(settings.max_megapixels_in_flight * 10**6, max(1, settings.decoders - 1))
+        self._limits = settings.limits()
+
+    async def decode(self, image: Image, preprocessing: Preprocessing, deadline: float, flow: Flow) -> Tensor:
+        """An image -> uint8 (C, height, width); while too many pixels are in memory it waits. Raises ImageError, and DeadlineExceeded after
+        the deadline (time.monotonic())."""
+        client, model = flow
+        if isinstance(image, Tensor):
+            if image.dtype == torch.uint8:
+                return image
+            return await self.pool.run(client, partial(images.unnormalise, image, preprocessing), model)
+        left = threading.Event()
+        work = partial(images.decode, image, preprocessing, self._limits, self.budget.hold, deadline, left.is_set)
+        try:
+            while True:
+                try:
+                    return await self.pool.run(client, work, model)
+                except images.NoRoom as full:
+                    await self.budget.room(full.pixels)
+        except images.OutOfTime:
+            raise DeadlineExceeded("no answer in time") from None
+        finally:
+            left.set()  # a thread that still decodes for a caller who has left stops
 
 
 @dataclass(slots=True, eq=False)
@@ -140,3 +189,75 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+class PixelBudget:
+    """At most `most` pixels at a time, or a single image that is larger; at most `most_large` images of LARGE pixels and more, so that
+    small ones always find a thread. Small images pass large ones that wait, as long as they fit."""
+
+    def __init__(self, most: int, most_large: int = 1) -> None:
+        self.most = self.left = most
+        self.large_left = most_large
+        self._lock = threading.Lock()
+        self._waiting: dict[asyncio.Future[None], int] = {}
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Takes so many for a while, from any thread. Raises NoRoom where they do not fit now."""
+        with self._lock:
+            if not self._fits(pixels):
+                raise images.NoRoom(pixels)
+            self._change(-pixels)
+        try:
+            yield
+        finally:
+            self._give_back(pixels)
+
+    async def room(self, pixels: int) -> None:
+        """Returns once so many would fit. They are not taken: whoever is quicker may have them, so try, and come back."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if self._fits(pixels):
+                return
+            self._waiting[future] = pixels
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():  # woken, and gone: let the next one have it
+                self._give_back(0)
+            raise
+        finally:
+            with self._lock:
+                self._waiting.pop(future, None)
+
+    def _fits(self, pixels: int) -> bool:
+        return self.left == self.most or (pixels <= self.left and (pixels < LARGE or self.large_left > 0))
+
+    def _change(self, pixels: int) -> None:
+        self.left += pixels
+        if abs(pixels) >= LARGE:
+            self.large_left += 1 if pixels > 0 else -1
+
+    def _ready(self) -> list[asyncio.Future[None]]:
+        """Those to wake: every small one that would fit, and no more large ones than may run, for each begins again from its header."""
+        large, ready = self.large_left, []
+        for future, wanted in self._waiting.items():
+            if self._fits(wanted) and (wanted < LARGE or large > 0):
+                large -= wanted >= LARGE
+                ready.append(future)
+        return ready
+
+    def _give_back(self, pixels: int) -> None:
+        with self._lock:
+            self._change(pixels)
+            ready = self._ready()
+        for future in ready:
+            try:
+                future.get_loop().call_soon_threadsafe(_wake, future)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                log.debug("room for an image came after its loop had ended")
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

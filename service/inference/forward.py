@@ -8,17 +8,19 @@ However many heads a batch has, nothing is waited for before the last line. Pinn
 out again only when the copy that reads it is done.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from models.classifier import Head
 from models.images.decoding import stack
+from models.uncertainty import nearest
+from service.inference.results import PartFunction
 
-PartFunction = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
-Place = tuple[int, int]  # of a value: its image's row, and which of the parts that this image asked for
+Rows = dict[PartFunction, list[int]]  # the images that ask for each part
 
 
 class BackboneRuntime(Protocol):
@@ -31,13 +33,48 @@ class BackboneRuntime(Protocol):
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class HeadPart:
+    """What one backbone's batch computes for one head: features (n, D) -> its part (n, K); the probabilities, where it stands alone."""
+
+    def __init__(self, heads: Mapping[torch.device, Head], member: int) -> None:
+        self._heads, self._member = heads, member
+        self._batches = dict.fromkeys(heads, 0)  # each device's thread writes its own
+
+    @property
+    def batches(self) -> int:
+        """In how many it took part."""
+        return sum(self._batches.values())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        self._batches[features.device] += 1
+        head = self._heads[features.device]
+        part = head.part(self._member, features)
+        return head.combine([part]) if len(head.layers) == 1 else part
+
+
+class NeighboursPart:
+    """What a backbone's batch computes for a version that keeps training images: features (n, D) -> distances and places (n, 2 * M)."""
+
+    def __init__(self, kept: Mapping[torch.device, Tensor]) -> None:
+        self._kept = kept  # (n, D) on each device
+
+    def __call__(self, features: Tensor) -> Tensor:
+        distances, places = nearest(self._kept[features.device], features)
+        return torch.cat([distances, places.float()], dim=1)
+
+
+def features_part(features: Tensor) -> Tensor:
+    """The features themselves."""
+    return features
+
+
 class Values(NamedTuple):
-    """Of one batch, on the CPU. `rows`: for each image a float32 (K,) per part that it asked for.
+    """Of one batch, on the CPU. `rows`: for each image a float32 (K,) for each part that it asked for.
 
     `maps`: float32 (D, h, w) of those images that asked for it. `finite`: whether all values of an image are finite numbers.
     """
 
-    rows: list[list[Tensor]]
+    rows: list[dict[PartFunction, Tensor]]
     maps: list[Tensor | None]
     finite: list[bool]
 
@@ -50,76 +87,37 @@ def run(
     mapped: Sequence[int] = (),
 ) -> Values:
     """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
-    wanted = _Wanted.of(parts_by_row, mapped, device)
+    rows_by_part = _rows_by_part(parts_by_row)
+    # Before the forward pass, so that the indices are on the device when they are needed
+    *indices, map_index = _indices([*rows_by_part.values(), mapped], len(images), device)
     pixels = stack(images, pinned=pins(device))
     features, maps = runtime.with_maps(pixels) if mapped else (runtime(pixels), None)
     if len(features) != len(images):
         raise RuntimeError(f"the backbone answered {len(features)} rows for {len(images)} images")
-    outputs = wanted.outputs(features, maps)
-    by_row = dict(zip(mapped, outputs.pop(), strict=True)) if mapped else {}
-    return Values(wanted.by_row(outputs), [by_row.get(row) for row in range(len(images))], wanted.finite(outputs))
+    outputs = _outputs(features, rows_by_part, indices)
+    outputs = _to_cpu(outputs if maps is None else [*outputs, _selected(maps, map_index)])
+    map_by_row = dict(zip(mapped, outputs.pop(), strict=True)) if mapped else {}
+    return Values(
+        _by_row(outputs, rows_by_part, len(images)),
+        [map_by_row.get(row) for row in range(len(images))],
+        _finite(outputs, rows_by_part, len(images)),
+    )
 
 
-def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[PartFunction]]) -> list[list[Tensor]]:
-    """Features (N, D), and what each row asks for -> for each row its values in that order, float32 (K,) on the CPU."""
-    wanted = _Wanted.of(parts_by_row, (), features.device)
-    return wanted.by_row(wanted.outputs(features, None))
+def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[PartFunction]]) -> list[dict[PartFunction, Tensor]]:
+    """Features (N, D), and what each row asks for -> for each row its values by part, float32 (K,) on the CPU."""
+    rows_by_part = _rows_by_part(parts_by_row)
+    indices = _indices([*rows_by_part.values()], len(features), features.device)
+    return _by_row(_to_cpu(_outputs(features, rows_by_part, indices)), rows_by_part, len(features))
 
 
-class _Wanted(NamedTuple):
-    """What the images of a batch ask for. Made before the forward pass, so that the indices are on the device when they are needed."""
-
-    parts_by_row: Sequence[Sequence[PartFunction]]
-    places: dict[PartFunction, list[Place]]
-    rows: list[list[int]]  # of each part
-    indices: list[
-        Tensor | None
-    ]  # on the device: of these rows, and of the images whose map is wanted; None: all in order
-
-    @classmethod
-    def of(
-        cls, parts_by_row: Sequence[Sequence[PartFunction]], mapped: Sequence[int], device: torch.device
-    ) -> "_Wanted":
-        places = _by_part(parts_by_row)
-        rows = [[row for row, _ in asked] for asked in places.values()]
-        return cls(parts_by_row, places, rows, _indices([*rows, mapped], len(parts_by_row), device))
-
-    def outputs(self, features: Tensor, maps: Tensor | None) -> list[Tensor]:
-        """Features (N, D), and maps (N, D', h, w) where some are wanted, both on the device -> on the CPU the values (n, K) of each part,
-        and last the wanted maps."""
-        outputs = [part(_rows(features, index)) for part, index in zip(self.places, self.indices, strict=False)]
-        for output, rows in zip(outputs, self.rows, strict=True):
-            if len(output) != len(rows):
-                raise RuntimeError(f"a head answered {len(output)} rows for {len(rows)}")
-        return _to_cpu(outputs if maps is None else [*outputs, _rows(maps, self.indices[-1])])
-
-    def by_row(self, outputs: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The values of each part -> those of each image, in the order in which it asked."""
-        values: list[list[Tensor]] = [[*outputs[:1]] * len(parts) for parts in self.parts_by_row]
-        for output, asked in zip(outputs, self.places.values(), strict=True):
-            for (row, slot), value in zip(asked, output, strict=True):
-                values[row][slot] = value
-        return values
-
-    def finite(self, outputs: Sequence[Tensor]) -> list[bool]:
-        """For each image whether all its values are finite numbers."""
-        finite = [True] * len(self.parts_by_row)
-        flat = outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
-        if bool(flat.isfinite().all()):
-            return finite
-        for output, rows in zip(outputs, self.rows, strict=True):
-            for row, good in zip(rows, output.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
-                finite[row] &= good
-        return finite
-
-
-def _by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> dict[PartFunction, list[Place]]:
+def _rows_by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> Rows:
     """Rows that ask for the same part go through it together."""
-    places: dict[PartFunction, list[Place]] = {}
+    rows_by_part: Rows = {}
     for row, parts in enumerate(parts_by_row):
-        for slot, part in enumerate(parts):
-            places.setdefault(part, []).append((row, slot))
-    return places
+        for part in parts:
+            rows_by_part.setdefault(part, []).append(row)
+    return rows_by_part
 
 
 def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device) -> list[Tensor | None]:
@@ -143,7 +141,17 @@ def pins(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
-def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
+def _outputs(features: Tensor, rows_by_part: Rows, indices: Sequence[Tensor | None]) -> list[Tensor]:
+    """Features (N, D) -> the values (n, K) of each part, both on the device."""
+    outputs = []
+    for (part, rows), index in zip(rows_by_part.items(), indices, strict=True):
+        outputs.append(part(_selected(features, index)))
+        if len(outputs[-1]) != len(rows):
+            raise RuntimeError(f"a head answered {len(outputs[-1])} rows for {len(rows)}")
+    return outputs
+
+
+def _selected(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor.index_select(0, index)
 
 
@@ -154,3 +162,24 @@ def _to_cpu(outputs: Sequence[Tensor]) -> list[Tensor]:
     flat = torch.cat([output.float().flatten() for output in outputs]).cpu()
     pieces = flat.split_with_sizes([output.numel() for output in outputs])
     return [piece.view(output.shape) for piece, output in zip(pieces, outputs, strict=True)]
+
+
+def _by_row(outputs: Sequence[Tensor], rows_by_part: Rows, images: int) -> list[dict[PartFunction, Tensor]]:
+    """The values of each part -> those of each image."""
+    values: list[dict[PartFunction, Tensor]] = [{} for _ in range(images)]
+    for (part, rows), output in zip(rows_by_part.items(), outputs, strict=True):
+        for row, value in zip(rows, output, strict=True):
+            values[row][part] = value
+    return values
+
+
+def _finite(outputs: Sequence[Tensor], rows_by_part: Rows, images: int) -> list[bool]:
+    """For each image whether all its values are finite numbers."""
+    finite = [True] * images
+    flat = outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
+    if bool(flat.isfinite().all()):
+        return finite
+    for output, rows in zip(outputs, rows_by_part.values(), strict=True):
+        for row, good in zip(rows, output.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+            finite[row] &= good
+    return finite

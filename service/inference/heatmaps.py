@@ -7,21 +7,19 @@ it is first asked for, one image after another, in a thread of its own.
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from models.classifier import top_k
+from models.errors import ModelError
 from models.heatmaps import GradCam, class_maps, heat_maps, overlay
-from models.preprocessing import Preprocessing
 from models.store.store import ModelStore
 from service.errors import NotProvided
 from service.inference.decoding import DecodePool
-from service.inference.registry.loader import LoadedBackbone, Served
-from service.inference.results import BackboneView, Explain, Explanation, ModelResults, Prediction, Probabilities
-
-GradCams = dict[tuple[int, int], Tensor]  # by the places of image and member: (k, h, w)
+from service.inference.registry.loader import LoadedBackbone, Outputs, Served
+from service.inference.results import Explain, Explanation, Output, PredictOptions
 
 
 class Explainer:
@@ -35,18 +33,35 @@ class Explainer:
     def close(self) -> None:
         self._gradients.shutdown(wait=False, cancel_futures=True)
 
-    async def explained(
-        self, answer: ModelResults, served: Served, scores: Probabilities, how: Explain, client: str = ""
-    ) -> ModelResults:
-        """The answer with an explanation of each prediction. Raises NotProvided where a network has no map."""
-        loop = asyncio.get_running_loop()
-        gradients: GradCams = {}
-        for image, (result, seen) in enumerate(zip(answer.results, scores.seen, strict=True)):
-            for member, one in enumerate(seen):
-                if one.map is None and isinstance(result, Prediction):
-                    work = partial(self._grad_cam, served, member, one.pixels, result.indices)
-                    gradients[image, member] = await loop.run_in_executor(self._gradients, work)
-        return await self._pool.run(client, partial(_explained, answer, served, scores.seen, gradients, how))
+    async def explain(
+        self,
+        served: Served,
+        images: Sequence[Outputs | ModelError],
+        scores: Sequence[Tensor | ModelError],
+        options: PredictOptions,
+    ) -> list[list[Explanation] | None]:
+        """An explanation of each class that an image's answer names; None for an image that failed. Raises NotProvided where a network
+        has no map."""
+        explanations: list[list[Explanation] | None] = []
+        for image, probabilities in zip(images, scores, strict=True):
+            if isinstance(image, ModelError) or isinstance(probabilities, ModelError):
+                explanations.append(None)
+                continue
+            [classes], _ = top_k(probabilities, options.top_k)
+            outputs = [image[backbone] for backbone in served.backbones]
+            gradients = {
+                member: await self._gradient_maps(served, member, output.pixels, classes)
+                for member, output in enumerate(outputs)
+                if output.map is None
+            }
+            work = partial(_explanations, served, outputs, gradients, classes, options.explain)
+            explanations.append(await self._pool.run(options.client, work))
+        return explanations
+
+    async def _gradient_maps(self, served: Served, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
+        """Grad-CAM's maps of the classes, (k, h, w)."""
+        work = partial(self._grad_cam, served, member, pixels, classes)
+        return await asyncio.get_running_loop().run_in_executor(self._gradients, work)
 
     def _grad_cam(self, served: Served, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
         backbone = served.backbones[member]
@@ -61,42 +76,28 @@ class Explainer:
         return network(served.head, member, pixels, classes)
 
 
-def _explained(
-    answer: ModelResults,
+def _explanations(
     served: Served,
-    seen_by_image: Sequence[Sequence[BackboneView]],
-    gradients: GradCams,
-    how: Explain,
-) -> ModelResults:
+    outputs: Sequence[Output],
+    gradients: dict[int, Tensor],
+    classes: Sequence[int],
+    how: Explain | None,
+) -> list[Explanation]:
+    """Of one image, which the first backbone saw as its `pixels`; the others see the same square, or nearly."""
+    maps = [
+        gradients[member] if output.map is None else class_maps(served.head, member, output.map, classes)
+        for member, output in enumerate(outputs)
+    ]
     shape = served.backbones[0].ref.preprocessing
-
-    def with_heat(image: int, prediction: Prediction) -> Prediction:
-        seen = seen_by_image[image]
-        members = [
-            gradients[image, member]
-            if one.map is None
-            else class_maps(served.head, member, one.map, prediction.indices)
-            for member, one in enumerate(seen)
-        ]
-        return replace(prediction, explanations=_explanations(members, seen[0].pixels, shape, how))
-
-    results = [with_heat(n, r) if isinstance(r, Prediction) else r for n, r in enumerate(answer.results)]
-    return replace(answer, results=results)
-
-
-def seen_share(shape: Preprocessing) -> float:
-    """The side of the centre square that a network sees, over the side that `crop_mode` fits."""
-    return shape.height / shape.resized[0]
-
-
-def _explanations(members: Sequence[Tensor], pixels: Tensor, shape: Preprocessing, how: Explain) -> list[Explanation]:
-    """`pixels`: the image as the first backbone saw it; the others see the same square, or nearly."""
+    share = (
+        shape.height / shape.resized[0]
+    )  # the side of the centre square that a network sees, over the side that `crop_mode` fits
     return [
         Explanation(
             [[round(value, 4) for value in row] for row in heat.tolist()],
-            seen_share(shape),
-            overlay(pixels, heat) if how == "overlay" else None,
+            share,
+            overlay(outputs[0].pixels, heat) if how == "overlay" else None,
             shape.crop_mode,
         )
-        for heat in heat_maps(members)
+        for heat in heat_maps(maps)
     ]

@@ -1,9 +1,15 @@
-"""What the engine answers, and what it remembers of it."""
+"""What a call asks for, what a forward pass gives, and what is answered.
+
+PredictOptions    what is wanted of each image, and on which terms
+Output            one image through one backbone: values by part
+Prediction        the best classes of one image by one model, and how far they may be trusted
+ModelResults      one model's answer to each image of a call
+"""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +17,10 @@ from torch import Tensor
 from models.classifier import ModelConfig, top_k
 from models.decision_rules import Decision
 from models.errors import ModelError
-from service.errors import ValidationFailed
+from models.uncertainty import NearestNeighbours, Reference, kth
+from service.errors import NotProvided, ValidationFailed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,23 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a call wants to know beside the best classes."""
+class PredictOptions:
+    """What a call wants to know of each image, and the terms on which its images are taken.
 
+    `client`: clients take turns, see `auth.client_of`, and so do the models of a client. Among the images of their client and model they
+    are as if they had come `head_start_s` earlier.
+    """
+
+    top_k: int = 5
     explain: Explain | None = None
     alpha: float | None = None  # 1 - the coverage of the conformal set
     neighbours: int = 0  # how many of the nearest training images
+    timeout_ms: int | None = None
+    head_start_s: float = 0.0
+    client: str = ""
 
 
-PLAIN = Wanted()
+DEFAULTS = PredictOptions()
 
 
 EXPLAINED_VALUES = 200  # a heat map has so many numbers, or a picture
@@ -63,36 +80,96 @@ MAX_PREDICTIONS = 50_000  # of a request: images x models x classes named; about
 MAX_MAPS = 320  # of a request: images x models x classes explained; about a second of the decode pool
 
 
-def check_size(images: int, classes: Sequence[int], k: int, wanted: Wanted) -> None:
+def check_size(images: int, classes: Sequence[int], options: PredictOptions) -> None:
     """`classes`: the number of each model. Raises ValidationFailed where the answer would be larger than the bounds."""
-    named = images * sum(min(k, count) + (count if wanted.alpha is not None else 0) for count in classes)
+    named = images * sum(min(options.top_k, count) + (count if options.alpha is not None else 0) for count in classes)
     if named > MAX_PREDICTIONS:
         raise ValidationFailed(
             f"the answer would name {named} classes (images x models x top_k, and all classes with alpha); at most {MAX_PREDICTIONS}: "
             "send fewer images, or ask for less",
             param="top_k",
         )
-    maps = images * sum(min(k, count) for count in classes)
-    if wanted.explain and maps > MAX_MAPS:
+    maps = images * sum(min(options.top_k, count) for count in classes)
+    if options.explain and maps > MAX_MAPS:
         raise ValidationFailed(
             f"the answer would have {maps} heat maps (images x models x top_k); at most {MAX_MAPS}: send fewer images, or ask for less",
             param="explain",
         )
 
 
-@dataclass(frozen=True)
-class Terms:
-    """On which a call's images are taken. Among those of their client and model they are as if they had come `head_start_s` earlier.
+def check_provided(config: ModelConfig, reference: Reference | None, options: PredictOptions) -> None:
+    """Raises NotProvided where this version keeps nothing to answer by."""
+    if options.alpha is None and not options.neighbours:
+        return
+    label = f"{config.name}@{config.version}"
+    if options.neighbours and len(config.backbones) > 1:
+        raise NotProvided(f"{label} stands on several backbones, and has no one distance", param="neighbours")
+    if reference is None:
+        raise NotProvided(
+            f"{label} keeps nothing of held-out and training images; models trained here do, and "
+            f"`imago models calibrate {label} DATASET` gives it to others",
+            param="neighbours" if options.alpha is None else "alpha",
+        )
 
-    `client`: clients take turns, see `auth.client_of`, and so do the models of a client.
+
+# What a forward pass gives
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a call's time went, in ms; of several images, the slowest counts."""
+
+    decode: float = 0.0
+    queue: float = 0.0
+    compute: float = 0.0
+
+    @classmethod
+    def slowest(cls, timings: "Sequence[Timings]") -> "Timings":
+        if len(timings) == 1:
+            return timings[0]
+        return cls(*(max((getattr(t, stage.name) for t in timings), default=0.0) for stage in fields(cls)))
+
+    @property
+    def header(self) -> str:
+        """As `Server-Timing` says it."""
+        return f"decode;dur={self.decode:.2f}, queue;dur={self.queue:.2f}, compute;dur={self.compute:.2f}"
+
+
+PartFunction = Callable[[Tensor], Tensor]  # features (n, D) of the rows that asked for it -> (n, K), on the same device
+
+
+@dataclass(eq=False)
+class Forward:
+    """A forward pass: how many images travelled together, through what, and from when until when (time.monotonic()).
+
+    `origins` and `span` belong to who traces requests: what came with the images, and what was made of it.
     """
 
-    timeout_ms: int | None = None
-    head_start_s: float = 0.0
-    client: str = ""
-    model: str = ""
-    explained: bool = False  # their maps are wanted too
-    judged: bool = False  # their distances to training images are wanted too
+    backbone: str
+    device: str
+    images: int
+    started: float
+    ended: float
+    origins: Sequence[Any] = ()
+    span: Any = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One image through one backbone: a float32 (K,) CPU tensor for each part that was asked for, and where the time went.
+
+    `pixels`: the image as the backbone saw it, uint8 (C, H, W). `map`: what the features come from, float32 (D, h, w) on the CPU, where it
+    was asked for.
+    """
+
+    values: Mapping[PartFunction, Tensor]
+    forward: Forward
+    timings: Timings
+    pixels: Tensor
+    map: Tensor | None = None
+
+
+# What is answered
 
 
 @dataclass(frozen=True)
@@ -153,38 +230,72 @@ class Prediction:
         return document
 
 
+def predicted(
+    probabilities: Tensor,
+    classes: Sequence[str],
+    options: PredictOptions,
+    reference: Reference | None = None,
+    near: Tensor | None = None,
+    explanations: list[Explanation] | None = None,
+) -> Prediction:
+    """Probabilities (1, classes) of one image -> its best classes, and what the version's reference says of them.
+
+    `near`: distances to the nearest training images, then their places, (2 * M,).
+    """
+    [indices], [values] = top_k(probabilities, options.top_k)
+    labels = [classes[i] for i in indices]
+    if reference is None:
+        return Prediction(labels, indices, values, explanations)
+    conformal = None if options.alpha is None else _conformal_set(reference, probabilities, classes, options.alpha)
+    in_distribution, nearest = _neighbours(reference.neighbourhood, near, options.neighbours)
+    decision = _decision(reference, float(probabilities.max()), in_distribution)
+    return Prediction(labels, indices, values, explanations, conformal, in_distribution, nearest, decision)
+
+
+def _conformal_set(reference: Reference, probabilities: Tensor, classes: Sequence[str], alpha: float) -> list[str]:
+    [indices] = reference.conformal.sets(probabilities, alpha)
+    return [classes[i] for i in indices]
+
+
+def _neighbours(
+    kept: NearestNeighbours | None, near: Tensor | None, count: int
+) -> tuple[WithinTraining | None, list[Nearest] | None]:
+    """How far the image is from the training images, and the `count` nearest of them, where any are wanted."""
+    if near is None or kept is None:
+        return None, None
+    distances, places = near.chunk(2)
+    within = WithinTraining(float(kth(distances[None])), kept.threshold)
+    rows = zip(places[:count].int().tolist(), distances[:count].tolist(), strict=True)
+    return within, [Nearest(kept.names[place], distance) for place, distance in rows] if count else None
+
+
+def _decision(reference: Reference, confidence: float, within: WithinTraining | None) -> Decision | None:
+    """By probability and distance; an ensemble has no distance, and rejects nothing. None where the version keeps no rule."""
+    if reference.decisions is None:
+        return None
+    if within is None or (kept := reference.neighbourhood) is None:
+        return reference.decisions.decide(confidence)
+    far = kept.far is not None and within.distance > kept.far
+    return reference.decisions.decide(confidence, within.distance <= within.threshold, far)
+
+
 @dataclass(frozen=True)
-class Timings:
-    """Where a call's time went, in ms; of several images, the slowest counts."""
+class ModelResults(Generic[T]):
+    """What one model makes of each image of a call, in order; an image that failed has its error in its place.
 
-    decode: float = 0.0
-    queue: float = 0.0
-    compute: float = 0.0
-
-    @classmethod
-    def slowest(cls, timings: "Sequence[Timings]") -> "Timings":
-        return cls(*(max((getattr(t, stage.name) for t in timings), default=0.0) for stage in fields(cls)))
-
-    @property
-    def header(self) -> str:
-        """As `Server-Timing` says it."""
-        return f"decode;dur={self.decode:.2f}, queue;dur={self.queue:.2f}, compute;dur={self.compute:.2f}"
-
-
-@dataclass(frozen=True)
-class ModelResults:
-    """What one model says of each image of a call, in order; an image that failed has its error in its place."""
+    T is a Prediction, the probabilities float32 (1, classes), or the features float32 (D,) of all its backbones, one after another.
+    """
 
     model: str
     version: int
-    results: list[Prediction | ModelError]
+    results: list[T | ModelError]
     timings: Timings
 
-    def document(self, filenames: Sequence[str | None]) -> dict[str, Any]:
+    def document(self: "ModelResults[Prediction]", filenames: Sequence[str | None]) -> dict[str, Any]:
         """As `POST /predict` and `imago predict --json` show it."""
         return {"model": self.model, "version": self.version, "results": list(self.documents(filenames))}
 
-    def documents(self, filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    def documents(self: "ModelResults[Prediction]", filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
         """One of each image."""
         for filename, result in zip(filenames, self.results, strict=True):
             if isinstance(result, ModelError):
@@ -192,36 +303,8 @@ class ModelResults:
             else:
                 yield {"filename": filename, **result.document()}
 
-
-def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
-    """An image's own error, in its place among the results."""
-    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
-
-
-@dataclass(frozen=True)
-class BackboneView:
-    """An image as one backbone saw it, uint8 (C, H, W), and the map that its features come from, float32 (D, h, w), where there is one."""
-
-    pixels: Tensor
-    map: Tensor | None
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """What one model version makes of each image of a call, in order: float32 probabilities (1, classes), or the image's own error.
-
-    `seen`: of each image, by each backbone, where an explanation was asked for. `near`: of each image, where the version keeps training
-    images, the distances to the nearest and their places, (2 * M,).
-    """
-
-    config: ModelConfig
-    results: list[Tensor | ModelError]
-    timings: Timings
-    seen: list[list[BackboneView]] = field(default_factory=list)
-    near: list[Tensor | None] = field(default_factory=list)
-
-    def probabilities(self) -> Tensor:
-        """(images, classes). Raises the first error of an image, which then says which image it is."""
+    def stacked(self: "ModelResults[Tensor]") -> Tensor:
+        """Probabilities (images, classes). Raises the first error of an image, which then says which image it is."""
         rows = []
         for number, result in enumerate(self.results, 1):
             if isinstance(result, ModelError):
@@ -230,31 +313,10 @@ class Probabilities:
             rows.append(result)
         return torch.cat(rows)
 
-    def answer(self, k: int) -> ModelResults:
-        """The k best classes of each."""
-        results = [row if isinstance(row, ModelError) else best(row, self.config.classes, k) for row in self.results]
-        return ModelResults(self.config.name, self.config.version, results, self.timings)
 
-
-@dataclass(frozen=True)
-class Embedding:
-    """Feature vectors, float32 (D,) each, of one model's backbones (concatenated where there are several)."""
-
-    model: str
-    version: int
-    results: list[Tensor | ModelError]
-    timings: Timings
-
-    @property
-    def dim(self) -> int:
-        """D; 0 where every image failed."""
-        return next((len(result) for result in self.results if isinstance(result, Tensor)), 0)
-
-
-def best(probabilities: Tensor, classes: Sequence[str], k: int) -> Prediction:
-    """Probabilities (1, classes) of one image -> its k best classes."""
-    [indices], [values] = top_k(probabilities, k)
-    return Prediction([classes[i] for i in indices], indices, values)
+def failed(filename: str | None, error: ModelError) -> dict[str, Any]:
+    """An image's own error, in its place among the results."""
+    return {"filename": filename, "error": {"code": error.code, "message": str(error)}}
 
 
 @dataclass
@@ -281,14 +343,14 @@ class Statistics:
     queue: Total = field(default_factory=Total)
     compute: Total = field(default_factory=Total)
 
-    def answered(self, scores: Probabilities, seconds: float) -> None:
+    def answered(self, answer: ModelResults[Any], seconds: float) -> None:
         """A request that was answered; one of which every image failed is a failure."""
-        images = sum(not isinstance(result, ModelError) for result in scores.results)
+        images = sum(not isinstance(result, ModelError) for result in answer.results)
         if not images:
             self.failure.add(seconds)
             return
         self.images, self.last_at = self.images + images, time.time()
         self.success.add(seconds)
-        self.decode.add(scores.timings.decode / 1000)
-        self.queue.add(scores.timings.queue / 1000)
-        self.compute.add(scores.timings.compute / 1000)
+        self.decode.add(answer.timings.decode / 1000)
+        self.queue.add(answer.timings.queue / 1000)
+        self.compute.add(answer.timings.compute / 1000)

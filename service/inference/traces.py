@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from models.errors import ModelError
-from service.inference.items import Forward, Output
+from service.inference.results import Forward, Output
 from service.settings import Settings, SettingsError
 from service.system.hosts import is_loopback
 
@@ -147,7 +147,7 @@ class Traces:
         for output in outputs:
             forward = output.forward
             about: dict[str, Any] = {"imago.backbone": forward.backbone, "imago.device": forward.device}
-            self._child(span, "queue", forward.started - output.queue_ms / 1000, forward.started, about)
+            self._child(span, "queue", forward.started - output.timings.queue / 1000, forward.started, about)
             about["imago.batch.size"] = forward.images
             self._child(span, "compute", forward.started, forward.ended, about, [self._batch(forward, about)])
 

@@ -25,6 +25,7 @@ from models.training.job.request import FinetuneRequest
 from service import datasets
 from service.errors import ReportNotFound, ServiceError, TrainerUnavailable
 from service.inference.engine import Engine
+from service.inference.parity import deploy
 from service.inference.results import ParityImage
 from service.jobs.dry_run import STAGING_LOCK, dry_run
 from service.jobs.events import EVENTS, Tail, append, append_queued
@@ -178,7 +179,7 @@ class Jobs:
         from service.jobs.worker import Worker
 
         def activate(name: str, version: int, samples: Sequence[ParityImage]) -> None:
-            asyncio.run_coroutine_threadsafe(self.engine.activate(name, version, samples), loop).result()
+            asyncio.run_coroutine_threadsafe(deploy(self.engine, name, version, samples), loop).result()
 
         worker = Worker(self.settings, self.store, table, self.folders, activate, self._leaving, self._trainers)
         thread = threading.Thread(target=worker.run, name="jobs worker", daemon=True)

@@ -9,6 +9,7 @@ from service.datasets import Datasets
 from service.http.auth import Keys
 from service.http.middleware import Exchange
 from service.inference.engine import Engine
+from service.inference.registry.registry import Registry
 from service.jobs import Jobs
 from service.jobs.exports import Exports
 from service.observability.metrics import Metrics
@@ -32,7 +33,7 @@ class State(TypedDict):
 
 
 def state_of(request: Request) -> State:
-    """For the routes where every 0.1 ms counts: a dependency costs FastAPI 0.03 ms."""
+    """Also for the routes where every 0.1 ms counts: a dependency costs FastAPI 0.03 ms."""
     return cast(State, request.scope["state"])
 
 
@@ -41,6 +42,10 @@ def state_of(request: Request) -> State:
 
 async def get_engine(request: Request) -> Engine:
     return state_of(request)["engine"]
+
+
+async def get_registry(request: Request) -> Registry:
+    return state_of(request)["engine"].registry
 
 
 async def get_store(request: Request) -> ModelStore:
@@ -68,6 +73,7 @@ async def get_listings(request: Request) -> Listings:
 
 
 EngineDep = Annotated[Engine, Depends(get_engine)]
+RegistryDep = Annotated[Registry, Depends(get_registry)]
 StoreDep = Annotated[ModelStore, Depends(get_store)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 JobsDep = Annotated[Jobs, Depends(get_jobs)]

@@ -118,7 +118,7 @@ SCHEMA = json_answer(
 async def show_schema(engine: EngineDep, store: StoreDep) -> dict[str, Any]:
     """The JSON schema of the body of `POST /finetune`, to build forms of. Its key `bases` lists the models that training can start
     from, by published accuracy and then by measured speed, best first."""
-    bases = await run_in_threadpool(training_bases, store, engine.models())
+    bases = await run_in_threadpool(training_bases, store, engine.registry.models())
     return FinetuneRequest.model_json_schema() | {"bases": [base.model_dump() for base in bases]}
 
 

@@ -34,7 +34,7 @@ from service.http.schemas import (
 from service.http.uploads.upload import while_connected
 from service.inference.engine import Engine
 from service.inference.registry.loader import ModelStatus
-from service.routes.dependencies import EngineDep, ExportsDep, ListingsDep, StoreDep
+from service.routes.dependencies import EngineDep, ExportsDep, ListingsDep, RegistryDep, StoreDep
 
 router = APIRouter(tags=["models"], responses=ERROR_ANSWERS)
 admin_router = APIRouter(
@@ -74,16 +74,16 @@ async def list_models(
 
 
 @router.get("/models/{name}", summary="One served model", responses={200: SHOWN})
-async def show_model(name: Name, engine: EngineDep) -> ModelStatus:
-    return engine.model(name)
+async def show_model(name: Name, registry: RegistryDep) -> ModelStatus:
+    return registry.model(name)
 
 
 @admin_router.post(
     "/models/sync", summary="Make what serves equal to the store", responses={200: LISTED}, response_model=ModelList
 )
-async def sync_models(engine: EngineDep, listings: ListingsDep) -> Response:
+async def sync_models(registry: RegistryDep, listings: ListingsDep) -> Response:
     """Loads what is new in the store beside what serves, and swaps. What fails to load shows its error, and its old version serves on."""
-    await engine.sync()
+    await registry.sync()
     return Response(await listings.models(), media_type="application/json")
 
 
@@ -125,7 +125,7 @@ async def pulling(engine: Engine, name: str, as_name: str | None = None) -> Asyn
     def hear(done: int, total: int | None) -> None:  # in the thread that downloads
         far.update(bytes=done, total=total)
 
-    task = asyncio.create_task(engine.pull(name, hear, as_name))
+    task = asyncio.create_task(engine.registry.pull(name, hear, as_name))
     _pulls.add(task)
     task.add_done_callback(_pulls.discard)
     while not task.done() and not engine.draining:
@@ -218,28 +218,28 @@ async def export_version(
 
 
 @admin_router.post("/models/{name}/activate", summary="Serve a version", responses={200: SHOWN})
-async def activate_model(name: Name, body: Activate, engine: EngineDep) -> ModelStatus:
+async def activate_model(name: Name, body: Activate, registry: RegistryDep) -> ModelStatus:
     """Loads the version beside the one that serves, tries it, and swaps; requests under way keep theirs. 422 if it cannot be loaded."""
-    return await engine.activate(name, body.version)
+    return await registry.activate(name, body.version)
 
 
 @admin_router.post("/models/{name}/rollback", summary="Serve the version before", responses={200: SHOWN})
-async def roll_back_model(name: Name, engine: EngineDep) -> ModelStatus:
+async def roll_back_model(name: Name, registry: RegistryDep) -> ModelStatus:
     """Swaps back to the version that served before this one. 409 if there is none."""
-    return await engine.rollback(name)
+    return await registry.rollback(name)
 
 
 @admin_router.delete("/models/{name}", summary="Remove a model", status_code=204)
-async def remove_model(name: Name, engine: EngineDep, store: StoreDep) -> None:
+async def remove_model(name: Name, registry: RegistryDep, store: StoreDep) -> None:
     """Removes every version, and the backbones that no other model stands on. Requests under way are still answered. 409 where a setting
     names it."""
-    await engine.check_removable(name)
+    await registry.check_removable(name)
     await run_in_threadpool(store.remove, name)
-    await engine.sync()
+    await registry.sync()
 
 
 @admin_router.delete("/models/{name}/versions/{version}", summary="Remove a version", status_code=204)
-async def remove_version(name: Name, version: VersionPath, engine: EngineDep, store: StoreDep) -> None:
+async def remove_version(name: Name, version: VersionPath, registry: RegistryDep, store: StoreDep) -> None:
     """409 if it serves."""
     await run_in_threadpool(store.remove, name, version)
-    await engine.sync()
+    await registry.sync()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from models.classifier import ModelConfig
 from models.errors import ModelNotFound
 from models.store.store import ModelStore
 from service.errors import BadRequest
@@ -19,14 +20,15 @@ from service.http.auth import AdminRoute, UserRoute, client_of, require_admin
 from service.http.middleware import encode_each
 from service.http.schemas import json_answer
 from service.http.uploads.upload import read_body, while_connected
-from service.inference.engine import Engine, Image
+from service.inference.decoding import Image
 from service.inference.registry.loader import Served
-from service.inference.results import Probabilities
+from service.inference.registry.registry import Registry
+from service.inference.results import ModelResults, PredictOptions
 from service.oip import metadata as documents
 from service.oip.metadata import Document
 from service.oip.tensors import Inference, fitted, parse, reply
 from service.routes import ops
-from service.routes.dependencies import EngineDep, ListingsDep, StoreDep, state_of
+from service.routes.dependencies import EngineDep, ListingsDep, RegistryDep, State, StoreDep
 from service.routes.models import Name
 
 INLINE_BYTES, INLINE_SCORES = (
@@ -54,14 +56,14 @@ EMPTY: dict[int | str, Document] = {
 }
 
 
-async def _served(request: Request, name: Name, engine: EngineDep) -> Served:
+async def _served(request: Request, name: Name, registry: RegistryDep) -> Served:
     """The model of the path; a version in the path has to be the one that serves."""
     version: str | None = request.path_params.get("version")
     if version is None:
-        return engine.bind(name)
+        return registry.bind(name)
     if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise ModelNotFound("a version is a whole number from 1")
-    return engine.bind(name, int(version))
+    return registry.bind(name, int(version))
 
 
 ServedDep = Annotated[Served, Depends(_served)]
@@ -89,14 +91,18 @@ ServedDep = Annotated[Served, Depends(_served)]
 async def infer(request: Request) -> Response:
     """UINT8 pixels, FP32 normalised pixels or BYTES (encoded images) in, probabilities or the best classes out, as JSON or binary. All
     images are answered, or none: the error names the first that failed."""
-    state = state_of(request)
-    served = await _served(request, request.path_params["name"], state["engine"])
+    state: State = request.scope["state"]
+    served = await _served(request, request.path_params["name"], state["engine"].registry)
     inference = await _read(request, state["settings"].max_files)
     images = _images(inference, served)
     state["exchange"].images, state["exchange"].models = len(images), [f"{served.config.name}@{served.config.version}"]
-    head_start_s = documents.HEAD_START_S.get(inference.priority, 0.0)
-    work = state["engine"].infer(images, served, inference.timeout_ms, head_start_s, client_of(request))
-    return await _respond(request, inference, await while_connected(request, work))
+    options = PredictOptions(
+        timeout_ms=inference.timeout_ms,
+        head_start_s=documents.HEAD_START_S.get(inference.priority, 0.0),
+        client=client_of(request),
+    )
+    answer = await while_connected(request, state["engine"].infer(images, served, options))
+    return await _respond(request, inference, served.config, answer)
 
 
 async def _read(request: Request, max_images: int) -> Inference:
@@ -116,16 +122,21 @@ def _images(inference: Inference, served: Served) -> Sequence[Image]:
     return fitted(inference.images, served.input)
 
 
-async def _respond(request: Request, inference: Inference, scores: Probabilities) -> Response:
-    probabilities = scores.probabilities()
+async def _respond(
+    request: Request, inference: Inference, config: ModelConfig, answer: ModelResults[Tensor]
+) -> Response:
+    probabilities = answer.stacked()
     encoding = compression.accepted(request.headers.get("accept-encoding", ""))
-    work = partial(_response, inference, scores, probabilities, encoding)
+    headers = {"Server-Timing": answer.timings.header}
+    work = partial(_response, inference, config, probabilities, headers, encoding)
     return work() if probabilities.numel() <= INLINE_SCORES else await run_in_threadpool(work)
 
 
-def _response(inference: Inference, scores: Probabilities, probabilities: Tensor, encoding: str | None) -> Response:
-    answer = reply(inference, scores.config, probabilities)
-    body, headers, kind = answer.body, {"Server-Timing": scores.timings.header}, "application/json"
+def _response(
+    inference: Inference, config: ModelConfig, probabilities: Tensor, headers: dict[str, str], encoding: str | None
+) -> Response:
+    answer = reply(inference, config, probabilities)
+    body, kind = answer.body, "application/json"
     if answer.header_length is not None:
         headers[documents.HEADER_LENGTH], kind = str(answer.header_length), "application/octet-stream"
     if encoding is not None and len(body) >= compression.WORTH_IT:
@@ -198,7 +209,7 @@ CONFIG = json_answer("As Triton writes it", documents.CONFIG_EXAMPLE)
     openapi_extra=OF_VERSION,
 )
 async def config(request: Request, served: ServedDep) -> Document:
-    return documents.config(served, state_of(request)["settings"].max_files)
+    return documents.config(served, request.scope["state"]["settings"].max_files)
 
 
 READY = json_answer("It is", {"name": "cifar10", "ready": True})
@@ -269,15 +280,15 @@ class Unload(_Strict):
     response_model=list[Document],
 )
 async def v2_index(
-    engine: EngineDep, store: StoreDep, body: Annotated[Index | None, Body(examples=[{"ready": True}])] = None
+    registry: RegistryDep, store: StoreDep, body: Annotated[Index | None, Body(examples=[{"ready": True}])] = None
 ) -> Response:
-    index = await run_in_threadpool(_index, engine, store, body is not None and body.ready)
+    index = await run_in_threadpool(_index, registry, store, body is not None and body.ready)
     return Response(index, media_type="application/json")
 
 
-def _index(engine: Engine, store: ModelStore, only_ready: bool) -> bytes:
+def _index(registry: Registry, store: ModelStore, only_ready: bool) -> bytes:
     stored = [(name, version) for name in store.names() for version in store.versions(name)]
-    return encode_each(documents.index(stored, engine.models(), only_ready))
+    return encode_each(documents.index(stored, registry.models(), only_ready))
 
 
 @admin_router.post(
@@ -285,12 +296,12 @@ def _index(engine: Engine, store: ModelStore, only_ready: bool) -> bytes:
 )
 async def v2_load(
     name: Name,
-    engine: EngineDep,
+    registry: RegistryDep,
     store: StoreDep,
     body: Annotated[LoadRequest | None, Body(examples=[{"parameters": {}}])] = None,
 ) -> Response:
     """Loads the version that the store says is served, else the latest, beside the one that serves, tries it, and swaps."""
-    await engine.activate(name, await run_in_threadpool(_to_serve, store, name))
+    await registry.activate(name, await run_in_threadpool(_to_serve, store, name))
     return PlainTextResponse("")
 
 
@@ -303,9 +314,9 @@ def _to_serve(store: ModelStore, name: str) -> int:
 )
 async def v2_unload(
     name: Name,
-    engine: EngineDep,
+    registry: RegistryDep,
     body: Annotated[Unload | None, Body(examples=[{"parameters": {"unload_dependents": False}}])] = None,
 ) -> Response:
     """Its versions stay in the store; requests under way are still answered. 409 where a setting names it."""
-    await engine.retire(name)
+    await registry.retire(name)
     return PlainTextResponse("")

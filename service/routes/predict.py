@@ -1,13 +1,13 @@
 """`POST /predict` and `POST /embed`: images in, classes or feature vectors out."""
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
 from models.errors import ModelError
 from models.uncertainty import NEAREST
@@ -36,8 +36,8 @@ from service.http.uploads.image_requests import (
     image_request,
 )
 from service.http.uploads.upload import Upload, read_upload, while_connected
-from service.inference.results import Embedding, Explain, ModelResults, Prediction, Timings, Wanted, failed
-from service.routes.dependencies import state_of
+from service.inference.results import Explain, ModelResults, Prediction, PredictOptions, Timings, failed
+from service.routes.dependencies import State
 
 router = APIRouter(tags=["images"], route_class=UserRoute)
 
@@ -70,19 +70,14 @@ EMBED_FIELDS = frozenset({"model", "timeout_ms"})
 async def predict(request: Request) -> Response:
     """Send a raw image, multipart with one `file` part per image, or images in base64 as JSON. One bad image is an error in its place; only
     if all fail does the request fail. Several `model`s are answered from one forward pass per backbone."""
-    state = state_of(request)
+    state: State = request.scope["state"]  # a dependency would cost FastAPI 0.03 ms
     upload = await read_upload(request, state["settings"], PREDICT_FIELDS)
     models = list(dict.fromkeys(upload.fields.get("model", ())))
     if len(models) > MAX_MODELS:
         raise ValidationFailed(f"at most {MAX_MODELS} models can be asked at once", param="model")
-    wanted = Wanted(_explain(upload), _alpha(upload), _neighbours(upload))
-    k = upload.whole_number("top_k") or min(state["settings"].top_k, MAX_EXPLAINED if wanted.explain else sys.maxsize)
-    if wanted.explain and k > MAX_EXPLAINED:
-        raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
-    timeout_ms = upload.whole_number("timeout_ms")
+    options = _options(upload, state["settings"].top_k, client_of(request))
     state["exchange"].images = len(upload.images)
-    work = state["engine"].predict(upload.images, models, k, timeout_ms, wanted, client_of(request))
-    answers = await while_connected(request, work)
+    answers = await while_connected(request, state["engine"].predict(upload.images, models, options))
     state["exchange"].models = [f"{answer.model}@{answer.version}" for answer in answers]
     results = [result for answer in answers for result in answer.results]
     _raise_if_all_failed(results, len(upload.images), partial(_documents, answers, upload.filenames))
@@ -90,12 +85,22 @@ async def predict(request: Request) -> Response:
     return await _respond(partial(_encoded, answers, upload.filenames), size, answers[0].timings)
 
 
-def _documents(answers: Sequence[ModelResults], filenames: Sequence[str | None]) -> dict[str, Any]:
+def _options(upload: Upload, top_k: int, client: str) -> PredictOptions:
+    """The fields of a request. `top_k`: the setting, where the request names none."""
+    explain, alpha = _explain(upload), _alpha(upload)
+    neighbours = upload.whole_number("neighbours", most=NEAREST) or 0
+    k = upload.whole_number("top_k") or (min(top_k, MAX_EXPLAINED) if explain else top_k)
+    if explain and k > MAX_EXPLAINED:
+        raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
+    return PredictOptions(k, explain, alpha, neighbours, upload.whole_number("timeout_ms"), client=client)
+
+
+def _documents(answers: Sequence[ModelResults[Prediction]], filenames: Sequence[str | None]) -> dict[str, Any]:
     documents = [answer.document(filenames) for answer in answers]
     return documents[0] if len(documents) == 1 else {"models": documents}
 
 
-def _encoded(answers: Sequence[ModelResults], filenames: Sequence[str | None]) -> bytes:
+def _encoded(answers: Sequence[ModelResults[Prediction]], filenames: Sequence[str | None]) -> bytes:
     """JSON of `_documents`."""
     bodies = [
         _joined({"model": answer.model, "version": answer.version}, answer.documents(filenames)) for answer in answers
@@ -126,10 +131,6 @@ def _alpha(upload: Upload) -> float | None:
     return float(text)
 
 
-def _neighbours(upload: Upload) -> int:
-    return upload.whole_number("neighbours", most=NEAREST) or 0
-
-
 @router.post(
     "/embed",
     summary="Feature vectors of one or more images",
@@ -139,27 +140,28 @@ def _neighbours(upload: Upload) -> int:
 )
 async def embed(request: Request) -> Response:
     """The features on which the model's head stands; of a model with several backbones, one after another."""
-    state = state_of(request)
+    state: State = request.scope["state"]  # a dependency would cost FastAPI 0.03 ms
     upload = await read_upload(request, state["settings"], EMBED_FIELDS)
     model, timeout_ms = upload.one("model"), upload.whole_number("timeout_ms")
     state["exchange"].images = len(upload.images)
-    work = state["engine"].embed(upload.images, model, timeout_ms, client_of(request))
-    embedding = await while_connected(request, work)
-    state["exchange"].models = [f"{embedding.model}@{embedding.version}"]
-    about = {"model": embedding.model, "version": embedding.version, "dim": embedding.dim}
+    options = PredictOptions(timeout_ms=timeout_ms, client=client_of(request))
+    answer = await while_connected(request, state["engine"].embed(upload.images, model, options))
+    state["exchange"].models = [f"{answer.model}@{answer.version}"]
+    dim = next((len(result) for result in answer.results if isinstance(result, Tensor)), 0)
+    about = {"model": answer.model, "version": answer.version, "dim": dim}
 
     def failures() -> dict[str, Any]:
-        return about | {"results": list(_embeddings(embedding, upload.filenames))}
+        return about | {"results": list(_embeddings(answer, upload.filenames))}
 
     def encoded() -> bytes:
-        return _joined(about, _embeddings(embedding, upload.filenames))
+        return _joined(about, _embeddings(answer, upload.filenames))
 
-    _raise_if_all_failed(embedding.results, len(upload.images), failures)
-    return await _respond(encoded, len(upload.images) * embedding.dim, embedding.timings)
+    _raise_if_all_failed(answer.results, len(upload.images), failures)
+    return await _respond(encoded, len(upload.images) * dim, answer.timings)
 
 
-def _embeddings(embedding: Embedding, filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
-    for filename, result in zip(filenames, embedding.results, strict=True):
+def _embeddings(answer: ModelResults[Tensor], filenames: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    for filename, result in zip(filenames, answer.results, strict=True):
         if isinstance(result, ModelError):
             yield failed(filename, result)
         else:

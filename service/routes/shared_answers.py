@@ -3,7 +3,7 @@
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from service.http.middleware import encode, encode_each
 from service.inference.engine import Engine
@@ -55,8 +55,8 @@ class Listings:
 
     def _encoded_models(self) -> Sequence[tuple[str, bytes]]:
         """Name and JSON of each, by name. A call of an encoder holds the GIL; there is one for each model."""
-        return [(model.name, model.model_dump_json().encode()) for model in self._engine.models()]
+        return [(model.name, model.model_dump_json().encode()) for model in self._engine.registry.models()]
 
     def _encoded_statistics(self) -> bytes:
-        served: Any = self._engine.catalogue.served.values()
-        return b'{"model_stats":' + encode_each(map(metadata.statistics_of, served)) + b"}"
+        statistics = map(metadata.statistics_of, self._engine.registry.served.values())
+        return b'{"model_stats":' + encode_each(statistics) + b"}"

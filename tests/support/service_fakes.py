@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
 from models.errors import (
     EmptyImage,
@@ -27,7 +28,8 @@ from service.http.middleware import Traffic
 from service.inference.batcher import DeviceState
 from service.inference.engine import Engine
 from service.inference.registry.loader import ModelStatus, Served
-from service.inference.results import PLAIN, Embedding, ModelResults, ParityImage, Prediction, Timings, Wanted
+from service.inference.registry.registry import Registry
+from service.inference.results import DEFAULTS, ModelResults, Prediction, PredictOptions, Timings
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -70,32 +72,70 @@ class FakeStore(ModelStore):
         self.calls.append(("remove", name, version))
 
 
-class FakeEngine(Engine):
-    """Answers by the bytes of the image; `gate`, when set to an unset event, holds the answers back."""
+class FakeRegistry(Registry):
+    """Serves `pets` in the version of the store, but for those that are `broken`."""
 
     def __init__(self, store: ModelStore) -> None:
         self.store = store
+        self.version, self.broken = 1, set[int]()
+
+    async def check_removable(self, name: str) -> None:
+        """No setting names a model."""
+
+    def is_served(self, name: str | None) -> bool:
+        return name == "pets"
+
+    def bind(self, name: str | None, version: int | None = None) -> Served:
+        raise ModelNotFound("no model of that name is served")
+
+    async def sync(self) -> None:
+        version = self.store.serving().models.get("pets", self.version)
+        if version not in self.broken:
+            self.version = version
+
+    async def activate(self, name: str, version: int) -> ModelStatus:
+        if version in self.broken:
+            raise WeightsError(f"version {version} could not be loaded")
+        self.version = self.store.activate(name, version).models[name]
+        return self.model(name)
+
+    async def rollback(self, name: str) -> ModelStatus:
+        self.version = self.store.rollback(name).models[name]
+        return self.model(name)
+
+    def models(self) -> list[ModelStatus]:
+        return [self.model("pets")]
+
+    def model(self, name: str) -> ModelStatus:
+        if name != "pets":
+            raise ModelNotFound("no model of that name is served")
+        return ModelStatus(name="pets", default=True, state="ready", version=self.version, classes=CLASSES)
+
+
+class FakeEngine(Engine):
+    """Answers by the bytes of the image; `gate`, when set to an unset event, holds the answers back."""
+
+    registry: FakeRegistry
+
+    def __init__(self, store: ModelStore) -> None:
+        self.registry = FakeRegistry(store)
         self.devices = [torch.device("cpu")]
         self.device_note: str | None = None
         self.draining = self.closed = self.cancelled = False
         self.is_ready = self.is_live = True
         self.asked: dict[str, Any] = {}
-        self.client = ""
+        self.options = DEFAULTS
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
         self.waiting = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
         self.under_way = 0
-        self.version, self.broken = 1, set[int]()
 
     def start(self) -> None: ...
 
     def close(self) -> None:
         self.closed = True
-
-    async def check_removable(self, name: str) -> None:
-        """No setting names a model."""
 
     async def wait_ready(self, timeout_s: float | None = None) -> None: ...
 
@@ -121,35 +161,21 @@ class FakeEngine(Engine):
         return self.under_way == 0
 
     async def predict(
-        self,
-        files: Sequence[bytes],
-        models: Sequence[str] = (),
-        k: int = 5,
-        timeout_ms: int | None = None,
-        wanted: Wanted = PLAIN,
-        client: str = "",
-    ) -> list[ModelResults]:
-        self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": timeout_ms}
-        self.client = client
-        self.wanted = wanted
+        self, files: Sequence[bytes], models: Sequence[str] = (), options: PredictOptions = DEFAULTS
+    ) -> list[ModelResults[Prediction]]:
+        k, self.options = options.top_k, options
+        self.asked = {"files": list(files), "models": list(models), "k": k, "timeout_ms": options.timeout_ms}
         await self._work()
         best = Prediction(CLASSES[:k], [0, 1, 2][:k], [0.5, 0.25, 0.25][:k])
         results = [FAILURES.get(data, best) for data in files]
-        return [ModelResults(name, self.version, results, TIMINGS) for name in models or ["pets"]]
-
-    def is_served(self, name: str) -> bool:
-        return name == "pets"
-
-    def bind(self, name: str, version: int | None = None) -> Served:
-        raise ModelNotFound("no model of that name is served")
+        return [ModelResults(name, self.registry.version, results, TIMINGS) for name in models or ["pets"]]
 
     async def embed(
-        self, files: Sequence[bytes], model: str | None = None, timeout_ms: int | None = None, client: str = ""
-    ) -> Embedding:
-        self.asked = {"model": model, "timeout_ms": timeout_ms}
-        self.client = client
+        self, files: Sequence[bytes], model: str | None = None, options: PredictOptions = DEFAULTS
+    ) -> ModelResults[Tensor]:
+        self.options, self.asked = options, {"model": model, "timeout_ms": options.timeout_ms}
         await self._work()
-        return Embedding("pets", 1, [FAILURES.get(data, torch.tensor([0.5, 2.0])) for data in files], TIMINGS)
+        return ModelResults("pets", 1, [FAILURES.get(data, torch.tensor([0.5, 2.0])) for data in files], TIMINGS)
 
     async def _work(self) -> None:
         if self.error:
@@ -167,29 +193,6 @@ class FakeEngine(Engine):
             self.under_way -= 1
             if not self.under_way:
                 self.idle.set()
-
-    async def sync(self) -> None:
-        version = self.store.serving().models.get("pets", self.version)
-        if version not in self.broken:
-            self.version = version
-
-    async def activate(self, name: str, version: int, samples: Sequence[ParityImage] = ()) -> ModelStatus:
-        if version in self.broken:
-            raise WeightsError(f"version {version} could not be loaded")
-        self.version = self.store.activate(name, version).models[name]
-        return self.model(name)
-
-    async def rollback(self, name: str) -> ModelStatus:
-        self.version = self.store.rollback(name).models[name]
-        return self.model(name)
-
-    def models(self) -> list[ModelStatus]:
-        return [self.model("pets")]
-
-    def model(self, name: str) -> ModelStatus:
-        if name != "pets":
-            raise ModelNotFound("no model of that name is served")
-        return ModelStatus(name="pets", default=True, state="ready", version=self.version, classes=CLASSES)
 
 
 class Service:

@@ -26,11 +26,13 @@ from models.runtime import CompiledBackbone, RuntimeInfo, compile_backbone
 from models.store import packaged
 from models.store.download import DownloadProgress
 from models.store.store import ModelStore
-from models.uncertainty import Reference, nearest
+from models.uncertainty import Reference
 from service.errors import DeviceLost
-from service.inference.batcher import BackboneQueue, Batcher
+from service.inference.backbone_queue import BackboneQueue, Item
+from service.inference.batcher import Batcher
+from service.inference.forward import HeadPart, NeighboursPart
 from service.inference.registry.replicas import DeviceWork
-from service.inference.results import Statistics
+from service.inference.results import Output, Statistics
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -50,34 +52,7 @@ class LoadedBackbone:
     mapped: bool = False  # its features come from a map that the forward pass can hand out
 
 
-class HeadPart:
-    """What one backbone's batch computes for one head: features (n, D) -> its part (n, K); the probabilities, where it stands alone."""
-
-    def __init__(self, heads: Mapping[torch.device, Head], member: int) -> None:
-        self._heads, self._member = heads, member
-        self._batches = dict.fromkeys(heads, 0)  # each device's thread writes its own
-
-    @property
-    def batches(self) -> int:
-        """In how many it took part."""
-        return sum(self._batches.values())
-
-    def __call__(self, features: Tensor) -> Tensor:
-        self._batches[features.device] += 1
-        head = self._heads[features.device]
-        part = head.part(self._member, features)
-        return head.combine([part]) if len(head.layers) == 1 else part
-
-
-class NeighboursPart:
-    """What a backbone's batch computes for a version that keeps training images: features (n, D) -> distances and places (n, 2 * M)."""
-
-    def __init__(self, kept: Mapping[torch.device, Tensor]) -> None:
-        self._kept = kept  # (n, D) on each device
-
-    def __call__(self, features: Tensor) -> Tensor:
-        distances, places = nearest(self._kept[features.device], features)
-        return torch.cat([distances, places.float()], dim=1)
+Outputs = Mapping[LoadedBackbone, Output]  # of one image, by each backbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,8 +263,8 @@ async def _probe(served: Served, batcher: Batcher) -> None:
     for backbone, part in zip(served.backbones, served.parts, strict=True):
         kind = backbone.ref.preprocessing
         pixels = torch.full((kind.height, kind.width, kind.channels), 127, dtype=torch.uint8).permute(2, 0, 1)
-        output = await batcher.submit(backbone.queue, pixels, [part, *near], deadline)
-        values.append(output.values[0])
+        output = await batcher.submit(backbone.queue, Item(pixels, [part, *near], deadline))
+        values.append(output.values[part])
     probabilities = served.probabilities(values)
     if probabilities.shape != (1, len(served.config.classes)):
         raise WeightsError(

@@ -1,20 +1,19 @@
 """Which versions serve: from the store to memory, and every change of it.
 
     sync:      store -> load beside the old -> a probe through the real path -> one assignment; the old drains with its requests
-    activate:  load -> probe -> the caller's own check -> the store records it -> one assignment
+    activate:  load -> probe -> serve: the store records it -> one assignment
+    deploy:    load -> probe -> the caller's own check (parity.py) -> serve
 
-`served` is never changed, only replaced: a request keeps the versions that it began with.
+An entry's `served` is never changed, only replaced: a request keeps the versions that it began with.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
-
-import torch
 
 from models.classifier import ModelConfig
 from models.errors import ModelError, ModelNotFound, NameConflict, OutOfMemory, WeightsError
@@ -31,8 +30,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory or lost a device; doubled each time
+UNKNOWN = "no model of that name is served; GET /models lists those that are"
 T = TypeVar("T")
-ActivationCheck = Callable[[Served], Awaitable[None]]
 
 
 class LoadFailure(NamedTuple):
@@ -42,33 +41,57 @@ class LoadFailure(NamedTuple):
     passing: bool = False
 
 
-async def unchecked(served: Served) -> None:
-    """The loader's own probe is enough."""
+@dataclass(eq=False)
+class Entry:
+    """One model: the version that serves, whether one is being loaded, and why the last could not be."""
+
+    served: Served | None = None
+    loading: bool = False
+    failure: LoadFailure | None = None
+    download: asyncio.Task[None] | None = None
+    retries: asyncio.Task[None] | None = None
+    retried_at: float | None = None  # time.monotonic() of the next try
+
+    @property
+    def is_known(self) -> bool:
+        return self.served is not None or self.loading or self.failure is not None
+
+    @property
+    def error(self) -> str | None:
+        """Why the model, or its new version, does not serve. Safe to call from any thread."""
+        failure, at = self.failure, self.retried_at
+        if failure is None or at is None or not failure.passing:
+            return failure and failure.reason
+        return f"{failure.reason}; tried again in {max(0.0, at - time.monotonic()):.0f} s"
 
 
 class Registry:
-    """The versions in memory, by name. Made and used on one event loop."""
+    """The models in memory, by name. Made and used on one event loop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: ModelStore,
-        metrics: Metrics,
-        devices: Sequence[torch.device],
-        batcher: Batcher,
-    ) -> None:
+    def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics, batcher: Batcher) -> None:
         self.settings, self.store, self.metrics, self.batcher = settings, store, metrics, batcher
-        self.served: Mapping[str, Served] = {}
+        self.entries: dict[str, Entry] = {}
         self.default: str | None = None
-        self._loader = Loader(settings, store, metrics, devices)
-        self._failures: dict[str, LoadFailure] = {}
-        self._loading: set[str] = set()
+        self._loader = Loader(settings, store, metrics, batcher.devices)
         self._store_error: str | None = None
         self._sync_lock = asyncio.Lock()
-        self._pulls: dict[str, asyncio.Task[None]] = {}
-        self._retries: dict[str, asyncio.Task[None]] = {}
-        self._retried_at: dict[str, float] = {}  # time.monotonic() of the next try
         self._first_sync: asyncio.Task[None] | None = None
+
+    @property
+    def served(self) -> dict[str, Served]:
+        """The versions that serve, by name. Safe to call from any thread."""
+        return {name: entry.served for name, entry in list(self.entries.items()) if entry.served is not None}
+
+    def _find(self, name: str | None) -> Entry:
+        """The entry of a model, to be read; an empty one where there is none."""
+        return self.entries.get(name or "") or Entry()
+
+    def _entry(self, name: str) -> Entry:
+        """The entry of a model, to be changed."""
+        return self.entries.setdefault(name, Entry())
+
+    def is_served(self, name: str | None) -> bool:
+        return self._find(name).served is not None
 
     # Life
 
@@ -90,19 +113,19 @@ class Registry:
         if self._first_sync is None:
             raise RuntimeError("start() comes first")
         await asyncio.shield(self._first_sync)
-        while pulls := list(self._pulls.values()):
-            await asyncio.wait(pulls)
+        while downloads := [entry.download for entry in self.entries.values() if entry.download is not None]:
+            await asyncio.wait(downloads)
 
     @property
     def ready(self) -> bool:
         """The default model is warm."""
-        return self.default in self.served
+        return self.is_served(self.default)
 
     def not_ready_reason(self) -> str:
         if self._store_error:
             return f"the store could not be read: {self._store_error}"
-        if self.default in self._failures:
-            return f"the default model {self.default!r} could not be loaded: {self._failures[self.default].reason}"
+        if (failure := self._find(self.default).failure) is not None:
+            return f"the default model {self.default!r} could not be loaded: {failure.reason}"
         if self.default is None and self._first_sync is not None and self._first_sync.done():
             if self.served:
                 return "no default model is set: `imago models default NAME`, then POST /models/sync; or name a model"
@@ -112,22 +135,26 @@ class Registry:
     def close(self) -> None:
         if self._first_sync is not None:
             self._first_sync.cancel()
-        for task in (*self._pulls.values(), *self._retries.values()):
-            task.cancel()
+        for entry in self.entries.values():
+            for task in (entry.download, entry.retries):
+                if task is not None:
+                    task.cancel()
         self._loader.close()
 
     # What is served
 
-    def bind(self, name: str | None) -> Served:
-        """The version that answers; None is the default. Raises NotReady, ModelNotFound."""
-        if not name and self.default not in self.served:
+    def bind(self, name: str | None, version: int | None = None) -> Served:
+        """The version that answers; no name is the default. Raises NotReady, and ModelNotFound also where another version is served."""
+        if not name and not self.ready:
             raise NotReady(self.not_ready_reason(), retry_after_s=2.0)
-        served = self.served.get(name or self.default or "")
-        if served is not None:
-            return served
-        if name in self._loading:
-            raise NotReady(f"the model {name!r} is still loading", retry_after_s=2.0)
-        raise ModelNotFound("no model of that name is served; GET /models lists those that are")
+        entry = self._find(name or self.default)
+        if entry.served is None:
+            if entry.loading:
+                raise NotReady(f"the model {name!r} is still loading", retry_after_s=2.0)
+            raise ModelNotFound(UNKNOWN)
+        if version is not None and version != entry.served.config.version:
+            raise ModelNotFound(f"this version of the model is not served; version {entry.served.config.version} is")
+        return entry.served
 
     async def sync(self) -> None:
         """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
@@ -136,15 +163,16 @@ class Registry:
         background, one after the other, if the setting `pull_missing` says so; packaged weights are converted first.
         """
         for name in await self._load_stored():
-            if name not in self._pulls:
-                self._pulls[name] = asyncio.create_task(self._pull(name))
+            entry = self._entry(name)
+            if entry.download is None:
+                entry.download = asyncio.create_task(self._download(name, entry))
 
-    async def _pull(self, name: str) -> None:
+    async def _download(self, name: str, entry: Entry) -> None:
         try:
             if await self._attempt(name, self._loader.pull(name)) is not None:
                 await self._load_stored()
         finally:
-            del self._pulls[name]
+            entry.download = None
 
     async def pull(self, name: str, progress: DownloadProgress, as_name: str | None = None) -> ModelConfig:
         """Published weights -> a version in the store, which serves from then on unless another of its name does.
@@ -152,22 +180,51 @@ class Registry:
         Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict where the setting `models` names others.
         """
         config = await self._loader.pull(name, progress, as_name)
-        if config.name not in self.served:
+        if not self.is_served(config.name):
             await self.activate(config.name, config.version)
         return config
 
-    async def activate(self, name: str, version: int, check: ActivationCheck = unchecked) -> ModelStatus:
+    async def activate(self, name: str, version: int) -> ModelStatus:
         """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
 
-        Raises ModelNotFound, NameConflict (the setting `models` names others), OutOfMemory, NotReady (a device is taken), DeviceLost,
-        WeightsError and what `check` raises of the version; then everything is as it was.
+        Raises what `load` and `serve` raise; then everything is as it was.
         """
-        return await self._serve(name, version, partial(self.store.activate, name, version), check)
+        return await self.serve(await self.load(name, version))
 
     async def rollback(self, name: str) -> ModelStatus:
         """The same with the version that served before. Raises NameConflict also where there is none."""
-        before = await asyncio.to_thread(self.store.previous, name)
-        return await self._serve(name, before, partial(self.store.rollback, name))
+        return await self.activate(name, await asyncio.to_thread(self.store.previous, name))
+
+    async def load(self, name: str, version: int) -> Served:
+        """Loads a version beside the one that serves, and tries it on a plain image; nothing else changes.
+
+        Raises ModelNotFound, NameConflict (the setting `models` names others), ReadOnlyStore, OutOfMemory, NotReady (a device is taken),
+        DeviceLost, WeightsError.
+        """
+        await asyncio.to_thread(self.store.check_writable)
+        plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
+        if self.settings.models and name not in plan.names:
+            raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
+        started = time.monotonic()
+        try:
+            served = await self._loader.load(name, version, self.batcher)
+        except (ModelNotFound, OutOfMemory, NotReady, DeviceLost):
+            raise
+        except (ModelError, ServiceError) as error:
+            raise WeightsError(f"version {version} could not be loaded: {error}") from error
+        self.metrics.swap_seconds.observe(time.monotonic() - started)
+        return served
+
+    async def serve(self, served: Served) -> ModelStatus:
+        """Swaps in a version that `load` gave, once the store has recorded it. Raises ModelNotFound where the store has it no more."""
+        name = served.config.name
+        async with self._sync_lock:
+            await asyncio.to_thread(self.store.activate, name, served.config.version)
+            entry = self._entry(name)
+            entry.served, entry.failure = served, None
+            self.default = self.default or (await asyncio.to_thread(plan_serving, self.settings, self.store)).default
+            self._announce()
+        return self.model(name)
 
     async def retire(self, name: str) -> None:
         """Takes a model out of service and out of memory; its versions stay in the store.
@@ -186,73 +243,60 @@ class Registry:
         if self.settings.models and name in plan.names:
             raise NameConflict(f"the setting `models` names {name!r}; take it out there")
 
-    async def _serve(
-        self, name: str, version: int, record: Callable[[], object], check: ActivationCheck = unchecked
-    ) -> ModelStatus:
-        await asyncio.to_thread(self.store.check_writable)
-        async with self._sync_lock:
-            plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
-            if self.settings.models and name not in plan.names:
-                raise NameConflict(f"the setting `models` does not name {name!r}: the server would not load it")
-            served = await self._loaded(name, version)
-            await check(served)
-            await asyncio.to_thread(record)
-            self._failures.pop(name, None)
-            self.served = {**self.served, name: served}
-            self.default = self.default or (await asyncio.to_thread(plan_serving, self.settings, self.store)).default
-            self._announce()
-        return self.model(name)
-
-    async def _loaded(self, name: str, version: int) -> Served:
-        started = time.monotonic()
-        try:
-            served = await self._loader.load(name, version, self.batcher)
-        except (ModelNotFound, OutOfMemory, NotReady, DeviceLost):
-            raise
-        except (ModelError, ServiceError) as error:
-            raise WeightsError(f"version {version} could not be loaded: {error}") from error
-        self.metrics.swap_seconds.observe(time.monotonic() - started)
-        return served
-
     async def _load_stored(self) -> list[str]:
         """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
         async with self._sync_lock:
             started = time.monotonic()
             plan = await self._unpacked(await asyncio.to_thread(plan_serving, self.settings, self.store))
             self._store_error = None
-            if self.default not in self.served or plan.default in self.served:
+            if not self.is_served(self.default) or self.is_served(plan.default):
                 self.default = plan.default  # otherwise the old default answers until the new one is loaded
-            self.served = {n: served for n, served in self.served.items() if n in plan.names or n == self.default}
-            self._failures = {name: failure for name, failure in self._failures.items() if name in plan.missing}
+            for name, entry in self.entries.items():
+                if name not in plan.names and name != self.default:
+                    entry.served = None
+                if name not in plan.missing:
+                    entry.failure = None
             stale = await asyncio.to_thread(self._stale, plan)
             to_pull = [name for name in stale if name in plan.missing and self.settings.pull_missing]
-            self._loading = {
-                name for name in stale if name not in self._failures
-            }  # a pull that failed is not under way
+            self._mark_loading(stale)
             await self._swap_in_all([name for name in stale if name not in to_pull], plan)
-            self.served = {n: served for n, served in self.served.items() if n in plan.names}
             if self.default not in plan.names:  # it was removed
                 self.default = plan.default
+            self._forget_others(plan)
             self._announce()
             if stale:
                 self.metrics.swap_seconds.observe(time.monotonic() - started)
             return to_pull
 
+    def _mark_loading(self, names: Sequence[str]) -> None:
+        """These, and no others, are being loaded; a download that failed is not under way."""
+        for entry in self.entries.values():
+            entry.loading = False
+        for name in names:
+            entry = self._entry(name)
+            entry.loading = entry.failure is None
+
+    def _forget_others(self, plan: ServingPlan) -> None:
+        """Takes out of memory what is not to be served."""
+        for name, entry in list(self.entries.items()):
+            if name not in plan.names:
+                entry.served = None
+            if not (entry.is_known or entry.download or entry.retries):
+                del self.entries[name]
+
     async def _unpacked(self, plan: ServingPlan) -> ServingPlan:
         """The plan after the packaged models that the store lacks are converted into it."""
         missing = [name for name in plan.names if name in plan.missing and name in packaged.NAMES]
-        self._loading |= set(missing)
+        for name in missing:
+            self._entry(name).loading = True
         for name in missing:
             await self._attempt(name, self._loader.pull(name))
         return await asyncio.to_thread(plan_serving, self.settings, self.store) if missing else plan
 
     def _stale(self, plan: ServingPlan) -> list[str]:
         """The models to be loaded. In a thread: comparing a thousand configurations takes 80 ms."""
-        return [name for name in plan.names if not self._is_current(name, plan) and not self._is_refused(name)]
-
-    def _is_refused(self, name: str) -> bool:
-        """Its packaged weights could not be converted; the failure says why."""
-        return name in packaged.NAMES and name in self._failures
+        refused = {name for name in packaged.NAMES if self._find(name).failure is not None}  # could not be converted
+        return [name for name in plan.names if not self._is_current(name, plan) and name not in refused]
 
     async def _swap_in_all(self, names: Sequence[str], plan: ServingPlan) -> None:
         """The default first: the server is ready as soon as it is."""
@@ -269,88 +313,83 @@ class Registry:
 
     def _is_current(self, name: str, plan: ServingPlan) -> bool:
         """By the whole configuration: a model that was removed and published anew begins at version 1 again."""
-        return name in self.served and self.served[name].config == plan.configs.get(name)
+        served = self._find(name).served
+        return served is not None and served.config == plan.configs.get(name)
 
     async def _swap_in(self, name: str, plan: ServingPlan) -> None:
         started = time.monotonic()
         served = await self._attempt(name, self._loader.load(name, plan.versions.get(name), self.batcher))
         if served is None:
             return
-        self._failures.pop(name, None)
-        self.served = {**self.served, name: served}
+        entry = self._entry(name)
+        entry.served, entry.failure = served, None
         if name == plan.default:
             self.default = name
         log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
 
     async def _attempt(self, name: str, work: Awaitable[T]) -> T | None:
         """The result of loading or pulling a model, or None after its failure is noted."""
+        entry = self._entry(name)
         try:
             return await work
         except (ModelError, ServiceError) as error:
-            failure = self._failures[name] = LoadFailure(str(error), self._may_pass(error))
+            entry.failure = LoadFailure(str(error), self._may_pass(error))
             log.error("%s could not be loaded: %s", name, error)
-            if failure.passing and name not in self._retries:
-                self._retries[name] = asyncio.create_task(self._retry(name))
+            if entry.failure.passing and entry.retries is None:
+                entry.retries = asyncio.create_task(self._retry(name, entry))
         except Exception:
-            self._failures[name] = LoadFailure("an internal error; the log has the details")
+            entry.failure = LoadFailure("an internal error; the log has the details")
             log.exception("%s could not be loaded", name)
         finally:
-            self._loading.discard(name)
+            entry.loading = False
         return None
 
     def _may_pass(self, error: Exception) -> bool:
         """Another try may succeed: memory is free then, or it goes to the devices that are left."""
         return isinstance(error, OutOfMemory | NotReady) or (isinstance(error, DeviceLost) and self.batcher.computes)
 
-    async def _retry(self, name: str) -> None:
+    async def _retry(self, name: str, entry: Entry) -> None:
         """Loads it again, later and later, until it serves, fails for another reason, or is not to be served any more."""
         delay_s = RETRY_FIRST_S
         try:
-            while True:
-                self._retried_at[name] = time.monotonic() + delay_s
+            while entry.failure is not None and entry.failure.passing:
+                entry.retried_at = time.monotonic() + delay_s
                 await asyncio.sleep(delay_s)
                 try:
-                    await self._try_again(name)
+                    await self._try_again(name, entry)
                 except (OSError, ModelError) as error:
                     log.warning("%s is not tried again now, because the store cannot be read: %s", name, error)
-                if name not in self._failures or not self._failures[name].passing:
-                    return
                 delay_s = min(2 * delay_s, RETRY_LONGEST_S)
         finally:
-            del self._retries[name], self._retried_at[name]
+            entry.retries = entry.retried_at = None
 
-    async def _try_again(self, name: str) -> None:
+    async def _try_again(self, name: str, entry: Entry) -> None:
         """Raises OSError and ModelError where the store cannot be read."""
         async with self._sync_lock:
             plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
             if name not in plan.names:
-                self._failures.pop(name, None)
+                entry.failure = None
             elif not self._is_current(name, plan):
-                self._loading.add(name)
+                entry.loading = True
                 await self._swap_in(name, plan)
                 self._announce()
 
-    def _error(self, name: str) -> str | None:
-        if (failure := self._failures.get(name)) is None:
-            return None
-        if (at := self._retried_at.get(name)) is None or not failure.passing:
-            return failure.reason
-        return f"{failure.reason}; tried again in {max(0.0, at - time.monotonic()):.0f} s"
-
     def models(self) -> list[ModelStatus]:
         """Every model that is served, being loaded, or failed to load, by name. Safe to call from any thread."""
-        served, loading = self.served, set(self._loading)
-        sharers = sharers_of(served)
+        known = [(name, entry, entry.served) for name, entry in list(self.entries.items()) if entry.is_known]
+        sharers = sharers_of({name: served for name, _, served in known if served is not None})
         return [
-            self._describe(name, served.get(name), sharers, name in loading)
-            for name in sorted({*served, *loading, *self._failures})
+            self._describe(name, entry, served, sharers)
+            for name, entry, served in sorted(known, key=lambda model: model[0])
         ]
 
     def model(self, name: str) -> ModelStatus:
         """Raises ModelNotFound."""
-        if name not in self.served and name not in self._loading and name not in self._failures:
-            raise ModelNotFound("no model of that name is served; GET /models lists those that are")
-        return self._describe(name, self.served.get(name), sharers_of(self.served), name in self._loading)
+        entry = self._find(name)
+        if not entry.is_known:
+            raise ModelNotFound(UNKNOWN)
+        return self._describe(name, entry, entry.served, sharers_of(self.served))
 
-    def _describe(self, name: str, served: Served | None, sharers: Sharers, loading: bool) -> ModelStatus:
-        return describe(name, served, sharers, default=name == self.default, loading=loading, error=self._error(name))
+    def _describe(self, name: str, entry: Entry, served: Served | None, sharers: Sharers) -> ModelStatus:
+        default = name == self.default
+        return describe(name, served, sharers, default=default, loading=entry.loading, error=entry.error)

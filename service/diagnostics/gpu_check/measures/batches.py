@@ -16,8 +16,9 @@ from models.classifier import Head, HeadConfig, LayerConfig
 from models.runtime import CompiledBackbone, Options, compile_backbone
 from service.diagnostics.gpu_check.records import Measurement, problems
 from service.diagnostics.gpu_check.session import Session, random_backbone, random_pixels
-from service.inference.batcher import BackboneQueue, Batcher
-from service.inference.forward import PartFunction
+from service.inference.backbone_queue import BackboneQueue, Item
+from service.inference.batcher import Batcher
+from service.inference.results import PartFunction
 from service.observability.metrics import Metrics
 
 HEADS = (1, 2, 100)
@@ -116,7 +117,7 @@ def answered(
     async def go() -> list[Any]:
         deadline = time.monotonic() + DEADLINE_S
         tasks = [
-            asyncio.create_task(batcher.submit(queue, image, asked, deadline))
+            asyncio.create_task(batcher.submit(queue, Item(image, asked, deadline)))
             for image, asked in zip(pixels, parts, strict=True)
         ]
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Checks a version before it is served: its answers to the sample images of its training must be those of the trainer.
+"""Deploys a version whose answers to the sample images of its training are those of the trainer.
 
     features by this server's engine  ~  the float32 original's     as far as the engine's own measured agreement explains
     the stored head on the original's features  =  the trainer's probabilities     } the same float32 head
@@ -12,16 +12,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.errors import WeightsError
+from models.errors import ModelError, WeightsError
 from models.runtime.tolerances import allowed, distances, heads_agree
-from service.inference.registry.loader import LoadedBackbone, Served
+from service.inference.engine import Engine, Parts
+from service.inference.forward import features_part
+from service.inference.registry.loader import LoadedBackbone, ModelStatus, Outputs, Served
 from service.inference.results import ParityImage
 
 
+async def deploy(engine: Engine, name: str, version: int, samples: Sequence[ParityImage]) -> ModelStatus:
+    """Swaps a version in, once each of `samples` gets the features and probabilities that it is said to have, from its bytes on. Raises
+    what `Registry.load` and `check` raise; then everything is as it was."""
+    served = await engine.registry.load(name, version)
+    if samples:
+        await check(engine, served, samples)
+    return await engine.registry.serve(served)
+
+
+async def check(engine: Engine, served: Served, samples: Sequence[ParityImage]) -> None:
+    """Compares what serving makes of the samples, by the path that requests take, with what training made of them. Raises WeightsError
+    that names the first image that differs."""
+    members = list(zip(served.backbones, served.parts, strict=True))
+    parts: Parts = {b: [features_part, *(part for one, part in members if one is b)] for b in served.backbones}
+    images: list[Outputs] = []
+    for sample, image in zip(samples, await engine.outputs([sample.data for sample in samples], parts), strict=True):
+        if isinstance(image, ModelError):
+            raise WeightsError(f"{sample.name}, an image of its training, is refused here: {image}")
+        images.append(image)
+    features = [
+        torch.stack([image[backbone].values[features_part] for image in images]) for backbone in served.backbones
+    ]
+    answered = [served.probabilities([image[backbone].values[part] for backbone, part in members]) for image in images]
+    _compare(samples, served, features, torch.cat(answered))
+
+
 @torch.inference_mode()
-def check(samples: Sequence[ParityImage], served: Served, features: Sequence[Tensor], answered: Tensor) -> None:
-    """`features` (n, D) of the samples by each backbone of `served`, and the probabilities `answered` (n, classes), by the path that
-    requests take. Raises WeightsError that names the first image that differs."""
+def _compare(samples: Sequence[ParityImage], served: Served, features: Sequence[Tensor], answered: Tensor) -> None:
+    """`features` (n, D) of the samples by each backbone of `served`, and the probabilities `answered` (n, classes)."""
     if any(tuple(sample.probabilities) != served.config.classes for sample in samples):
         raise WeightsError("the version names other classes than in training, or names them in another order")
     expected = [torch.stack(of_one) for of_one in zip(*(sample.features for sample in samples), strict=True)]
