@@ -192,7 +192,7 @@ MAIN = """
 import os, sys, time
 from pathlib import Path
 from models.training.trainer_process import be_modest, main
-from models.training.job.job_files import Result
+from models.training.job.job_files import JobResult
 from models.training.job.request import Event
 
 def run(request, store, progress, *, job_dir, cache, stop, device, limits):
@@ -200,7 +200,7 @@ def run(request, store, progress, *, job_dir, cache, stop, device, limits):
     progress(Event("train", 0.5, epoch=1))
     while not stop():
         time.sleep(0.02)
-    return Result(status="succeeded", model=request.name, version=1, stop_reason="stopped")
+    return JobResult(status="succeeded", model=request.name, version=1, stop_reason="stopped")
 
 be_modest()
 print(os.nice(0) >= 10, os.sched_getscheduler(0) == os.SCHED_BATCH, file=sys.stderr, flush=True)
