@@ -104,6 +104,10 @@ def test_parts_without_class_folders_are_refused(tmp_path: Path, parts: list[str
         pytest.param(
             below(["2019", "2020"]) | images("2021/ant"), "have the same folders in them", id="one has not all"
         ),
+        pytest.param(
+            images(*ANT_BEE) | below(["all"], ANT_BEE), "all/ has folders in it called like those", id="a copy beside them"
+        ),
+        pytest.param(below(["img"]) | below(["data"], ["img/ant", "img/bee"]), "have the same folders in them", id="deeper"),
         pytest.param(below(ANT_BEE, ["train", "test"]) | images("ant"), "called like parts in them", id="and loose"),
         pytest.param(below(["images", "masks"], ["train", "val"]), "called like parts in them", id="masks"),
         pytest.param(images("Ant", "ant", "bee"), "classes differ in case, width or separators alone: 'Ant', 'ant'", id="case"),
