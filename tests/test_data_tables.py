@@ -87,6 +87,8 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
         pytest.param("IsTest", "0", "0", "1", id="numbers"),
         pytest.param("is_train", "1.0", "0.0", "0.0", id="is_train"),
         pytest.param("Valid", "no", "yes", "no", id="yes"),
+        pytest.param("test_flag", "0", "0", "1", id="flag"),
+        pytest.param("in_test", "0", "0", "1", id="in"),
         pytest.param("part", "", "val", "test", id="empty is train"),
     ],
 )
@@ -97,6 +99,8 @@ def test_parts_by_the_usual_columns_and_values(tmp_path: Path, column: str, trai
     expected = {
         "is_valid": ("val", "val"),
         "IsTest": ("train", "test"),
+        "test_flag": ("train", "test"),
+        "in_test": ("train", "test"),
         "is_train": ("test", "test"),
         "Valid": ("val", "train"),
     }
