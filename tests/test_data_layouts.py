@@ -165,6 +165,8 @@ def test_annotations_beside_images_are_ignored(tmp_path: Path, pack: object) -> 
     texts = {
         "ant/0.txt": b"0 0.5 0.5 1 1\n",
         "ant/0.xml": b"<annotation/>",
+        "ant/0.xmp": b"<x:xmpmeta/>",
+        "ant/0.AAE": b"<?xml?>",
         "bee/labels.json": b"{}",
         "bee/README": b"Hi",
     }
@@ -172,7 +174,7 @@ def test_annotations_beside_images_are_ignored(tmp_path: Path, pack: object) -> 
     source = read(tmp_path, images(*ANT_BEE) | texts | folders, pack=pack)
     assert (source.classes, len(source.items)) == (ANT_BEE, 4)
     assert [(left.reason, left.count) for left in source.ignored] == [
-        ("text beside the images, such as annotations", 6)
+        ("text beside the images, such as annotations", 8)
     ]
 
 
@@ -190,6 +192,7 @@ LEFT = [
     *("ant/@EADIR/0.jpg/SYNOPHOTO.jpg", "#Recycle/1.jpg", "#snapshot/ant/0.jpg", "@Recently-Snapshot/1.jpg"),
     *("Lost+Found/1.jpg", ".Trash-1000/files/1.jpg", "ant/.ipynb_checkpoints/0-checkpoint.jpg", ".dvc/config"),
     *("ant/0.jpg:Zone.Identifier", "ant/2.jpg.crdownload", "ant/3.jpg.part", "System Volume Information/x.jpg"),
+    *("ant/0.THM", "ant/0.jpg - Shortcut.lnk", "ant/~0.tmp", "BridgeSort", "ant/pspbrwse.jbf"),
 ]
 
 

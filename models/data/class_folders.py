@@ -36,7 +36,7 @@ SIDE_SUFFIXES = frozenset({
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".rst", ".yaml", ".yml", ".toml",
     ".ini", ".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js",
     ".py", ".sh", ".bat", ".ipynb", ".dvc", ".sha256", ".md5", ".url", ".geojson", ".prj", ".tfw", ".jgw",
-    ".pgw", ".pts",
+    ".pgw", ".pts", ".xmp", ".aae", ".pp3", ".dop",
 })  # fmt: skip
 SIDE_NAMES = frozenset({"readme", "license", "licence", "labels", "classes", "copying", "changelog", "notes"})
 # Beside each other these are views of the same images, and no classes
