@@ -5,7 +5,6 @@ import re
 import zipfile
 from base64 import b64decode
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from models.classifier import ModelConfig
 from models.data.dataset import load
 from models.errors import ArchitectureNotFound, DatasetError, DeviceUnavailable, ModelNotFound, TrainingError
 from models.images.decoding import Limits, decode, stack
-from models.runtime import Options, devices
+from models.runtime import devices
 from models.store.packaged import PACKAGES
 from models.store.store import ModelStore
 from models.training import run as finetune
@@ -273,13 +272,6 @@ def test_mode_auto_without_a_gpu_is_a_head(trained: Workshop) -> None:
     assert trained.run(name="auto", base="colours", mode="auto").lineage["mode"] == "head"
 
 
-@pytest.fixture
-def one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To compare the engines of five networks in batches of up to 32 images takes minutes on a busy machine."""
-    monkeypatch.setattr("models.training.selection.bases.Options", partial(Options, engine="torch", max_batch=1))
-
-
-@pytest.mark.usefixtures("one_engine")
 def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     workshop.scratch(name="good")
     workshop.scratch(name="poor", hyperparameters={"epochs": 1, "lr": 1e-9, "seed": 3})
@@ -291,7 +283,6 @@ def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     assert all((row.latency_ms or 0) > 0 for row in table.candidates)
 
 
-@pytest.mark.usefixtures("one_engine")
 def test_no_base_within_the_latency_names_the_fastest(trained: Workshop) -> None:
     with pytest.raises(TrainingError, match="the fastest, "):
         trained.ask(name="slow", base="auto", budget={"max_latency_ms": 1e-6})
@@ -417,7 +408,6 @@ def test_copies_too_can_be_stopped(trained: Workshop, monkeypatch: pytest.Monkey
         )
 
 
-@pytest.mark.usefixtures("one_engine")
 def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is fastest, or served, by then."""
     monkeypatch.setattr(finetune, "write_report", None)
