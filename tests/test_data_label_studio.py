@@ -117,7 +117,11 @@ def test_an_image_that_is_not_there_is_a_bad_file(tmp_path: Path, pack: Any) -> 
         pytest.param(as_json([*UPLOADS, ("a.png", "{")]), "not valid JSON", id="choice of JSON"),
         pytest.param(b'[{"id": 1, "data": {}, "annotations": []}]', "export JSON-MIN or CSV", id="full"),
         pytest.param(b'[{"id": 1, "photo": "a.png"}]', "name the image `image`", id="other name"),
+        pytest.param(
+            b'[{"file": "a.png", "label": "x"}]', "of another tool, list the images in a CSV", id="other list"
+        ),
         pytest.param(b'{"images": []}', "no list of tasks", id="no list"),
+        pytest.param(b'{"a.png": "ant"}', "Studio, or list the images in a CSV", id="a map"),
         pytest.param(b"[1]", "no list of tasks", id="no tasks"),
         pytest.param(b"[", "not valid JSON", id="cut off"),
         pytest.param(b"[" * 100_000, "not valid JSON", id="deep"),

@@ -104,6 +104,10 @@ def test_parts_without_class_folders_are_refused(tmp_path: Path, parts: list[str
         pytest.param(
             below(["2019", "2020"]) | images("2021/ant"), "have the same folders in them", id="one has not all"
         ),
+        pytest.param(
+            images(*ANT_BEE) | below(["all"], ANT_BEE), "all/ has folders in it called like those", id="a copy beside them"
+        ),
+        pytest.param(below(["img"]) | below(["data"], ["img/ant", "img/bee"]), "have the same folders in them", id="deeper"),
         pytest.param(below(ANT_BEE, ["train", "test"]) | images("ant"), "called like parts in them", id="and loose"),
         pytest.param(below(["images", "masks"], ["train", "val"]), "called like parts in them", id="masks"),
         pytest.param(images("Ant", "ant", "bee"), "classes differ in case, width or separators alone: 'Ant', 'ant'", id="case"),
@@ -161,6 +165,8 @@ def test_annotations_beside_images_are_ignored(tmp_path: Path, pack: object) -> 
     texts = {
         "ant/0.txt": b"0 0.5 0.5 1 1\n",
         "ant/0.xml": b"<annotation/>",
+        "ant/0.xmp": b"<x:xmpmeta/>",
+        "ant/0.AAE": b"<?xml?>",
         "bee/labels.json": b"{}",
         "bee/README": b"Hi",
     }
@@ -168,7 +174,7 @@ def test_annotations_beside_images_are_ignored(tmp_path: Path, pack: object) -> 
     source = read(tmp_path, images(*ANT_BEE) | texts | folders, pack=pack)
     assert (source.classes, len(source.items)) == (ANT_BEE, 4)
     assert [(left.reason, left.count) for left in source.ignored] == [
-        ("text beside the images, such as annotations", 6)
+        ("text beside the images, such as annotations", 8)
     ]
 
 
@@ -186,6 +192,7 @@ LEFT = [
     *("ant/@EADIR/0.jpg/SYNOPHOTO.jpg", "#Recycle/1.jpg", "#snapshot/ant/0.jpg", "@Recently-Snapshot/1.jpg"),
     *("Lost+Found/1.jpg", ".Trash-1000/files/1.jpg", "ant/.ipynb_checkpoints/0-checkpoint.jpg", ".dvc/config"),
     *("ant/0.jpg:Zone.Identifier", "ant/2.jpg.crdownload", "ant/3.jpg.part", "System Volume Information/x.jpg"),
+    *("ant/0.THM", "ant/0.jpg - Shortcut.lnk", "ant/~0.tmp", "BridgeSort", "ant/pspbrwse.jbf"),
 ]
 
 

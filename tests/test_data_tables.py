@@ -87,6 +87,8 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
         pytest.param("IsTest", "0", "0", "1", id="numbers"),
         pytest.param("is_train", "1.0", "0.0", "0.0", id="is_train"),
         pytest.param("Valid", "no", "yes", "no", id="yes"),
+        pytest.param("test_flag", "0", "0", "1", id="flag"),
+        pytest.param("in_test", "0", "0", "1", id="in"),
         pytest.param("part", "", "val", "test", id="empty is train"),
     ],
 )
@@ -97,6 +99,8 @@ def test_parts_by_the_usual_columns_and_values(tmp_path: Path, column: str, trai
     expected = {
         "is_valid": ("val", "val"),
         "IsTest": ("train", "test"),
+        "test_flag": ("train", "test"),
+        "in_test": ("train", "test"),
         "is_train": ("test", "test"),
         "Valid": ("val", "train"),
     }
@@ -134,6 +138,8 @@ def test_two_columns_of_marks_are_read_together(tmp_path: Path) -> None:
         pytest.param("path,label\nimg/ant/0.jpg,a,b\n", "line 2: the row has 3 cells, and the first row 2", id="cells"),
         pytest.param("path,label\n0,ant\n", r"'0' may be img/ant/0\.jpg, img/bee/0\.jpg", id="ambiguous id"),
         pytest.param("path,label\n/x/1/0.jpg,a\n", r"may be img/ant/0\.jpg, img/bee/0\.jpg", id="ambiguous end"),
+        pytest.param("path,label\nimg/ant/0.jpg,\n", "at least two labels; 1 row has no label", id="no label at all"),
+        pytest.param("# mine\npath,label\nimg/ant/0.jpg,a\n", "titles and comments above the names", id="a comment"),
         pytest.param("PK\3\4" + "\0" * 30, "is an Excel workbook or a zip, and no text", id="workbook"),
         pytest.param("path,label\nhttps://a.b/0.jpg,a\n", "nothing is fetched", id="url"),
     ],

@@ -42,6 +42,8 @@ def levels(pixels: Tensor) -> int:
         pytest.param(1024, 0, 12, id="12 bits"),
         pytest.param(16383, 0, 14, id="14 bits"),
         pytest.param(65535, 0, 16, id="16 bits"),
+        pytest.param(70_000, 0, 18, id="sums of frames"),
+        pytest.param(2**32 - 1, 0, 32, id="32 bits"),
         pytest.param(300, 12, 12, id="a dark image of declared bits"),
         pytest.param(60000, 12, 16, id="declared bits that were scaled up"),
         pytest.param(2**40, 0, 41, id="floats without end"),
@@ -64,6 +66,7 @@ def test_the_bits_that_an_image_uses_become_256_grays(file_format: str, bits: in
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_integers_of_32_bits_and_floats_have_the_same_scales(mode: str) -> None:
     assert levels(decode(save(ramp(4095, mode), "TIFF"), WHOLE, TIFF)) == 256
+    assert levels(decode(save(ramp(100_000, mode), "TIFF"), WHOLE, TIFF)) > 64  # not 1 of 24 bits
 
 
 @pytest.mark.system

@@ -21,7 +21,7 @@ from models.data.dataset import load
 from models.errors import ArchitectureNotFound, DatasetError, DeviceUnavailable, ModelNotFound, TrainingError
 from models.images.decoding import Limits, decode, stack
 from models.runtime import devices
-from models.store.packaged import PACKAGES
+from models.store.packaged import DEFAULT, PACKAGES
 from models.store.store import ModelStore
 from models.training import run as finetune
 from models.training import train as fitting
@@ -274,6 +274,13 @@ def test_mode_auto_without_a_gpu_is_a_head(trained: Workshop) -> None:
     assert trained.run(name="auto", base="colours", mode="auto").lineage["mode"] == "head"
 
 
+@pytest.fixture
+def one_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features of all packaged networks take minutes on a busy machine, up to the limit of a test."""
+    monkeypatch.setattr("models.store.packaged.PACKAGES", {DEFAULT: PACKAGES[DEFAULT]})
+
+
+@pytest.mark.usefixtures("one_package")
 def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     workshop.scratch(name="good")
     workshop.scratch(name="poor", hyperparameters={"epochs": 1, "lr": 1e-9, "seed": 3})
@@ -281,10 +288,11 @@ def test_base_auto_takes_the_best_of_the_store(workshop: Workshop) -> None:
     table = workshop.report("chosen").candidates
     assert table is not None
     assert config.lineage["base"] == table.best
-    assert {row.name for row in table.candidates} == {"good", "poor", *PACKAGES}
+    assert {row.name for row in table.candidates} == {"good", "poor", DEFAULT}
     assert all((row.latency_ms or 0) > 0 for row in table.candidates)
 
 
+@pytest.mark.usefixtures("one_package")
 def test_no_base_within_the_latency_names_the_fastest(trained: Workshop) -> None:
     with pytest.raises(TrainingError, match="the fastest, "):
         trained.ask(name="slow", base="auto", budget={"max_latency_ms": 1e-6})
@@ -410,6 +418,7 @@ def test_copies_too_can_be_stopped(trained: Workshop, monkeypatch: pytest.Monkey
         )
 
 
+@pytest.mark.usefixtures("one_package")
 def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is fastest, or served, by then."""
     monkeypatch.setattr(finetune, "write_report", None)

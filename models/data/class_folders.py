@@ -36,7 +36,7 @@ SIDE_SUFFIXES = frozenset({
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".rst", ".yaml", ".yml", ".toml",
     ".ini", ".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js",
     ".py", ".sh", ".bat", ".ipynb", ".dvc", ".sha256", ".md5", ".url", ".geojson", ".prj", ".tfw", ".jgw",
-    ".pgw", ".pts",
+    ".pgw", ".pts", ".xmp", ".aae", ".pp3", ".dop",
 })  # fmt: skip
 SIDE_NAMES = frozenset({"readme", "license", "licence", "labels", "classes", "copying", "changelog", "notes"})
 # Beside each other these are views of the same images, and no classes
@@ -305,14 +305,22 @@ def _refuse_doubtful(found: _Found, files: Files) -> None:
             f"{_folders(tops)} are called like folds",
             "`classes` takes them as classes, `splits` the folders in them, all for training",
         )
-    names = {name for folders in found.folders.values() for name in folders}
-    shared = sum(map(len, found.folders.values()))
-    if len(tops) > 1 and len(names) > 1 and shared >= SHARED * len(tops) * len(names):
+    inner = {top: found.classes(top) for top in tops}
+    names = {name for folders in inner.values() for name in folders}
+    if len(tops) > 1 and len(names) > 1 and sum(map(len, inner.values())) >= SHARED * len(tops) * len(names):
         _doubt(
             f"all of {_folders(tops)} have the same folders in them ({_folders(sorted(names))})",
             f"`classes` takes {_quoted(tops)} as classes, `splits` {_quoted(sorted(names))}, all for training; if they hold versions "
             "of the same images, give one of them as the dataset",
         )
+    for top in tops:
+        repeated = sorted(inner[top].intersection(tops) - {top})
+        if len(repeated) > 1 and len(repeated) >= SHARED * (len(tops) - 1):
+            _doubt(
+                f"{_folders([top])} has folders in it called like those beside it ({_folders(repeated)})",
+                f"`classes` takes {_quoted(tops)} as classes; if {_folders([top])} holds copies or versions of the images beside it, "
+                "remove it",
+            )
 
 
 def _by_class(found: _Found) -> _Read:

@@ -12,7 +12,7 @@ SYSTEM = {
     "left by Windows": _names(
         "thumbs.db | thumbs.db:encryptable | ehthumbs.db | ehthumbs_vista.db | desktop.ini | $recycle.bin | "
         "system volume information | recycler | autorun.inf | pagefile.sys | hiberfil.sys | swapfile.sys | "
-        "found.0* | indexervolumeguid | wpsettings.dat | ~$* | *:zone.identifier | *.zone.identifier | "
+        "found.0* | config.msi | *.lnk | indexervolumeguid | wpsettings.dat | ~$* | *:zone.identifier | *.zone.identifier | "
         "*:smartscreen"
     ),
     "left by macOS": _names(
@@ -29,7 +29,7 @@ SYSTEM = {
     "left by a tool": _names(
         ".ipynb_checkpoints | __pycache__ | .git | .gitignore | .gitattributes | .gitkeep | .dvc | .dvcignore | "
         ".cache | .svn | .hg | .idea | .vscode | .picasa.ini | picasa.ini | .picasaoriginals | "
-        "zbthumbnail.info | *.swp | *~"
+        "zbthumbnail.info | *.swp | *~ | *.thm | *.jbf | bridgesort | album.dat | *.ffs_db | *.tmp | cachedir.tag"
     ),
     "an unfinished download": _names(
         "*.crdownload | *.part | *.partial | *.opdownload | *.aria2 | *.filepart | *.download"

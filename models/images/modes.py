@@ -1,7 +1,7 @@
 """Any mode of Pillow's -> RGB or L. The one place that decides how bright the values of a deep image are.
 
 Samples of 16 bits seldom use them all: X-rays, microscopes and thermal cameras write 10, 12 or 14 bits into 16. The scale is that of the
-smallest of 8, 10, 12, 14 and 16 bits that holds the image's largest value, or of the bits that the file declares where they hold it. It
+smallest even number of bits, from 8 on, that holds the image's largest value, or of the bits that the file declares where they hold it. It
 depends on the one image alone, so that training, serving and `imago predict` see the same.
 
 Of 16-bit colour Pillow keeps the high bytes. Where these say that fewer bits are used, the file is read again for its low bytes.
@@ -17,7 +17,7 @@ from PIL import Image
 
 from models.errors import InvalidImage
 
-BITS = (8, 10, 12, 14, 16, 24, 32)
+BITS = range(8, 33, 2)
 SAMPLES, WHITE = "imago_samples", "imago_white"  # in `Image.info`, which crops keep
 LOW_BYTES = {2: "RGB;16L", 4: "RGBA", 6: "RGBA;16L"}  # raw modes by a PNG's colour type: it has the high bytes first
 ROWS = 32  # that are joined at a time

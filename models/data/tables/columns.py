@@ -209,8 +209,8 @@ def part_of_value(value: str) -> Part | None:
 
 
 def _flag(column: str) -> Part | None:
-    """`is_valid` -> val."""
-    return part_of_value(re.sub(r"^(is|in)[\s_-]*", "", column, flags=re.IGNORECASE))
+    """`is_valid`, `test_flag` -> the part that is marked."""
+    return part_of_value(re.sub(r"^(is|in)[\s_-]*|[\s_-]*(flag|mask|indicator)$", "", column, flags=re.IGNORECASE))
 
 
 def _split(survey: Survey, keys: list[str], path: int, headless: bool) -> tuple[int | None, dict[int, Part], list[str]]:

@@ -54,7 +54,7 @@ def read_json(files: Files, name: str) -> DatasetSource:
     if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
         with opened(files, name) as content:
             kind = json_kind(content.read(PEEKED))
-        remedy = kind or "no list of tasks; export JSON-MIN or CSV from Label Studio"
+        remedy = kind or f"no list of tasks; export JSON-MIN or CSV from Label Studio, or {LIST}"
         raise DatasetError(f"{printable(name)} is {remedy}")
     return source(files, name, _tasks(name, found))
 
@@ -65,7 +65,9 @@ def _tasks(name: str, found: list[dict[str, Any]]) -> Iterator[Task]:
         if "image" not in task:
             full, azure = "annotations" in task, "regions" in task
             remedy = (
-                "this is the full JSON: export JSON-MIN or CSV" if full else "name the image `image` in Label Studio"
+                "this is the full JSON: export JSON-MIN or CSV"
+                if full
+                else f"name the image `image` in Label Studio; if the file is of another tool, {LIST}"
             )
             remedy = f"this is an export of Azure Custom Vision: {LIST}" if azure else remedy
             raise DatasetError(f"{place} has no `image`; {remedy}")

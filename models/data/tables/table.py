@@ -64,6 +64,7 @@ class Understood(NamedTuple):
 class Listed(NamedTuple):
     items: list[DatasetItem]
     notes: list[str]
+    unlabelled: str  # a sentence on rows without a label, which is among the notes; empty where there are none
 
 
 def read_table(files: Files, name: str) -> DatasetSource:
@@ -218,10 +219,12 @@ def _source(
     """`parts`: of the rows that do not say, by the table's name. `others`: tables that are not used."""
     items: set[DatasetItem] = set()
     notes: list[str] = []
+    unlabelled = ""
     for table in tables:
         listed = _list(files, table, parts.get(table.name))
         items |= set(listed.items)
         notes += listed.notes
+        unlabelled = unlabelled or listed.unlabelled
         check_count(len(items))
     if others:
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
@@ -236,7 +239,10 @@ def _source(
             notes.append(f"{without} ignored, the first {printable(unlisted[0])}")
     said = [f"{printable(table.name)} ({_described(table)})" for table in tables]
     layout = f"the table{'s' if len(tables) > 1 else ''} {', '.join(said)}"
-    return make_source(layout, by_path(_without_points(items)), files.read, labelled=True, notes=notes)
+    hint = f"; {unlabelled}" if unlabelled else ""
+    return make_source(
+        layout, by_path(_without_points(items)), files.read, labelled=True, notes=notes, elsewhere=lambda: hint
+    )
 
 
 def _described(table: Understood) -> str:
@@ -269,9 +275,11 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
             "label; leave one row per image, or list crops of the boxes"
         )
     notes = [*columns.notes, *finder.notes()]
+    without = ""
     if unlabelled:
         without = counted(len(unlabelled), "row has no label and is", "rows have no label and are")
-        notes.append(f"{without} ignored, the first {unlabelled[0]}")
+        without += f" ignored, the first {unlabelled[0]}"
+        notes.append(without)
     if (
         default is None
         and columns.split is None
@@ -280,7 +288,7 @@ def _list(files: Files, table: Understood, default: Part | None) -> Listed:
     ):
         items = [replace(item, part=parts[item.path]) for item in items]
         notes.append(f"{printable(table.name)} has no column of parts; they follow from the folders of the images")
-    return Listed(items, notes)
+    return Listed(items, notes, without)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def _aligned(rows: Iterable[tuple[str, Row]], width: int) -> Iterator[tuple[str,
         if any(row[width:]):
             raise DatasetError(
                 f"{place}: the row has {len(row)} cells, and the first row {width}; put a cell that holds the delimiter in "
-                "quotation marks"
+                "quotation marks, and remove titles and comments above the names of the columns"
             )
         yield place, row[:width] + ("",) * (width - len(row))
 

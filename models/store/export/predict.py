@@ -20,7 +20,7 @@ def white_of(largest: float, floats: bool, declared: int) -> float:
     """The largest value of as many bits as the image uses, or declares to use."""
     if declared and not floats and largest < 2**declared:
         return float(2**declared - 1)
-    whites = [1.0] * floats + [2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)]
+    whites = [1.0] * floats + [2.0**bits - 1 for bits in range(8, 33, 2)]
     return next((white for white in whites if largest <= white), largest)
 
 
