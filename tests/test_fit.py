@@ -256,6 +256,26 @@ MISFITS: list[Any] = [
         id="layer norm",
     ),
     pytest.param(lambda s: body(s) | {"head.weight": torch.ones(3, 2 * WIDTH)}, "takes 168 numbers", id="pooling"),
+    pytest.param(
+        lambda s: (
+            body(s, "0.")
+            | {"1.3.weight": torch.ones(WIDTH, 2 * WIDTH)}
+            | under(nn.BatchNorm1d(WIDTH).state_dict(), "1.5.")
+            | last(s, "1.6")
+        ),
+        "1.3 takes 168 numbers",
+        id="fastai's two poolings, and as many hidden units as features",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc1.weight": torch.ones(WIDTH, 2 * WIDTH)} | last(s, "fc2"),
+        "fc1 takes 168 numbers",
+        id="the second layer of a head by name",
+    ),
+    pytest.param(
+        lambda s: body(s) | {f"head.0.{name}": torch.ones(WIDTH) for name in ("weight", "bias")} | last(s, "head.1"),
+        "neither linear nor batch norm",
+        id="layer norm under another name",
+    ),
     pytest.param(lambda s: {"fc.weight": s["fc.weight"]}, "missing: features", id="head only"),
 ]
 
