@@ -200,6 +200,15 @@ def test_layers_of_a_sequential_are_in_the_order_of_their_numbers(tmp_path: Path
     assert store.config("mine").head.layers[0].hidden == (8,)
 
 
+@pytest.mark.parametrize("name", ["fc", "head"])
+def test_a_last_layer_without_bias(tmp_path: Path, network: nn.Module, name: str) -> None:
+    state = dict(network.state_dict())
+    probabilities, notes, _ = fitted(body(state) | {f"{name}.weight": state["fc.weight"]}, tmp_path)
+    expected = network(images()) - state["fc.bias"]
+    torch.testing.assert_close(probabilities, expected.softmax(1))
+    assert any(note.startswith("warning: the last layer has no bias") for note in notes)
+
+
 def test_a_weight_normed_head(tmp_path: Path, network: nn.Module) -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 3))
     state = body(network.state_dict()) | under(normed.state_dict(), "fc.")
