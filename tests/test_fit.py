@@ -343,6 +343,13 @@ def test_what_no_checkpoint_says_is_said(tmp_path: Path, network: nn.Module) -> 
     assert any(note.startswith("assumed: one of 3 classes per image (softmax); pixels as lenet5") for note in notes)
 
 
+@pytest.mark.parametrize("names", [{"a": 1, "b": 2, "c": 3}, {"a", "b", "c"}, []])
+def test_class_names_that_are_not_used_are_said(tmp_path: Path, network: nn.Module, names: Any) -> None:
+    _, notes, classes = fitted({"model": network.state_dict(), "class_to_idx": names}, tmp_path)
+    assert classes == ("class_0", "class_1", "class_2")
+    assert any(note.startswith("warning: class_to_idx is not used: it does not give each class") for note in notes)
+
+
 def test_squeezenets_one_output() -> None:
     network = architectures.create("nin", 1)
     from models.store.checkpoints.heads import two_classes
