@@ -171,6 +171,8 @@ def test_a_call_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
         pytest.param(b"version https://git-lfs.x/spec/v1\noid sha256:1\n", "git lfs pull", id="LFS"),
         pytest.param(b'{"error": "no access"}', "JSON", id="JSON"),
         pytest.param(b"key,value\n" * 9, "it is text", id="text"),
+        pytest.param(b"{\\rtf1\\ansi " + bytes(100), "a document (RTF)", id="RTF"),
+        pytest.param(b"P6\n10 10\n255\n" + b" " * 300, "an image (PPM)", id="PPM"),
         pytest.param(b"", "it is empty", id="empty"),
         pytest.param(bytes(5000), "zeros only", id="zeros"),
         pytest.param(b"PK\x05\x06" + bytes(18), "damaged, truncated, or not a file", id="empty zip"),

@@ -200,6 +200,15 @@ def test_layers_of_a_sequential_are_in_the_order_of_their_numbers(tmp_path: Path
     assert store.config("mine").head.layers[0].hidden == (8,)
 
 
+@pytest.mark.parametrize("name", ["fc", "head"])
+def test_a_last_layer_without_bias(tmp_path: Path, network: nn.Module, name: str) -> None:
+    state = dict(network.state_dict())
+    probabilities, notes, _ = fitted(body(state) | {f"{name}.weight": state["fc.weight"]}, tmp_path)
+    expected = network(images()) - state["fc.bias"]
+    torch.testing.assert_close(probabilities, expected.softmax(1))
+    assert any(note.startswith("warning: the last layer has no bias") for note in notes)
+
+
 def test_a_weight_normed_head(tmp_path: Path, network: nn.Module) -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 3))
     state = body(network.state_dict()) | under(normed.state_dict(), "fc.")
@@ -256,6 +265,26 @@ MISFITS: list[Any] = [
         id="layer norm",
     ),
     pytest.param(lambda s: body(s) | {"head.weight": torch.ones(3, 2 * WIDTH)}, "takes 168 numbers", id="pooling"),
+    pytest.param(
+        lambda s: (
+            body(s, "0.")
+            | {"1.3.weight": torch.ones(WIDTH, 2 * WIDTH)}
+            | under(nn.BatchNorm1d(WIDTH).state_dict(), "1.5.")
+            | last(s, "1.6")
+        ),
+        "1.3 takes 168 numbers",
+        id="fastai's two poolings, and as many hidden units as features",
+    ),
+    pytest.param(
+        lambda s: body(s) | {"fc1.weight": torch.ones(WIDTH, 2 * WIDTH)} | last(s, "fc2"),
+        "fc1 takes 168 numbers",
+        id="the second layer of a head by name",
+    ),
+    pytest.param(
+        lambda s: body(s) | {f"head.0.{name}": torch.ones(WIDTH) for name in ("weight", "bias")} | last(s, "head.1"),
+        "neither linear nor batch norm",
+        id="layer norm under another name",
+    ),
     pytest.param(lambda s: {"fc.weight": s["fc.weight"]}, "missing: features", id="head only"),
 ]
 
@@ -314,6 +343,13 @@ def test_one_output_takes_two_names(tmp_path: Path) -> None:
 def test_what_no_checkpoint_says_is_said(tmp_path: Path, network: nn.Module) -> None:
     notes = fitted(network.state_dict(), tmp_path)[1]
     assert any(note.startswith("assumed: one of 3 classes per image (softmax); pixels as lenet5") for note in notes)
+
+
+@pytest.mark.parametrize("names", [{"a": 1, "b": 2, "c": 3}, {"a", "b", "c"}, []])
+def test_class_names_that_are_not_used_are_said(tmp_path: Path, network: nn.Module, names: Any) -> None:
+    _, notes, classes = fitted({"model": network.state_dict(), "class_to_idx": names}, tmp_path)
+    assert classes == ("class_0", "class_1", "class_2")
+    assert any(note.startswith("warning: class_to_idx is not used: it does not give each class") for note in notes)
 
 
 def test_squeezenets_one_output() -> None:

@@ -361,8 +361,18 @@ def test_a_folder(tmp_path: Path, store: ModelStore, cache: Path, files: dict[st
 def test_a_folder_without_its_files(tmp_path: Path, store: ModelStore, cache: Path) -> None:
     assert "has no config.json" in refusal(store, cache, WeightsError, str(tmp_path))
     (tmp_path / "config.json").write_bytes(changed())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "weights.bin").write_bytes(b"")
     assert "a pickled file may run code" in refusal(store, cache, WeightsError, str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin is refused: it is empty" in refusal(store, cache, WeightsError, str(tmp_path))
+
+
+def test_a_folder_of_before_safetensors(
+    tmp_path: Path, store: ModelStore, cache: Path, files: dict[str, bytes]
+) -> None:
+    (tmp_path / "config.json").write_bytes(files["config.json"])
+    torch.save(safetensors.torch.load(files["model.safetensors"]), tmp_path / "pytorch_model.bin")
+    store.load(pull.pull(str(tmp_path), store, cache).name)
 
 
 def test_packaged_models_keep_their_name(store: ModelStore, cache: Path) -> None:

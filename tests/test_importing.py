@@ -130,8 +130,10 @@ def test_all_that_does_not_fit_is_in_one_message(store: ModelStore, file: Path, 
 @pytest.mark.system
 def test_the_last_layer_is_named_as_in_the_file(store: ModelStore, tmp_path: Path) -> None:
     state = dict(architectures.build("squeezenet1_1", 5).state_dict())
-    del state["classifier.1.bias"]
-    assert "1 missing: classifier.1.bias" in rejected(store, tmp_path / "mine.pth", state, "squeezenet1_1")
+    state["classifier.1.bias"] = torch.zeros(7)
+    assert "1 wrong shape: classifier.1.bias (expected" in rejected(
+        store, tmp_path / "mine.pth", state, "squeezenet1_1"
+    )
 
 
 @pytest.mark.system

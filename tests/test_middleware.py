@@ -119,6 +119,20 @@ async def test_of_a_refused_body_64_mb_are_read(service: Service) -> None:
     assert call.reads == 1024  # of 64 KB each: 64 MB
 
 
+async def test_a_refused_body_takes_no_share_of_the_memory_while_its_rest_comes(service: Service) -> None:
+    held: list[int] = []
+
+    def messages() -> Iterator[Message]:
+        for _ in range(4):
+            yield chunk(b"x" * (MB // 2), more=True)
+            held.append(service.traffic.held)
+
+    async with client_of(service):
+        call = await Call(messages()).run(service)
+    assert call.status == 413
+    assert held == [MB // 2, MB, 0, 0]
+
+
 @pytest.mark.abuse("H6")
 async def test_the_length_must_be_a_number(service: Service) -> None:
     async with client_of(service):

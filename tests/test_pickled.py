@@ -160,9 +160,16 @@ def test_class_names(content: Any) -> None:
     assert [found.names for found in class_lists(load(pickle.dumps(content)))][:1] == [["a", "b"]]
 
 
-@pytest.mark.parametrize("content", [{"classes": 3}, {"labels": [0.5]}, {"names": {}}, {"classes": [Colour.RED]}])
-def test_what_are_no_class_names(content: Any) -> None:
-    assert class_lists(load(pickle.dumps(content))) == []
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"classes": 3}, {"labels": [0.5]}, {"names": {}}, {"classes": [Colour.RED]}),
+        *({"classes": {"a", "b"}}, {"classes": frozenset({"a", "b"})}),  # in an order of their own
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_are_no_class_names(content: Any, protocol: int) -> None:
+    assert class_lists(load(pickle.dumps(content, protocol))) == []
 
 
 def test_an_array_without_its_bytes() -> None:

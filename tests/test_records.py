@@ -120,6 +120,12 @@ def test_what_only_the_hash_shows(weights: Path, config: Path, edit: Callable[[F
         ModelStore(weights).config("insects", 1)
 
 
+@pytest.mark.parametrize(("data", "line"), [(b"", 1), (b"{", 1), (b'{"a": 1,\n"b"}', 2), (b"{}x", 1)])
+def test_a_record_that_is_no_json_is_said_in_our_words(data: bytes, line: int) -> None:
+    with pytest.raises(WeightsError, match=f"^config.json is damaged: it is not JSON, in line {line}$"):
+        parse_record(data, ModelConfig, "config.json")
+
+
 @pytest.mark.parametrize("indent", [None, 4])
 def test_the_layout_of_a_record_does_not_matter(weights: Path, config: Path, indent: int | None) -> None:
     before = ModelStore(weights).config("insects", 1)

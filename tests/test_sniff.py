@@ -50,6 +50,8 @@ def boxed(brand: bytes, *more: bytes) -> bytes:
         pytest.param(save(solid(), "JPEG2000"), "a JPEG 2000 image", id="jpeg 2000"),
         pytest.param(b"%PDF-1.7\n", "a PDF document; save its page as PNG", id="pdf"),
         pytest.param(b"8BPS\0\1", "a Photoshop image", id="psd"),
+        pytest.param(b"P3\n1 1\n255\n0 0 0\n", "a Netpbm image (PGM, PPM); save it as PNG or JPEG", id="ppm"),
+        pytest.param(b"{\\rtf1\\ansi hello}", "an RTF document", id="rtf"),
         pytest.param(save(solid(), "ICO"), "an icon", id="ico"),
         pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0", "an EPS drawing", id="eps"),
         pytest.param(bytes(128) + b"DICM", "a DICOM image", id="dicom"),

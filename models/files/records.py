@@ -110,9 +110,12 @@ def _fields(data: bytes) -> dict[str, Any]:
         text = data.decode()
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
-    fields = json.loads(
-        text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite
-    )
+    try:
+        fields = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON, in line {error.lineno}") from None
     if not isinstance(fields, dict):
         raise ValueError("it is not a JSON object")
     _check_depth(fields)

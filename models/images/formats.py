@@ -53,6 +53,8 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"qoif", "a QOI image", AS_PNG),
     (0, b"gimp xcf", "a GIMP image", AS_PNG),
     (0, b"FLIF", "a FLIF image", AS_PNG),
+    *((0, b"P%d%b" % (kind, blank), "a Netpbm image (PGM, PPM)", AS_PNG) for kind in range(1, 7) for blank in (b"\n", b" ")),
+    (0, b"{\\rtf", "an RTF document", "save the images in it as PNG or JPEG"),
     (0, b"PK\x03\x04", "a zip file or an office document", UNPACK),
     (0, b"PK\x05\x06", "an empty zip file", UNPACK),
     (0, b"\x1f\x8b", "a gzip file", UNPACK),

@@ -142,6 +142,8 @@ def _notes_on(head: heads.FoundHead, scope: str, choices: Choices, is_assumed: b
         )
     elif choices.activation is None and len(head.linear) > 1:
         notes.append("its linear layers follow each other directly and are joined to one")
+    if "bias" not in head.linear[-1].keys:
+        notes.append("warning: the last layer has no bias; after normalised features (ArcFace) answers would differ")
     if norms := [scope + module.path for module in head.modules if module.kind == "norm"]:
         notes.append(
             f"warning: batch norm of the head ({', '.join(norms)}) went into the linear layer beside it with an eps of "
@@ -188,7 +190,7 @@ def _head(
     direct = [f"{body.prefix}{place}" for place in expected.places]
     root = f"{body.prefix}{expected.own}"
     inside = {key for key in rest if f"{key}.".startswith(f"{root}.") and not is_foreign(key)}
-    is_direct = all(f"{place}.weight" in rest for place in direct)
+    is_direct = all(body.prefix + key in rest for key in expected.shapes.keys() - expected.body.keys())
     is_direct &= len(direct) > 1 or inside <= {f"{direct[0]}.weight", f"{direct[0]}.bias"}
     if choices.head is None and (is_direct or len(direct) > 1):
         return None, ""

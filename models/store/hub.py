@@ -3,7 +3,7 @@
     repository --huggingface_hub--> data/downloads/hub --_checkpoint--> Checkpoint
 
 huggingface_hub downloads, and goes on where a connection broke; it reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Only these three
-files are fetched: code in a repository is never looked at, and a pickled file is refused.
+files are fetched: code in a repository is never looked at, and a pickled file is not downloaded.
 """
 
 import json
@@ -21,6 +21,7 @@ from models.errors import DownloadError, WeightsError
 from models.store.download import DownloadProgress, sha256_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+OLD_WEIGHTS = "pytorch_model.bin"  # of torch.save; read from a folder, and not downloaded
 PREFIX = "hf-hub:"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 MAX_CONFIG = 16 * 2**20  # bytes; 21,841 class names with descriptions are 3 MB
@@ -61,9 +62,10 @@ def read_folder(folder: Path) -> HubCheckpoint:
     """A folder in the Hub's format. Raises WeightsError."""
     if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder} has no {CONFIG}: a folder of the Hub holds {CONFIG} and {WEIGHTS}")
-    if not (folder / WEIGHTS).is_file():
+    weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).is_file()), None)
+    if weights is None:
         raise WeightsError(_without_safetensors(str(folder), sorted(path.name for path in folder.iterdir())))
-    return HubCheckpoint(folder.name, None, _read_config(folder / CONFIG), folder / WEIGHTS, _licence(folder / CARD))
+    return HubCheckpoint(folder.name, None, _read_config(folder / CONFIG), weights, _licence(folder / CARD))
 
 
 class Repository:

@@ -23,7 +23,7 @@ from models.store import bundle, torchserve
 from models.store import checkpoint_fit as fitting
 from models.store.checkpoint_fit import Choices
 from models.store.checkpoints import Checkpoint, heads, read_checkpoint
-from models.store.checkpoints.content import described
+from models.store.checkpoints.content import CLASS_KEYS, described
 from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 
@@ -162,6 +162,11 @@ def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | No
             "--classes names them, first the class of label 0; a regression (one output, MSELoss) has no classes and is not served"
         )
     notes.append(f"classes: {count}, from {origin}" if origin else f"classes: {count}, without names in the file")
+    unread = [key for key in checkpoint.others if key.rpartition(".")[2] in CLASS_KEYS]
+    if not names and unread:
+        notes.append(
+            f"warning: {listed(unread)} is not used: it does not give each class from 0 to {count - 1} a name; --classes names them"
+        )
     names = names or [f"class_{index}" for index in range(count)]
     if wrong := complaint(names):
         raise WeightsError(f"{Path(checkpoint.source).name} is refused: {wrong}")

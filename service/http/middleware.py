@@ -168,8 +168,7 @@ class Edge:
             exchange.refusal = (
                 None  # its traceback refers to the exchange, which would live on until a garbage collection
             )
-            if exchange.held:
-                self._release(exchange)
+            self._release(exchange)
             if exchange.flow is not None:
                 self.windows.leave(exchange.flow, refused=exchange.status == 429)
             if exchange.admitted:
@@ -288,8 +287,9 @@ class Edge:
         exchange.refusal = QueueFull(held, retry_after_s=1.0)
 
     def _release(self, exchange: Exchange) -> None:
-        self.bodies.give(exchange.client, exchange, exchange.held)
-        self.traffic.held = self.bodies.total
+        if exchange.held:
+            self.bodies.give(exchange.client, exchange, exchange.held)
+            exchange.held, self.traffic.held = 0, self.bodies.total
 
     def _reply_to(self, exchange: Exchange, send: Send) -> Send:
         async def reply(message: Message) -> None:
@@ -311,6 +311,7 @@ class Edge:
     ) -> None:
         """Answers an error. Where the body was not read to its end, reads on a little so that the sender sees the answer, and closes."""
         count_rejection(self.metrics, error)
+        self._release(exchange)  # what was read is dropped, however long the rest of it takes
         exchange.closing = exchange.closing or not exchange.complete
         status, headers, body = render(error, exchange.request_id.decode(), path)
         await reply({"type": "http.response.start", "status": status, "headers": headers})

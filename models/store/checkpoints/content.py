@@ -8,7 +8,16 @@ from typing import Any
 
 from models.errors import WeightsError
 from models.files.class_names import names_of
-from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing, mapping_of, plain
+from models.store.checkpoints.placeholders import (
+    NameAt,
+    NumpyArrayAt,
+    StorageAt,
+    TensorAt,
+    Thing,
+    Unordered,
+    mapping_of,
+    plain,
+)
 from models.store.checkpoints.torch_files import is_strided
 
 MAX_DEPTH = 5  # of wrappers in each other
@@ -173,6 +182,8 @@ def class_lists(value: Any) -> list[ClassList]:
 
 
 def _names(value: Any) -> list[str] | None:
+    if isinstance(value, Unordered):  # which class is which, it does not say
+        return None
     if isinstance(value, NumpyArrayAt) and len(value.data) > MAX_NAMES * 256:
         return None
     content = plain(value)

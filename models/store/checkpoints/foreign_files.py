@@ -42,6 +42,9 @@ STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89PNG", "an image (PNG)", "give the file with the weights"),
     (b"\xff\xd8\xff", "an image (JPEG)", "give the file with the weights"),
     (b"%PDF", "a PDF document", "give the file with the weights"),
+    (b"GIF8", "an image (GIF)", "give the file with the weights"),
+    (b"P5\n", "an image (PGM)", "give the file with the weights"),
+    (b"P6\n", "an image (PPM)", "give the file with the weights"),
     (b"\x00\x05\x16\x07", "a side file of macOS (._name)", "give the file without `._` in its name"),
     (b"ftrt", "an engine of TensorRT", EXPORT),
     (b"ptrt", "an engine of TensorRT", EXPORT),
@@ -75,6 +78,8 @@ def _text(start: bytes) -> str | None:
         return f"it is XML, often the error message of a download: {AGAIN}"
     if text.startswith(b"{") and b'"weight_map"' in text:
         return f"it is the index of weights in several files: {JOIN}"
+    if text.startswith(b"{\\rtf"):
+        return "it is a document (RTF): give the file with the weights"
     if text.startswith((b"{", b"[")) and text.isascii():
         return f"it is JSON text, a configuration or the error message of a download: {AGAIN}"
     if (

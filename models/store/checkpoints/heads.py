@@ -189,6 +189,7 @@ def _misfit(module: Module, width: int) -> str:
 def _chains(modules: list[Module], features: int) -> list[FoundHead]:
     """Linear layers on the features, each with what follows it, and batch norm before it."""
     chains: list[FoundHead] = []
+    inputs = _parents_with_inputs(modules, features)
     end = 0  # of the chain before: no module is looked at twice, and a file may have 200,000
     for number, start in enumerate(modules):
         if number < end or start.kind != "linear" or start.widths[0] != features:
@@ -203,9 +204,22 @@ def _chains(modules: list[Module], features: int) -> list[FoundHead]:
         chain = modules[first:end]
         while chain[-1].kind == "other":
             chain.pop()
-        if not any(module.kind == "other" for module in chain):
+        is_whole = (
+            inputs.get(start.parent, first) >= first
+        )  # fastai's begin with batch norm on two poolings side by side
+        if is_whole and not any(module.kind == "other" for module in chain):
             chains.append(FoundHead(tuple(chain)))
     return chains
+
+
+def _parents_with_inputs(modules: list[Module], features: int) -> dict[str, int]:
+    """{parent: place in the list of the first module in it that gives `features` numbers, but cannot be the first of a head}."""
+    found: dict[str, int] = {}
+    for number, module in enumerate(modules):
+        is_norm = module.kind == "other" and len(module.shapes.get("weight", ())) == 1  # layer norm
+        if module.widths[1] == features and (is_norm or (module.kind == "linear" and module.widths[0] != features)):
+            found.setdefault(module.parent, number)
+    return found
 
 
 def _follows(before: Module, after: Module) -> bool:
@@ -215,7 +229,7 @@ def _follows(before: Module, after: Module) -> bool:
 def _nothing(modules: list[Module], features: int, own: str, source: str) -> str:
     if odd := next((m for m in modules if m.kind == "other" and m.widths[0] == features), None):
         return f"{source}: {_misfit(odd, features)}"
-    if near := next((m for m in reversed(modules) if m.kind == "linear"), None):
+    if near := next((m for m in reversed(modules) if m.kind == "linear" and m.widths[0] != features), None):
         return f"{source}: {_misfit(near, features)}"
     return (
         f"{source} has no last layer: neither {own}.weight nor another on {features} features, only the network before it; "

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing, Unordered
 
 MAX_INTEGER = 2**53  # of a key: larger ones could be made to have one hash
 DTYPE = re.compile(r"[<>=|]?(?:[biufc](?:1|2|4|8|16)|[US]\d{1,6})")
@@ -108,8 +108,8 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "builtins.dict": _pairs,
     "builtins.list": lambda items=(): list(items) if isinstance(items, list | tuple) else [],
     "builtins.tuple": lambda items=(): tuple(items) if isinstance(items, list | tuple) else (),
-    "builtins.set": lambda items=(): list(items) if isinstance(items, list | tuple) else [],
-    "builtins.frozenset": lambda items=(): list(items) if isinstance(items, list | tuple) else [],
+    "builtins.set": lambda items=(): Unordered(items if isinstance(items, list | tuple) else ()),
+    "builtins.frozenset": lambda items=(): Unordered(items if isinstance(items, list | tuple) else ()),
     "torch.Size": lambda items=(): tuple(items) if isinstance(items, list | tuple) else (),
     "_codecs.encode": _encoded,
     "numpy.core.multiarray.scalar": _scalar,

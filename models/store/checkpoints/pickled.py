@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from models.store.checkpoints.makers import MAKERS, dtype_name, key_of, modern, name_of, storage_of
-from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, Thing
+from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, Thing, Unordered
 
 MAX_STEPS = 5_000_000  # a step makes 64 bytes at most: 320 MB; an optimizer of 1,000 tensors takes 100,000
 MARK = object()
@@ -238,11 +238,11 @@ STEPS: dict[bytes, Callable[[Reader], Any]] = {
     b"\x8b": lambda r: r._long("<I"),
     b"}": lambda r: r._push({}),
     b"]": lambda r: r._push([]),
-    b"\x8f": lambda r: r._push([]),
+    b"\x8f": lambda r: r._push(Unordered()),
     b")": lambda r: r._push(()),
     b"d": lambda r: r._dict(),
     b"l": lambda r: r._push(r._since_mark()),
-    b"\x91": lambda r: r._push(r._since_mark()),
+    b"\x91": lambda r: r._push(Unordered(r._since_mark())),
     b"t": lambda r: r._push(tuple(r._since_mark())),
     b"\x85": lambda r: r._tuple(1),
     b"\x86": lambda r: r._tuple(2),

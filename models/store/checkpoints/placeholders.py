@@ -47,6 +47,10 @@ class TensorAt:
     problem: str | None = None
 
 
+class Unordered(list[Any]):
+    """What a set holds: in no order that means anything."""
+
+
 @dataclass(slots=True, eq=False)
 class NumpyArrayAt:
     """NumPy's array: `data` are bytes, or a list of objects."""
