@@ -13,58 +13,73 @@ def _check(name: str, target: str, expected: str, limit_s: float, least_s: float
 
 CHECKS = (
     _check("facts", "facts:facts", "a GPU that computes, with 4 GB of its memory free", 130),
-    _check("transfers", "transfers:transfers", "pinned and registered memory reach the GPU as fast as ordinary", 40),
-    _check("head_job", "jobs:head_job", "a job of mode head succeeds, and its version is deployed and right", 120, 30),
+    _check(
+        "transfers",
+        "measures.transfers:transfers",
+        "pinned and registered memory reach the GPU as fast as ordinary",
+        40,
+    ),
+    _check(
+        "head_job",
+        "measures.jobs:head_job",
+        "a job of mode head succeeds, and its version is deployed and right",
+        120,
+        30,
+    ),
     _check(
         "errors", "errors:errors", "each error counts as what it is: memory, a lost GPU, or the image's own", 90, 20
     ),
     _check(
-        "serving", "serving:serve", "every request of 1, 32 and 256 callers is answered; the rest are figures", 100, 30
+        "serving",
+        "measures.serving:serve",
+        "every request of 1, 32 and 256 callers is answered; the rest are figures",
+        100,
+        30,
     ),
     _check(
         "agreement",
-        "agreement:agreement",
+        "measures.agreement:agreement",
         "of six networks float32 and the precision that is chosen agree with float32 on the CPU",
         130,
         40,
     ),
     _check(
         "network_job",
-        "jobs:network_job",
+        "measures.jobs:network_job",
         "fine-tuning a whole network twice gives the same weights, with at most 4 waits for the GPU in a step",
         130,
         40,
     ),
     _check(
         "heads",
-        "batches:heads",
+        "measures.batches:heads",
         "a batch with 100 heads waits for the GPU no more often than one with a single head",
         50,
     ),
     _check(
         "cold_shapes",
-        "shapes:cold_shapes",
+        "measures.shapes:cold_shapes",
         "of 45 sizes of a batch at most 16 are slow the first time, and the host's memory grows by 500 MB at most",
         70,
         20,
     ),
     _check(
         "out_of_memory_loading",
-        "memory:out_of_memory_loading",
+        "measures.memory:out_of_memory_loading",
         "a load for which memory is missing says so, leaves nothing behind, and succeeds when there is memory",
         70,
         15,
     ),
     _check(
         "out_of_memory_serving",
-        "batches:out_of_memory_serving",
+        "measures.batches:out_of_memory_serving",
         "every image is answered although the largest batch does not fit",
         60,
         15,
     ),
     _check(
         "swap",
-        "serving:swap",
+        "measures.serving:swap",
         "swaps under load: every request is answered, memory returns to what it was, measured rates stay the same",
         100,
         30,
@@ -76,16 +91,21 @@ CHECKS = (
         40,
         15,
     ),
-    _check("batch_invariance", "agreement:batch_invariance", "an answer does not depend on the size of its batch", 40),
+    _check(
+        "batch_invariance",
+        "measures.agreement:batch_invariance",
+        "an answer does not depend on the size of its batch",
+        40,
+    ),
     _check(
         "graphs",
-        "graphs:graphs",
+        "measures.graphs:graphs",
         "a graph of each batch size is captured while another thread serves, and computes the same",
         60,
         15,
     ),
-    _check("beside_python", "graphs:beside_python", "figures only", 50, 15),
-    _check("own_tests", "own_tests:own_tests", "the project's tests that need a GPU pass", 120, 30),
+    _check("beside_python", "measures.graphs:beside_python", "figures only", 50, 15),
+    _check("own_tests", "measures.own_tests:own_tests", "the project's tests that need a GPU pass", 120, 30),
 )
 
 
