@@ -44,9 +44,9 @@ GROUPS = frozenset({"images", "imgs", "masks", "labels", "annotations", "ground_
 # Of the folders in folders that all have: from here on they group images within something else than classes.
 SHARED = 0.6
 
-Parts = tuple[str, ...]
+PathParts = tuple[str, ...]
 NamesByParts = dict[
-    Parts, str
+    PathParts, str
 ]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""
 
 
@@ -94,7 +94,7 @@ def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
 # Files that are no images by their name
 
 
-def _is_side(files: Files, parts: Parts) -> bool:
+def _is_side(files: Files, parts: PathParts) -> bool:
     stem, suffix = posixpath.splitext(parts[-1].lower())
     named = suffix in SIDE_SUFFIXES or not suffix
     if not named or not stem or parts[-1] in IGNORED:
@@ -103,7 +103,7 @@ def _is_side(files: Files, parts: Parts) -> bool:
     return is_text(files, "/".join(parts), is_empty_allowed)
 
 
-def _sorted_side(side: Collection[Parts], top: Parts) -> tuple[list[str], list[str]]:
+def _sorted_side(side: Collection[PathParts], top: PathParts) -> tuple[list[str], list[str]]:
     """The files of text that lie outside class folders, and those inside."""
     strays: list[str] = []
     texts: list[str] = []
@@ -133,7 +133,7 @@ class _Found:
 
     def __init__(self, names: NamesByParts) -> None:
         self.names = names
-        self.below: dict[str, list[Parts]] = {}  # by folder at the top
+        self.below: dict[str, list[PathParts]] = {}  # by folder at the top
         for parts in names:
             if len(parts) > 1:
                 self.below.setdefault(parts[0], []).append(parts)
@@ -168,10 +168,10 @@ class _Read:
     hint: str = ""  # what to do where there are too few classes
 
 
-def _unwrap(found: NamesByParts) -> tuple[NamesByParts, list[Parts], Parts]:
+def _unwrap(found: NamesByParts) -> tuple[NamesByParts, list[PathParts], PathParts]:
     """Without the folders that wrap all others, and the files that lie in or beside those, which make no class; and these folders."""
-    top: Parts = ()
-    beside: list[Parts] = []
+    top: PathParts = ()
+    beside: list[PathParts] = []
     while len(folders := {parts[0] for parts in found if len(parts) > 1}) == 1 and max(map(len, found)) > 2:
         beside += [top + parts for parts in found if len(parts) == 1]
         top += tuple(folders)
@@ -184,7 +184,7 @@ def _is_neutral(name: str) -> bool:
     return part_of(name) is not None or part_of(f"train_{name}") is not None or is_unlabelled(name)
 
 
-def _item(parts: Parts, file: str, part: Part, level: int) -> DatasetItem:
+def _item(parts: PathParts, file: str, part: Part, level: int) -> DatasetItem:
     return DatasetItem(printable("/".join(parts)), file, part, printable(parts[level]))
 
 

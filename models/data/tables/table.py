@@ -46,7 +46,7 @@ SAMPLE = 50  # rows by which the column of images is found
 WHOLE = re.compile(r"-?\d+\.0+")  # an integer, as pandas writes it where a cell of the column is empty
 
 
-Rows = list[tuple[str, Row]]  # each with its place, for messages
+TableRows = list[tuple[str, Row]]  # each with its place, for messages
 
 
 class Understood(NamedTuple):
@@ -58,7 +58,7 @@ class Understood(NamedTuple):
     columns: Columns
     dialect: str
     is_beside: bool  # whether any of its first images is there
-    rows: "Rows | None"  # all of them; None: more than KEPT
+    rows: "TableRows | None"  # all of them; None: more than KEPT
 
 
 class Listed(NamedTuple):
@@ -183,7 +183,7 @@ def _understood(files: Files, name: str) -> Understood:
             any(map(is_image, table.columns)) or any(cell and finder.locate(cell) for cell in table.columns)
         )
         names = tuple(f"column {at}" for at in range(1, len(table.columns) + 1)) if headless else table.columns
-        kept: Rows = []
+        kept: TableRows = []
         first = [(f"{printable(name)}, line 1", table.columns)] if headless else []
         survey = _survey(name, names, chain(first, table.rows), kept)
         columns = understand(survey, finder.locate, headless)
@@ -191,7 +191,7 @@ def _understood(files: Files, name: str) -> Understood:
         return Understood(name, names, headless, columns, table.dialect, beside, kept if survey.rows <= KEPT else None)
 
 
-def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: Rows) -> Survey:
+def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: TableRows) -> Survey:
     """Adds the first rows to `kept`."""
     sample: list[Row] = []
     values: list[set[str] | None] = [set() for _ in names]
