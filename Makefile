@@ -57,7 +57,7 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
-check: lint types contracts test
+check: lint types contracts unit test
 
 # Exact versions with hashes, for every platform, and no index or download address in the file. tritonclient, which the tests use, wants an
 # older greenlet and ml-dtypes.

@@ -15,6 +15,8 @@ from models.images.decoding import Limits, decode
 from models.images.modes import significant_bits
 from models.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.system  # the decoder runs in a process of its own
+
 WHOLE = Preprocessing(resize=64, crop=64)
 TIFF = Limits(extra_formats=frozenset({"TIFF"}))
 
@@ -53,7 +55,6 @@ def test_significant_bits(largest: int, declared: int, bits: int) -> None:
     assert significant_bits(largest, declared) == bits
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_the_bits_that_an_image_uses_become_256_grays(file_format: str, bits: int) -> None:
@@ -62,14 +63,12 @@ def test_the_bits_that_an_image_uses_become_256_grays(file_format: str, bits: in
     assert (int(pixels.min()), int(pixels.max())) == (0, 255)
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_integers_of_32_bits_and_floats_have_the_same_scales(mode: str) -> None:
     assert levels(decode(save(ramp(4095, mode), "TIFF"), WHOLE, TIFF)) == 256
     assert levels(decode(save(ramp(100_000, mode), "TIFF"), WHOLE, TIFF)) > 64  # not 1 of 24 bits
 
 
-@pytest.mark.system
 def test_a_dark_image_that_declares_its_bits_stays_dark() -> None:
     dark = ramp(1000)
     assert decode(declaring(save(dark), 12), WHOLE).max() == 62

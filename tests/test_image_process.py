@@ -16,6 +16,8 @@ from models.images import decoder_child, decoder_process
 from models.images.cost import OutOfTime
 from models.images.decoding import Limits, decode
 
+pytestmark = pytest.mark.system  # the decoder runs in a process of its own
+
 EXTRA = Limits(extra_formats=frozenset({"TIFF", "AVIF"}))
 ENDLESS = tiff_of_one_strip(180_000, strips=60_000)
 
@@ -27,7 +29,6 @@ def ended() -> Iterator[None]:
     decoder_process.close()
 
 
-@pytest.mark.system
 def test_a_process_is_kept_for_the_next_image() -> None:
     decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
     [process] = decoder_process._idle
@@ -35,7 +36,6 @@ def test_a_process_is_kept_for_the_next_image() -> None:
     assert decoder_process._idle == [process]
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_modes_come_back_as_they_were(mode: str) -> None:
     image = photo(40, 30).convert("L").convert("I;16" if mode == "I;16" else mode)
@@ -76,7 +76,6 @@ def test_a_truncated_avif_is_named(keep: float) -> None:
         decode(data[:size], SMALL, EXTRA)
 
 
-@pytest.mark.system
 def test_an_orientation_comes_back() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -85,7 +84,6 @@ def test_an_orientation_comes_back() -> None:
     )
 
 
-@pytest.mark.system
 @pytest.mark.abuse("A402")
 def test_the_deadline_ends_the_process() -> None:
     decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
@@ -98,7 +96,6 @@ def test_the_deadline_ends_the_process() -> None:
     decode(save(photo(40, 30), "TIFF"), SMALL, EXTRA)
 
 
-@pytest.mark.system
 @pytest.mark.abuse("A402")
 def test_the_process_ends_once_the_caller_has_left() -> None:
     start = time.monotonic()
@@ -108,7 +105,6 @@ def test_the_process_ends_once_the_caller_has_left() -> None:
     assert decoder_process._idle == []
 
 
-@pytest.mark.system
 @pytest.mark.abuse("A402")
 def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_process, "CPU_S", 0)
@@ -116,7 +112,6 @@ def test_cpu_seconds_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(ENDLESS, SMALL, EXTRA)
 
 
-@pytest.mark.system
 @pytest.mark.abuse("A402")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_process, "MEMORY", 2**20)
@@ -133,7 +128,6 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.images.decoding.UNINTERRUPTED", {"PNG": 1, "WEBP": 1})
 
 
-@pytest.mark.system
 @pytest.mark.parametrize(
     ("data", "tolerance"),
     [
@@ -154,7 +148,6 @@ def test_a_large_image_is_the_same_from_a_process(data: bytes, tolerance: int, m
     assert (here.int() - there.int()).abs().max() <= tolerance
 
 
-@pytest.mark.system
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_a_large_image_ends_with_its_deadline(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from models.images import decoder_process
 from models.images.decoding import Limits, decode
 from models.images.formats import described, format_of
 
+pytestmark = pytest.mark.system  # the decoder runs in a process of its own
+
 TIFF = Limits(extra_formats=frozenset({"TIFF"}))
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 ORDERS = ["<", ">"]
