@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
@@ -147,7 +147,7 @@ async def list_events(
         await jobs.get(id)
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,9}", last) else after
-        return StreamingResponse(stream(jobs, engine, id, start), media_type="text/event-stream", headers=STREAMED)
+        return EventSourceResponse(stream(jobs, engine, id, start), headers=STREAMED)
     events = await jobs.events(id, after, limit + 1)
     return EventList(data=[JobEvent(**event) for event in events[:limit]], has_more=len(events) > limit)
 
@@ -162,15 +162,15 @@ async def stream(jobs: Jobs, engine: Engine, id: str, after: int) -> AsyncIterat
             return
         events = await jobs.read(tail, BATCH)
         for event in events:
-            yield f"id: {event['seq']}\ndata: {json.dumps(event)}\n\n".encode()
+            yield format_sse_event(id=str(event["seq"]), data_str=json.dumps(event))
         if events:
             told = time.monotonic()
         elif ended:  # seen twice: the last event is written just after the last status
-            yield b"event: end\ndata: {}\n\n"
+            yield format_sse_event(event="end", data_str="{}")
             return
         elif time.monotonic() - told > QUIET_S:
             told = time.monotonic()
-            yield b": still here\n\n"
+            yield KEEPALIVE_COMMENT
         ended = over
         if len(events) < BATCH:
             await asyncio.sleep(POLL_S)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 
@@ -104,13 +105,13 @@ PULLED: dict[str, Any] = {
     response_class=StreamingResponse,
     responses={200: PULLED},
 )
-async def pull_model(body: Pull, engine: EngineDep, store: StoreDep) -> StreamingResponse:
+async def pull_model(body: Pull, engine: EngineDep, store: StoreDep) -> EventSourceResponse:
     """Server-sent events: `{bytes, total}` of the file that arrives, then `event: end` with `{model, version}`, which serves now unless
     another version of its name did, and `warnings` where its licence is unknown or restricts use; or `event: error` with
     `{code, message}`. The download goes on where the client leaves."""
     await run_in_threadpool(_check_published, body.name)
     await run_in_threadpool(store.check_writable)
-    return StreamingResponse(pulling(engine, body.name, body.model), media_type="text/event-stream", headers=UNCACHED)
+    return EventSourceResponse(pulling(engine, body.name, body.model), headers=UNCACHED)
 
 
 def _check_published(name: str) -> None:
@@ -119,7 +120,7 @@ def _check_published(name: str) -> None:
     check(name)
 
 
-async def pulling(engine: Engine, name: str, as_name: str | None = None) -> AsyncIterator[str]:
+async def pulling(engine: Engine, name: str, as_name: str | None = None) -> AsyncIterator[bytes]:
     far: dict[str, int | None] = {"bytes": 0, "total": None}
 
     def hear(done: int, total: int | None) -> None:  # in the thread that downloads
@@ -130,20 +131,20 @@ async def pulling(engine: Engine, name: str, as_name: str | None = None) -> Asyn
     task.add_done_callback(_pulls.discard)
     while not task.done() and not engine.draining:
         await asyncio.wait([task], timeout=PULL_S)
-        yield f"data: {json.dumps(far)}\n\n"
+        yield format_sse_event(data_str=json.dumps(far))
     if task.done():
         yield _outcome(task)
 
 
-def _outcome(task: asyncio.Task[ModelConfig]) -> str:
+def _outcome(task: asyncio.Task[ModelConfig]) -> bytes:
     try:
         config = task.result()
     except (ModelError, ServiceError) as error:
-        return f"event: error\ndata: {json.dumps({'code': error.code, 'message': str(error)})}\n\n"
+        return format_sse_event(event="error", data_str=json.dumps({"code": error.code, "message": str(error)}))
     end = {"model": config.name, "version": config.version}
     if warnings := licences.warnings_of(config.lineage):
         end["warnings"] = warnings
-    return f"event: end\ndata: {json.dumps(end)}\n\n"
+    return format_sse_event(event="end", data_str=json.dumps(end))
 
 
 @admin_router.get("/models/{name}/versions", summary="A model's versions in the store", responses={200: VERSIONS})
