@@ -196,7 +196,7 @@ class Flood:
             connection = await self._connection()
             async with asyncio.timeout(self.load.timeout_s):
                 status = await connection.exchange(self.head, self.body)
-            retry = retry_after(connection.received)
+            retry = int(connection.headers.get(b"retry-after", 0))
             if connection.open:
                 self._idle.append(connection)
         self.outcomes.append(Outcome(sent_at, time.perf_counter(), status, retry))
@@ -206,11 +206,6 @@ class Flood:
             if (connection := self._idle.pop()).open:  # the server closes those that were idle for 5 s
                 return connection
         return await connect(self.load)
-
-
-def retry_after(answer: bytes) -> int:
-    _, found, rest = answer.partition(b"\r\nretry-after: ")
-    return int(rest.split(b"\r\n", 1)[0]) if found else 0
 
 
 def honesty(outcomes: list[Outcome]) -> list[float]:

@@ -1,15 +1,17 @@
 """The load generator, against a small server that answers as it is told."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from service.diagnostics.load_generator import LoadPlan, complete, percentiles, plan, read_images, run
+from service.diagnostics.load_generator import Connection, LoadPlan, percentiles, plan, read_images, run
 
 pytestmark = pytest.mark.system
 
@@ -156,11 +158,32 @@ def test_latency_is_measured() -> None:
         pytest.param(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc", True, id="body"),
         pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", False, id="half chunked"),
         pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", True, id="chunked"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n0\r\n\r\n", False, id="looks like an end"
+        ),
         pytest.param(b"HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n", True, id="no body"),
     ],
 )
-def test_complete(received: bytes, whole: bool) -> None:
-    assert complete(received) is whole
+async def test_an_answer_is_whole_however_it_is_framed(received: bytes, whole: bool) -> None:
+    """And however it is cut: here into single bytes."""
+    connection = Connection()
+    connection.connection_made(mock.create_autospec(asyncio.Transport, is_closing=lambda: False))
+    answer = asyncio.create_task(connection.exchange(b"head", b"body"))
+    await asyncio.sleep(0)
+    for byte in received:
+        connection.data_received(bytes([byte]))
+    await asyncio.sleep(0)
+    assert answer.done() is whole
+    answer.cancel()
+
+
+def test_an_answer_that_is_not_http_is_an_error_of_that_request() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+
+    with server(answer) as (url, _):
+        report = run(LoadPlan(url, concurrency=1, duration_s=None, requests=1), [b"a"])
+    assert report.errors == {"ConnectionError": 1}
 
 
 def test_percentiles_of_a_hundred() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import quote, urlsplit
 
+from httptools import HttpParserError, HttpResponseParser
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 TICK_S = 1.0  # how often `on_tick` hears of progress
 RECONNECT_S = 0.1  # a refused connection is tried again after this, not at once
@@ -107,7 +109,8 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.answer: asyncio.Future[int] | None = None
-        self.received = b""
+        self.parser = HttpResponseParser(self)
+        self.headers: dict[bytes, bytes] = {}  # of the last answer, names in lower case
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -121,41 +124,39 @@ class Connection(asyncio.Protocol):
         if self.transport is None:
             raise RuntimeError("exchange on a connection that was never made")
         self.answer = asyncio.get_running_loop().create_future()
-        self.received = b""
         self.transport.writelines((head, body))
         return await self.answer
 
     def data_received(self, data: bytes) -> None:
-        self.received = self.received + data if self.received else data
-        if self.answer is None or self.answer.done() or not complete(self.received):
-            return
-        if b"connection: close" in self.received[: self.received.find(b"\r\n\r\n")].lower():
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError as error:
+            self._fail(ConnectionError(f"the server's answer is not valid HTTP: {error}"))
+
+    def on_message_begin(self) -> None:
+        self.headers = {}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_message_complete(self) -> None:
+        """The parser has read a whole answer."""
+        if not self.parser.should_keep_alive():
             self.close()
-        self.answer.set_result(int(self.received[9:12]))  # "HTTP/1.1 200 OK"
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(self.parser.get_status_code())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(ConnectionResetError("the server closed the connection before it answered"))
+
+    def _fail(self, error: ConnectionError) -> None:
         if self.answer is not None and not self.answer.done():
-            self.answer.set_exception(ConnectionResetError("the server closed the connection before it answered"))
+            self.answer.set_exception(error)
         self.close()
 
     def close(self) -> None:
         if self.transport is not None:
             self.transport.close()
-
-
-def complete(received: bytes) -> bool:
-    """Whether these bytes hold a whole HTTP/1.1 response: its head, and the body that the head announces."""
-    end = received.find(b"\r\n\r\n")
-    if end < 0:
-        return False
-    head = received[:end].lower()
-    at = head.find(b"content-length:")
-    if at >= 0:
-        length = int(head[at + 15 :].split(b"\r\n", 1)[0])
-        return len(received) - end - 4 >= length
-    if b"transfer-encoding: chunked" in head:
-        return received.endswith(b"0\r\n\r\n")
-    return True
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
