@@ -266,8 +266,7 @@ def run(root: Path, kills: int, seed: int = 0, most_s: float = MOST_S) -> Json:
         "answers": dict(sorted(found.answers.items())),
         "accepted": len(found.accepted),
         "outcomes": dict(outcomes),
-        "left_over": leftovers,
-        "problems": found.problems,
+        "problems": found.problems + [f"left over: {path}" for path in leftovers],
     }
 
 

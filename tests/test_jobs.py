@@ -178,6 +178,7 @@ async def test_a_crash_is_told_and_counts_as_an_attempt(jobs: Jobs) -> None:
     job = await ended(jobs, created.id)
     assert job.attempt == 2
     assert "the trainer ended by SIGKILL; it goes on from its checkpoint" in await messages(jobs, job.id)
+    assert not list((jobs.folders / job.id).glob(".tmp-*"))
 
 
 async def test_stop_keeps_the_best(jobs: Jobs) -> None:

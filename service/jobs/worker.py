@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError, OutOfMemory
-from models.files.atomic_files import replace
+from models.files.atomic_files import replace, sweep
 from models.files.records import read_record, to_json
 from models.store.store import ModelStore
 from models.training.job.job_files import (
@@ -190,6 +190,7 @@ class Worker:
 
     def _attempt(self, job: Job, folder: Path) -> bool:
         """Runs one trainer process from its start to its end. Returns False if the job has failed."""
+        sweep(folder)  # of a trainer that was killed; none is alive now
         if job.attempt > MAX_ATTEMPTS:
             return self._fail(
                 job.id, "interrupted", f"server or trainer have ended {MAX_ATTEMPTS} times during this job"

@@ -74,6 +74,7 @@ def crash(times: int) -> None:
     crashed = len(list(folder.glob("crash-*")))
     if crashed < times:
         (folder / f"crash-{crashed}").touch()
+        (folder / f".tmp-{crashed}").write_bytes(b"{")  # killed while it wrote
         os.kill(os.getpid(), signal.SIGKILL)
     good()
 
