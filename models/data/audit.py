@@ -1,7 +1,7 @@
-"""What a dataset is like, file by file, before anything is trained on it: bad files, duplicates, conflicts, sizes.
+"""The audit of a dataset before training: bad files, duplicates, conflicting labels, sizes of the classes.
 
-A file is bad where `images.decode` refuses it, and where it would mislead: an animation, of which only one frame would be seen, and
-the odd drawing among photographs, which is a placeholder ("image not found") more often than not.
+A file is bad if it cannot be decoded, or if it would mislead: an animation, of which only one frame would be used, and a single
+drawing among photographs, which is usually a placeholder ("image not found").
 """
 
 from collections import Counter
@@ -20,20 +20,20 @@ from models.files.records import Record
 from models.images import formats
 
 LISTS = ("bad", "duplicates", "near_duplicates", "conflicts", "left_out")
-MAX_LISTED = 1000  # entries of each list; `totals` counts all
+MAX_LISTED = 1000  # entries of each list; `totals` has the full counts
 MAX_GROUP = 100  # paths of one group
-TINY = 10  # training images of a class, below which it is worth a warning
+TINY = 10  # a class with fewer training images gets a warning
 MAX_IMBALANCE = 10.0
 
-# An odd drawing: few colours in a picture large enough to have many, in a file that keeps them exact
+# A drawing has few colours in a picture large enough for many, in a lossless file
 DRAWN_COLOURS = 64
 DRAWN_PIXELS = 64 * 64
-DRAWN_BYTES = 0.25  # a pixel: a photograph as PNG takes 1.5 and more, and is not counted
-MAX_DRAWN = 0.05  # of the dataset and of the class: where there are more, they are what the dataset is about
+DRAWN_BYTES = 0.25  # per pixel, at most: a photograph as PNG takes 1.5 and more
+MAX_DRAWN = 0.05  # share of the dataset and of the class: if there are more, the dataset is about drawings
 
 
 class BadFile(Record):
-    """A file that is left out, and why."""
+    """A file that is left out, with the reason."""
 
     path: str
     reason: str
@@ -41,7 +41,7 @@ class BadFile(Record):
 
 @dataclass(frozen=True, eq=False)
 class AuditedImages:
-    """N good images."""
+    """The N usable images."""
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]
@@ -52,25 +52,25 @@ class AuditedImages:
 
 
 class Audit(Record):
-    """What was found. Paths are relative to the dataset; lists end at 1,000 entries, groups at 100 paths, `totals` counts all."""
+    """The findings. Paths are relative to the dataset. Lists end at 1,000 entries and groups at 100 paths; `totals` has the full counts."""
 
-    layout: str  # what the dataset was recognised as
+    layout: str  # the recognised layout, in words
     files: int
-    images: int  # that are good
+    images: int  # usable ones
     bad: tuple[BadFile, ...]
     duplicates: tuple[tuple[str, ...], ...]  # paths with equal pixels
     near_duplicates: tuple[tuple[str, ...], ...]  # paths of one photograph in several versions
-    near_rules: tuple[str, ...] = ()  # that found each group of `near_duplicates`
+    near_rules: tuple[str, ...] = ()  # the rule that found each group of `near_duplicates`
     conflicts: tuple[tuple[str, ...], ...]  # paths with equal pixels under more than one label
     left_out: tuple[str, ...]  # training (or validation) images whose equals are in validation or test
     totals: dict[str, int]  # of each list above, by its name
     parts: dict[Part, int]  # images
     class_counts: dict[Part, dict[str, int]]
-    imbalance: float  # largest over smallest class of the training part
+    imbalance: float  # size of the largest training class over that of the smallest
     warnings: tuple[str, ...]
-    # Neither good nor bad: what systems leave, text, files outside class folders.
+    # Neither good nor bad: files left by operating systems, text files, files outside class folders.
     ignored: tuple[IgnoredFiles, ...] = ()
-    # Good images by bit depth and channels, the most frequent first.
+    # Number of usable images by bit depth and channels, the most frequent first.
     image_kinds: dict[str, int] = Field(default_factory=dict)
 
 
@@ -78,7 +78,7 @@ class Audit(Record):
 
 
 def reason_of(error: ImageError, data: bytes) -> str:
-    """Why these bytes, which decode refused, are no usable image."""
+    """Returns why these bytes, which could not be decoded, are not a usable image."""
     if isinstance(error, EmptyImage):
         return "zero bytes"
     if not isinstance(error, UnsupportedImage):
@@ -88,7 +88,7 @@ def reason_of(error: ImageError, data: bytes) -> str:
 
 
 def is_animated(data: bytes) -> bool:
-    """More than one frame, of a GIF, PNG or WebP that decodes. (A JPEG with a preview or a depth map behind it is still one photograph.)"""
+    """Whether a GIF, PNG or WebP that decodes has more than one frame. (A JPEG with a preview or depth map is one photograph.)"""
     if data.startswith(b"\x89PNG"):
         control = data.find(b"acTL", 0, data.find(b"IDAT"))
         return control > 0 and int.from_bytes(data[control + 4 : control + 8], "big") > 1
@@ -105,7 +105,7 @@ def is_animated(data: bytes) -> bool:
 
 
 def drawn_colours(data: bytes) -> tuple[int, int, int] | None:
-    """Colours, width and height of a GIF or PNG with fewer colours than any photograph; None for others. Decode has accepted the bytes."""
+    """Returns the number of colours, width and height of a decodable GIF or PNG with fewer colours than any photograph; else None."""
     if data.startswith(b"\x89PNG"):
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     elif data.startswith(b"GIF8"):
@@ -120,7 +120,7 @@ def drawn_colours(data: bytes) -> tuple[int, int, int] | None:
 
 
 def odd_drawings(items: Sequence[DatasetItem], drawn: dict[int, tuple[int, int, int]]) -> dict[int, str]:
-    """Of the drawings by place in `items`, those that stand out among photographs, and what is said of them."""
+    """Returns the drawings that stand out among photographs, by index in `items`, with the reason. `drawn`: all drawings by index."""
     if not 0 < len(drawn) <= MAX_DRAWN * len(items):
         return {}
     sizes = Counter(item.class_name for item in items)
@@ -148,8 +148,8 @@ def make_audit(
     ignored: Sequence[IgnoredFiles] = (),
     image_kinds: Sequence[str] = (),
 ) -> Audit:
-    """`rows` of each part, `left_out` rows of none, the number of all `files`; `remarks` are further warnings; `image_kinds` of each
-    good image."""
+    """Builds the audit. `rows`: int64 (n,) of each part; `left_out`: the rows of no part; `files`: the number of all files; `remarks`:
+    further warnings; `image_kinds`: the kind of each usable image."""
     paths, labels, classes = images.paths, images.labels, images.classes
     duplicates = _groups(equal(images.digests))
     near = [near.rows for near in images.near]
@@ -178,7 +178,7 @@ def make_audit(
 
 
 def _groups(numbers: Tensor) -> list[list[int]]:
-    """Rows that share a number with another, in order of first appearance."""
+    """Returns the groups of rows that share a number, in order of first appearance. `numbers`: int64 (N,)."""
     sizes = numbers.bincount()
     found: dict[int, list[int]] = {}
     for row in (sizes[numbers] > 1).nonzero()[:, 0].tolist():
@@ -191,7 +191,7 @@ def _named(groups: Sequence[Sequence[int]], paths: Sequence[str]) -> tuple[tuple
 
 
 def _warnings(audit: Audit) -> list[str]:
-    """Sentences for people, the gravest first."""
+    """Returns warnings as sentences, the most serious first."""
     found, totals = [], audit.totals
     if audit.bad:
         first = audit.bad[0]

@@ -1,6 +1,6 @@
-"""The files that a dataset is made of, in a folder or an archive, under one interface. (`tar` has that of tar archives.)
+"""The files of a dataset, in a folder or an archive, under one interface. (`tar` implements it for tar archives.)
 
-Nothing outside the dataset is ever read: a zip is read member by member in place and never extracted, and a link that leads out of the
+Nothing outside the dataset is ever read. A zip is read in place, member by member, and never extracted. A link that leads out of the
 folder is an error of that file. Scans and reads are bounded.
 """
 
@@ -29,29 +29,13 @@ from models.files.zip_directory import Member
 from models.files.zip_file import Archive, check_count, printable
 from models.images.cost import FILE_BYTES, TRAINING_BYTES
 
-IMAGES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".heic",
-        ".heif",
-        ".ppm",
-        ".pgm",
-    )
-)
+IMAGES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".ppm", ".pgm",
+})  # fmt: skip
 
 
 def is_image(name: str) -> bool:
-    """Whether the name has a suffix of images."""
+    """Whether the name has the suffix of an image format."""
     return posixpath.splitext(name)[1].lower() in IMAGES
 
 
@@ -63,21 +47,23 @@ DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile
 
 
 class Files(ABC):
-    """`names`: every file by its relative name, `/` between its parts, and every empty folder with a `/` at the end, each with the name
-    that the methods know it by. Hidden files and what systems leave (`__MACOSX`, `Thumbs.db`) are left out. Several threads may read at
-    once."""
+    """The files of one folder or archive. Several threads may read at once.
+
+    `names` maps relative names, with `/` between their parts, to the names that the methods take. It has every file, and every empty
+    folder with a `/` at the end. Hidden files and files left by operating systems (`__MACOSX`, `Thumbs.db`) are left out.
+    """
 
     label: str  # of the folder or archive, for messages
-    closing: ExitStack  # what is to be closed at the end
-    notes: tuple[str, ...] = ()  # what a person should know of the names: sentences for the audit
+    closing: ExitStack  # closed at the end
+    notes: tuple[str, ...] = ()  # sentences on the names, for the audit
     encoding: str = AUTO  # of text files without a byte order mark; AUTO is UTF-8
     unread: Mapping[str, bytes] = {}  # names in an unknown code page, as they are shown, with their bytes
-    ignored: tuple[IgnoredFiles, ...] = ()  # what systems leave, once `names` was asked for
-    links: tuple[str, ...] = ()  # names of links that are not followed, once `names` was asked for
+    ignored: tuple[IgnoredFiles, ...] = ()  # left by operating systems; set once `names` was read
+    links: tuple[str, ...] = ()  # links that are not followed; set once `names` was read
 
     @property
     def advice(self) -> str:
-        """What to do about the links that are not followed; empty where there are none."""
+        """Counts the links that are not followed and says what to do; empty if there are none."""
         if not self.links:
             return ""
         count = counted(len(self.links), "file is a symbolic link, which is", "files are symbolic links, which are")
@@ -92,27 +78,27 @@ class Files(ABC):
 
     @abstractmethod
     def open(self, file: str) -> IO[bytes]:
-        """For reading from front to back. Raises one of UNREADABLE, as do the other methods."""
+        """Opens a file for sequential reading. Raises one of UNREADABLE, as the other methods do."""
 
     @abstractmethod
     def size(self, file: str) -> tuple[int, int]:
-        """Bytes of the content, as declared, and bytes that they take on the disk."""
+        """Returns the declared size of the content, and the bytes that it takes on the disk."""
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this relative name."""
         return name in self.names
 
     def file_of(self, name: str) -> str:
-        """What the methods know a relative name by."""
+        """Returns the name that the methods take for a relative name."""
         return self.names.get(name, name)
 
     def read(self, file: str) -> bytes:
-        """At most one byte more than decode may allow, so that a huge file costs no memory."""
+        """Reads at most one byte more than a decoder accepts, so that a huge file costs no memory."""
         with self.open(file) as opened:
             return b"".join(_pieces(opened, FILE_BYTES + 1))
 
     def seekable(self, file: str) -> IO[bytes]:
-        """For reading anywhere: the file itself, or a copy that vanishes when it is closed."""
+        """Opens a file for random access: the file itself, or a copy that is deleted when it is closed."""
         with ExitStack() as closing:
             copy = closing.enter_context(tempfile.TemporaryFile())
             with self.open(file) as content:
@@ -122,7 +108,7 @@ class Files(ABC):
         return copy
 
     def text(self, name: str) -> str:
-        """A small file of text by its relative name. Raises DatasetError: unreadable, too large, or in another encoding."""
+        """Reads a small text file by its relative name. Raises DatasetError if it is unreadable, too large, or in another encoding."""
         with opened(self, name) as content:
             data = content.read(TRAINING_BYTES + 1)
         if len(data) > TRAINING_BYTES:
@@ -134,7 +120,7 @@ class Files(ABC):
 
 
 def undecodable(name: str, error: UnicodeDecodeError, encoding: str) -> str:
-    """What to do about a text file in another encoding, with how the first bytes that cannot be read would read."""
+    """Says what to do about a text file in another encoding, and how its first undecodable bytes read in the likely ones."""
     start = max(error.object.rfind(end, 0, error.start) for end in SEPARATORS) + 1
     ends = [at for end in SEPARATORS if (at := error.object.find(end, error.start)) >= 0]
     sample = error.object[max(start, error.start - 40) : min([*ends, error.start + 40])].strip()
@@ -146,15 +132,17 @@ def undecodable(name: str, error: UnicodeDecodeError, encoding: str) -> str:
 
 
 def _pieces(content: IO[bytes], size: int) -> Iterator[bytes]:
-    """What is there, and at most `size` bytes of it. `read` allocates what it is asked for, so it is asked for little."""
+    """Reads at most `size` bytes, in pieces: `read` allocates the whole size that it is asked for."""
     while size > 0 and (piece := content.read(min(size, PIECE))):
         size -= len(piece)
         yield piece
 
 
 class FolderFiles(Files):
-    """Reads files below `root` alone, whatever is put in the place of a folder meanwhile; with `follow_links` also what links in it
-    lead to: for the command line, whose user may read these files anyway."""
+    """A folder. Reads only files below `root`, even if a folder is replaced by a link meanwhile.
+
+    `follow_links` also reads the targets of links: for the command line, whose user may read these files anyway.
+    """
 
     remedy = (
         "upload the dataset as a zip, or copy it with `cp -rL`, which replaces links by what they lead to; "
@@ -162,7 +150,7 @@ class FolderFiles(Files):
     )
 
     def __init__(self, root: Path, only: str | None = None, follow_links: bool = False) -> None:
-        """`only`: the one file of it that is looked at."""
+        """`only`: the single file of the folder that is read."""
         self._root, self._inside, self.label, self.closing = root, os.path.realpath(root), root.name, ExitStack()
         self._only, self._follow = only, follow_links
 
@@ -175,7 +163,7 @@ class FolderFiles(Files):
         return {name: name for name in scan.names}
 
     def has(self, name: str) -> bool:
-        """Looks at this name alone: beside a table there may be folders that are no part of the dataset."""
+        """Looks up this name alone: folders beside a table may not belong to the dataset."""
         try:
             return not stat.S_ISDIR(os.lstat(f"{self._inside}/{name}").st_mode)
         except (OSError, ValueError):
@@ -247,7 +235,7 @@ class ZipFiles(Files):
 
 @contextmanager
 def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
-    """The file of this relative name, for a dataset that cannot be without it: what goes wrong while it is read is a DatasetError."""
+    """Opens a file that the dataset needs. Any failure to read it is a DatasetError."""
     try:
         with files.open(files.names.get(name, name)) as content:
             yield content
@@ -258,12 +246,12 @@ def opened(files: Files, name: str) -> Iterator[IO[bytes]]:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in the system's words or the archive's."""
+    """Returns why a file could not be read, in the words of the system or of the archive's reader."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def is_text(files: Files, name: str, empty: bool = True) -> bool:
-    """Whether the file begins like text, or has no bytes and may be `empty`. Reads its beginning alone; False where that cannot be read."""
+    """Whether the first 512 bytes are text. An empty file counts if `empty` is set; an unreadable one does not."""
     try:
         with files.open(files.names[name]) as content:
             start = content.read(512)
@@ -282,8 +270,8 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 class _Scan:
-    """`names`: every file below `root`, and every empty folder with a `/` at its end. `ignored`: a reason and a name each. `links`: those
-    that are not followed."""
+    """Lists a folder. `names`: every file below `root`, and every empty folder with a `/` at its end. `ignored`: pairs of a reason and a
+    name. `links`: those that are not followed."""
 
     def __init__(self, root: Path, inside: str, follow_links: bool) -> None:
         self.names: list[str] = []
@@ -299,7 +287,7 @@ class _Scan:
             check_count(len(self.names) + len(self.ignored) + looked)  # links may lead to a folder any number of times
 
     def _look(self, folder: str, above: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-        """Adds the files of one folder; -> the folders in it."""
+        """Adds the files of one folder, and returns the folders in it with the real folders above each."""
         if folder.count("/") > MAX_DEPTH:
             raise DatasetError(f"{printable(folder)} lies more than {MAX_DEPTH} folders deep; this is no dataset")
         try:
@@ -328,7 +316,7 @@ class _Scan:
         return folders
 
     def _linked(self, name: str, above: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-        """The folder that a link leads to, unless it is one that the link lies in."""
+        """Returns the folder that a link leads to, unless the link lies in it."""
         if not self._follow:
             self.links.append(name)
             self.names.append(name)
@@ -345,8 +333,10 @@ class _Scan:
 
 
 def relative_names(members: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[IgnoredFiles, ...]]:
-    """As `Files.names`, `notes` and `ignored`, of members whose names end in `/` where they are folders; a folder is empty where no other
-    member lies in it. Of several members with one name the last is kept."""
+    """Returns `Files.names`, `notes` and `ignored` for the members of an archive.
+
+    Names of folders end in `/`. A folder is empty if no other member lies in it. Of several members with one name the last is kept.
+    """
     names: dict[str, str] = {}
     twice: list[str] = []
     for member in members:

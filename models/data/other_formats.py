@@ -1,6 +1,6 @@
-"""Labels and containers that no layout reads, named for the error: boxes, masks, lists, exports of other tools, archives in archives.
+"""Names formats that Imago does not read, for errors: boxes, masks, lists, exports of other tools, archives in archives.
 
-A few files of each kind are looked at, and no more than their beginning.
+Only the beginning of a few files of each kind is read.
 """
 
 import posixpath
@@ -25,19 +25,8 @@ SPREADSHEETS = (".xlsx", ".xls", ".ods")
 SPREADSHEET = "a spreadsheet, which is not read: save it as CSV UTF-8"
 LABELS = (".json", ".jsonl", ".ndjson", ".manifest", ".xml", ".txt", ".lst", ".mat", *SPREADSHEETS)
 PACKED = (
-    ".h5",
-    ".hdf5",
-    ".npy",
-    ".npz",
-    ".pkl",
-    ".pickle",
-    ".tfrecord",
-    ".tfrec",
-    ".record",
-    ".lmdb",
-    ".mdb",
-    ".arrow",
-)
+    ".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pickle", ".tfrecord", ".tfrec", ".record", ".lmdb", ".mdb", ".arrow",
+)  # fmt: skip
 
 # Names of folders beside each other, without marks between words
 IMAGES = re.compile("(jpeg)?images?|imgs?|jpe?gs?|png|rgb|photos?|pictures?")
@@ -53,7 +42,7 @@ _STEM = re.compile(r"(.*?[^\W\d_])[ ._-]*\(?\d[\d._ -]*\)?$")  # `cat.12`, `Abys
 
 
 def labels_of(files: Files) -> str:
-    """A clause on the first labels or archives that are found, for the end of an error; empty where there are none."""
+    """Returns a clause on the first labels or archives that are found, for the end of an error; empty if there are none."""
     by_kind: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in files.names:
         suffix = posixpath.splitext(name)[1].lower()
@@ -66,7 +55,7 @@ def labels_of(files: Files) -> str:
 
 
 def container(data: bytes) -> str:
-    """A clause on a file that is no dataset, by its first bytes: `is a RAR file: unpack it ...`."""
+    """Returns a clause on a file that is no dataset, by its first bytes: `is a RAR file: unpack it ...`."""
     if not data:
         return "is empty: copy or download it again"
     if data.startswith(b"PK\3\4"):
@@ -115,7 +104,7 @@ def _named(files: Files, name: str) -> str:
 
 
 def json_kind(start: bytes) -> str:
-    """What a JSON file that begins so is, and what to do: `a COCO file (...): sort the images ...`; empty where it is not known."""
+    """Returns what a JSON file with this beginning is, and the remedy: `a COCO file (...): sort the images ...`; empty if unknown."""
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((f"{what}: {remedy}" for matches, what, remedy in KINDS if matches(start)), "")
 

@@ -1,4 +1,4 @@
-"""The labelled images of a dataset, none read yet: the one form that every layout and format is turned into."""
+"""The labelled images of a dataset, before any is read: the form that every layout and format is converted to."""
 
 import re
 import unicodedata
@@ -33,48 +33,49 @@ UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, L
 
 @dataclass(frozen=True)
 class DatasetItem:
-    """One image, or a file that claims to be one; `path` is relative to the dataset, `/` between its parts, wrapping folders left out.
+    """One image, or a file that claims to be one.
 
-    An image inside a file of many is named `file[row]`, rows from 0.
+    `path` is relative to the dataset, with `/` between its parts and without the folders that wrap all others. An image inside a file
+    of many images is named `file[row]`, with rows from 0.
     """
 
     path: str
-    file: str  # its name for `Read`
+    file: str  # the name that `Read` takes
     part: Part
     class_name: str
 
 
 @dataclass(frozen=True)
 class IgnoredFiles:
-    """Files and folders that are no part of the dataset, and why."""
+    """Files and folders that do not belong to the dataset, with the reason."""
 
     reason: str
     count: int
-    examples: tuple[str, ...]  # the first by name
+    examples: tuple[str, ...]  # the first ones, sorted by name
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetSource:
-    """All images of a dataset, none opened yet."""
+    """All images of a dataset, before any is opened."""
 
-    layout: str  # what was recognised, for people
+    layout: str  # the recognised layout, in words
     items: tuple[DatasetItem, ...]  # in an order that does not depend on the file system
-    classes: tuple[str, ...]  # sorted: those of the training part
-    labelled: bool  # whether the labels are told beside the paths (a table, a file of labels), and not by them
+    classes: tuple[str, ...]  # of the training part, sorted
+    labelled: bool  # whether labels come from a table or a file of labels, not from the paths
     read: Read
-    strays: tuple[str, ...] = ()  # files outside the class folders, which are left alone
-    notes: tuple[str, ...] = ()  # what a person should know before training: sentences for the audit
-    ignored: tuple[IgnoredFiles, ...] = ()  # beside the strays: what systems leave, and files of text
-    advice: str = ""  # what to do about links that are not followed
+    strays: tuple[str, ...] = ()  # files outside the class folders, which are not read
+    notes: tuple[str, ...] = ()  # sentences for the audit, to read before training
+    ignored: tuple[IgnoredFiles, ...] = ()  # besides the strays: files left by operating systems, and text files
+    advice: str = ""  # on links that are not followed
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a dataset is read, as far as its path does not say."""
+    """Options for reading a dataset."""
 
     layout: Layout = "auto"
-    encoding: str = AUTO  # of tables, and of names in archives, that are not UTF-8
-    follow_links: bool = False  # out of the folder: for the command line, never for the server
+    encoding: str = AUTO  # of tables and of names in archives that are not UTF-8
+    follow_links: bool = False  # that lead out of the folder: on the command line, never in the server
 
 
 AS_IT_IS = Reading()
@@ -82,7 +83,7 @@ AS_IT_IS = Reading()
 
 @contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Adds what to do about links to the errors of a dataset, where it has links that are not followed."""
+    """Appends the advice to each DatasetError of the block, unless it is empty."""
     try:
         yield
     except DatasetError as error:
@@ -92,7 +93,7 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def tallied(found: Iterable[tuple[str, str]]) -> tuple[IgnoredFiles, ...]:
-    """Of pairs of a reason and a name."""
+    """Groups pairs of a reason and a name by the reason."""
     by_reason: dict[str, list[str]] = {}
     for why, name in found:
         by_reason.setdefault(why, []).append(name)
@@ -118,10 +119,12 @@ def make_source(
     hint: str = "",
     elsewhere: Callable[[], str] = str,
 ) -> DatasetSource:
-    """An item whose path ends in `/` is an empty folder: it makes a class, which the audit finds to be too small. Where classes are
-    missing, `hint` says how `layout` settles it, and `elsewhere` where the labels may be.
+    """Builds a DatasetSource from its items.
 
-    Raises TooFewClasses; DatasetError: too many images, or a class that the training part lacks.
+    An item whose path ends in `/` is an empty folder: it counts as a class, which the audit then finds too small. For the error on
+    missing classes, `hint` says how `layout` settles it, and `elsewhere` where the labels may be.
+
+    Raises TooFewClasses. Raises DatasetError if there are too many images, or if validation or test has a class without training images.
     """
     check_count(len(items))
     joined = _joined({item.class_name for item in items})
@@ -140,18 +143,18 @@ def make_source(
 
 
 def counted(count: int, one: str, many: str) -> str:
-    """`1 file is`, `2 files are`."""
+    """Returns for example `1 file is` or `2 files are`."""
     return f"{count} {one if count == 1 else many}"
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first of them, and how many more there are."""
+    """Returns the first `most` names, and the number of the others."""
     shown = [escaped(name)[:100] for name in names]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
 def refuse_alike(names: Iterable[str]) -> None:
-    """Raises DatasetError where classes differ in case, width or separators alone (`Ant`, `ant`), and are likely to be one."""
+    """Raises DatasetError if classes differ only in case, width or separators (`Ant`, `ant`): they are probably one class."""
     alike: dict[str, set[str]] = {}
     for name in map(_nfc, names):
         key = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
@@ -167,7 +170,7 @@ def refuse_alike(names: Iterable[str]) -> None:
 
 
 def refuse_lists(names: Collection[str]) -> None:
-    """Raises DatasetError where labels are lists of others (`cat`, `dog`, `cat,dog`), as those of images with several labels."""
+    """Raises DatasetError if labels are lists of other labels (`cat`, `dog`, `cat,dog`), as in multi-label datasets."""
     known = set(names)
     lists = [name for name in sorted(known) if any(_is_list(name, mark, known) for mark in "|,; ")]
     if lists:
@@ -185,7 +188,7 @@ def _is_list(name: str, mark: str, known: set[str]) -> bool:
 
 
 def _joined(names: Iterable[str]) -> list[str]:
-    """A note where classes were spelled in several forms of Unicode."""
+    """Returns a note if a class is spelled in several forms of Unicode."""
     forms: dict[str, int] = {}
     for name in names:
         forms[_nfc(name)] = forms.get(_nfc(name), 0) + 1
@@ -200,14 +203,14 @@ def _nfc(name: str) -> str:
 
 
 def _normal(item: DatasetItem) -> DatasetItem:
-    """With the class name in NFC: macOS writes `é` as two characters, others as one, and nobody sees a difference."""
+    """Returns the item with its class name in NFC: macOS writes `é` as two characters, other systems as one."""
     if unicodedata.is_normalized("NFC", item.class_name):
         return item
     return replace(item, class_name=_nfc(item.class_name))
 
 
 def _lacking(items: Iterable[DatasetItem], classes: Sequence[str]) -> str:
-    """The classes of validation and test that the training part lacks; empty where there are none."""
+    """Names the classes of validation and test that have no training images; empty if there are none."""
     known = set(classes)
     lacking = {part: sorted({i.class_name for i in items if i.part == part} - known) for part in PARTS}
     found = [f"{part} has classes that train lacks ({listed(names, 10)})" for part, names in lacking.items() if names]

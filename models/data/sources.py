@@ -1,4 +1,4 @@
-"""From the path of a dataset to its labelled images: the one place that recognises layouts.
+"""Opens a dataset by its path: the one place that recognises layouts.
 
 a folder, zip or tar --LAYOUTS, the first that recognises it--> Source
 a table (.csv, .tsv, .jsonl), a .json --its columns-----------> Source, of images beside it
@@ -32,7 +32,7 @@ from models.images import formats
 ESCAPED = re.compile(r"\\udc[89a-f][0-9a-f]")  # a byte that is not UTF-8, as `printable` shows it
 MAX_SHOWN = 5  # classes in a message
 
-# Each returns None for what is not its own, and raises DatasetError for its own that is malformed. The last takes whatever is left.
+# Each reader returns None for another format, and raises DatasetError if its own format is malformed. The last one takes the rest.
 OF_TABLES: tuple[Callable[[Files], DatasetSource | None], ...] = (read_one_hot, read_label_studio, read_tables)
 LAYOUTS: tuple[Callable[[Files], DatasetSource | None], ...] = (
     read_idx,
@@ -50,10 +50,10 @@ A_DATASET = (
 
 @contextmanager
 def open_source(path: Path, reading: Reading = AS_IT_IS) -> Iterator[DatasetSource]:
-    """List a dataset. `read` may be used by several threads at once, until the end of the block.
+    """Lists a dataset. Several threads may use `read` at once, until the end of the block.
 
-    Raises TooFewClasses; DatasetError: not a dataset, too many files, a name that points outside, a layout in doubt, or a malformed
-    file of many images.
+    Raises TooFewClasses. Raises DatasetError if the path is no dataset, has too many files or a name that points outside, if its layout
+    is in doubt, or if a file of many images is malformed.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -138,7 +138,7 @@ def _read(files: Files, reading: Reading) -> DatasetSource:
 
 
 def _check_classes(source: DatasetSource, files: Files) -> None:
-    """Raises DatasetError where folders of a zip in an unknown code page name classes: these would be trained, and given as answers."""
+    """Raises DatasetError if class folders of a zip have names in an unknown code page: answers would have the wrong names."""
     classes = {name for name in source.classes if not name.isascii()}
     if source.labelled or not classes:
         return
@@ -151,13 +151,13 @@ def _check_classes(source: DatasetSource, files: Files) -> None:
 
 
 def _shown(raw: bytes) -> set[str]:
-    """How a folder of an unknown code page may be shown."""
+    """Returns the ways in which a folder name of an unknown code page may be shown."""
     texts = (raw.decode(CODE_PAGE), raw.decode("utf-8", "replace"))
     return {unicodedata.normalize("NFC", text) for text in texts}
 
 
 def _decoded(source: DatasetSource, files: Files) -> DatasetSource:
-    """With the classes of a folder or tar by `encoding`, where any is not UTF-8 and so shown as `\\udcc3\\udca8`."""
+    """Decodes class names of a folder or tar by `encoding` if any is not UTF-8 (such names are shown as `\\udcc3\\udca8`)."""
     odd = [name for name in source.classes if ESCAPED.search(name)]
     if source.labelled or not odd:
         return source

@@ -1,4 +1,4 @@
-"""Datasets that cannot be split: classes that are too small, and classes whose images are all duplicates of each other."""
+"""Refuses datasets that cannot be split: classes that are too small, or whose images are all duplicates of each other."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ def _also(count: int) -> str:
 
 
 def check_apart(images: AuditedImages, train: Tensor, near: NearDuplicates) -> None:
-    """Raises DatasetError for classes that duplicates leave with nothing to hold out, unless they may be split like other images."""
+    """Raises DatasetError for classes with nothing to hold out because all their images are duplicates. `near`: how to treat them."""
     if near != "group":
         return
     alone = split.lonely(images.groups, images.labels, train)

@@ -1,4 +1,4 @@
-"""Files and folders that operating systems, network disks and tools leave: no part of a dataset. The one place that knows them."""
+"""Names of files and folders that operating systems, network disks and tools leave in a dataset, which are ignored."""
 
 from functools import lru_cache
 
@@ -43,7 +43,7 @@ HIDDEN = "hidden: the name begins with a dot"
 
 @lru_cache(4096)  # folders come again with each of their files
 def system_reason(name: str) -> str | None:
-    """Returns the reason why a file or folder of this name is no part of a dataset; None where it may be one."""
+    """Returns the reason to ignore a file or folder of this name; None if it may belong to a dataset."""
     lower = name.lower()
     if why := NAMED.get(lower):
         return why
@@ -55,7 +55,7 @@ def system_reason(name: str) -> str | None:
 
 
 def left_by_systems(name: str) -> tuple[str, str] | None:
-    """The reason and the file, or the folder that it lies in, that a system has left: a folder counts once, however much is in it."""
+    """Returns the reason to ignore a file, and its name or that of the ignored folder it lies in: a folder counts once."""
     parts = name.split("/")
     for place, part in enumerate(parts):
         if why := system_reason(part):

@@ -1,6 +1,6 @@
-"""A tar archive, gzipped or not, as the files of a dataset.
+"""The files of a dataset in a tar archive, gzipped or not.
 
-.tar.gz --unpack, once, bounded--> a temporary file that vanishes --TarFiles--> members, read in place
+.tar.gz --unpacked once, bounded--> a temporary file, deleted at the end --TarFiles--> members, read in place
 """
 
 import gzip
@@ -37,7 +37,8 @@ def is_tar(path: Path) -> bool:
 
 @contextmanager
 def open_tar(path: Path) -> Iterator["TarFiles"]:
-    """Raises DatasetError: damaged, too many files, a name that leads outside, or a bomb. Raises OSError where the disk is full."""
+    """Opens an archive. Raises DatasetError if it is damaged, a bomb, or has too many files or a name that leads outside; OSError if the
+    disk is full."""
     with path.open("rb") as packed, ExitStack() as closing:
         content: IO[bytes] = packed
         if packed.read(2) == b"\x1f\x8b":
@@ -61,16 +62,16 @@ def _unpack(path: Path, packed: IO[bytes], target: IO[bytes]) -> None:
 
 
 class _Entry(NamedTuple):
-    """Where the content of a member lies in the unpacked archive."""
+    """Position of a member's content in the unpacked archive, in bytes."""
 
     start: int
     size: int
-    is_plain: bool  # a regular file, and not sparse
-    is_link: bool  # a symbolic link; a hard link is no less unreadable, and rare
+    is_plain: bool  # a regular file that is not sparse
+    is_link: bool  # a symbolic link; hard links are rare, and cannot be read either
 
 
 class TarFiles(Files):
-    """Links, pipes and devices are there by their names, and cannot be read."""
+    """A tar archive. Links, pipes and devices are listed, but cannot be read."""
 
     def __init__(self, path: Path, content: IO[bytes]) -> None:
         self.label, self.closing = path.name, ExitStack()
@@ -113,22 +114,22 @@ class TarFiles(Files):
 
 
 def _members_of(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """Every member; none is kept. Raises ReadError where the headers of one, long names and sparse maps included, take too much."""
+    """Yields every member, and keeps none. Raises ReadError if the headers of one are too large (long names, sparse maps)."""
     headers = _Headers(content)
     with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             yield member
-            archive.members.clear()  # tarfile keeps all it has seen, 1 KB each
+            archive.members.clear()  # tarfile keeps every member, 1 KB each
             if len(archive.pax_headers) > MAX_GLOBALS:
                 raise tarfile.ReadError("too many global headers")
             headers.left = MAX_HEADER_BYTES
-        content.seek(archive.offset)  # tarfile ends without a word at a header that is none
+        content.seek(archive.offset)  # tarfile ends silently at an invalid header
         if content.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError("no header")
 
 
 class _Headers:
-    """The file as tarfile reads it: the headers of one member may not be so long that they cost memory or time."""
+    """The file that tarfile reads, with a limit on the bytes of one member's headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
