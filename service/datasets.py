@@ -1,7 +1,7 @@
-"""The datasets folder: where the path in a request leads, what there is, and how a zip gets there.
+"""The datasets folder: resolves paths of requests, lists datasets, and receives uploads.
 
 upload -> .tmp-<random>/, written as it arrives -> its table of contents checked -> <name>.zip, by one rename
-          removed at its end; what a killed server has left goes at the next start, or with the next upload
+          removed at its end; leftovers of a killed server are removed at the next start, or with the next upload
 """
 
 import asyncio
@@ -48,9 +48,9 @@ _KINDS: dict[str, DatasetKind] = {
 
 
 def resolve(root: Path, relative: Path) -> Path:
-    """The absolute path of a dataset. DatasetError, the same for all that is not there and all that is not allowed:
+    """Returns the absolute path of a dataset. Raises one and the same DatasetError for what is missing and what is not allowed:
 
-    absolute paths, `..`, `~`, URLs, symlinks at any depth, and what is neither a folder nor a regular file.
+    absolute paths, `..`, `~`, URLs, symlinks at any depth, and anything but folders and regular files.
     """
     parts = relative.parts
     try:
@@ -68,7 +68,7 @@ def _is_special(part: str) -> bool:
 
 
 def _is_plain(root: Path, parts: tuple[str, ...]) -> bool:
-    """Whether the path is of folders down to a folder or a regular file."""
+    """Whether the path leads through folders to a folder or a regular file."""
     handle = open_beneath(root, parts, os.O_PATH)  # no FIFO blocks it
     try:
         mode = os.fstat(handle).st_mode
@@ -78,7 +78,7 @@ def _is_plain(root: Path, parts: tuple[str, ...]) -> bool:
 
 
 def check_space(dataset: Path, *folders: Path) -> None:
-    """Raises InsufficientStorage where a folder's disk has less than twice what a job may write."""
+    """Raises InsufficientStorage if a folder's disk has less than twice the space that a job may need."""
     packed = dataset.stat().st_size if dataset.is_file() else 0
     needed = 2 * (_NEEDED_BYTES + packed)
     for folder in folders:
@@ -94,7 +94,7 @@ def _check_free(folder: Path, needed: int) -> None:
 
 
 class DatasetEntry(BaseModel):
-    """Something under the datasets folder that a job can be given."""
+    """An entry of the datasets folder that a job can use."""
 
     object: Literal["dataset"] = "dataset"
     name: str = Field(description="The `dataset` of a request")
@@ -104,14 +104,14 @@ class DatasetEntry(BaseModel):
 
 
 class Datasets:
-    """What lies in the datasets folder. Links are not shown, as no request can name them."""
+    """The datasets folder. Links are not shown, as no request can use them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._pool = ThreadPoolExecutor(4, "datasets")
 
     async def start(self) -> None:
-        """Removes what uploads have left that were killed."""
+        """Removes leftovers of killed uploads."""
         await self.in_pool(self._sweep)
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Datasets:
             log.warning("uploads that were killed could not be removed: %s", error)
 
     async def page(self, after: str, limit: int) -> tuple[list[DatasetEntry], bool]:
-        """By name, those after this one, at most `limit`; and whether there are more."""
+        """Returns at most `limit` entries after this name, sorted by name, and whether there are more."""
         found = [dataset for dataset in await self.in_pool(self._listing) if dataset.name > after]
         return found[:limit], len(found) > limit
 
@@ -137,12 +137,12 @@ class Datasets:
             return sorted(filter(None, map(_dataset_of, entries)), key=lambda dataset: dataset.name)
 
     def check_name(self, name: str) -> None:
-        """Raises NameConflict where there is something of this name."""
+        """Raises NameConflict if there is an entry of this name."""
         if os.path.lexists(self.root / name):
             raise NameConflict(f"there is a dataset {name!r}; take another name, or replace it with `replace=true`")
 
     async def receive(self, size: int) -> "Arrival":
-        """Begins an upload of `size` bytes, 0 if that is not known; close it in the end. Raises InsufficientStorage."""
+        """Begins an upload of `size` bytes, 0 if unknown; the caller must close it. Raises InsufficientStorage."""
         return await self.in_pool(Arrival, self, size)
 
     async def in_pool(self, work: Callable[..., T], *args: Any) -> T:
@@ -150,7 +150,7 @@ class Datasets:
 
 
 def _dataset_of(entry: "os.DirEntry[str]") -> DatasetEntry | None:
-    """None for what is hidden, a link, no dataset by its name, or has a name that nobody can type."""
+    """Returns the entry; None for what is hidden, a link, not a dataset by its name, or has a name that cannot be typed."""
     kind = next((kind for suffix, kind in _KINDS.items() if entry.name.lower().endswith(suffix)), None)
     if entry.name.startswith((".", "~")) or not entry.name.isprintable() or entry.is_symlink():
         return None
@@ -167,7 +167,7 @@ def _dataset_of(entry: "os.DirEntry[str]") -> DatasetEntry | None:
 
 
 class Arrival:
-    """One zip on its way into the datasets folder. Blocking; its methods raise InsufficientStorage where the disk does not take it."""
+    """One zip on its way into the datasets folder. Blocking. Its methods raise InsufficientStorage if the disk is full."""
 
     def __init__(self, datasets: Datasets, size: int) -> None:
         self._datasets = datasets
@@ -184,7 +184,7 @@ class Arrival:
             self._file.write(data)
 
     def keep(self, name: str, replace: bool) -> DatasetEntry:
-        """Puts the whole file into the datasets folder, once it is found to be good. Raises DatasetError, NameConflict."""
+        """Checks the file and moves it into the datasets folder. Raises DatasetError, NameConflict."""
         root, draft = self._datasets.root, self._folder / name
         with _storing():
             self._file.flush()
@@ -201,13 +201,13 @@ class Arrival:
         )
 
     def close(self) -> None:
-        """Nothing is left of an upload that was not kept."""
+        """Removes an upload that was not kept."""
         self._closing.close()
 
 
 def _check_table(path: Path) -> None:
-    """Checks a zip's table of contents in a process with a bound on its memory, so that a hostile one costs the server neither memory nor
-    the GIL: 4,000,000 entries take 2 GB as Python objects. Raises DatasetError."""
+    """Checks a zip's table of contents in a process with limited memory, so that a hostile zip costs the server neither memory nor the
+    GIL: 4,000,000 entries take 2 GB as Python objects. Raises DatasetError."""
     command = (sys.executable, "-P", "-m", "models.files.zip_file", str(path))
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_S)  # noqa: S603  (our own module)

@@ -1,12 +1,11 @@
-"""Every network by name, cut into a backbone and its last layer.
+"""Builds every network by name, and cuts it into a backbone and its last layer.
 
     build(name)   the network as its authors wrote it: torchvision's classifiers (`resnet50`), timm's
                   (`timm/resnet50`), `classics` and `efficientnet_lite`
-    create(name)  the same, cut: `layer(backbone(x))` is what the uncut network answers
+    create(name)  the same, cut: `layer(backbone(x))` equals the uncut network
 
-The backbone keeps the network's own parameter names, so anyone's state dict fits; the last layer's place holds an `nn.Identity`.
-torchvision and timm are imported when one of their networks is first asked for: they cost a start 2 s that the default model need
-not pay.
+The backbone keeps the network's own parameter names, so that anyone's state dict fits; an `nn.Identity` stands in place of the last
+layer. torchvision and timm are imported with the first of their networks: they take 2 s, which the default model does not need.
 """
 
 import difflib
@@ -43,9 +42,9 @@ MNIST_SCALE = ((0.1307,), (0.3081,))
 
 @dataclass(eq=False)
 class Network:
-    """An architecture, cut. float32 (N, channels, height, width), normalised --backbone--> (N, feature_dim) --layer--> (N, num_classes).
+    """A cut architecture. float32 (N, channels, height, width), normalised --backbone--> (N, feature_dim) --layer--> (N, num_classes).
 
-    `layer_name` is the last layer's name in the uncut network ("fc", "classifier.6"): what its keys begin with in anyone's state dict.
+    `layer_name` is the name of the last layer in the uncut network ("fc", "classifier.6"): the prefix of its keys in state dicts.
     """
 
     name: str
@@ -57,17 +56,17 @@ class Network:
 
 
 def names() -> tuple[str, ...]:
-    """Every architecture but timm's: torchvision's classifiers, EfficientNet-Lite, and the small networks of `classics`."""
+    """Returns every architecture except timm's: torchvision's classifiers, EfficientNet-Lite, and the small networks of `classics`."""
     models = _torchvision()
     return tuple(sorted([*models.list_models(module=models), *OWN]))
 
 
 def create(name: str, num_classes: int = 1000, channels: int = 3, weights: bool = False, aux: bool = False) -> Network:
-    """A network ready to train, in training mode: randomly initialised, or with torchvision's published weights.
+    """Returns a network in training mode: randomly initialised, or with torchvision's published weights.
 
-    With published weights the last layer is theirs at 1000 classes and a fresh one otherwise; at one channel the first convolution's
-    weights are summed, so that a gray image gives what its three-channel copy gave. `aux` keeps the auxiliary classifiers of
-    Inception v3 and GoogLeNet, which answer in training mode; no other network has any.
+    With published weights the last layer is the published one for 1000 classes, and a fresh one otherwise. For one channel the weights of
+    the first convolution are summed, so that a gray image gives what its three-channel copy gave. `aux` keeps the auxiliary classifiers
+    of Inception v3 and GoogLeNet, which work in training mode; no other network has any.
     """
     if not weights:
         return cut(name, build(name, num_classes, channels, aux), channels)
@@ -78,27 +77,27 @@ def create(name: str, num_classes: int = 1000, channels: int = 3, weights: bool 
 
 
 def create_backbone(name: str, channels: int = 3) -> nn.Module:
-    """A backbone in eval mode, on the meta device, to load weights into with `load_state_dict(state, assign=True)`."""
+    """Returns a backbone in eval mode on the meta device, for `load_state_dict(state, assign=True)`."""
     backbone = outline(name, channels=channels).eval()
     _take_layer(name, backbone)
     return backbone
 
 
 def outline(name: str, num_classes: int = 1000, channels: int = 3) -> nn.Module:
-    """The uncut network on the meta device: names and shapes, without memory or values, in milliseconds."""
+    """Returns the uncut network on the meta device: names and shapes without memory or values, in milliseconds."""
     with torch.device("cpu"), _Hollow():
         network = build(name, num_classes, channels)
     return network.to("meta")
 
 
 def unfilled(name: str, channels: int = 3) -> nn.Module:
-    """The uncut network on the CPU, its random parameters left as the memory was: for the buffers that no state dict has."""
+    """Returns the uncut network on the CPU with uninitialised parameters: for the buffers that no state dict has."""
     with _Unfilled():
         return build(name, channels=channels)
 
 
 def build(name: str, num_classes: int = 1000, channels: int = 3, aux: bool = False) -> nn.Module:
-    """The uncut network, randomly initialised, in training mode."""
+    """Returns the uncut network, randomly initialised, in training mode."""
     if name in OWN:
         return OWN[name].build(num_classes, channels)
     if is_timm(name):
@@ -119,7 +118,7 @@ def cut(name: str, network: nn.Module, channels: int = 3) -> Network:
 
 
 def split_state(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict of the uncut network -> the backbone's and the last layer's own. Auxiliary classifiers are dropped."""
+    """Splits a state dict of the uncut network into those of the backbone and the last layer. Drops auxiliary classifiers."""
     if is_timm(name):
         return timm_networks.split_state(outline(name), state)
     layer_name, layer = _take_layer(name, outline(name))
@@ -134,7 +133,7 @@ def split_state(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def last_layers(name: str, outline: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that answer scores, in the uncut network: one, and a few of timm's have several. Takes `outline` apart."""
+    """Returns the names of the layers that give scores in the uncut network: one, or several in a few of timm's. Modifies `outline`."""
     if is_timm(name):
         return timm_networks.classifiers(outline)
     layer_name, layer = _take_layer(name, outline)
@@ -143,7 +142,7 @@ def last_layers(name: str, outline: nn.Module) -> tuple[str, ...]:
 
 
 def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
-    """The resize, crop and scale of an architecture's published weights; a classic's size, and the scale of CIFAR or MNIST."""
+    """Returns resize, crop and scale of an architecture's published weights; for a classic its size, and the scale of CIFAR or MNIST."""
     if name in SIZES:
         return SIZES[name].preprocessing(channels)
     if is_timm(name):
@@ -174,10 +173,10 @@ def preprocessing_of(name: str, channels: int = 3) -> Preprocessing:
 
 
 def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
-    """torchvision's enum member (`.url`, `.meta`, `.transforms()`) for these weights; None where torchvision publishes none.
+    """Returns torchvision's enum member (`.url`, `.meta`, `.transforms()`) for these weights; None if torchvision publishes none.
 
-    V1 transfers better than V2 as frozen features. `vit_h_14` and `regnet_y_128gf` have no plain V1: theirs is the one of 224 px
-    whose features were left as they were pre-trained (`IMAGENET1K_SWAG_LINEAR_V1`).
+    V1 transfers better than V2 as frozen features. `vit_h_14` and `regnet_y_128gf` have no plain V1: theirs is the one of 224 px with the
+    pre-trained features (`IMAGENET1K_SWAG_LINEAR_V1`).
     """
     if name in OWN or is_timm(name):
         return None
@@ -191,7 +190,7 @@ def published_weights(name: str, which: str = "IMAGENET1K_V1") -> Any | None:
 
 
 def licence_of(weights: Any) -> str:
-    """Of torchvision's enum member: what it says, or else torchvision's own licence."""
+    """Returns the licence of torchvision's enum member: its own, or else that of torchvision."""
     return str(weights.meta.get("license", "BSD-3-Clause"))
 
 
@@ -217,7 +216,7 @@ def _drop_auxiliary(network: Any) -> None:
 
 
 def _renew_auxiliary(network: nn.Module, num_classes: int) -> None:
-    """Auxiliary classifiers with untrained last layers for `num_classes`."""
+    """Replaces the last layers of auxiliary classifiers by untrained ones for `num_classes`."""
     for auxiliary in (getattr(network, name, None) for name in AUXILIARY):
         if auxiliary is not None:
             name, layer = _linear_layers(auxiliary)[-1]
@@ -225,7 +224,7 @@ def _renew_auxiliary(network: nn.Module, num_classes: int) -> None:
 
 
 def _adapt(name: str, network: Any, channels: int) -> None:
-    """What torchvision's networks need to be built, loaded and stored like any other."""
+    """Changes torchvision's networks so that they can be built, loaded and stored like any other."""
     if name in WITH_AUXILIARY:
         # With published weights torchvision turns ImageNet's mean and std into 0.5 and 0.5 inside the network. That is preprocessing,
         # so it stands in `preprocessing_of`: it then travels with the weights, costs nothing, and works for one channel.
@@ -250,7 +249,7 @@ def _linear_layers(network: nn.Module) -> list[tuple[str, nn.Linear | ConvLayer]
 
 
 def _take_layer(architecture: str, network: nn.Module) -> tuple[str, nn.Linear | ConvLayer]:
-    """Puts an identity in the place of the last layer, and returns its name and the layer."""
+    """Puts an identity in place of the last layer, and returns its name and the layer."""
     if is_timm(architecture):
         return timm_networks.take_layer(network)
     layers = _linear_layers(network)
@@ -262,7 +261,7 @@ def _take_layer(architecture: str, network: nn.Module) -> tuple[str, nn.Linear |
 
 
 def _take_conv_layer(squeezenet: nn.Module) -> ConvLayer:
-    """SqueezeNet ends in dropout, 1x1 convolution, ReLU, mean: the last three are one `ConvLayer`."""
+    """Takes SqueezeNet's last layers: of dropout, 1x1 convolution, ReLU and mean, the last three become one `ConvLayer`."""
     classifier = squeezenet.get_submodule("classifier")
     conv = classifier.get_submodule("1")
     if not isinstance(conv, nn.Conv2d):
@@ -275,16 +274,16 @@ def _take_conv_layer(squeezenet: nn.Module) -> ConvLayer:
 
 
 def _map_size(backbone: nn.Module, preprocessing: Preprocessing) -> int:
-    """Length of the flattened map at the network's own input size: one black image is tried."""
+    """Returns the length of the flattened map at the network's input size, measured with one black image."""
     shape = (1, preprocessing.channels, preprocessing.height, preprocessing.width)
     features: Tensor = backbone(torch.zeros(shape, device=next(backbone.parameters()).device))
     return features.shape[1]
 
 
 class _Hollow(TorchFunctionMode):
-    """Parameters and running statistics are made on the meta device: nothing is allocated, and random initialisation costs nothing.
+    """Creates parameters and running statistics on the meta device: nothing is allocated, and random initialisation costs nothing.
 
-    `torch.device("meta")` would do, were it not for torchvision's RegNet, which computes its widths with `torch.arange`.
+    `torch.device("meta")` does not suffice: torchvision's RegNet computes its widths with `torch.arange`.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -295,7 +294,7 @@ class _Hollow(TorchFunctionMode):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Random initialisation does nothing: it takes seconds of a large network, whose memory is not touched without it."""
+    """Skips random initialisation, which takes seconds for a large network, and touches its memory."""
 
     RANDOM = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.random_)
 

@@ -24,7 +24,7 @@ STAGES = ((1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Multipliers of Lite0's width and depth, and the input: the shorter side is resized to `resize`, the centre `crop` is cut."""
+    """Multipliers of the width and depth of Lite0, and the input: the shorter side is resized to `resize`, the centre `crop` is cut."""
 
     width: float
     depth: float
@@ -73,7 +73,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
 
 
 def relu6(x: Tensor) -> Tensor:
-    """In place: a second tensor of this size would cost a tenth of the forward pass."""
+    """Works in place: a second tensor of this size would cost a tenth of the forward pass."""
     return F.relu6(x, inplace=True)
 
 

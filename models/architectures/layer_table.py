@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]  # of a module's output, by its path
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One module. Its figures include those of everything inside it. `output` is the shape for a batch of one."""
+    """One module, including everything inside it. `output` is the shape for a batch of one."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The layers in the network's order; the first is the network itself, so its figures are the totals."""
+    """The layers in the network's order. The first row is the network itself, so its figures are the totals."""
 
     layers: tuple[LayerRow, ...]
 
@@ -44,7 +44,8 @@ class LayerTable:
 
 
 def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerTable:
-    """The table of the uncut network. Runs on the meta device: only shapes are computed, so the largest takes seconds and no memory."""
+    """Returns the table of the uncut network. Runs on the meta device, which computes only shapes: seconds for the largest, and no
+    memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
     network = architectures.outline(name, num_classes, channels).eval()
@@ -62,7 +63,7 @@ def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerT
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[Shapes]:
-    """Within, the shapes of what each module answers, filled in when the network runs."""
+    """Records the output shape of each module when the network runs within the block."""
     outputs: Shapes = {}
 
     def watch(path: str, module: nn.Module) -> RemovableHandle:
@@ -80,7 +81,7 @@ def watched(network: nn.Module) -> Iterator[Shapes]:
 
 
 def shown_modules(network: nn.Module, outputs: Shapes) -> Iterator[tuple[str, nn.Module]]:
-    """Those that have run and do not lie too deep, by path."""
+    """Returns the modules that have run and are not nested too deeply, by path."""
     for path, module in network.named_modules():
         if path in outputs and len(path.split(".")) <= SHOWN_DEPTH:
             yield path, module

@@ -1,6 +1,6 @@
-"""Licences of weights: which are free, and a warning for those that are not.
+"""Licences of weights: which are free, and a warning for the others.
 
-A version's licence is in its lineage, under `licence`: an SPDX identifier ("Apache-2.0"), an SPDX expression, or the publisher's text.
+A version has its licence in its lineage, under `licence`: an SPDX identifier ("Apache-2.0"), an SPDX expression, or the publisher's text.
 """
 
 import re
@@ -17,7 +17,7 @@ SPDX = re.compile(r"[\w.+-]+(\s+(and|or)\s+[\w.+-]+)*", re.IGNORECASE)
 
 
 def warning(licence: str | None) -> str | None:
-    """One line for weights whose licence is unknown or restricts their use; None for a free licence."""
+    """Returns one line for weights whose licence is unknown or restricts use; None for a free licence."""
     if licence is None or licence.strip().lower() in ("", "unknown", "none"):
         return UNKNOWN
     if is_free(licence):
@@ -26,9 +26,9 @@ def warning(licence: str | None) -> str | None:
 
 
 def is_free(licence: str) -> bool:
-    """True for a licence that allows any use with at most attribution: Apache-2.0, MIT, BSD, ISC, CC0, CC-BY and the like.
+    """Whether a licence allows any use with at most attribution: Apache-2.0, MIT, BSD, ISC, CC0, CC-BY and the like.
 
-    Of an SPDX expression, one alternative must be free in all its parts.
+    In an SPDX expression, all parts of one alternative must be free.
     """
     text = licence.strip().strip("()")
     alternatives = re.split(r"\s+or\s+", text, flags=re.IGNORECASE) if SPDX.fullmatch(text) else [text]
@@ -39,10 +39,10 @@ def is_free(licence: str) -> bool:
 
 
 def licences_of(lineage: Mapping[str, Any], generations: int = 8) -> list[str | None]:
-    """The licences that a version's weights carry, each once; None for one that is unknown.
+    """Returns the distinct licences of a version's weights; None stands for an unknown one.
 
-    A version has its own `licence`, or those of the models it was trained from. One trained from scratch carries none. A lineage comes
-    from a file: what is no text in it is unknown, and ancestors are followed for so many generations.
+    A version has its own `licence`, or those of the models it was trained from; one trained from scratch has none. The lineage comes from
+    a file: anything in it that is not text is unknown, and ancestors are followed for a limited number of generations.
     """
     if "licence" in lineage:
         licence = lineage["licence"]
@@ -56,12 +56,12 @@ def licences_of(lineage: Mapping[str, Any], generations: int = 8) -> list[str | 
 
 
 def warnings_of(lineage: Mapping[str, Any]) -> list[str]:
-    """One line for each licence of a version's weights that is unknown or restricts use."""
+    """Returns one line for each licence of a version's weights that is unknown or restricts use."""
     return [line for licence in licences_of(lineage) if (line := warning(licence)) is not None]
 
 
 def _normalised(licence: str) -> str:
-    """`Apache License, Version 2.0` -> `apache-license-version-2.0`."""
+    """Turns `Apache License, Version 2.0` into `apache-license-version-2.0`."""
     name = re.sub(r"^the\s+|\s+licen[cs]e$", "", licence.strip().lower())
     return re.sub(r"[\s,_]+", "-", name).replace("licence", "license")
 

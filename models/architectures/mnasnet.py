@@ -5,6 +5,6 @@ from torchvision.models.mnasnet import MNASNet
 
 
 class UnversionedMNASNet(MNASNet):  # type: ignore[misc]
-    """A class, because a method set on the network itself would be a cycle, which `gc.freeze` would keep in memory for ever."""
+    """A subclass, because a method set on the network itself would make a reference cycle, which `gc.freeze` would keep for ever."""
 
     _load_from_state_dict = nn.Module._load_from_state_dict

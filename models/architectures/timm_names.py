@@ -39,7 +39,7 @@ class TimmName:
 
     @property
     def tagged(self) -> str:
-        """As timm's registry has it: `resnet50.a1_in1k`."""
+        """Returns the name in timm's registry: `resnet50.a1_in1k`."""
         return f"{self.network}.{self.tag}" if self.tag else self.network
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def is_timm(architecture: str) -> bool:
 
 
 def parse(architecture: str) -> TimmName:
-    """Raises ArchitectureNotFound for what cannot be a name; whether timm has it is another question."""
+    """Parses a name. Raises ArchitectureNotFound for an invalid one; does not check that timm has it."""
     match = NAME.fullmatch(architecture) if len(architecture) <= MAX_LENGTH else None
     if match is None:
         raise ArchitectureNotFound(
@@ -64,7 +64,7 @@ def parse(architecture: str) -> TimmName:
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, of which each is plain and none reserved. Raises ArchitectureNotFound."""
+    """Returns the options if each is plain and none is reserved. Raises ArchitectureNotFound."""
     for key, value in options.items():
         if not OPTION.fullmatch(key) or RESERVED.fullmatch(key):
             raise ArchitectureNotFound(
@@ -86,7 +86,7 @@ def _is_plain(value: Any, nested: int = 2) -> bool:
 
 
 def _largest(value: Any) -> float:
-    """The largest absolute number in an option; infinite where one is not finite."""
+    """Returns the largest absolute number in an option; infinity if one is not finite."""
     if isinstance(value, list | tuple):
         return max(map(_largest, value), default=0)
     if not isinstance(value, int | float):
@@ -99,7 +99,7 @@ def _encoded(value: Any) -> str:
 
 
 def _decoded(text: str) -> Any:
-    """JSON, or else a text as it is."""
+    """Decodes JSON, or else returns the text."""
     text = unquote(text)
     try:
         return json.loads(text)

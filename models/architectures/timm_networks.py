@@ -2,8 +2,8 @@
 
     images --network with Identity in the classifier's place--> features (N, D) --Linear--> scores
 
-Where the classifier stands, timm itself says: never the last linear layer. A distilled network has two, whose scores it averages in
-eval mode, and some networks have four: then the features are all their inputs side by side, see `ScaledIdentity`.
+timm itself names the classifier; it is not always the last linear layer. A distilled network has two, whose scores it averages in eval
+mode, and some networks have four: then the features are all their inputs side by side, see `ScaledIdentity`.
 """
 
 import difflib
@@ -23,8 +23,8 @@ from models.classifier import pooled
 from models.errors import ArchitectureNotFound, WeightsError
 from models.preprocessing import Preprocessing
 
-# Classifiers beside the last layer that are left out. VOLO's answers for each token, and the largest of these scores, halved, is added
-# to those of the class token: no layer on features could do it.
+# Further classifiers that are left out. VOLO's gives scores for each token, and adds half of the largest to those of the class token: no
+# layer on features can do that.
 AUXILIARY = ("aux_head", "AuxLogits")
 
 # Paths of the modules that answer scores: one, or several whose weighted sum is the answer.
@@ -33,7 +33,7 @@ Classifiers = tuple[str, ...]
 
 @cache
 def networks() -> tuple[str, ...]:
-    """Every network of timm, without tag or prefix, in its order."""
+    """Returns the name of every network of timm, without tag or prefix, in timm's order."""
     import timm
 
     return tuple(timm.list_models())
@@ -44,21 +44,21 @@ def names() -> tuple[str, ...]:
 
 
 def published_names() -> tuple[str, ...]:
-    """Every `timm/<network>.<tag>` of which timm knows weights."""
+    """Returns every `timm/<network>.<tag>` with published weights."""
     import timm
 
     return tuple(PREFIX + name for name in timm.list_pretrained())
 
 
 def tags(network: str) -> tuple[str, ...]:
-    """Of the weights that are published for a network, the default first."""
+    """Returns the tags of the published weights of a network, the default first."""
     from timm.models import get_arch_pretrained_cfgs
 
     return tuple(name.partition(".")[2] for name, cfg in get_arch_pretrained_cfgs(network).items() if cfg.has_weights)
 
 
 def find(architecture: str) -> TimmName:
-    """The name, which timm has. Raises ArchitectureNotFound with the nearest names, or with the tags that there are."""
+    """Returns the name if timm has it. Raises ArchitectureNotFound with the nearest names, or with the existing tags."""
     name = parse(architecture)
     if name.network not in networks():
         near = [PREFIX + n for n in difflib.get_close_matches(name.network, networks(), n=5)]
@@ -71,7 +71,7 @@ def find(architecture: str) -> TimmName:
 
 
 def config(name: TimmName) -> dict[str, Any] | None:
-    """timm's own record of these weights, or of the default ones; None for a tag that it does not know."""
+    """Returns timm's record of these weights, or of the default ones; None for an unknown tag."""
     from timm.models import get_pretrained_cfg
 
     try:
@@ -82,7 +82,7 @@ def config(name: TimmName) -> dict[str, Any] | None:
 
 
 def build(architecture: str, num_classes: int, channels: int) -> nn.Module:
-    """The uncut network, randomly initialised, in training mode."""
+    """Returns the uncut network, randomly initialised, in training mode."""
     import timm
 
     name = find(architecture)
@@ -90,7 +90,7 @@ def build(architecture: str, num_classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             name.tagged, pretrained=False, num_classes=num_classes, in_chans=channels, **name.options
         )
-    except Exception as error:  # a constructor of timm's raises what comes to hand
+    except Exception as error:  # constructors of timm raise exceptions of any kind
         cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise ArchitectureNotFound(
             f"timm cannot build {architecture} for {channels}-channel images: {cause}"
@@ -103,7 +103,7 @@ def build(architecture: str, num_classes: int, channels: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """A vision encoder of a language model, which answers tokens (N, T, D) and has no classifier: their mean, and a new classifier."""
+    """A vision encoder of a language model, which returns tokens (N, T, D) and has no classifier: their mean, with a new classifier."""
 
     pretrained_cfg: Mapping[str, Any] = {"classifier": "classifier"}
 
@@ -118,8 +118,8 @@ class Encoder(nn.Module):
 
 
 def renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor] | None:
-    """With the keys that the network has: timm's own filter renames those of other libraries and of older versions. None where it has
-    nothing to rename, or expects another layout."""
+    """Returns the state dict with the network's keys: timm's own filter renames those of other libraries and older versions. None if it
+    has nothing to rename, or expects another layout."""
     from timm.models import model_entrypoint
 
     with torch.device("meta"):
@@ -131,19 +131,19 @@ def renamed(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]
     try:
         with torch.no_grad():
             found = rename(dict(state), network)
-    except Exception:  # a filter of timm's raises what comes to hand
+    except Exception:  # filters of timm raise exceptions of any kind
         return None
     return found if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()) else None
 
 
 def preprocessing(architecture: str, channels: int) -> Preprocessing:
-    """Of the weights that the name says; of the default ones where it says none."""
+    """Returns the preprocessing of the weights that the name gives, or of the default ones."""
     name = find(architecture)
     return preprocessing_from((config(name) or {}) | size_option(name), channels, architecture)
 
 
 def size_option(name: TimmName) -> dict[str, Any]:
-    """The input size that the option `img_size` sets, as `pretrained_cfg` would say it."""
+    """Returns the input size that the option `img_size` sets, as in `pretrained_cfg`."""
     if (size := name.options.get("img_size")) is None:
         return {}
     sides = (size, size) if isinstance(size, int) else size
@@ -153,7 +153,7 @@ def size_option(name: TimmName) -> dict[str, Any]:
 
 
 def is_size(values: Any, count: int) -> bool:
-    """True for `count` positive whole numbers."""
+    """Whether the value is `count` positive whole numbers."""
     return (
         isinstance(values, list | tuple)
         and len(values) == count
@@ -162,7 +162,8 @@ def is_size(values: Any, count: int) -> bool:
 
 
 def preprocessing_from(config: Mapping[str, Any], channels: int, source: str) -> Preprocessing:
-    """As `timm.data.create_transform` makes it of a `pretrained_cfg`, for evaluation. Raises WeightsError for what it cannot be."""
+    """Returns the evaluation preprocessing that `timm.data.create_transform` makes from a `pretrained_cfg`. Raises WeightsError if it is
+    impossible."""
     if not is_size(config.get("input_size") or (3, 224, 224), 3):
         raise WeightsError(
             f"{source}: its input_size must be [channels, height, width], not {config['input_size']!r}"[:300]
@@ -209,7 +210,8 @@ def take_layer(network: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def split_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict of this uncut network -> the backbone's and the last layer's own; the latter is empty where a classifier is missing."""
+    """Splits a state dict of this uncut network into those of the backbone and the last layer. The latter is empty if a classifier is
+    missing."""
     places = classifiers(network)
     if isinstance(network, Encoder) and not any(key.startswith("encoder.") for key in state):
         state = {f"encoder.{key}": value for key, value in state.items()}  # as it is published
@@ -226,9 +228,9 @@ def split_state(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[s
 
 
 def classifiers(network: nn.Module) -> Classifiers:
-    """Where the layers are that answer scores: `pretrained_cfg["classifier"]`, and beside it whatever `get_classifier` says.
+    """Returns the paths of the layers that give scores: `pretrained_cfg["classifier"]`, and whatever `get_classifier` adds.
 
-    Some of timm's records name one of a distilled network's two. Raises ArchitectureNotFound for a network without a classifier.
+    Some of timm's records name only one of a distilled network's two. Raises ArchitectureNotFound for a network without a classifier.
     """
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     places = (named,) if isinstance(named, str) else tuple(named)
@@ -250,7 +252,7 @@ LayerWeights = tuple[Tensor, Tensor | None]  # (out, in), and the bias (out,)
 
 
 def _weight_and_bias(classifier: nn.Module) -> LayerWeights:
-    """A 1x1 convolution over one position is a linear layer too."""
+    """Returns weight and bias of a linear layer; a 1x1 convolution over one position is one too."""
     weight, bias = classifier.weight, classifier.bias
     if not isinstance(weight, Tensor):
         raise TypeError(f"a classifier has a weight, which {type(classifier).__name__} has not")
@@ -258,7 +260,7 @@ def _weight_and_bias(classifier: nn.Module) -> LayerWeights:
 
 
 def _joined(weights: Sequence[LayerWeights]) -> Tensor:
-    """(out, sum of all in + 1): each weight, and its bias as the column of the constant that `ScaledIdentity` appends."""
+    """Returns (out, sum of all in + 1): each weight, with its bias in the column of the constant that `ScaledIdentity` appends."""
     return torch.cat([torch.cat([w, b[:, None]], dim=1) if b is not None else w for w, b in weights], dim=1)
 
 
@@ -272,10 +274,10 @@ def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class ScaledIdentity(nn.Module):
-    """In a classifier's place, where a network adds up the answers of several, each times a factor of its own.
+    """Stands in place of a classifier if a network sums the scores of several, each with its own factor.
 
-    Its input (N, D), and a 1 for the bias, in its own columns between zeros -> (N, sum of all D + 1). The network's sum of these, with
-    its factors, are features of which one linear layer answers the same scores.
+    Puts its input (N, D), and a 1 for the bias, into columns of its own between zeros: (N, sum of all D + 1). The network's weighted sum
+    of these is the feature vector of which one linear layer gives the same scores.
     """
 
     def __init__(self, widths: Sequence[int], number: int, has_bias: bool) -> None:

@@ -1,9 +1,9 @@
-"""One folder per class: the one place that decides which folders are parts and which are classes.
+"""Reads one folder per class: the one place that decides which folders are parts and which are classes.
 
     <class>/*                  train/<class>/* [+ val/<class>/*] [+ test/<class>/*]         <class>/train/* [+ <class>/test/*]
 
-Parts have the names that `parts` knows. Folders that wrap all others are left out, also within a part (`seg_train/seg_train/<class>`).
-A layout that can be read in two ways is an error that names the field `layout`, which settles it.
+`parts` knows the names of parts. Folders that wrap all others are skipped, also within a part (`seg_train/seg_train/<class>`). A layout
+that can be read in two ways is an error that names the field `layout`.
 """
 
 import posixpath
@@ -29,9 +29,9 @@ from models.data.tables.text import JSON_LINES
 from models.errors import DatasetError, TooFewClasses
 from models.files.zip_file import printable
 
-# Roboflow puts these beside what it exports.
+# Part of every Roboflow export.
 IGNORED = ("README.roboflow.txt", "README.dataset.txt")
-# Annotations and documents, where their content is text
+# Suffixes of annotations and documents, if their content is text.
 SIDE_SUFFIXES = frozenset({
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".md", ".rst", ".yaml", ".yml", ".toml",
     ".ini", ".cfg", ".conf", ".log", ".names", ".data", ".lst", ".pbtxt", ".html", ".htm", ".css", ".js",
@@ -39,19 +39,18 @@ SIDE_SUFFIXES = frozenset({
     ".pgw", ".pts", ".xmp", ".aae", ".pp3", ".dop",
 })  # fmt: skip
 SIDE_NAMES = frozenset({"readme", "license", "licence", "labels", "classes", "copying", "changelog", "notes"})
-# Beside each other these are views of the same images, and no classes
+# Folders with these names side by side hold views of the same images, not classes.
 GROUPS = frozenset({"images", "imgs", "masks", "labels", "annotations", "ground_truth", "jpegimages", "depth"})
-# Of the folders in folders that all have: from here on they group images within something else than classes.
+# If class folders share so large a part of their subfolders, these group images by something else than class.
 SHARED = 0.6
 
 PathParts = tuple[str, ...]
-NamesByParts = dict[
-    PathParts, str
-]  # the folders and the name of a file -> what `Files` knows it by; an empty folder ends in ""
+# Folders and name of a file -> its name in `Files`. An empty folder ends in "".
+NamesByParts = dict[PathParts, str]
 
 
 def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
-    """Raises TooFewClasses; DatasetError: a layout that is in doubt."""
+    """Reads a dataset of class folders. Raises TooFewClasses; raises DatasetError if the layout is in doubt."""
     names: NamesByParts = {tuple(name.split("/")): file for name, file in files.names.items()}
     side = {parts for parts in names if _is_side(files, parts)}
     names, beside, top = _unwrap(
@@ -91,7 +90,7 @@ def read_class_folders(files: Files, layout: Layout = "auto") -> DatasetSource:
     )
 
 
-# Files that are no images by their name
+# Files whose names are not those of images
 
 
 def _is_side(files: Files, parts: PathParts) -> bool:
@@ -104,7 +103,7 @@ def _is_side(files: Files, parts: PathParts) -> bool:
 
 
 def _sorted_side(side: Collection[PathParts], top: PathParts) -> tuple[list[str], list[str]]:
-    """The files of text that lie outside class folders, and those inside."""
+    """Splits text files into those outside class folders and those inside."""
     strays: list[str] = []
     texts: list[str] = []
     for parts in side:
@@ -120,16 +119,16 @@ def _table_hint(files: Files) -> str:
 
 
 def _tables(files: Files) -> list[str]:
-    """Those that may have labels."""
+    """Returns the names of tables that may have labels."""
     suffixes = (".csv", ".tsv", *JSON_LINES)
     return sorted(name for name in files.names if name.lower().endswith(suffixes) and "submission" not in name.lower())
 
 
-# What lies where
+# Folders
 
 
 class _Found:
-    """The folders at the top, and what is in them."""
+    """The folders at the top of a dataset, with their contents."""
 
     def __init__(self, names: NamesByParts) -> None:
         self.names = names
@@ -142,7 +141,7 @@ class _Found:
         self.parts = parts_among(self.tops)
 
     def level(self, top: str, known: Collection[str] = ()) -> int:
-        """How many folders lie above the classes of a part: `train/<class>` 1, `seg_train/seg_train/<class>` 2."""
+        """Returns the number of folders above the classes of a part: `train/<class>` 1, `seg_train/seg_train/<class>` 2."""
         level, below = 1, self.below[top]
         while True:
             folders = {parts[level] for parts in below if len(parts) > level + 1}
@@ -165,11 +164,11 @@ class _Read:
     strays: list[str]
     ignored: list[tuple[str, str]]
     notes: list[str]
-    hint: str = ""  # what to do where there are too few classes
+    hint: str = ""  # for the error on too few classes
 
 
 def _unwrap(found: NamesByParts) -> tuple[NamesByParts, list[PathParts], PathParts]:
-    """Without the folders that wrap all others, and the files that lie in or beside those, which make no class; and these folders."""
+    """Skips the folders that wrap all others. Returns the remaining names, the files beside or in those folders, and these folders."""
     top: PathParts = ()
     beside: list[PathParts] = []
     while len(folders := {parts[0] for parts in found if len(parts) > 1}) == 1 and max(map(len, found)) > 2:
@@ -180,7 +179,7 @@ def _unwrap(found: NamesByParts) -> tuple[NamesByParts, list[PathParts], PathPar
 
 
 def _is_neutral(name: str) -> bool:
-    """Whether the only folder in a part says nothing of a class: `images`, `train`, `unlabeled`."""
+    """Whether the name of the only folder in a part says nothing about a class: `images`, `train`, `unlabeled`."""
     return part_of(name) is not None or part_of(f"train_{name}") is not None or is_unlabelled(name)
 
 
@@ -192,7 +191,7 @@ def _item(parts: PathParts, file: str, part: Part, level: int) -> DatasetItem:
 
 
 def _has_parts(found: _Found) -> bool:
-    """Whether the folders at the top are parts with class folders. Raises DatasetError where only one of several is."""
+    """Whether the folders at the top are parts with class folders. Raises DatasetError if only one of several folders is."""
     training = [top for top, part in found.parts.items() if part == "train" and found.classes(top)]
     others = [top for top in found.tops if top not in found.parts and not is_unlabelled(top) and not is_fold(top)]
     if training and others and len(set(found.parts.values())) == 1:
@@ -204,7 +203,8 @@ def _has_parts(found: _Found) -> bool:
 
 
 def _by_part(found: _Found, named: bool) -> _Read:
-    """`named`: parts have the names of parts; without, and where no training part has, every folder that is no part is for training."""
+    """Reads `train/<class>/*`. `named`: only folders named like parts count. Otherwise, if no training part has class folders, every
+    folder that is not a part is for training."""
     parts = dict(found.parts)
     if not named and not any(part == "train" and found.classes(top) for top, part in parts.items()):
         parts = {top: found.parts.get(top, "train") for top in found.tops}
@@ -234,7 +234,7 @@ def _by_part(found: _Found, named: bool) -> _Read:
 
 
 def _described(parts: dict[str, Part]) -> str:
-    """`train/, test/`; with what they are taken for where their names are others: `Training/ as train`."""
+    """Returns `train/, test/`; with the part after other names: `Training/ as train`."""
     ordered = sorted(parts.items(), key=lambda pair: (PARTS.index(pair[1]), pair[0]))
     return ", ".join(f"{printable(top)}/" + ("" if top == part else f" as {part}") for top, part in ordered[:10])
 
@@ -243,7 +243,7 @@ def _described(parts: dict[str, Part]) -> str:
 
 
 def _has_inner_parts(found: _Found) -> bool:
-    """Whether every class has its own parts. Raises DatasetError where some have."""
+    """Whether every class folder has its own parts. Raises DatasetError if only some have."""
     if found.parts or len(found.tops) < 2:
         return False
     inner = {top: parts_among(folders) for top, folders in found.folders.items()}
@@ -280,7 +280,7 @@ def _by_inner_part(found: _Found) -> _Read:
 
 
 def _refuse_doubtful(found: _Found, files: Files) -> None:
-    """Raises DatasetError, TooFewClasses where the folders may be something else than classes."""
+    """Raises DatasetError or TooFewClasses if the folders may be something else than classes."""
     tops, tables = found.tops, _tables(files)
     if tops and len(found.parts) == len(tops):
         if any(found.classes(top) for top in tops):

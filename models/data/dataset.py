@@ -1,4 +1,4 @@
-"""A dataset's images in memory, once for the whole run, with duplicates found and a split that keeps them on one side.
+"""Loads a dataset into memory once per run, finds its duplicates, and splits it so that duplicates stay on one side.
 
 sources.open_source --read--> bytes --images.decode, in a thread pool--> one uint8 array (N, H, W, C)
 pixels --duplicates.search--> groups --split--> rows of train, val, test;   all of it --audit.make_audit--> Audit
@@ -48,14 +48,14 @@ from models.progress import Progress, silent
 __all__ = ["PARTS", "Audit", "BadFile", "LoadedDataset", "Part", "load", "pixels"]
 
 MAX_BAD_FRACTION = 0.2
-MAX_HELD_OUT = 0.9  # of the images, validation and test together
-TICK_S = 0.25  # between two signs of progress
-DECODING = 0.9  # its share of the audit's time; the rest is the search for duplicates
+MAX_HELD_OUT = 0.9  # share of the images in validation and test together
+TICK_S = 0.25  # between two calls of `progress`
+DECODING = 0.9  # share of the audit's time; the rest is the search for duplicates
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedDataset:
-    """N good images; a bad file has no row. `rows` are places in all that has N entries."""
+    """The N usable images of a dataset; bad files have no row. `rows` index all fields that have N entries."""
 
     name: str
     sha256: str  # over the sorted (path, sha256 of the file's bytes), bad files included, and a CSV's labels
@@ -64,20 +64,20 @@ class LoadedDataset:
     pixels: Tensor  # uint8 (N, C, H, W), channels_last memory
     labels: Tensor  # int64 (N,)
     digests: tuple[bytes, ...]  # 16 bytes each: the hash of the image's pixels
-    files: tuple[bytes, ...]  # 16 bytes each: the first of the sha256 of the image's file
-    groups: Tensor  # int64 (N,): duplicates and, unless the request says otherwise, near-duplicates share a number
-    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group lies in one of the parts that are held out here
-    split: dict[str, Any]  # JSON: how the rows were told apart, see `_rule`
+    files: tuple[bytes, ...]  # the first 16 bytes of the sha256 of each image's file
+    groups: Tensor  # int64 (N,): duplicates share a number; near-duplicates too, unless the request says otherwise
+    rows: dict[Part, Tensor]  # int64 (n,) each, ascending; a group is never divided by a split made here
+    split: dict[str, Any]  # JSON: how images were assigned to parts, see `_rule`
     audit: Audit
 
     def warned(self, warnings: Sequence[str]) -> "LoadedDataset":
-        """With more warnings in its audit."""
+        """Returns a copy with more warnings in its audit."""
         more = self.audit.model_copy(update={"warnings": (*self.audit.warnings, *warnings)})
         return replace(self, audit=more)
 
 
 class _Decoded(NamedTuple):
-    """`places` in the source's items of the good images, and their pixels and digests, and those of their files; `hashes` are of all
+    """The usable images: their indices among the source's items, their pixels, and the digests of pixels and files. `hashes` covers all
     files."""
 
     places: list[int]
@@ -86,7 +86,7 @@ class _Decoded(NamedTuple):
     files: tuple[bytes, ...]
     hashes: list[str]  # sha256
     bad: list[BadFile]
-    kinds: list[str]  # bit depth and channels of the good images
+    kinds: list[str]  # bit depth and channels of the usable images
 
 
 def load(
@@ -103,11 +103,11 @@ def load(
     progress: Progress = silent,
     limits: Limits = DEFAULT_LIMITS,
 ) -> LoadedDataset:
-    """Read, decode, audit and split. A val/ or test/ of the dataset's own stays; what is missing is held out of train by `seed`.
+    """Reads, decodes, audits and splits a dataset. Its own val/ or test/ is kept; what is missing is held out of train by `seed`.
 
-    `progress` is called with 0..1, several times a second. Raises TooFewClasses; TooFewImages: a class with fewer than `min_per_class`
-    training images; TooManyBadFiles: more than 20 %, or any with `fail`; DatasetError: not a dataset, or one whose layout is in doubt;
-    OSError where the pixels need a temporary file and the disk is full.
+    Calls `progress` with 0..1 several times a second. Raises TooFewClasses; TooFewImages if a class has fewer than `min_per_class`
+    training images; TooManyBadFiles for more than 20 % bad files, or any with `fail`; DatasetError if it is no dataset or its layout is
+    in doubt; OSError if the pixels need a temporary file and the disk is full.
     """
     with open_source(path, reading) as source:
         decoded = _decode_all(source, preprocessing, limits, lambda done: progress(DECODING * done))
@@ -175,7 +175,8 @@ def pixels(
     reading: Reading = AS_IT_IS,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Tensor, tuple[bytes, ...]]:
-    """The same rows under another preprocessing: uint8 (N, C, H, W) and their digests. Raises DatasetError where a file has changed."""
+    """Decodes the same rows with another preprocessing. Returns uint8 (N, C, H, W) and digests. Raises DatasetError if a file has
+    changed."""
     with open_source(path, reading) as source:
         decoded = _decode_all(source, preprocessing, limits, progress)
     if _sha256(source, decoded.hashes) != data.sha256 or len(decoded.places) != len(data.paths):
@@ -184,7 +185,7 @@ def pixels(
 
 
 def _sha256(source: DatasetSource, hashes: Sequence[str]) -> str:
-    """Items are sorted by path, so neither the order of a folder nor that of a zip or CSV matters."""
+    """Returns the hash of the dataset. Items are sorted by path, so the order of a folder, zip or CSV does not matter."""
     lines = (
         f"{item.path}\0{file}" + (f"\0{item.part}\0{item.class_name}\n" if source.labelled else "\n")
         for item, file in zip(source.items, hashes, strict=True)
@@ -196,7 +197,7 @@ def _sha256(source: DatasetSource, hashes: Sequence[str]) -> str:
 
 
 class SplitShares(NamedTuple):
-    """Of the images, to be held out where the dataset has no such part of its own."""
+    """Shares of the images to hold out where the dataset has no such part of its own."""
 
     val: float
     test: float
@@ -219,7 +220,7 @@ def _split(
     min_per_class: int,
     near: NearDuplicates,
 ) -> _Found:
-    """`files`: the digest of each image's file. `given`: the dataset's own part of each image; `train` where it has none."""
+    """Splits the images. `files`: the digest of each image's file. `given`: each image's own part; `train` if it has none."""
     labels, groups = images.labels, images.groups
     rows, left_out = split.given_rows(given, duplicates.equal(images.digests))
     split_checks.check_classes(labels[rows["train"]], labels[left_out], images.classes, min_per_class)
@@ -238,15 +239,15 @@ def _split(
 
 
 def _rule(given: dict[Part, Tensor], shares: SplitShares) -> dict[str, Any]:
-    """What decides an image's part, but for the images themselves: {"by": "content", "seed"}, and for validation and test "val": "given"
-    where it is the dataset's own, else "val_fraction"."""
+    """Returns how images are assigned to parts: {"by": "content", "seed"}, and for validation and test either "val": "given" if it is the
+    dataset's own, or "val_fraction"."""
     rule: dict[str, Any] = {"by": "content", "seed": shares.seed}
     rule |= {"val": "given"} if len(given["val"]) else {"val_fraction": shares.val}
     return rule | ({"test": "given"} if len(given["test"]) else {"test_fraction": shares.test})
 
 
 def _across(near: Sequence[Near], rows: dict[Part, Tensor]) -> list[str]:
-    """Near-duplicates of which the parts were not made here, or not by groups."""
+    """Returns the near-duplicates whose parts were given, or not made by groups."""
     held_out = {*rows["val"].tolist(), *rows["test"].tolist()}
     train = set(rows["train"].tolist())
     count = sum(len(train.intersection(one.rows)) for one in near if held_out.intersection(one.rows))
@@ -312,7 +313,7 @@ def _decode_all(source: DatasetSource, preprocessing: Preprocessing, limits: Lim
 
 
 def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress) -> list[_Outcome]:
-    """`one` of 0 to `count` - 1, in a pool of as many threads as torch uses: both are bounded by one setting."""
+    """Calls `one` with 0 to `count` - 1, in as many threads as torch uses, so that one setting limits both."""
     outcomes: list[_Outcome] = []
     told = time.monotonic()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -326,7 +327,7 @@ def _in_parallel(one: Callable[[int], _Outcome], count: int, progress: Progress)
 
 
 def _decode_into(target: PixelArray, file: str, read: Read, preprocessing: Preprocessing, limits: Limits) -> _Outcome:
-    """Fill one (H, W, C) row."""
+    """Fills one row (H, W, C)."""
     try:
         data = read(file)
     except UNREADABLE as error:
@@ -353,7 +354,7 @@ def _check_bad(bad: Sequence[BadFile], total: int, on_bad_file: str) -> None:
 
 
 def _compact(array: PixelArray, places: Sequence[int]) -> PixelArray:
-    """The rows `places`, ascending, moved to the front where they lie: a copy could be gigabytes."""
+    """Moves the rows `places` (ascending) to the front, in place: a copy could have gigabytes."""
     if len(places) < len(array):
         for start in itertools.count(0, 256):
             rows = places[

@@ -1,6 +1,6 @@
-"""The names of a dataset's parts: the one place that knows `train`, `Training`, `seg_test`, `X_val` and the like.
+"""Names of the parts of a dataset: the one place that knows `train`, `Training`, `seg_test`, `X_val` and the like.
 
-Also names of folders that are no part: folds, and images without labels.
+It also knows names of folders that are not parts: folds, and images without labels.
 """
 
 import re
@@ -21,7 +21,7 @@ WORDS: dict[Part, str] = {
 BESIDE = (
     "set|sets|data|dataset|datasets|image|images|imgs?|pics?|pictures?|photos?|samples?|examples?|split|splits|part|"
     "folders?|dir|files?|seg|x|raw|full|all|final|new|original|cropped|resized|small|jpe?gs?|pngs?|[0-9]+"
-)  # what may stand beside the word of a part: `train_images`, `X_train`, `seg_test`, `train2017`
+)  # allowed beside the word of a part: `train_images`, `X_train`, `seg_test`, `train2017`
 UNLABELLED = re.compile("(un|not)?label+ed|unlabel+ed|pred|predict|predictions?|inference|submissions?|no label")
 FOLD = re.compile(r"((k ?)?fold|cv|split|batch|partition|subset)s? ?[0-9]+")
 
@@ -29,9 +29,9 @@ _PART = {part: re.compile(rf"({words})({BESIDE})?") for part, words in WORDS.ite
 _BESIDE = re.compile(BESIDE)
 
 
-@lru_cache(4096)  # the cells of a column, and folders, come again with each row
+@lru_cache(4096)  # folders and cells of a column repeat
 def part_of(name: str) -> Part | None:
-    """The part that a folder, file or value of this name is; None where the name has other words too (`bullet_train`)."""
+    """Returns the part that a folder, file or value of this name is; None if the name has other words too (`bullet_train`)."""
     words = _words(name)
     found = _marked(words)
     if found is None:
@@ -41,7 +41,7 @@ def part_of(name: str) -> Part | None:
 
 
 def parts_among(names: Iterable[str]) -> dict[str, Part]:
-    """Which of the folders beside each other are parts: by `part_of`, or because they differ in the word of the part alone
+    """Returns which folders side by side are parts: by `part_of`, or because their names differ only in the word of a part
     (`flowers_train`, `flowers_test`)."""
     parts: dict[str, Part] = {}
     alike: dict[tuple[str, ...], dict[str, Part]] = {}
@@ -70,12 +70,12 @@ def is_fold(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """`seg_train`, `segTrain` -> seg, train; `train2017` -> train, 2017."""
+    """Splits `seg_train` and `segTrain` into seg, train; `train2017` into train, 2017."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return re.findall(r"[^\W\d_]+|[0-9]+", spaced.lower())
 
 
 def _marked(words: list[str]) -> tuple[int, Part] | None:
-    """The place of the one word that names a part, and that part; None where there is none, or several."""
+    """Returns the index of the one word that names a part, and that part; None if there is none, or several."""
     marked = [(at, part) for at, word in enumerate(words) for part in PARTS if _PART[part].fullmatch(word)]
     return marked[0] if len(marked) == 1 else None

@@ -1,8 +1,8 @@
-"""Which images train, validate and test: stratified by class, a group of duplicates always on one side.
+"""Decides which images train, validate and test: stratified by class, with a group of duplicates always on one side.
 
-Within a class, groups stand in an order that depends on the seed and on each group's own files alone, not on how a model wants its images
-prepared; validation is cut from the front and test from the back. So a dataset that grows keeps its split, but for what the larger shares
-take from training.
+Within a class, the order of the groups depends only on the seed and on each group's own files, not on the preprocessing of a model.
+Validation is taken from the front, test from the back. So a dataset that grows keeps its split, except for what the larger shares take
+from training.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from models.data.samples import PARTS, Part
 
 
 def given_rows(parts: Sequence[Part], groups: Tensor) -> tuple[dict[Part, Tensor], Tensor]:
-    """The dataset's own parts (N,) -> rows of each, ascending, and those that are left out, int64 (n,): training images whose group (N,)
-    is also in validation or test, validation images whose group is also in test. These are groups of identical images."""
+    """Returns the rows of each of the dataset's own parts, ascending, and the rows that are left out. `parts` (N,), `groups` (N,) of
+    identical images. int64 (n,) left out: training images whose group is also in validation or test, and validation images whose group is
+    also in test."""
     rows, left_out, taken = {}, [], torch.zeros(int(groups.max()) + 1, dtype=torch.bool)
     for part in reversed(PARTS):
         own = torch.tensor([row for row, each in enumerate(parts) if each == part], dtype=torch.int64)
@@ -28,8 +29,8 @@ def given_rows(parts: Sequence[Part], groups: Tensor) -> tuple[dict[Part, Tensor
 
 
 def break_up(groups: Tensor, labels: Tensor, pool: Tensor) -> tuple[Tensor, list[int]]:
-    """Group numbers (N,) in which every class of the rows `pool` has two groups of its own, and the classes whose groups were taken
-    apart for it."""
+    """Returns group numbers (N,) with which every class of the rows `pool` has at least two groups, and the classes whose groups were
+    divided for that."""
     groups, broken = groups.clone(), lonely(groups, labels, pool)
     for label in broken:
         touched = torch.isin(groups, groups[pool[labels[pool] == label]])
@@ -38,14 +39,14 @@ def break_up(groups: Tensor, labels: Tensor, pool: Tensor) -> tuple[Tensor, list
 
 
 def lonely(groups: Tensor, labels: Tensor, pool: Tensor) -> list[int]:
-    """Classes that have fewer than two groups."""
+    """Returns the classes that have fewer than two groups."""
     homes = _homes(groups, labels, pool)
     counts = homes[homes >= 0].bincount(minlength=int(labels.max()) + 1)
     return [label for label in torch.unique(labels[pool]).tolist() if counts[label] < 2]
 
 
 def _homes(groups: Tensor, labels: Tensor, pool: Tensor) -> Tensor:
-    """Group number -> the class it is counted in, -1 for one outside the pool: of several labels, the rarest."""
+    """Returns the class in which each group is counted: of several labels the rarest; -1 for a group outside the pool."""
     by_count = labels[pool].bincount(minlength=int(labels.max()) + 1).argsort(stable=True)
     rank = by_count.argsort()  # 0 is the rarest class
     last = len(by_count)
@@ -56,9 +57,11 @@ def _homes(groups: Tensor, labels: Tensor, pool: Tensor) -> Tensor:
 def hold_out(
     pool: Tensor, labels: Tensor, groups: Tensor, files: Sequence[bytes], val: float, test: float, seed: int
 ) -> dict[Part, Tensor]:
-    """Rows `pool` (n,), and of all rows the digests of their `files` (N,) -> rows of each part, ascending. Of each class, `val` and `test`
-    of its images, by whole groups, and at least one to train and, where its share is not 0, to validate; to test where there are three
-    groups. Every class needs two groups, see `break_up`."""
+    """Splits the rows `pool` (n,). `files`: the digest of the file of each of N rows. Returns the rows of each part, ascending.
+
+    Of each class, takes `val` and `test` of its images by whole groups: at least one group to train and, if its share is not 0, one to
+    validate; one to test if there are three groups. Every class needs two groups, see `break_up`.
+    """
     homes = _homes(groups, labels, pool).tolist()
     sizes = groups[pool].bincount(minlength=len(homes)).tolist()
     by_class: dict[int, list[int]] = {}
@@ -77,7 +80,7 @@ def hold_out(
 
 
 def _order(pool: Tensor, groups: Tensor, files: Sequence[bytes], seed: int) -> list[int]:
-    """The groups of the pool, by the hash of the seed and the smallest digest of a file in each."""
+    """Returns the groups of the pool, ordered by the hash of the seed and the smallest file digest in each."""
     smallest: dict[int, bytes] = {}
     for row, group in zip(pool.tolist(), groups[pool].tolist(), strict=True):
         smallest[group] = min(files[row], smallest.get(group, files[row]))
@@ -85,8 +88,8 @@ def _order(pool: Tensor, groups: Tensor, files: Sequence[bytes], seed: int) -> l
 
 
 def _take(groups: Sequence[int], sizes: Sequence[int], wanted: float, spare: int) -> list[int]:
-    """The first groups that make some `wanted` images, and at least one group, but `spare` groups are left. One is passed over where more
-    than half of it would be too much."""
+    """Returns the first groups that have about `wanted` images: at least one group, but so that `spare` groups are left. Skips a group if
+    more than half of it would be too much."""
     if not wanted:
         return []
     taken, images, target = list[int](), 0, max(1, round(wanted))

@@ -1,8 +1,8 @@
-"""What decoding an image file costs, read from its header before a pixel is allocated, and the limits on it.
+"""Reads from the header what decoding an image file will cost, before a pixel is allocated, and sets the limits.
 
-Formats differ in what makes them expensive. A scan of a JPEG passes over all its pixels, though it may be 10 bytes long. The openers of
-WebP and GIF allocate a canvas while they read the header. Every other format costs what its pixels cost: at 50 megapixels at most about
-2 s of CPU, for 16 bits a channel with transparency, and three times that where such colour uses fewer bits and is read twice.
+Formats differ in what makes them expensive. A scan of a JPEG passes over all its pixels, even if it is 10 bytes long. The openers of WebP
+and GIF allocate a canvas while they read the header. Every other format costs what its pixels cost: at 50 megapixels at most about 2 s of
+CPU, for 16 bits per channel with transparency, and three times that if such colour uses fewer bits and is read twice.
 """
 
 import math
@@ -16,9 +16,9 @@ from models.errors import ImageTooLarge, InvalidImage
 from models.images import heif
 
 PIXEL_CEILING = 2 * 89_478_485  # 716 MB, at 4 bytes a pixel
-# The files of a dataset are the owner's own, so they may be larger than what strangers send: a camera's PNG of 24 megapixels has 40 MB.
+# Files of a dataset belong to the owner, so they may be larger than uploads: a camera's PNG of 24 megapixels has 40 MB.
 TRAINING_BYTES = 64 * 2**20
-FILE_BYTES = 256 * 2**20  # of which no more is read, whatever the setting
+FILE_BYTES = 256 * 2**20  # no more is read, whatever the setting
 SMALLER = "send it smaller, or as a baseline JPEG, which is decoded at a reduced size"
 IN_ONE_SCAN = "a progressive JPEG is kept whole in memory: send it smaller, or as a baseline JPEG"
 MAX_READS = 100_000  # a photograph's header takes about 100; made of a million tiny segments, one would take 10 s
@@ -30,14 +30,14 @@ CHUNK = 4096  # bytes: a decoder asks for 64 KiB at a time, a header for less th
 MAX_SCANNED = 700_000_000
 ARITHMETIC = 6
 
-# Pillow's openers of these allocate pixels while they read the header, so we look before: a GIF's first frame, two canvases of a WebP
-# beside the image. Those of the other formats, TIFF and AVIF among them, allocate nothing so early.
+# Pillow's openers of these allocate pixels while they read the header, so their sizes are read before: a GIF's first frame, two canvases
+# of a WebP beside the image. The other openers, those of TIFF and AVIF included, allocate nothing so early.
 # HEIF is not opened in this process at all.
 EARLY = {"GIF": 1, "WEBP": 3, "HEIF": 0}
 
 
-# Decoders that may take all their input in one call, so that no deadline interrupts them, and the pixels from which they run in a process
-# that can be ended: below, a file takes 0.7 s at most.
+# Decoders that may read all their input in one call, which no deadline interrupts. From so many pixels on they run in a process that can
+# be ended; below, a file takes at most 0.7 s.
 UNINTERRUPTED = {"PNG": 16_000_000, "WEBP": 16_000_000}
 
 
@@ -49,7 +49,7 @@ def waits() -> bool:
 
 
 class NoRoom(Exception):
-    """What a `Hold` raises when so many pixels do not fit beside those that others hold; nothing was allocated."""
+    """Raised by a `Hold` if so many pixels do not fit beside those that others hold; nothing was allocated."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__(f"no room for {pixels:,} pixels now")
@@ -62,10 +62,10 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Which images are accepted; the rest is refused before it costs anything. JPEG and GIF cannot say sides longer than 65,535.
+    """Limits on images; others are refused before they cost anything. JPEG and GIF cannot have sides longer than 65,535.
 
-    `max_pixels` counts pixels that are decoded: of a large JPEG that is decoded at 1/8 of its size, 1/64. `extra_formats`: of
-    `models.images.decoding.EXTRA_FORMATS`. Every path that decodes gets the one object that the settings make.
+    `max_pixels` counts decoded pixels: 1/64 of a large JPEG that is decoded at 1/8 of its size. `extra_formats`: a subset of
+    `models.images.decoding.EXTRA_FORMATS`. All code that decodes shares one object, made from the settings.
     """
 
     max_bytes: int = 10 * 2**20
@@ -78,16 +78,16 @@ class Limits:
             raise ValueError(f"max_pixels is {self.max_pixels:,}; the decoder's own ceiling is {PIXEL_CEILING:,}")
 
     def of_training(self) -> "Limits":
-        """The same for the files of a dataset, which may have more bytes."""
+        """Returns the limits for files of a dataset, which may have more bytes."""
         return replace(self, max_bytes=min(max(self.max_bytes, TRAINING_BYTES), FILE_BYTES))
 
     def check_bytes(self, size: int) -> None:
-        """Raises ImageTooLarge."""
+        """Checks the size of a file. Raises ImageTooLarge."""
         if size > self.max_bytes:
             raise ImageTooLarge(f"the image has {size:,} bytes; the limit is {self.max_bytes:,} (IMAGO_MAX_IMAGE_MB)")
 
     def check(self, size: tuple[int, int], pixels: int | None = None, remedy: str = SMALLER) -> None:
-        """Raises ImageTooLarge. `pixels`: how many are decoded; None for all."""
+        """Checks the size of an image. `pixels`: how many are decoded; None for all. Raises ImageTooLarge."""
         width, height = size
         pixels = width * height if pixels is None else pixels
         if pixels > self.max_pixels:
@@ -104,9 +104,9 @@ DEFAULT_LIMITS = Limits()
 
 
 class ImageBytes(BytesIO):
-    """The bytes as a file that refuses to be read in too many small pieces, and after a deadline (`time.monotonic()`).
+    """The bytes as a file that refuses too many small reads, and any read after a deadline (`time.monotonic()`).
 
-    Decoders ask for their input in pieces of at most 64 KiB, so that the deadline interrupts them.
+    Decoders read at most 64 KiB at a time, so the deadline interrupts them.
     """
 
     reads = 0
@@ -126,13 +126,13 @@ class ImageBytes(BytesIO):
         return super().read(size)
 
     def check_time(self) -> None:
-        """Raises OutOfTime after the deadline, and where the caller has left."""
+        """Raises OutOfTime after the deadline, or once the caller has left."""
         if time.monotonic() > self.deadline or self.left():
             raise OutOfTime
 
 
 def size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None:
-    """What an opener of `EARLY` is about to allocate; None for the others, which read the header first."""
+    """Returns the size that an opener of `EARLY` is about to allocate; None for other formats, which read the header first."""
     if file_format == "GIF":
         return _first_frame(ImageBytes(data))
     if file_format == "HEIF":
@@ -141,7 +141,7 @@ def size_before_opening(data: bytes, file_format: str) -> tuple[int, int] | None
 
 
 def _first_frame(file: BytesIO) -> tuple[int, int]:
-    """Right and bottom edge of a GIF's first frame."""
+    """Returns the right and bottom edge of a GIF's first frame, in pixels."""
     file.seek(10)
     flags = file.read(1)[0]
     file.seek(13 + (3 << (flags & 7) + 1 if flags & 128 else 0))
@@ -156,7 +156,7 @@ def _first_frame(file: BytesIO) -> tuple[int, int]:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """Width and height in the first chunk of a WebP."""
+    """Returns width and height from the first chunk of a WebP."""
 
     def number(first: int, end: int) -> int:
         return int.from_bytes(data[first:end], "little")
@@ -182,8 +182,8 @@ _SOS, _TEM, _ENDS = 0xDA, 0x01, {0xD8, 0xD9}
 
 @dataclass(frozen=True)
 class JpegCost:
-    """`samples`: of all channels, 2 bytes each, that are in memory at full size whatever the scale; 0 where a JPEG is decoded row by
-    row. `scanned`: samples that its scans pass over."""
+    """The cost of a JPEG. `samples`: of all channels, 2 bytes each, that are in memory at full size whatever the scale; 0 if it is
+    decoded row by row. `scanned`: samples that its scans pass over."""
 
     samples: int = 0
     scanned: int = 0
@@ -191,10 +191,10 @@ class JpegCost:
 
 
 def jpeg_cost(data: bytes) -> JpegCost:
-    """The cost of a JPEG by its markers. Raises InvalidImage: more scans than its size may have, or more segments.
+    """Returns the cost of a JPEG by its markers. Raises InvalidImage for more scans than its size may have, or too many segments.
 
-    libjpeg decodes row by row where the first scan has all channels and is not progressive; it refuses further scans then. Every other
-    file, baseline or not, is read whole into coefficients, in as many passes as it has scans.
+    libjpeg decodes row by row if the first scan has all channels and is not progressive; it then refuses further scans. It reads every
+    other file, baseline or not, whole into coefficients, in as many passes as it has scans.
     """
     pixels, scanned, kind = 0, 0.0, 0
     shares: dict[int, float] = {}  # of the pixels, by channel: 1/4 for chroma at half the resolution
@@ -219,13 +219,13 @@ def jpeg_cost(data: bytes) -> JpegCost:
 
 
 def jpeg_frame(data: bytes) -> tuple[int, int] | None:
-    """Bits of a sample and number of channels, by the first frame header; None where there is none, or a broken one."""
+    """Returns the bits per sample and the number of channels, by the first frame header; None if there is none, or it is broken."""
     frame = next((content for marker, content in _segments(data) if marker != _SOS), b"")
     return (frame[0], frame[5]) if len(frame) > 5 else None
 
 
 def _frame(content: bytes) -> tuple[int, dict[int, float]]:
-    """Pixels of a frame, and the share of them that each channel has."""
+    """Returns the pixels of a frame, and the share of them that each channel has."""
     pixels = int.from_bytes(content[1:3], "big") * int.from_bytes(content[3:5], "big")
     sampling: dict[int, tuple[int, int]] = {}
     for channel, factors in zip(content[6::3], content[7::3], strict=False):
@@ -236,7 +236,7 @@ def _frame(content: bytes) -> tuple[int, dict[int, float]]:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and content of each frame and scan up to the end of the image; tables, comments and entropy-coded data are passed over."""
+    """Yields marker and content of each frame and scan up to the end of the image. Skips tables, comments and entropy-coded data."""
     at = 2
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.match(data, at)  # where the segment before it ends, in most files
@@ -253,7 +253,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_marker(data: bytes, at: int) -> tuple[int, int]:
-    """The next marker from `at` on, and where what follows it begins; an end of the image where there is none."""
+    """Returns the next marker from `at` on, and where its content begins; an end of the image if there is none."""
     while at < len(data):
         if found := _MARKER.search(data, at, at + _WINDOW):
             return data[found.end() - 1], found.end()

@@ -1,6 +1,6 @@
-"""The program that decodes TIFF, AVIF, HEIC and large PNG and WebP for `image_process`, in its own process: imports nothing of ours.
+"""The program that decodes TIFF, AVIF, HEIC and large PNG and WebP for `decoder_process`. It imports nothing of Imago.
 
-stdin: a line of JSON, then the file; stdout: a line of JSON, then the pixels. Ends with its stdin.
+stdin: a line of JSON, then the file. stdout: a line of JSON, then the pixels. It ends when stdin is closed.
 """
 
 import json
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _limit(cpu_s: int, memory: int) -> None:
-    """So many seconds from now on; the kernel ends a process that takes more."""
+    """Limits CPU time to so many seconds from now on; the kernel ends a process that exceeds it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + cpu_s, hard))
@@ -51,7 +51,7 @@ def _limit(cpu_s: int, memory: int) -> None:
 
 
 def _register_heif() -> None:
-    """Takes 0.1 s, and needs a package that may not be installed: at the first such image."""
+    """Registers the HEIF opener at the first such image: it takes 0.1 s, and its package may not be installed."""
     import pillow_heif
 
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -93,7 +93,7 @@ def _decoded(
 
 
 def _in_raw_mode(tile: Any, raw_mode: str) -> Any:
-    """The decoder of PNG has the raw mode as its argument, those of TIFF have it as the first of several."""
+    """Sets the raw mode: the argument of the PNG decoder, the first of several arguments of the TIFF decoders."""
     return tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
 
 

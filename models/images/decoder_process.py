@@ -1,7 +1,7 @@
-"""Decoding in a process that can be ended, for formats whose libraries cannot be interrupted and whose headers do not bound the work.
+"""Decodes in a process that can be ended, for formats whose libraries cannot be interrupted and whose headers do not limit the work.
 
 A TIFF may keep its pixels in any of a dozen compressions, in strips that overlap; an AVIF or HEIC may hold thousands of hidden frames.
-What such a file takes is bounded from outside: by the deadline, CPU seconds and memory. Processes are kept for the next image.
+The deadline, CPU seconds and memory limit the process from outside. Processes are reused.
 """
 
 import atexit
@@ -22,8 +22,8 @@ from models.errors import ImageTooLarge, InvalidImage
 from models.images.cost import Left, OutOfTime, waits
 
 CHILD = Path(__file__).with_name("decoder_child.py")
-LOOK_MS = 100  # between two looks whether the caller has left
-CPU_S = 10  # of one image; 50 megapixels take 2
+LOOK_MS = 100  # between two checks whether the caller has left
+CPU_S = 10  # for one image; 50 megapixels take 2
 MEMORY = 4 * 2**30  # bytes of address space
 ANSWER_BYTES = 1000  # at most, of the line before the pixels
 ORIENTATION_TAG = 0x0112
@@ -40,10 +40,10 @@ def load(
     max_pixels: int | None = None,
     raw_mode: str | None = None,
 ) -> Image.Image:
-    """A file's pixels, and its orientation as EXIF: L, LA, RGB, RGBA, F, or integers of 16 and 32 bits.
+    """Returns the pixels of a file, and its orientation as EXIF: L, LA, RGB, RGBA, F, or integers of 16 and 32 bits.
 
-    max_pixels: what the header has promised; a file with more is refused before and after it is decoded.
-    raw_mode: of Pillow's, in which samples are taken, of PNG and TIFF; None for the file's own.
+    max_pixels: as the header promised; a file with more is refused before and after it is decoded. raw_mode: Pillow's raw mode for
+    samples of PNG and TIFF; None for the file's own.
 
     Raises OutOfTime after the deadline (`time.monotonic()`) or once the caller has `left`, ImageTooLarge, InvalidImage.
     """
@@ -87,7 +87,8 @@ def _exchange(
     max_pixels: int | None,
     raw_mode: str | None,
 ) -> tuple[dict[str, Any], bytes]:
-    """Raises OutOfTime once the caller has `left`, OSError or ValueError where the process ends before it has answered."""
+    """Sends a file and returns the answer. Raises OutOfTime once the caller has `left`; OSError or ValueError if the process ends before
+    it answers."""
     if process.stdin is None or process.stdout is None:
         raise ValueError("started without pipes")
     order = {"format": file_format, "bytes": len(data), "cpu_s": CPU_S, "memory": MEMORY}
@@ -131,7 +132,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 @atexit.register
 def close() -> None:
-    """Ends the processes that wait for work."""
+    """Ends the idle processes."""
     with _lock:
         waiting, _idle[:] = list(_idle), []
     for process in waiting:

@@ -1,12 +1,12 @@
-"""Image files -> uint8 tensors: the only place that decodes.
+"""Decodes image files to uint8 tensors: the only place that does.
 
     bytes --_sniff--> format --_open--> header, within the limits --hold, _load--> pixels of the first frame
           --_cropped--> what the network will see: upright, `crop` pixels, RGB or L --_tensor--> uint8 (C, height, width)
 
-Bytes come from strangers. Only the opener of the format that the first bytes name is ever run, limits are checked before pixels are
-allocated, and whatever goes wrong is one `ImageError`, about this image alone.
+Bytes come from strangers. Only the opener of the format that the first bytes name is run, limits are checked before pixels are allocated,
+and every failure is one `ImageError` about this image alone.
 
-Only the first frame of an animation is read; embedded colour profiles are ignored: published weights were trained without them.
+Only the first frame of an animation is read. Embedded colour profiles are ignored, because published weights were trained without them.
 """
 
 import logging
@@ -44,19 +44,19 @@ from models.preprocessing import Preprocessing, to_uint8, unscaled
 
 log = logging.getLogger(__name__)
 
-# Imported so that Pillow need not import all its 43 openers to find them.
+# Imported here, so that Pillow does not import all its 43 openers.
 OPENERS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 Image.MAX_IMAGE_PIXELS = None  # Pillow counts what a file holds; `Limits` count what is decoded
-FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the world's
-EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF", "HEIF": "HEIC"}  # are decoded in processes of their own
-OUTSIDE = 3  # times its pixels that such an image takes: there, in the pipe, and here
+FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # Pillow's name: the usual name
+EXTRA_FORMATS = {"TIFF": "TIFF", "AVIF": "AVIF", "HEIF": "HEIC"}  # decoded in separate processes
+OUTSIDE = 3  # copies of the pixels of such an image: in its process, in the pipe, and here
 
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in the frequency domain, where at least 2.5 times the resized image is left.
 DRAFT_FACTOR = 2.5
 
 MAX_RESIZED = 8  # times the pixels that are shown: a longer picture is not resized whole
 
-OVERSHOOT = 26  # of 255: how far a resize in floats may go beyond white and black
+OVERSHOOT = 26  # of 255: how far resizing in floats may exceed white and black
 
 PILLOW_WARNINGS = re.compile(r"PIL\b")
 
@@ -74,7 +74,7 @@ ORIENTATION_TAG = 0x0112
 
 FloatSize = tuple[float, float]
 Box = tuple[float, float, float, float]
-Hold = Callable[[int], AbstractContextManager[object]]  # is entered with the pixels that are about to be allocated
+Hold = Callable[[int], AbstractContextManager[object]]  # called with the number of pixels that will be allocated
 
 
 def decode(
@@ -85,15 +85,16 @@ def decode(
     deadline: float = math.inf,
     left: Left = waits,
 ) -> Tensor:
-    """One image file -> uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
+    """Decodes one image file to uint8 (C, height, width), a permuted view of contiguous (height, width, C) memory.
 
-    As torchvision's `Resize(resize)` and `CenterCrop(crop)`, or timm's transforms with other crop modes, on an upright RGB image,
-    transparency on white: RGB and gray files are equal to the bit. Of other modes, and where the resized image is over 8 times the
-    crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are decoded
-    at a reduced scale: below 1, and 20. The same bytes always give the same tensor.
-    `hold` bounds what all decoding threads allocate; what it raises comes out as it is.
-    `deadline`: of `time.monotonic()`; decoding ends at the next piece of input after it, with `OutOfTime`.
-    `left`: true once the caller has left; decoding ends then in the same way.
+    Resizes and crops as torchvision's `Resize(resize)` and `CenterCrop(crop)`, or as timm's transforms for other crop modes, on an
+    upright RGB image with transparency on white. RGB and gray files give equal bits. For other modes, and if the resized image is over 8
+    times the crop, the mean difference is below 0.35 of 255 and the largest 2. JPEGs whose short side is at least 5 times `resize` are
+    decoded at a reduced scale: mean difference below 1, largest 20. The same bytes always give the same tensor.
+
+    hold: limits what all decoding threads allocate; its exceptions pass through unchanged. deadline: of `time.monotonic()`; decoding ends
+    at the next read of input after it, with `OutOfTime`. left: returns true once the caller has left; decoding then ends in the same way.
+
     Raises `EmptyImage`, `UnsupportedImage`, `ImageTooLarge`, `InvalidImage`.
     """
     try:
@@ -152,15 +153,15 @@ def _decode(
         raise
     except MemoryError as error:
         raise ImageTooLarge(f"not enough memory for this {_name(file_format)}; send a smaller image") from error
-    except Exception as error:  # Pillow raises what comes to hand: IndexError, SyntaxError, struct.error ...
+    except Exception as error:  # Pillow raises exceptions of any kind: IndexError, SyntaxError, struct.error ...
         raise InvalidImage(_damage(data, file_format, stage, error)) from error
 
 
 def unnormalise(image: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """float32 (C, H, W), as `classifier.normalise` makes it -> the uint8 pixels that it was made of.
+    """Converts float32 (C, H, W), as `Normalise` makes it, back to the uint8 pixels that it was made from.
 
-    Values between pixels are rounded, as in a resized image file, and those up to OVERSHOOT beyond 0..255 are clipped.
-    Raises `InvalidImage` for what is further outside, or no number.
+    Values between pixels are rounded, as in a resized image file. Those up to OVERSHOOT outside 0..255 are clipped. Raises `InvalidImage`
+    for values further outside, or NaN.
     """
     pixels = unscaled(image, preprocessing)
     low, high = pixels.aminmax()
@@ -172,9 +173,9 @@ def unnormalise(image: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def stack(images: Sequence[Tensor], pinned: bool = False) -> Tensor:
-    """Decoded images (C, H, W) of one size -> uint8 (N, C, H, W) in channels_last memory; a plain copy, nothing is transposed.
+    """Copies decoded images (C, H, W) of one size into uint8 (N, C, H, W) in channels_last memory, without transposing.
 
-    pinned: in memory from which a copy to a GPU need not be waited for.
+    pinned: in page-locked memory, from which a copy to a GPU is asynchronous.
     """
     rows = [image.permute(1, 2, 0) for image in images]
     if not pinned:
@@ -184,7 +185,7 @@ def stack(images: Sequence[Tensor], pinned: bool = False) -> Tensor:
 
 
 def _is_outside(file_format: str, size: tuple[int, int]) -> bool:
-    """Decoded in a process that can be ended; by the file alone, so that the same bytes always give the same tensor."""
+    """Whether the image is decoded in a separate process. Depends on the file alone, so that the same bytes always give the same tensor."""
     return file_format in EXTRA_FORMATS or math.prod(size) >= UNINTERRUPTED.get(file_format, math.inf)
 
 
@@ -203,16 +204,16 @@ def _sniff(data: bytes, extra_formats: frozenset[str]) -> str:
 
 
 def _ignore_pillow_warnings() -> None:
-    """Pillow warns of broken EXIF, MPO and palettes, which we ignore on purpose, and of sizes, which we limit ourselves.
+    """Ignores Pillow's warnings on broken EXIF, MPO and palettes, which do not matter here, and on sizes, which have limits of their own.
 
-    `warnings.catch_warnings` would be the polite way, but it is not safe with threads.
+    `warnings.catch_warnings` is not safe with threads.
     """
     if not warnings.filters or warnings.filters[0][3] is not PILLOW_WARNINGS:
         warnings.filterwarnings("ignore", module=PILLOW_WARNINGS.pattern)
 
 
 def _open(file: ImageBytes, file_format: str, limits: Limits) -> Image.Image:
-    """The image with its header read; no pixel is allocated yet, but for the formats of `EARLY`."""
+    """Opens the image and reads its header. Allocates no pixels, except for the formats of `EARLY`."""
     image = Image.open(file, formats=(file_format,))
     if file_format != "JPEG":
         limits.check(image.size)
@@ -229,7 +230,7 @@ def _with_low_bytes(
     left: Left,
     outside: bool,
 ) -> Image.Image:
-    """16-bit colour on the scale of the bits that it uses, as upright as before."""
+    """Scales 16-bit colour by the bits that it uses, and keeps its orientation."""
 
     def read_low() -> Image.Image:
         if outside:
@@ -245,8 +246,8 @@ def _with_low_bytes(
 
 
 def _draft(image: Image.Image, cost: JpegCost, preprocessing: Preprocessing, limits: Limits) -> tuple[FloatSize, int]:
-    """Choose a JPEG's scale, within the limits; returns the width and height of the picture in the pixels that `image` will have, and how
-    many pixels of 4 bytes are allocated."""
+    """Chooses the scale of a JPEG within the limits. Returns width and height of the picture in the pixels that `image` will have, and
+    how many pixels of 4 bytes are allocated."""
     wanted = int(DRAFT_FACTOR * max(preprocessing.resized))
     full, draft = image.size, None
     if not cost.lossless:  # it has no frequencies to leave out
@@ -272,7 +273,7 @@ def _damage(data: bytes, file_format: str, stage: str, error: Exception) -> str:
 
 
 def _cropped(image: Image.Image, extent: FloatSize, preprocessing: Preprocessing) -> Image.Image:
-    """The upright, resized centre, RGB or L. Only what it shows is converted, resized and turned."""
+    """Returns the upright, resized centre, RGB or L. Converts, resizes and turns only what it shows."""
     swapped, mirror_x, mirror_y, upright = ORIENTATIONS.get(_orientation(image), (False, False, False, None))
     width, height = extent
     across, down = axes(height, width, preprocessing) if swapped else axes(width, height, preprocessing)
@@ -286,7 +287,7 @@ def _cropped(image: Image.Image, extent: FloatSize, preprocessing: Preprocessing
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # broken EXIF is no reason to refuse a picture
+    except Exception:  # a picture with broken EXIF is accepted
         return 1
 
 
@@ -297,11 +298,11 @@ def _resize(
     preprocessing: Preprocessing,
     columns_first: bool,
 ) -> Image.Image:
-    """The resized part of a picture of `extent` that the axes, across and down in the file, show; RGB or L.
+    """Resizes the part of a picture of `extent` that the axes show (across and down in the file), to RGB or L.
 
-    The whole picture is resized and then cropped, which equals torchvision and timm to the bit: Pillow takes the corners of a part as
-    float32. Rows are resized first, as Pillow does it, in the upright picture. Of a picture in another mode, and of one so long that
-    little of it is shown, only the part is resized.
+    The whole picture is resized and then cropped, which gives the same bits as torchvision and timm: Pillow takes the corners of a part
+    as float32. Rows of the upright picture are resized first, as Pillow does. Only the part is resized if the picture has another mode,
+    or is so long that little of it is shown.
     """
     x, y = axes
     resample = Image.Resampling[preprocessing.interpolation.upper()]
@@ -322,7 +323,7 @@ def _resize(
 def _resize_part(
     image: Image.Image, extent: FloatSize, axes: tuple[Axis, Axis], preprocessing: Preprocessing
 ) -> Image.Image:
-    """The same, without touching more of the picture than is shown."""
+    """Does the same on the shown part of the picture alone."""
     (left, right), (top, bottom) = (axis.part(side) for axis, side in zip(axes, extent, strict=True))
     size, box = (axes[0].size, axes[1].size), (left, top, right, bottom)
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
@@ -335,7 +336,7 @@ def _resize_part(
 
 
 def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
-    """On black, or in crop mode `border` on the mean colour, where the image does not fill the crop."""
+    """Pads with black, or in crop mode `border` with the mean colour, if the image does not fill the crop."""
     size = (preprocessing.width, preprocessing.height)
     if image.size == size:
         return image
@@ -347,7 +348,7 @@ def _bordered(image: Image.Image, at: tuple[int, int], preprocessing: Preprocess
 
 
 def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Image, Box]:
-    """The whole pixels that resizing `box` reads, and the box in their coordinates."""
+    """Returns the whole pixels that resizing `box` reads, and the box in their coordinates."""
     x, right, begin_x, end_x = whole_pixels(box[0], box[2], size[0], image.width)
     y, bottom, begin_y, end_y = whole_pixels(box[1], box[3], size[1], image.height)
     return image.crop((x, y, right, bottom)), (begin_x, begin_y, end_x, end_y)

@@ -1,6 +1,6 @@
-"""Names bytes that are no image, or one of a format that is not read, and the remedy: for refused requests and for audits of datasets.
+"""Names bytes that are not an image, or are of a format that is not read, with the remedy: for requests and for audits of datasets.
 
-The first bytes decide. Every row is (what it begins with, what it is, what to do); the remedies continue a sentence after a semicolon.
+The first bytes decide. Every row is (first bytes, what it is, what to do); the remedies continue a sentence after a semicolon.
 """
 
 import re
@@ -12,7 +12,7 @@ RAW = "export it as JPEG from the photo editor"
 UNPACK = "unpack it and send the images in it"
 AS_JSON = 'send it as JSON, {"image": "<base64>"}, with Content-Type: application/json'
 SAME_BYTES = "send the file unchanged, with curl --data-binary @file or -F file=@file, not -d"
-HEAD = 512  # bytes that are looked at
+HEAD = 512  # bytes that are read
 
 # (offset, bytes, what, remedy), in this order
 SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
@@ -91,7 +91,7 @@ _FORM = re.compile(rb"[\w.\[\]%-]{1,64}=")
 
 
 def format_of(data: bytes) -> str | None:
-    """The format that the first bytes name, as Pillow calls it: content decides, never a file name or a declared type."""
+    """Returns Pillow's name of the format that the first bytes show. File names and declared types never count."""
     if data.startswith(b"\xff\xd8\xff") and data[3:4] != b"\xf7":  # that is JPEG-LS
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -111,7 +111,7 @@ def format_of(data: bytes) -> str | None:
 
 
 def brands(data: bytes) -> set[bytes]:
-    """The brands of a file of ISO boxes, which name HEIC, AVIF or a kind of video; empty where it is none."""
+    """Returns the brands of an ISO box file, which tell HEIC, AVIF and kinds of video apart; empty for other files."""
     if data[4:8] != b"ftyp":
         return set()
     end = min(max(16, int.from_bytes(data[:4], "big")), 256)
@@ -119,17 +119,17 @@ def brands(data: bytes) -> set[bytes]:
 
 
 def is_address(data: bytes) -> bool:
-    """`https://...`: where an image is, and not the image."""
+    """Whether the bytes are an address (`https://...`) and not an image."""
     return _URL.match(data) is not None
 
 
 def is_multipart(data: bytes) -> bool:
-    """A multipart body: a boundary, and the head of a part."""
+    """Whether the bytes are a multipart body: a boundary, and the head of a part."""
     return _BOUNDARY.match(data) is not None
 
 
 def described(data: bytes) -> str:
-    """`a PDF document; save its page as PNG`: what bytes are that no decoder takes, and the remedy.
+    """Returns what undecodable bytes are, with the remedy: `a PDF document; save its page as PNG`.
 
     Formats that a setting adds are named with that setting.
     """
@@ -149,7 +149,7 @@ def _named(data: bytes) -> tuple[str, str]:
 
 
 def _tiff(data: bytes) -> tuple[str, str]:
-    """A TIFF, or what is built like one: raw files of cameras."""
+    """Names a TIFF, or a raw file of a camera, which is built like one."""
     if (camera := tiff.camera(data)) is not None:
         return f"a camera raw file ({camera})" if camera else "a camera raw file", RAW
     return "a TIFF image", f"{AS_PNG}, or set IMAGO_EXTRA_FORMATS=tiff"

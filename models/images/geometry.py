@@ -1,4 +1,4 @@
-"""Which part of an image a network sees, and where it lies in its input: arithmetic only, no pixels.
+"""Computes which part of an image a network sees, and where it lies in the input. Handles no pixels.
 
 image (width, height) --_resized--> (new_width, new_height) --_axis, of each side--> the part that the crop shows
 """
@@ -10,7 +10,7 @@ from models.preprocessing import Preprocessing
 
 
 class Axis(NamedTuple):
-    """Along one side: to how many pixels the whole side is resized, the first of them that is shown, how many are shown, and where they
+    """One side of an image: the pixels to which the whole side is resized, the first pixel shown, how many are shown, and where they
     begin in the crop."""
 
     resized: int
@@ -19,23 +19,23 @@ class Axis(NamedTuple):
     at: int
 
     def mirrored(self) -> "Axis":
-        """The same side counted from its other end."""
+        """Returns the same side counted from its other end."""
         return self._replace(first=self.resized - self.first - self.size)
 
     def part(self, side: float) -> tuple[float, float]:
-        """Begin and end of what is shown, in pixels of an image whose side this is."""
+        """Returns begin and end of the shown part, in pixels of an image with this side."""
         scale = side / self.resized
         return self.first * scale, min(side, (self.first + self.size) * scale)  # rounding may not leave the image
 
 
 def axes(width: float, height: float, preprocessing: Preprocessing) -> tuple[Axis, Axis]:
-    """Across and down, in an upright image of this size."""
+    """Returns the axes across and down of an upright image of this size."""
     new_width, new_height = _resized(width, height, preprocessing)
     return _axis(new_width, preprocessing.width), _axis(new_height, preprocessing.height)
 
 
 def _resized(width: float, height: float, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height to which the whole image is resized, rounded as torchvision and timm round them."""
+    """Returns width and height of the whole resized image, rounded as torchvision and timm round them."""
     wanted_height, wanted_width = preprocessing.resized
     if preprocessing.crop_mode == "squash":
         return wanted_width, wanted_height
@@ -54,7 +54,8 @@ def _axis(resized: int, crop: int) -> Axis:
 
 
 def whole_pixels(begin: float, end: float, size: int, side: int) -> tuple[int, int, float, float]:
-    """The whole pixels, first and past the last, that resizing this part of a side to `size` reads, and the part within them."""
+    """Returns the first whole pixel and the one after the last that resizing this part of a side to `size` reads, and the part within
+    them."""
     margin = math.ceil(3 * max(1, (end - begin) / size)) + 1  # Lanczos reaches three output pixels
     first, last = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
     return first, last, begin - first, end - first

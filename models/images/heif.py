@@ -1,6 +1,6 @@
-"""The size of a HEIF image (HEIC, as iPhones send it), read from its boxes before its library sees it.
+"""Reads the size of a HEIF image (HEIC, as iPhones send it) from its boxes, before libheif sees it.
 
-libheif takes a whole file at once, so it runs in its own process (decoder_process.py); the limits are checked before, here.
+libheif reads a whole file in one call, so it runs in a separate process (decoder_process.py); the limits are checked before, here.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def is_installed() -> bool:
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Width and height, at most; of a grid those of the whole. Raises InvalidImage where the file names none."""
+    """Returns an upper bound of width and height; for a grid those of the whole. Raises InvalidImage if the file has none."""
     meta = _meta(data)
     found: list[tuple[int, int]] = []
     at = meta.find(EXTENTS)
@@ -32,17 +32,17 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def end_of_boxes(data: bytes) -> int:
-    """How long a file of ISO boxes (HEIC, AVIF) is by the lengths of its boxes: more than `data` has where it is cut off."""
+    """Returns the length of an ISO box file (HEIC, AVIF) by its boxes. It exceeds the length of `data` if the file is cut off."""
     return max((end for _, _, end in _boxes(data)), default=0)
 
 
 def _meta(data: bytes) -> bytes:
-    """The content of the box `meta`; empty where there is none."""
+    """Returns the content of the box `meta`; empty if there is none."""
     return next((data[begin:end] for name, begin, end in _boxes(data) if name == b"meta"), b"")
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name of each box of the file itself, and where its content begins and ends."""
+    """Yields the name of each top-level box, and where its content begins and ends."""
     at = 0
     for _ in range(MAX_BOXES):
         if at + 8 > len(data):

@@ -1,4 +1,4 @@
-"""Bit depth and channels of an image file, from its header alone: `8-bit colour`, `16-bit gray`."""
+"""Returns bit depth and channels of an image file, from its header alone: `8-bit colour`, `16-bit gray`."""
 
 import re
 from io import BytesIO
@@ -27,7 +27,7 @@ OTHER = "other"
 
 
 def image_kind(data: bytes) -> str:
-    """Of the bytes of a file that decodes."""
+    """Returns the kind of a file that decodes."""
     file_format = format_of(data)
     if file_format == "PNG":
         return f"{data[24]}-bit {PNG_CHANNELS.get(data[25], OTHER)}"
@@ -58,7 +58,7 @@ def _tiff_kind(data: bytes) -> str:
 
 
 def _boxed_kind(data: bytes) -> str:
-    """Of HEIC and AVIF, by the boxes `pixi` of the image and of its transparency; empty where there is none."""
+    """Returns the kind of a HEIC or AVIF by the boxes `pixi` of the image and its transparency; empty if there are none."""
     found = [data[match.end() + 4 : match.end() + 6] for match in re.finditer(b"pixi", data[:HEAD])]
     depths = {content[0]: content[1] for content in found if len(content) == 2 and content[0] in (1, 3)}
     if not depths:

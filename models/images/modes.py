@@ -1,10 +1,10 @@
-"""Any mode of Pillow's -> RGB or L. The one place that decides how bright the values of a deep image are.
+"""Converts images of any Pillow mode to RGB or L. The one place that decides how bright the values of a deep image are.
 
-Samples of 16 bits seldom use them all: X-rays, microscopes and thermal cameras write 10, 12 or 14 bits into 16. The scale is that of the
-smallest even number of bits, from 8 on, that holds the image's largest value, or of the bits that the file declares where they hold it. It
-depends on the one image alone, so that training, serving and `imago predict` see the same.
+Samples of 16 bits seldom use them all: X-ray machines, microscopes and thermal cameras write 10, 12 or 14 bits into 16. The scale is the
+smallest even number of bits, from 8 on, that holds the image's largest value, or the number that the file declares if that holds it. It
+depends on the one image alone, so that training, serving and `imago predict` agree.
 
-Of 16-bit colour Pillow keeps the high bytes. Where these say that fewer bits are used, the file is read again for its low bytes.
+Pillow keeps only the high bytes of 16-bit colour. If these show that fewer bits are used, the file is read again for its low bytes.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ ROWS = 32  # that are joined at a time
 
 @dataclass(frozen=True)
 class Samples:
-    """What a file says of its samples of more than 8 bits.
+    """What a file says about samples of more than 8 bits.
 
-    `declared`: bits that they use, 0 where it does not say. `raw_mode`: Pillow's, where its own choice is wrong. `low_bytes`: the raw mode
-    that takes the low bytes of 16-bit colour; of gray with transparency, both bytes of both. `transparent`: a colour. `multiplied`:
-    colours are multiplied by their transparency.
+    `declared`: the bits they use, 0 if it does not say. `raw_mode`: Pillow's raw mode, if its own choice is wrong. `low_bytes`: the raw
+    mode that reads the low bytes of 16-bit colour, or both bytes of gray with transparency. `transparent`: a colour. `multiplied`:
+    whether colours are multiplied by their transparency.
     """
 
     declared: int = 0
@@ -42,13 +42,13 @@ class Samples:
 
 
 def significant_bits(largest: int, declared: int = 0) -> int:
-    """Bits of the scale on which an image with this largest value is; `declared`: by the file, 0 where it does not say."""
+    """Returns the bits of the scale of an image with this largest value. `declared`: by the file, 0 if it does not say."""
     needed = max(largest, 1).bit_length()
     return declared if needed <= declared else next((bits for bits in BITS if needed <= bits), needed)
 
 
 def png_samples(png: bytes) -> Samples:
-    """By the header, and by the chunks sBIT and tRNS."""
+    """Reads the samples of a PNG from its header and the chunks sBIT and tRNS."""
     if png[24:25] != b"\x10":
         return Samples()
     bits, colour = _chunk(png, b"sBIT", 1), _chunk(png, b"tRNS", 6) if png[25] == 2 else b""
@@ -60,7 +60,7 @@ def png_samples(png: bytes) -> Samples:
 
 
 def _chunk(png: bytes, name: bytes, size: int) -> bytes:
-    """The first bytes of a chunk before the pixels; empty where there is none."""
+    """Returns the first bytes of a chunk before the pixels; empty if there is none."""
     at = png.find(name, 0, max(png.find(b"IDAT"), 0))
     return png[at + 4 : at + 4 + size] if at > 0 else b""
 
@@ -68,9 +68,9 @@ def _chunk(png: bytes, name: bytes, size: int) -> bytes:
 def with_low_bytes(
     high: Image.Image, samples: Samples, read_low: Callable[[], Image.Image], check_time: Callable[[], None]
 ) -> Image.Image:
-    """16-bit colour of which Pillow has read the high bytes -> RGB or RGBA on the scale of the bits that it uses.
+    """Converts 16-bit colour, of which Pillow has read the high bytes, to RGB or RGBA on the scale of its used bits.
 
-    `read_low` reads the file once more, by the raw mode `samples.low_bytes`; where 16 bits are used, the high bytes are enough.
+    `read_low` reads the file again with the raw mode `samples.low_bytes`. If all 16 bits are used, the high bytes are enough.
     """
     extrema = [largest for _, largest in high.getextrema()]  # type: ignore[misc]
     bits = significant_bits(max(extrema[:3]) << 8 | 255, samples.declared)
@@ -100,12 +100,12 @@ def with_low_bytes(
 
 
 def _table(bits: int) -> npt.NDArray[np.uint8]:
-    """8-bit pixels by samples of 16 bits, quicker than arithmetic with each."""
+    """Returns a table from 16-bit samples to 8-bit pixels, which is faster than arithmetic on each."""
     return _scaled(np.arange(65536), 2**bits - 1)
 
 
 def set_white(image: Image.Image, samples: Samples) -> None:
-    """Notes the value that is white, from all pixels of a loaded image: what is flattened later may be a part of it.
+    """Notes the value of white, from all pixels of a loaded image: `flatten` may later see only a part.
 
     Raises InvalidImage for values below black.
     """
@@ -128,7 +128,7 @@ def set_white(image: Image.Image, samples: Samples) -> None:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB or L, transparent pixels on white."""
+    """Converts to RGB or L, with transparent pixels on white."""
     if image.mode.startswith("I"):
         return _gray_integers(image)
     if image.mode == "F":
@@ -142,7 +142,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _gray_integers(image: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits -> L. Pillow's own conversion would clip everything above 255 to white."""
+    """Converts gray of 16 or 32 bits to L. Pillow's own conversion would clip everything above 255 to white."""
     values = _integers(image)
     if values.itemsize > 2:
         return _gray(_scaled(values, image.info[WHITE]), image)

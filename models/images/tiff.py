@@ -1,6 +1,6 @@
-"""The first page of a TIFF by its tags: a camera's raw file, a layout of samples that is not read, and what Pillow must be told.
+"""Reads the tags of a TIFF's first page: whether it is a camera's raw file, a layout that is not read, and what Pillow must be told.
 
-Pillow leaves out bands that it has no use for, and of most other layouts it says only that it cannot identify the file.
+Pillow drops bands that it does not use, and says of most other layouts only that it cannot identify the file.
 """
 
 import sys
@@ -71,7 +71,7 @@ AS_RGB = "save it as 8-bit RGB or gray"
 
 @dataclass(frozen=True)
 class Page:
-    """The tags of a first page; `at`: where the lowest byte of each first value is. `more`: another page follows."""
+    """The tags of a first page. `at`: the position of the lowest byte of each first value. `more`: whether another page follows."""
 
     big_endian: bool
     tags: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Page:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Of each band."""
+        """Returns the bits of each band."""
         jpeg = self.one(COMPRESSION, 1) == OLD_JPEG and self.photometric in (RGB, YCBCR)
         bands = max(1, min(self.one(BANDS, 3 if jpeg else 1), MAX_VALUES))
         bits = self.tags.get(BITS) or (1,)
@@ -105,12 +105,12 @@ class Page:
 
     @property
     def is_thumbnail(self) -> bool:
-        """The first page is a smaller copy of another, as cameras write it."""
+        """Whether the first page is a smaller copy of another, as cameras write it."""
         return bool(self.one(SUBFILE, 0) & 1) and (self.more or SUB_PAGES in self.tags)
 
 
 def first_page(data: bytes) -> Page | None:
-    """None where the list of tags is not in `data`, which may be the beginning of a file."""
+    """Reads the first page; returns None if its tags are not in `data`, which may be only the beginning of a file."""
     if not data.startswith(STARTS):
         return None
     order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
@@ -141,7 +141,7 @@ def first_page(data: bytes) -> Page | None:
 
 
 def _float(data: bytes, order: str) -> int:
-    """What a float of 4 or 8 bytes rounds to, 0 where it is no number: such tags state a largest value."""
+    """Rounds a float of 4 or 8 bytes, 0 if it is not a number: such tags state a largest value."""
     value = (
         np.frombuffer(data, f"{'<' if order == 'little' else '>'}f{len(data)}") if len(data) in (4, 8) else np.zeros(1)
     )
@@ -149,9 +149,9 @@ def _float(data: bytes, order: str) -> int:
 
 
 def camera(data: bytes) -> str | None:
-    """The kind of a camera's raw file that is built like a TIFF, empty where its maker is not known; None for other files.
+    """Returns the kind of a camera's raw file that is built like a TIFF, empty if its maker is not known; None for other files.
 
-    Its first page is often a thumbnail, so that a reader of TIFFs would take that for the picture.
+    Its first page is often a thumbnail, which a reader of TIFFs would take for the picture.
     """
     if data.startswith(CR2, 4):
         return "Canon CR2"
@@ -166,7 +166,7 @@ def camera(data: bytes) -> str | None:
 
 
 def reading(data: bytes) -> tuple[bytes, Samples]:
-    """The bytes for Pillow, and how its samples are meant. Raises InvalidImage for what would be read wrong, or not at all."""
+    """Returns the bytes for Pillow, and what its samples mean. Raises InvalidImage for what would be read wrongly, or not at all."""
     if data.startswith(b"MM\0+"):
         raise InvalidImage("big-endian BigTIFF is not read: save it as PNG or as an ordinary TIFF")
     page = first_page(data)
@@ -189,13 +189,14 @@ def reading(data: bytes) -> tuple[bytes, Samples]:
 
 
 def _declared_bits(page: Page) -> int:
-    """By SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 where none says."""
+    """Returns the used bits by SMaxSampleValue, MaxSampleValue, or BitsPerSample below 16; 0 if none says."""
     depth, declared = page.bits[0], page.one(MAX_SAMPLE, page.one(MAX_VALUE, 0)).bit_length()
     return declared if 0 < declared <= depth else depth if depth < 16 else 0
 
 
 def _low_bytes(page: Page) -> str:
-    """The mode that takes the other byte of each sample; uncompressed ones are in the file's order, all others in this machine's."""
+    """Returns the raw mode that reads the other byte of each sample. Uncompressed samples are in the file's byte order, others in this
+    machine's."""
     big_endian = page.big_endian if page.one(COMPRESSION, 1) == 1 else sys.byteorder == "big"
     return ("RGB" if len(page.bits) == 3 else "RGBA") + (";16L" if big_endian else ";16B")
 
@@ -221,7 +222,7 @@ def _pillow_key(page: Page) -> tuple[object, ...]:
 
 
 def _is_read(page: Page) -> bool:
-    """Pillow knows the layout, and uses all its bands."""
+    """Whether Pillow knows the layout and uses all its bands."""
     bits, kinds, extra = page.bits, page.sample_format, page.tags.get(EXTRA_SAMPLES, ())
     photometric = page.photometric
     if _pillow_key(page) not in LAYOUTS:
@@ -235,7 +236,7 @@ def _is_read(page: Page) -> bool:
 
 
 def _layout(page: Page) -> str:
-    """`5 bands of 16 bits`."""
+    """Describes the layout: `5 bands of 16 bits`."""
     bits, kind, photometric = page.bits, page.sample_format[0], page.photometric
     depth = str(bits[0]) if len(set(bits)) == 1 else ", ".join(map(str, bits[:8]))
     numbers = {SIGNED: "signed integers of {} bits", FLOAT: "floats of {} bits"}.get(kind, "{} bits").format(depth)

@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 def stages(**parts: nn.Module) -> nn.Sequential:
-    """A sequence whose parts have names, so that training can freeze up to one of them."""
+    """Returns a sequence with named parts, so that training can freeze up to one of them."""
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -32,7 +32,7 @@ def conv_relu(inputs: int, outputs: int, kernel: int, padding: int = 0, stride: 
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size (divided by the stride), then batch norm, which makes the bias redundant."""
+    """Returns a convolution that keeps the size (divided by the stride), then batch norm, which makes the bias redundant."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
@@ -42,7 +42,7 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> n
 
 
 def conv_bias_norm_relu(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
-    """The same with the redundant bias, as the textbooks' MNIST networks and torchvision's VGG have it."""
+    """Returns the same with the redundant bias, as in the textbooks' MNIST networks and torchvision's VGG."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
@@ -53,7 +53,7 @@ def norm_relu_conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> n
 
 
 def linear_relu(*widths: int, dropout: float = 0.0) -> nn.Sequential:
-    """Fully connected layers of these widths: dropout (if any), linear, ReLU, for each."""
+    """Returns fully connected layers of these widths: dropout (if any), linear, ReLU, for each."""
     layers = nn.Sequential()
     for inputs, outputs in pairwise(widths):
         if dropout:

@@ -1,11 +1,11 @@
-"""Images that are the same picture: equal pixels, or the same photograph scaled, recompressed, brightened or retouched.
+"""Finds images that are the same picture: equal pixels, or one photograph scaled, recompressed, brightened or retouched.
 
     pixels --gray, 32 x 32--> 63 signs of its low frequencies (64 bits) --a quarter of the bits in common--> candidates
-    candidates --likeness.details: what the pair does not share with the dataset correlates--> pairs --> groups
+    candidates --likeness.details: correlation of what the pair does not share with the dataset--> pairs --> groups
     candidates whose details are somewhat alike --likeness.same_by_features--> more pairs
 
-Datasets of alike pictures (digits, X-rays) are full of pairs that would do elsewhere; there chains of pairs would swallow
-whole classes, so in a group that grows too large only ever closer pairs count.
+Datasets of similar pictures (digits, X-rays) have many pairs that would count elsewhere, and chains of pairs would join whole classes. In
+a group that grows too large, only closer pairs count.
 """
 
 import math
@@ -24,22 +24,22 @@ from models.data.samples import NearDuplicates
 Pairs = npt.NDArray[np.int64]  # (p, 2)
 
 SIDE = 32  # of the gray image that is hashed
-MIN_CONTRAST = 3.0  # of 255, standard deviation: below it a picture is flat, and its hash is noise
-MAX_BITS = 10  # of 64 that may differ
+MIN_CONTRAST = 3.0  # standard deviation, of 255: below it the hash of a picture is noise
+MAX_BITS = 10  # differing bits of 64, at most
 WINDOW = 64  # images compared with each in a list of equal 16 bits
-MAX_CANDIDATES = 500_000  # pairs looked at, the closest first: some 5 s
-# Details of a pair, see likeness: a level lies between what is usual in the dataset and 1. Where any two photographs differ, pairs of
-# CIFAR-10 were one photograph from 0.5 on; of 144 pictures by one fixed camera, of ten kinds, no two had 0.88. Of fewer than 40
-# images the background is known less well.
-SAME, DOUBTFUL = 0.75, 0.3  # of the way; between them features decide
+MAX_CANDIDATES = 500_000  # compared pairs, the closest first: about 5 s
+# Levels of `details` (see likeness), as a share of the way from what is usual in the dataset to 1. In CIFAR-10, pairs from 0.5 on were
+# one photograph. Of 144 pictures by one fixed camera, of ten kinds, no two reached 0.88. With fewer than 40 images the background is
+# known less well.
+SAME, DOUBTFUL = 0.75, 0.3  # between them features decide
 HIGHEST = 0.88
 FEW, FEW_LEVEL = 40, 0.97
-LARGE_GROUP = (0.95, 0.99)  # where a group grows too large
+LARGE_GROUP = (0.95, 0.99)  # levels in groups that grow too large
 
 
 @dataclass(frozen=True)
 class Near:
-    """Rows, ascending, that show one photograph, and the rule that found them."""
+    """Rows, ascending, that show one photograph, with the rule that found them."""
 
     rows: tuple[int, ...]
     rule: str
@@ -47,25 +47,25 @@ class Near:
 
 @dataclass(frozen=True, eq=False)
 class DuplicateGroups:
-    """Of N images. `groups` are kept on one side of a split."""
+    """The groups of N images. A split keeps each of `groups` on one side."""
 
     groups: Tensor  # int64 (N,), in order of first appearance
-    near: tuple[Near, ...] = ()  # groups of images of which some are not equal
+    near: tuple[Near, ...] = ()  # groups with images that are not all equal
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """p pairs of places."""
+    """p pairs of image indices."""
 
     pairs: Pairs  # (p, 2)
-    bits: npt.NDArray[np.int64]  # (p,) of the hash that differ
+    bits: npt.NDArray[np.int64]  # (p,) differing bits of the hash
     details: npt.NDArray[np.float32]  # (p,)
-    features: npt.NDArray[np.float32]  # (p,) cosines; 0 where they were not asked
+    features: npt.NDArray[np.float32]  # (p,) cosines; 0 where they were not computed
 
 
 @dataclass(frozen=True, eq=False)
 class DuplicateEvidence:
-    """What near-duplicates are found by, of N images."""
+    """What the search for near-duplicates compares, for N images."""
 
     hashes: npt.NDArray[np.uint64]  # (N,)
     gray: Tensor  # float16 (N, 32, 32)
@@ -78,7 +78,7 @@ def search(
     near: NearDuplicates = "group",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> DuplicateGroups:
-    """uint8 (N, C, H, W) and a hash of each -> groups of equal ones and, by `near`, of near-duplicates."""
+    """Groups equal images and, depending on `near`, near-duplicates. Takes uint8 (N, C, H, W) and a hash of each image."""
     exact = equal(digests)
     if near == "off":
         return DuplicateGroups(exact)
@@ -89,7 +89,7 @@ def search(
 
 
 def _named(groups: Tensor, first: npt.NDArray[np.int64], matches: Matches) -> tuple[Near, ...]:
-    """A group's rule is that of its weakest pairs."""
+    """Returns each group with the rule of its weakest pairs."""
     homes = groups[torch.from_numpy(first[matches.pairs[:, 0]])].numpy()
     order = np.argsort(homes, kind="stable")
     numbers, starts = np.unique(homes[order], return_index=True)
@@ -112,7 +112,7 @@ def _rule(matches: Matches, pairs: npt.NDArray[np.int64]) -> str:
 
 
 def equal(digests: Sequence[bytes]) -> Tensor:
-    """Equal digests, equal number: int64 (N,), in order of first appearance."""
+    """Returns int64 (N,): equal digests get equal numbers, in order of first appearance."""
     numbers: dict[bytes, int] = {}
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests], dtype=torch.int64)
 
@@ -120,7 +120,7 @@ def equal(digests: Sequence[bytes]) -> Tensor:
 def thumbnails(
     pixels: Tensor, rows: Tensor, progress: Callable[[float], None] = lambda fraction: None, batch_size: int = 64
 ) -> DuplicateEvidence:
-    """Of the given rows (M,) of uint8 (N, C, H, W)."""
+    """Returns the evidence for the rows (M,) of uint8 (N, C, H, W)."""
     hashes, gray, flat = [], [], []
     for batch in torch.split(rows, batch_size):
         exact = _gray(pixels[batch])
@@ -133,7 +133,7 @@ def thumbnails(
 
 
 def _gray(pixels: Tensor) -> Tensor:
-    """uint8 (n, C, H, W) -> float32 (n, 32, 32)."""
+    """Converts uint8 (n, C, H, W) to float32 (n, 32, 32)."""
     weights = torch.tensor([0.299, 0.587, 0.114] if pixels.shape[1] == 3 else [1.0])
     luma = pixels.permute(0, 2, 3, 1).float() @ weights  # (n, H, W)
     rows, columns = _pooling(pixels.shape[2]), _pooling(pixels.shape[3])
@@ -141,12 +141,12 @@ def _gray(pixels: Tensor) -> Tensor:
 
 
 def _pooling(side: int) -> Tensor:
-    """The matrix (32, side) that averages areas."""
+    """Returns the matrix (32, side) that averages areas."""
     return F.adaptive_avg_pool1d(torch.eye(side)[None], SIDE)[0].T
 
 
 def _hash(gray: Tensor) -> npt.NDArray[np.uint64]:
-    """(n, 32, 32) -> (n,): of the 8 x 8 lowest frequencies (DCT II), whether each is above their median."""
+    """Hashes (n, 32, 32) to (n,): for each of the 8 x 8 lowest frequencies (DCT II), whether it is above their median."""
     k, x = torch.arange(8)[:, None], torch.arange(SIDE)[None]
     basis = torch.cos(math.pi / SIDE * k * (x + 0.5)).double()  # (8, 32)
     waves = (basis @ gray.double() @ basis.T).flatten(1)  # (n, 64)
@@ -155,7 +155,7 @@ def _hash(gray: Tensor) -> npt.NDArray[np.uint64]:
 
 
 def near_pairs(pixels: Tensor, rows: Tensor, progress: Callable[[float], None] = lambda fraction: None) -> Matches:
-    """Pairs of places in `rows` (M,) of uint8 (N, C, H, W) that show one picture, after the levels for large groups."""
+    """Returns pairs of indices into `rows` (M,) of uint8 (N, C, H, W) that show one picture. In large groups, only closer pairs."""
     thumbs = thumbnails(pixels, rows, progress)
     candidates = _candidates(thumbs)
     if not len(candidates):
@@ -178,7 +178,7 @@ def near_pairs(pixels: Tensor, rows: Tensor, progress: Callable[[float], None] =
 
 
 def _levels(usual: float, images: int) -> tuple[float, float]:
-    """Details from which on a pair is doubtful, and the same photograph."""
+    """Returns the levels of `details` from which a pair is doubtful, and from which it is one photograph."""
     if images < FEW:
         return FEW_LEVEL, FEW_LEVEL
     same = min(HIGHEST, usual + SAME * (1 - usual))
@@ -186,15 +186,15 @@ def _levels(usual: float, images: int) -> tuple[float, float]:
 
 
 def _oversized(pairs: Pairs, kept: npt.NDArray[np.bool_], images: int, largest: int) -> npt.NDArray[np.bool_]:
-    """Which pairs lie in a group of more than `largest` images, bool (p,)."""
+    """Returns bool (p,): which pairs lie in a group of more than `largest` images."""
     groups = _joined(torch.arange(images), torch.from_numpy(pairs[kept]))
     sizes = groups.bincount(minlength=1)
     return (sizes[groups[torch.from_numpy(pairs[:, 0])]] > largest).numpy()
 
 
 def _candidates(thumbs: DuplicateEvidence) -> Pairs:
-    """Differing bits and places (p, 3) of pairs, in order of places, that share 16 of the hash's bits in place and differ in few:
-    sorted lists are compared with themselves, shifted."""
+    """Returns (p, 3): number of differing bits and the indices of pairs that share an aligned quarter (16 bits) of their hashes and
+    differ in few bits. Compares sorted lists with themselves, shifted."""
     places = np.flatnonzero(~thumbs.flat.numpy())
     hashes = thumbs.hashes[places]
     found = [np.empty((0, 3), dtype=np.int64)]
@@ -215,7 +215,7 @@ def _candidates(thumbs: DuplicateEvidence) -> Pairs:
 
 
 def _joined(numbers: Tensor, pairs: Tensor) -> Tensor:
-    """Group numbers (N,) after the groups of each pair of places (p, 2) have become one, in order of first appearance."""
+    """Returns group numbers (N,) after joining the groups of each pair (p, 2), in order of first appearance."""
     parent = list(range(int(numbers.max()) + 1 if len(numbers) else 0))
 
     def root(number: int) -> int:

@@ -1,10 +1,10 @@
-"""How alike two pictures are in what they do not share with the rest of their dataset.
+"""Measures how alike two pictures are in what they do not share with the rest of their dataset.
 
-    gray, 32 x 32 --less the mean picture and the main components of the dataset--> details --cosine--> of a pair, -1..1
-    96 x 96 colours --EfficientNet-Lite0, the same for every base--> 1,280 features --cosine--> of a pair, against that of other pairs
+    gray, 32 x 32 --minus the mean picture and the main components of the dataset--> details --cosine of a pair--> -1..1
+    96 x 96 colours --EfficientNet-Lite0, the same for every base--> 1,280 features --cosine of a pair, against other pairs-->
 
-A fixed camera's background, its light, the usual shape of an X-ray and the lines of a form are in the mean and the components. Two
-objects before one camera have nothing in common without them, two versions of one photograph have.
+The mean and the components hold the background and light of a fixed camera, the usual shape of an X-ray, the lines of a form. Without
+them, two objects before one camera have nothing in common, but two versions of one photograph have.
 """
 
 import logging
@@ -33,7 +33,7 @@ CLOSER = 0.5  # of the distance that all but 0.2 % of other pairs exceed
 
 
 def common(gray: Tensor) -> Tensor:
-    """(N, 32, 32) -> orthonormal columns (1024, c): brightness, the mean picture and the components that many images share."""
+    """Returns orthonormal columns (1024, c) for (N, 32, 32): brightness, the mean picture, and the components that many images share."""
     sample = _levelled(gray[_sampled(gray)])
     columns = [F.normalize(sample.mean(dim=0), dim=0)]
     sample = sample - (sample @ columns[0])[:, None] * columns[0]
@@ -52,8 +52,8 @@ def common(gray: Tensor) -> Tensor:
 
 
 def usual(gray: Tensor, basis: Tensor) -> float:
-    """Details of an image of (N, 32, 32) and the third most like it, which nine of ten images do not exceed: the first two may be
-    copies."""
+    """Returns the cosine of details of an image of (N, 32, 32) and the third most similar one that nine of ten images do not exceed. The
+    two most similar ones may be copies."""
     own = _own(gray[_sampled(gray)], basis)
     alike = (own @ own.T).fill_diagonal_(-1)
     return float(alike.topk(min(3, len(alike)), dim=1).values[:, -1].quantile(0.9))
@@ -64,7 +64,7 @@ def _sampled(gray: Tensor) -> Tensor:
 
 
 def details(gray: Tensor, basis: Tensor, pairs: Tensor) -> Tensor:
-    """Cosines float32 (p,) of the pairs (p, 2) of (N, 32, 32), without what is in `basis`."""
+    """Returns cosines float32 (p,) of the pairs (p, 2) of (N, 32, 32), without what is in `basis`."""
     found = [torch.empty(0)]
     for batch in torch.split(pairs, PAIRS):
         rows, places = torch.unique(batch, return_inverse=True)
@@ -74,20 +74,20 @@ def details(gray: Tensor, basis: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _own(gray: Tensor, basis: Tensor) -> Tensor:
-    """(n, 32, 32) -> what is not in the basis, (n, 1024) of length 1."""
+    """Returns what is not in the basis: (n, 32, 32) -> (n, 1024) of length 1."""
     levelled = _levelled(gray)
     return F.normalize(levelled - (levelled @ basis) @ basis.T, dim=1)
 
 
 def _levelled(gray: Tensor) -> Tensor:
-    """(n, 32, 32) -> float32 (n, 1024), each with a mean of 0."""
+    """Subtracts the mean of each: (n, 32, 32) -> float32 (n, 1024)."""
     values = gray.flatten(1).float()
     return values - values.mean(dim=1, keepdim=True)
 
 
 def same_by_features(pixels: Tensor, pairs: Tensor) -> Tensor:
-    """Cosine (p,) of the features of each pair (p, 2) of rows of uint8 (N, C, H, W), the most alike first; 0 for a pair that is not
-    closer than pairs of this dataset usually are, and for those beyond the first 256."""
+    """Returns the cosine (p,) of the features of each pair (p, 2) of rows of uint8 (N, C, H, W), sorted by likeness. It is 0 for pairs
+    that are not closer than usual in this dataset, and for those after the first 256."""
     backbone = _reference()
     if backbone is None or not len(pairs):
         return torch.zeros(len(pairs))
@@ -113,7 +113,7 @@ def _reference() -> torch.nn.Module | None:
 
 @torch.inference_mode()
 def _features(backbone: torch.nn.Module, pixels: Tensor, rows: Tensor) -> Tensor:
-    """float32 (n, D) of length 1, in batches of one size."""
+    """Returns float32 (n, D) of length 1, computed in batches of one size."""
     found = []
     for batch in torch.split(rows, 32):
         images = F.interpolate(pixels[batch].float(), (SIDE, SIDE), mode="bilinear", antialias=True)

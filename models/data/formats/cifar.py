@@ -3,7 +3,7 @@
     data_batch_1.bin ... test_batch.bin [batches.meta.txt]            a row: label, 3 x 32 x 32 pixels
     train.bin test.bin [fine_label_names.txt, coarse_label_names.txt] a row: coarse label, fine label, 3 x 32 x 32 pixels
 
-https://www.cs.toronto.edu/~kriz/cifar.html. Of CIFAR-100 the 100 fine labels are the classes.
+https://www.cs.toronto.edu/~kriz/cifar.html. The classes of CIFAR-100 are its 100 fine labels.
 """
 
 import posixpath
@@ -23,7 +23,7 @@ PICKLED_100 = ("train", "test", "meta")
 
 
 class CifarVersion(NamedTuple):
-    """How one of the two is stored."""
+    """How CIFAR-10 or CIFAR-100 is stored."""
 
     title: str
     files: re.Pattern[str]
@@ -39,7 +39,8 @@ VERSIONS = (
 
 
 def read_cifar(files: Files) -> DatasetSource | None:
-    """None where no file is named like these. Raises DatasetError: pickles alone, several data sets, or a malformed file."""
+    """Reads a binary CIFAR dataset; returns None if no file has such a name. Raises DatasetError for pickles only, several datasets, or a
+    malformed file."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in sorted(files.names):
         for version in VERSIONS:
@@ -77,7 +78,7 @@ def _source(files: Files, folder: str, names: list[str], version: CifarVersion) 
 
 
 def _load(files: Files, name: str, version: CifarVersion) -> PixelArray:
-    """uint8 (N, labels and pixels)."""
+    """Reads uint8 (N, labels and pixels)."""
     row = version.labels + PIXELS
     with opened(files, name) as content:
         size = files.size(files.names[name])[0]

@@ -35,7 +35,7 @@ UBYTE = 0x08
 
 
 class IdxFiles(NamedTuple):
-    """The two files of a part, by their relative names."""
+    """The image file and the label file of a part, by their relative names."""
 
     part: Part
     images: str
@@ -43,7 +43,7 @@ class IdxFiles(NamedTuple):
 
 
 def read_idx(files: Files) -> DatasetSource | None:
-    """None where no file is named like these; raises DatasetError where one is, and something is missing or malformed."""
+    """Reads an IDX dataset; returns None if no file has such a name. Raises DatasetError if a file is missing or malformed."""
     folder, pairs = _pairs(files)
     if not pairs:
         return None
@@ -69,7 +69,7 @@ def read_idx(files: Files) -> DatasetSource | None:
 
 
 def _pairs(files: Files) -> tuple[str, list[IdxFiles]]:
-    """The folder that holds them and the pairs, train first. Raises DatasetError: one without its other, or several data sets."""
+    """Returns the folder and its pairs of files, train first. Raises DatasetError for an incomplete pair, or several datasets."""
     found: dict[tuple[str, str], dict[tuple[Part, str], str]] = {}
     for name in sorted(
         files.names, key=lambda name: (not name.endswith(".gz"), name)
@@ -90,7 +90,7 @@ def _pairs(files: Files) -> tuple[str, list[IdxFiles]]:
 
 
 def _folder(name: str) -> str:
-    """Where the file lies; some copies of MNIST have each file in a folder of its own name."""
+    """Returns the folder of a file; some copies of MNIST have each file in a folder with its own name."""
     folder, file = posixpath.split(name)
     return posixpath.dirname(folder) if posixpath.basename(folder) == file else folder
 
@@ -114,7 +114,7 @@ def _without_gz(name: str) -> str:
 
 
 def _load(files: Files, name: str, kind: str) -> PixelArray:
-    """uint8 (N, H, W) of images, (N,) of labels."""
+    """Reads uint8 (N, H, W) of images, or (N,) of labels."""
     dimensions = DIMENSIONS[kind]
     with unpacked(files, name) as content:
         magic = content.read(4)
@@ -133,7 +133,7 @@ def _load(files: Files, name: str, kind: str) -> PixelArray:
 
 
 def _emnist_mapping(files: Files, pair: IdxFiles) -> tuple[str, tuple[str, ...]] | None:
-    """EMNIST's own names, `emnist-letters-mapping.txt`: a label and the codes of its characters a line; the first character names it."""
+    """Reads EMNIST's `emnist-letters-mapping.txt`: each line has a label and the codes of its characters; the first is the name."""
     folder, name = posixpath.split(pair.images)
     match = NAME.fullmatch(name)
     path = posixpath.join(folder, f"{match['set'] if match else ''}mapping.txt")

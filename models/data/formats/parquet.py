@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face Hub: parquet files of images and labels, in row groups.
+"""Datasets of the Hugging Face Hub: parquet files of images and labels, in row groups.
 
     [data/]train-00000-of-00002.parquet ...   image: struct{bytes, path} or binary   label: integer, named in the schema, or string
 
-Labels are read first, images row group by row group; the last two row groups stay in memory. pyarrow is the extra `parquet`; it is
-imported when such a file is met.
+Labels are read first, images row group by row group; the last two row groups stay in memory. pyarrow is the extra `parquet`, imported
+when such a file is found.
 """
 
 import json
@@ -35,7 +35,8 @@ KEPT = 2  # row groups in memory: threads read the end of one and the beginning 
 
 
 def read_parquet(files: Files) -> DatasetSource | None:
-    """None where there is no parquet file. Raises TooFewClasses; DatasetError: pyarrow is not there, or a file is not as it should be."""
+    """Reads a parquet dataset; returns None if there is no parquet file. Raises TooFewClasses; raises DatasetError if pyarrow is missing
+    or a file is malformed."""
     names = sorted(name for name in files.names if name.lower().endswith(".parquet"))
     if not names:
         return None
@@ -77,7 +78,8 @@ def _check_installed() -> None:
 
 
 def _part(name: str) -> Part | None:
-    """From `test-00000-of-00001.parquet`, `test.parquet` or `test/0000.parquet`; None where the name tells none, or another split."""
+    """Returns the part of `test-00000-of-00001.parquet`, `test.parquet` or `test/0000.parquet`; None if the name has none, or another
+    split."""
     folder, file = posixpath.split(name)
     shard = SHARD.fullmatch(file)
     split = shard["split"] if shard else posixpath.splitext(file)[0]
@@ -85,7 +87,7 @@ def _part(name: str) -> Part | None:
 
 
 class Shard:
-    """One parquet file. Raises DatasetError where it is damaged, or has no column of images or of labels."""
+    """One parquet file. Raises DatasetError if it is damaged, or has no column of images or of labels."""
 
     def __init__(self, files: Files, name: str) -> None:
         self._name, self._lock = printable(name), threading.Lock()
@@ -102,7 +104,7 @@ class Shard:
         self._ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
 
     def _columns(self) -> tuple[str, str]:
-        """The dotted name of the images' bytes, and the name of the labels."""
+        """Returns the dotted name of the bytes of images, and the name of the labels."""
         import pyarrow as pa
 
         schema, types = self._file.schema_arrow, {"image": "Image", "label": "ClassLabel"}
@@ -123,7 +125,7 @@ class Shard:
         )
 
     def _check_sizes(self, size: int, content: IO[bytes]) -> None:
-        """Before anything is read of the columns: what the row groups claim to hold, or the headers of their pages where that is more."""
+        """Checks what row groups claim to hold, or the headers of their pages if that is more, before any column is read."""
         metadata = self._file.metadata
         check_count(metadata.num_rows)
         columns = (self._image, self._label)
@@ -136,7 +138,7 @@ class Shard:
             )
 
     def labels(self) -> list[str]:
-        """The class of each row, by name."""
+        """Returns the class name of each row."""
         names = _class_names(self._file.schema_arrow, self._label)
         found: list[str] = []
         with _readable(self._name):
@@ -162,7 +164,7 @@ class Shard:
         return names[value]
 
     def image(self, row: int) -> bytes:
-        """At most one byte more than decode may allow. Raises OSError."""
+        """Returns at most one byte more than a decoder accepts. Raises OSError."""
         group = bisect_right(self._ends, row)
         images = self._images(group)
         with _readable_row(self._name):
@@ -185,21 +187,21 @@ class Shard:
 
 
 def _open(content: IO[bytes], dictionaries: Sequence[str] = ()) -> "ParquetFile":
-    """`dictionaries`: columns of bytes or text that are read as such, whatever their encoding."""
+    """Opens a file. `dictionaries`: columns of bytes or text to read as dictionaries, whatever their encoding."""
     from pyarrow.parquet import ParquetFile
 
     return ParquetFile(content, pre_buffer=False, read_dictionary=[*dictionaries])
 
 
 def _plain(kind: Any) -> Any:
-    """The type of a dictionary's values; pyarrow stores that a column was one."""
+    """Returns the type of the values of a dictionary; pyarrow stores that a column was one."""
     import pyarrow as pa
 
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of an array, of which equal ones are one object."""
+    """Returns the values of an array; equal ones are one object."""
     import pyarrow as pa
 
     if not pa.types.is_dictionary(column.type):
@@ -222,7 +224,7 @@ def _readable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _readable_row(name: str) -> Iterator[None]:
-    """As `_readable`, for what concerns the images alone: raises OSError."""
+    """Like `_readable`, for errors that concern single images: raises OSError."""
     try:
         with _readable(name):
             yield
@@ -240,7 +242,7 @@ def _uncompressed(group: Any, names: Sequence[str], content: IO[bytes]) -> int:
 
 
 def _choose(name: str, what: str, usual: Sequence[str], columns: Sequence[str], declared: Sequence[str]) -> str:
-    """By its usual name, or the only one that the schema declares to be such."""
+    """Returns the column with a usual name, or the only one that the schema declares to be such."""
     found = next((column for column in usual if column in columns), None)
     if found is None and len(declared) == 1:
         found = declared[0]
@@ -252,7 +254,7 @@ def _choose(name: str, what: str, usual: Sequence[str], columns: Sequence[str], 
 
 
 def _metadata(schema: Any) -> dict[str, Any]:
-    """Of each column, what the Hugging Face library wrote into the schema."""
+    """Returns what the Hugging Face library wrote into the schema for each column."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, LookupError, TypeError, RecursionError):

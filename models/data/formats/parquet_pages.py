@@ -1,6 +1,6 @@
-"""The sizes in the page headers of a parquet column: what a reader allocates, whatever the file's footer says of the column.
+"""Reads the sizes in the page headers of a parquet column: what a reader will allocate, whatever the footer claims.
 
-A header is a struct of Thrift's compact protocol, of which fields 2 and 3 are the page's bytes, unpacked and packed:
+A header is a struct of Thrift's compact protocol. Its fields 2 and 3 are the bytes of the page, unpacked and packed:
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
 """
 
@@ -14,7 +14,7 @@ INTEGERS = (4, 5, 6)
 
 
 def unpacked_bytes(content: IO[bytes], chunk: Any) -> int:
-    """Bytes of all pages of pyarrow's ColumnChunkMetaData, by their headers. Raises ValueError for a header that is none."""
+    """Returns the bytes of all pages of pyarrow's ColumnChunkMetaData, by their headers. Raises ValueError for an invalid header."""
     at, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset or 0
     if 0 < dictionary < at:
         at = dictionary
@@ -33,13 +33,13 @@ def unpacked_bytes(content: IO[bytes], chunk: Any) -> int:
 
 
 class _Header:
-    """The bytes of a header, from its start on."""
+    """The bytes of a header, from its start."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.at = data, 0
 
     def integers(self) -> dict[int, int]:
-        """The struct's integers by field; `at` is its end then."""
+        """Returns the integers of the struct by field; `at` is then its end."""
         found, field = dict[int, int](), 0
         while (head := self._byte()) != STOP:
             field = field + (head >> 4) if head >> 4 else self._zigzag()

@@ -1,6 +1,6 @@
-"""Pixels of data sets that are no image files: read whole, and handed on as PNG files, the form that everything behind expects.
+"""Pixels of datasets that are not image files: read whole, and passed on as PNG files, the form that later stages expect.
 
-packed file --load_bytes--> uint8 array in memory, or in a temporary file --png, one image at a time--> bytes
+packed file --read_exactly--> uint8 array in memory, or in a temporary file --png, one image at a time--> bytes
 """
 
 import gzip
@@ -33,7 +33,7 @@ PixelArray = npt.NDArray[np.uint8]
 
 
 def allocate(shape: tuple[int, ...]) -> PixelArray:
-    """Zeros, in memory or, when large, in a temporary file that vanishes with the array. Raises OSError where the disk is full."""
+    """Returns zeros, in memory or, if large, in a temporary file that is deleted with the array. Raises OSError if the disk is full."""
     size = math.prod(shape)
     if size <= MAX_BYTES_IN_MEMORY:
         return np.zeros(shape, dtype=np.uint8)
@@ -53,7 +53,7 @@ def _reserve(handle: int, size: int) -> None:
 
 @contextmanager
 def unpacked(files: Files, name: str) -> Iterator[IO[bytes]]:
-    """The content of a file, gzipped or not: its first bytes decide. Raises DatasetError for a damaged one, also while it is read."""
+    """Opens the content of a file, gzipped or not: its first bytes decide. Raises DatasetError for a damaged one, also while it is read."""
     with opened(files, name) as packed:
         gzipped = packed.read(2) == b"\x1f\x8b"
     with opened(files, name) as packed:
@@ -65,9 +65,9 @@ def unpacked(files: Files, name: str) -> Iterator[IO[bytes]]:
 
 
 def read_exactly(content: IO[bytes], shape: tuple[int, ...], files: Files, name: str) -> PixelArray:
-    """uint8 of this shape, which a header promised and which must end the file. Nothing is allocated that the file cannot hold.
+    """Reads uint8 of the shape that a header promised, up to the end of the file. Allocates nothing that the file cannot hold.
 
-    Raises DatasetError: a file that is shorter or longer, or too many images.
+    Raises DatasetError if the file is shorter or longer, or has too many images.
     """
     check_count(shape[0])
     size, packed = math.prod(shape), files.size(files.names[name])[1]
@@ -86,7 +86,7 @@ def read_exactly(content: IO[bytes], shape: tuple[int, ...], files: Files, name:
 
 
 def check_image(height: int, width: int, name: str) -> None:
-    """Raises DatasetError for an image that decode would refuse."""
+    """Raises DatasetError for an image that a decoder would refuse."""
     if (
         height < 1
         or width < 1
@@ -100,7 +100,7 @@ def check_image(height: int, width: int, name: str) -> None:
 
 
 def reader(arrays: Mapping[str, PixelArray]) -> Read:
-    """Reads `name[row]` of arrays (N, H, W) or, channels last, (N, H, W, 3), as a PNG."""
+    """Returns a function that reads `name[row]` of arrays (N, H, W) or (N, H, W, 3) as a PNG."""
 
     def read(file: str) -> bytes:
         name, _, row = file.removesuffix("]").rpartition("[")
@@ -110,8 +110,8 @@ def reader(arrays: Mapping[str, PixelArray]) -> Read:
 
 
 def png(pixels: PixelArray) -> bytes:
-    """uint8 (H, W) or (H, W, 3) -> a PNG. It is stored without compression, so its bytes, and the hashes made of them, follow from the
-    pixels alone and not from the version of a library."""
+    """Encodes uint8 (H, W) or (H, W, 3) as a PNG without compression, so that its bytes, and the hashes of them, depend on the pixels
+    alone and not on the version of a library."""
     height, width = pixels.shape[:2]
     rows = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # each begins with its filter: none
     rows[:, 1:] = pixels.reshape(height, -1)
@@ -127,7 +127,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _stored(data: bytes) -> bytes:
-    """A zlib stream of blocks as they are."""
+    """Returns a zlib stream of uncompressed blocks."""
     blocks = [data[start : start + STORED] for start in range(0, len(data), STORED)]
     last = [*itertools.repeat(0, len(blocks) - 1), 1]
     body = b"".join(
@@ -138,9 +138,10 @@ def _stored(data: bytes) -> bytes:
 
 
 def names_beside(files: Files, folder: str, candidates: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
-    """The file of class names, one a line in the order of the labels, in the folder or one above it, and what it says.
+    """Finds the file of class names, one per line in the order of the labels, in the folder or the one above it; returns it with its
+    content.
 
-    Raises DatasetError: two equal names, or two candidates in one folder.
+    Raises DatasetError for two equal names, or two candidates in one folder.
     """
     while True:
         there = [name for name in candidates if posixpath.join(folder, name) in files.names]
@@ -163,7 +164,7 @@ def names_beside(files: Files, folder: str, candidates: tuple[str, ...]) -> tupl
 
 
 def class_names(labels: PixelArray, names: tuple[str, ...] | None, file: str, names_file: str) -> list[str]:
-    """The name of each label (N,); without names, the label's number. Raises DatasetError for a label that has no name."""
+    """Returns the name of each label (N,), or the label's number if there are no names. Raises DatasetError for a label without a name."""
     if names is None:
         return [str(label) for label in labels.tolist()]
     if len(labels) and int(labels.max()) >= len(names):

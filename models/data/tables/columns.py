@@ -1,6 +1,6 @@
-"""The columns of a table: which holds the path, the label and the part. The one place that knows their usual names.
+"""Finds the columns of a table with the path, the label and the part. The one place that knows their usual names.
 
-Names are compared without case, blanks, `_`, `-` and `.`: `File Name`, `file_name` and `filename` are one.
+Names are compared without case, blanks, `_`, `-` and `.`: `File Name`, `file_name` and `filename` are equal.
 """
 
 import re
@@ -30,7 +30,7 @@ LABELS = _words(
     "findinglabel findinglabels"
 )
 LABEL_IDS = _words("classid labelid categoryid targetid classidx classindex labelidx labelindex classnumber")
-# Of these any value that is no part is an error; of the others, where none is a part the column is about something else.
+# In these columns, any value that is not a part is an error. Other columns without any part are about something else.
 SPLITS = _words(
     "part split splits subset partition traintest traintestsplit trainortest trainval trainvalid trainvaltest splitname datasplit"
 )
@@ -43,14 +43,14 @@ TRUE, FALSE = frozenset(("true", "t", "yes", "y", "1", "1.0")), frozenset(("fals
 MARKS = TRUE | FALSE
 PIXEL = re.compile(r"(pixel|px)\d+|\d+x\d+")  # columns of MNIST as CSV
 BOX = (frozenset(("xmin", "ymin", "xmax", "ymax")), frozenset(("bbox",)), frozenset(("bboxx", "bboxy")))
-NO_PART = frozenset(("", "unassigned"))  # values of a column of parts that leave it open
-FEW_ROWS = 20  # below which a column of labels may have a value for each row
-MAX_VALUES = 1000  # different ones that are kept of a column
+NO_PART = frozenset(("", "unassigned"))  # values that name no part
+FEW_ROWS = 20  # a table with fewer rows may have a different label in each
+MAX_VALUES = 1000  # different values that are kept of a column
 SHOWN = 5  # values or columns in a message
 
 
 class Survey(NamedTuple):
-    """A table as it is before its columns are understood."""
+    """A table before its columns are understood."""
 
     name: str
     columns: Row
@@ -60,7 +60,7 @@ class Survey(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The places of the columns in a row."""
+    """The indices of the columns in a row."""
 
     path: int
     label: int | None  # None: one-hot
@@ -71,7 +71,7 @@ class Columns(NamedTuple):
     notes: tuple[str, ...]
 
     def part(self, row: Row) -> Part | None:
-        """None where the row does not say."""
+        """Returns the part of a row; None if the row does not say."""
         if self.split is not None:
             return part_of_value(row[self.split])
         marked = [part for at, part in self.flags.items() if row[at].lower() in TRUE]
@@ -91,8 +91,11 @@ class Columns(NamedTuple):
 
 
 def understand(survey: Survey, locate: Callable[[str], str | None], headless: bool) -> Columns:
-    """`locate`: the image beside the table that a cell means, if there is one. `headless`: no names, so that values decide. Raises
-    NoSuchColumn; DatasetError: several columns that may be meant, or values that are not understood."""
+    """Finds the columns. `locate` returns the image beside the table that a cell means, if there is one. `headless`: there are no names,
+    so that values decide.
+
+    Raises NoSuchColumn; raises DatasetError for several candidates, or values that are not understood.
+    """
     keys = [_key(column) for column in survey.columns]
     path = _path(survey, keys, locate)
     split, flags, notes = _split(survey, keys, path, headless)
@@ -107,13 +110,13 @@ def understand(survey: Survey, locate: Callable[[str], str | None], headless: bo
 
 
 def may_be_labelled(columns: Row, first: Row = ()) -> bool:
-    """Whether columns of these names, with these cells in their first row, are worth a look, in a folder with tables of other kinds."""
+    """Whether a table with these column names and first cells may have labels, in a folder with tables of other kinds."""
     keys = {_key(column) for column in columns}
     return len(keys - {""}) > 1 and (bool(keys & (PATHS | IDS | URLS)) or any(map(is_image, (*columns, *first))))
 
 
 def has_names(columns: Row) -> bool:
-    """Whether the first row has names of columns, and not the first image."""
+    """Whether the first row has column names, and not the first image."""
     known = PATHS | IDS | URLS | LABELS | LABEL_IDS | SPLITS
     return any(_key(column) in known for column in columns) and not any(map(is_image, columns))
 
@@ -131,7 +134,7 @@ def _among(survey: Survey, places: Sequence[int]) -> str:
 
 
 def _path(survey: Survey, keys: list[str], locate: Callable[[str], str | None]) -> int:
-    """The column with a usual name whose cells are images beside the table; else any column of which that is so."""
+    """Returns the column with a usual name whose cells are images beside the table; else any column with such cells."""
     tiers = [[at for at, key in enumerate(keys) if key in names] for names in (PATHS, IDS, URLS)]
     tiers.append([at for at, key in enumerate(keys) if key not in PATHS | IDS | URLS])
     name = printable(survey.name)
@@ -185,7 +188,7 @@ def _label(survey: Survey, keys: list[str], taken: set[int | None]) -> tuple[int
 
 
 def _check_labels(survey: Survey, at: int) -> None:
-    """Raises NoSuchColumn where a column that is not named like labels has too many values for that: captions, sizes, boxes."""
+    """Raises NoSuchColumn if a column without a usual name has too many values for labels: captions, sizes, boxes."""
     values = survey.values[at]
     if survey.rows >= FEW_ROWS and (values is None or len(values) > survey.rows / 2):
         different = f"more than {MAX_VALUES}" if values is None else len(values)
@@ -196,7 +199,7 @@ def _check_labels(survey: Survey, at: int) -> None:
 
 
 def has_boxes(columns: Row) -> bool:
-    """Whether a row stands for a box in an image."""
+    """Whether each row describes a box in an image."""
     keys = {_key(column) for column in columns}
     return any(box <= keys for box in BOX)
 
@@ -209,12 +212,12 @@ def part_of_value(value: str) -> Part | None:
 
 
 def _flag(column: str) -> Part | None:
-    """`is_valid`, `test_flag` -> the part that is marked."""
+    """Returns the part that a column marks: `is_valid`, `test_flag`."""
     return part_of_value(re.sub(r"^(is|in)[\s_-]*|[\s_-]*(flag|mask|indicator)$", "", column, flags=re.IGNORECASE))
 
 
 def _split(survey: Survey, keys: list[str], path: int, headless: bool) -> tuple[int | None, dict[int, Part], list[str]]:
-    """The column of parts, or those of true and false that mark one part each, and notes on others."""
+    """Returns the column of parts, or the columns of true and false that mark one part each, and notes on others."""
     splits: list[int] = []
     flags: dict[int, Part] = {}
     notes: list[str] = []

@@ -2,8 +2,9 @@
 
     {"image": "/data/upload/1/3f2a9c1e-bee.jpg", "choice": "bee", ...}
 
-`image` is a path in Label Studio's own storage. The image beside the export is the one whose path ends alike: of `upload/1/x.jpg` that is
-`upload/1/x.jpg`, `1/x.jpg` or `x.jpg`, the longest that is there, and for an upload the name without the prefix that Label Studio gave it.
+`image` is a path in Label Studio's own storage. The image beside the export is the one with the same end of its path: for
+`upload/1/x.jpg` this is the longest that exists of `upload/1/x.jpg`, `1/x.jpg` and `x.jpg`. Of an upload, the name without Label Studio's
+prefix counts too.
 """
 
 import json
@@ -26,7 +27,7 @@ UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # before the name of an uploaded file
 
 
 class Task(NamedTuple):
-    """One line of an export, as it is there."""
+    """One line of an export, unchanged."""
 
     place: str  # for messages
     image: Any
@@ -34,7 +35,7 @@ class Task(NamedTuple):
 
 
 def is_export(files: Files, name: str) -> bool:
-    """Whether a JSON file begins like one of Label Studio's."""
+    """Whether a JSON file begins like an export of Label Studio."""
     if not name.lower().endswith(".json"):
         return False
     try:
@@ -46,7 +47,7 @@ def is_export(files: Files, name: str) -> bool:
 
 
 def read_json(files: Files, name: str) -> DatasetSource:
-    """Raises TooFewClasses, DatasetError."""
+    """Reads a JSON export. Raises TooFewClasses, DatasetError."""
     try:
         found = json.loads(files.text(name))
     except (ValueError, RecursionError):
@@ -75,7 +76,7 @@ def _tasks(name: str, found: list[dict[str, Any]]) -> Iterator[Task]:
 
 
 def source(files: Files, name: str, tasks: Iterable[Task]) -> DatasetSource:
-    """Tasks without a choice are left out, and counted in a note."""
+    """Builds the dataset. Tasks without a choice are left out, and counted in a note."""
     beside, folder = FilesByPathEnd(files.names), posixpath.dirname(name)
     items: set[DatasetItem] = set()
     unlabelled = 0
@@ -96,7 +97,7 @@ def source(files: Files, name: str, tasks: Iterable[Task]) -> DatasetSource:
 
 
 def _label(task: Task) -> str | None:
-    """A choice is a string, or `{"choices": [...]}`, which a CSV holds as text."""
+    """Returns the choice: a string, or `{"choices": [...]}`, which a CSV has as text."""
     choice = task.choice
     if isinstance(choice, str) and choice.lstrip().startswith("{"):
         try:
@@ -116,7 +117,7 @@ def _label(task: Task) -> str | None:
 
 
 def _path(task: Task) -> str:
-    """`image` as a relative path."""
+    """Returns `image` as a relative path."""
     image = task.image.strip() if isinstance(task.image, str) else ""
     if not image or "\0" in image:
         raise DatasetError(f"{task.place}: `image` is no path")
@@ -152,7 +153,8 @@ class FilesByPathEnd:
                 self._by_ending[ending] = None if ending in self._by_ending else name
 
     def find(self, wanted: str, place: str) -> str:
-        """The file that ends most like `wanted`; `wanted` itself where there is none. Raises DatasetError where two end alike."""
+        """Returns the file whose path has the longest end in common with `wanted`; `wanted` itself if there is none. Raises DatasetError
+        for two such files."""
         if wanted in self._whole:
             return wanted
         folder, _, name = wanted.rpartition("/")
@@ -169,6 +171,6 @@ class FilesByPathEnd:
 
 
 def _endings(path: str) -> list[str]:
-    """`a/b/c` -> `a/b/c`, `b/c`, `c`, the longest first."""
+    """Yields the ends of `a/b/c`: `a/b/c`, `b/c`, `c`, the longest first."""
     parts = path.split("/")[-ENDINGS:]
     return ["/".join(parts[start:]) for start in range(len(parts))]

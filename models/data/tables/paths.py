@@ -1,4 +1,4 @@
-"""From a cell of a table to the file that it means: a path, a path of another machine, or an id without a suffix."""
+"""Finds the file that a cell of a table means: a path, a path of another machine, or an id without a suffix."""
 
 import posixpath
 import re
@@ -20,8 +20,8 @@ REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # `gs://bucket/cat.jpg`
 
 
 class Finder:
-    """Finds files by what a table in `folder` calls them, and counts those that it does not call by their paths. `part`: of rows that
-    do not say, by the table's name."""
+    """Finds files by their names in a table of `folder`, and counts the names that are not paths. `part`: of rows that do not say, by the
+    name of the table."""
 
     def __init__(self, files: Files, folder: str, part: Part | None = None) -> None:
         self._files, self._folder, self._part = files, folder, part
@@ -30,8 +30,8 @@ class Finder:
         self._counts: dict[str, int] = defaultdict(int)
 
     def find(self, cell: str, place: str, part: Part | None = None) -> str:
-        """The file's relative name; the one that the cell gives where there is none. `part`: of the row, which decides between files of
-        one name in train/ and test/. Raises DatasetError: several files, or a path that leads elsewhere."""
+        """Returns the file's relative name, or the name in the cell if there is none. `part`: of the row, which decides between files of
+        one name in train/ and test/. Raises DatasetError for several files, or a path that leads elsewhere."""
         path = self._path(cell, place)
         is_foreign = leads_outside(path)
         name = posixpath.normpath(posixpath.join(self._folder, path))
@@ -60,7 +60,7 @@ class Finder:
         return name
 
     def locate(self, cell: str) -> str | None:
-        """The one file that this cell means; None where there is none, or several."""
+        """Returns the one file that this cell means; None if there is none, or several."""
         try:
             name = self.find(cell, "")
         except DatasetError:
@@ -68,7 +68,7 @@ class Finder:
         return name if self._files.has(name) else None
 
     def notes(self) -> list[str]:
-        """What the table calls by another name than its path, as sentences for the audit."""
+        """Returns sentences on the files that the table names by something else than their paths."""
         return [
             f"{counted(self._counts[kind], 'image is', 'images are')} found by {kind}, for example {cell[:200]!r} is {printable(name)}"
             for kind, (cell, name) in self._examples.items()
@@ -97,7 +97,7 @@ class Finder:
         self._examples.setdefault(kind, (cell, name))
 
     def _search(self, wanted: list[str], is_foreign: bool) -> tuple[str, list[str]]:
-        """The kind of match, and the files that match most."""
+        """Returns the kind of match, and the files that match best."""
         wanted = [_key(folder) for folder in wanted if folder not in ("", "..")]
         stem = posixpath.splitext(wanted[-1])[0]
         candidates = self._by_stem.get(wanted[-1], []) + (self._by_stem.get(stem, []) if stem != wanted[-1] else [])
@@ -114,12 +114,12 @@ class Finder:
         return kind, matches[max(matches)] if matches else []
 
     def _relative(self, name: str) -> str:
-        """From the table's folder, where the file lies in it."""
+        """Returns the path relative to the table's folder, if the file lies in it."""
         return name.removeprefix(f"{self._folder}/") if self._folder else name
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        """Images by their names without folder and suffix, or by the whole of a name without a usual suffix."""
+        """Maps names without folder and suffix to images; also whole names without a usual suffix."""
         found: dict[str, list[str]] = defaultdict(list)
         for name in self._files.names:
             if is_image(name):
@@ -145,8 +145,8 @@ def leads_outside(name: str) -> bool:
 
 
 def parts_of_folders(names: Iterable[str]) -> dict[str, Part]:
-    """The part of each file by the first folder of its path that is named like one; empty where the folders do not tell training
-    images from others."""
+    """Returns the part of each file by the first folder of its path that is named like a part; empty if the folders do not separate
+    training images from others."""
     parts: dict[str, Part] = {}
     for name in names:
         part = next((part for folder in name.split("/")[:-1] if (part := part_of(folder))), None)
@@ -157,7 +157,7 @@ def parts_of_folders(names: Iterable[str]) -> dict[str, Part]:
 
 
 def _key(name: str) -> str:
-    """Names that differ in case or Unicode form alone are one: Windows and macOS write them as they like."""
+    """Normalises a name: Windows and macOS change its case and its Unicode form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -166,7 +166,7 @@ def _stem(name: str) -> str:
 
 
 def _common(a: list[str], b: list[str]) -> int:
-    """How many of the last entries are equal."""
+    """Returns how many of the last entries are equal."""
     count = 0
     while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
         count += 1

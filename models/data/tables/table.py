@@ -1,12 +1,12 @@
 """Tables of labelled images, by their columns: the one place that reads them.
 
-    path,label[,split]               one's own, Kaggle's, fastai's, or Hugging Face's metadata.csv, see `table_columns`
+    path,label[,split]               one's own, Kaggle's, fastai's, or Hugging Face's metadata.csv, see `columns`
     image,choice                     Label Studio's CSV, see `label_studio`
     filename,<class>,<class>,...     Roboflow's `_classes.csv`, a 1 under the image's class, one table per part
 
-table --table_text--> rows of cells --table_columns--> path, label, part --table_paths--> files beside it
+table --text--> rows of cells --columns--> path, label, part --paths--> files beside it
 
-A table is read once, to understand its columns by their names and values; one of more than KEPT rows once more, for its rows.
+A table is read once to understand its columns by their names and values. One of more than KEPT rows is read again for its rows.
 """
 
 import posixpath
@@ -40,7 +40,7 @@ from models.files.zip_file import check_count, printable
 IN_FOLDERS = (".csv", ".tsv", *JSON_LINES)
 TABLES = (*IN_FOLDERS, ".tab", ".psv", ".txt")
 ONE_HOT = "_classes.csv"
-MAX_TABLES = 100  # that are looked at in a folder
+MAX_TABLES = 100  # of a folder that are read
 KEPT = 300_000  # rows of a table in memory, some 150 MB
 SAMPLE = 50  # rows by which the column of images is found
 WHOLE = re.compile(r"-?\d+\.0+")  # an integer, as pandas writes it where a cell of the column is empty
@@ -50,25 +50,25 @@ TableRows = list[tuple[str, Row]]  # each with its place, for messages
 
 
 class Understood(NamedTuple):
-    """A table and its columns."""
+    """A table with its columns."""
 
     name: str
     names: Row  # of the columns
     headless: bool
     columns: Columns
     dialect: str
-    is_beside: bool  # whether any of its first images is there
+    is_beside: bool  # whether any of its first images exists
     rows: "TableRows | None"  # all of them; None: more than KEPT
 
 
 class Listed(NamedTuple):
     items: list[DatasetItem]
     notes: list[str]
-    unlabelled: str  # a sentence on rows without a label, which is among the notes; empty where there are none
+    unlabelled: str  # the sentence of the notes on rows without a label; empty if there are none
 
 
 def read_table(files: Files, name: str) -> DatasetSource:
-    """The dataset that the table `name` lists. Raises TooFewClasses, DatasetError."""
+    """Reads the dataset that the table `name` lists. Raises TooFewClasses, DatasetError."""
     with open_table(files, name) as table:
         if posixpath.basename(name) == ONE_HOT:
             return _one_hot_source(files, _one_hot_items(files, name, table))
@@ -78,7 +78,7 @@ def read_table(files: Files, name: str) -> DatasetSource:
 
 
 def read_one_hot(files: Files) -> DatasetSource | None:
-    """Roboflow's multi-label export, where each image has one label; None where there is no `_classes.csv`."""
+    """Reads Roboflow's multi-label export if each image has one label; returns None if there is no `_classes.csv`."""
     items: list[DatasetItem] = []
     for name in sorted(name for name in files.names if posixpath.basename(name) == ONE_HOT):
         with open_table(files, name) as table:
@@ -88,7 +88,7 @@ def read_one_hot(files: Files) -> DatasetSource | None:
 
 
 def read_label_studio(files: Files) -> DatasetSource | None:
-    """Label Studio's export and its images in one folder or archive; None where there is none at the top, or one folder below."""
+    """Reads Label Studio's export with its images in one folder or archive; None if there is none at the top or one folder below."""
     names = [name for name in files.names if name.count("/") < 2]
     exports = [name for name in names if label_studio.is_export(files, name)]
     exports += [name for name in names if name.lower().endswith(".csv") and is_label_studio(_peeked(files, name)[0])]
@@ -105,10 +105,10 @@ def read_label_studio(files: Files) -> DatasetSource | None:
 
 
 def read_tables(files: Files) -> DatasetSource | None:
-    """Tables of labels and the images in one folder or archive, at the top or up to two folders below: one table, or one per part
-    (`train.csv`, `train/metadata.csv`). None where none has images and labels.
+    """Reads tables of labels with images in one folder or archive, at the top or up to two folders below: one table, or one per part
+    (`train.csv`, `train/metadata.csv`). Returns None if no table has images and labels.
 
-    Raises TooFewClasses; DatasetError: several tables with labels, or one that is not understood.
+    Raises TooFewClasses; raises DatasetError for several tables with labels, or one that is not understood.
     """
     usable: list[Understood] = []
     others: list[str] = []
@@ -140,8 +140,8 @@ def read_tables(files: Files) -> DatasetSource | None:
 
 
 def _usable(files: Files, name: str) -> Understood | None:
-    """A table among other files; None where it has no images that are there, or no labels. Kaggle's sample submission has labels, and
-    they are not true."""
+    """Returns a table among other files; None if its images are not there, or it has no labels. Kaggle's sample submission has labels,
+    but they are not true."""
     if "submission" in posixpath.basename(name).lower() or not may_be_labelled(*_peeked(files, name)):
         return None
     try:
@@ -157,7 +157,7 @@ def _usable(files: Files, name: str) -> Understood | None:
 
 
 def _peeked(files: Files, name: str) -> tuple[Row, Row]:
-    """The first two rows of a table; empty where it cannot be read."""
+    """Returns the first two rows of a table; empty if it cannot be read."""
     try:
         with open_table(files, name, errors="replace") as table:
             return table.columns, next(table.rows, ("", ()))[1]
@@ -166,7 +166,7 @@ def _peeked(files: Files, name: str) -> tuple[Row, Row]:
 
 
 def _part_of_table(name: str) -> Part | None:
-    """`train_labels.csv` -> train, `test/metadata.csv` -> test."""
+    """Returns the part of a table by its name: train for `train_labels.csv`, test for `test/metadata.csv`."""
     folder, file = posixpath.split(name)
     words = [part_of_value(word) for word in re.split(r"[\s_.-]+", posixpath.splitext(file)[0])]
     parts = {part for part in words if part}
@@ -192,7 +192,7 @@ def _understood(files: Files, name: str) -> Understood:
 
 
 def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: TableRows) -> Survey:
-    """Adds the first rows to `kept`."""
+    """Reads a table once, and adds its first rows to `kept`."""
     sample: list[Row] = []
     values: list[set[str] | None] = [set() for _ in names]
     count = 0
@@ -216,7 +216,7 @@ def _survey(name: str, names: Row, rows: Iterable[tuple[str, Row]], kept: TableR
 def _source(
     files: Files, tables: Sequence[Understood], parts: Mapping[str, Part | None], others: Sequence[str] = ()
 ) -> DatasetSource:
-    """`parts`: of the rows that do not say, by the table's name. `others`: tables that are not used."""
+    """Builds the dataset. `parts`: of rows that do not say, by the name of the table. `others`: tables that are not used."""
     items: set[DatasetItem] = set()
     notes: list[str] = []
     unlabelled = ""
@@ -252,7 +252,7 @@ def _described(table: Understood) -> str:
 
 
 def _list(files: Files, table: Understood, default: Part | None) -> Listed:
-    """The images of a table. Rows without a label are left out and counted."""
+    """Returns the images of a table. Rows without a label are left out and counted."""
     columns, by_name = table.columns, _part_of_table(table.name)
     finder = Finder(files, posixpath.dirname(table.name), by_name)
     classes = {at: table.names[at] for at in columns.classes}
@@ -302,7 +302,7 @@ def _rows_of(files: Files, table: Understood) -> Iterator[Iterable[tuple[str, Ro
 
 
 def _without_points(items: Iterable[DatasetItem]) -> Iterable[DatasetItem]:
-    """`3.0` -> `3`, where all labels are numbers without a fraction."""
+    """Turns `3.0` into `3` if all labels are whole numbers."""
     labels = {item.class_name for item in items}
     if not all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels) or not any(map(WHOLE.fullmatch, labels)):
         return items
@@ -326,7 +326,7 @@ def _label_studio_source(files: Files, name: str, table: Table) -> DatasetSource
 
 
 def _one_hot_items(files: Files, name: str, table: Table) -> list[DatasetItem]:
-    """The part is that of the table's folder, `train/_classes.csv`; without one it is train."""
+    """Returns the images of `_classes.csv`. Their part is that of the table's folder, `train/_classes.csv`, or train."""
     folder = posixpath.dirname(name)
     part: Part = part_of(posixpath.basename(folder)) or "train"
     if table.columns[:1] != ("filename",) or len(table.columns) < 3:
@@ -344,7 +344,7 @@ def _one_hot_items(files: Files, name: str, table: Table) -> list[DatasetItem]:
 
 
 def marked_class(row: Row, classes: Mapping[int, str], place: str) -> str:
-    """`classes`: the name of each column of marks."""
+    """Returns the class that a row marks. `classes`: the name of each column of marks."""
     marked = [name for at, name in classes.items() if row[at].lower() in TRUE]
     if len(marked) != 1:
         listed = ", ".join(marked[:5]) or "none"

@@ -1,7 +1,7 @@
-"""The text of tables, in any usual dialect, as rows of cells.
+"""Reads the text of tables, in any usual dialect, as rows of cells.
 
 bytes --byte order mark, `encoding`--> lines --`sep=;`, the first row's delimiter--> cells, without blanks around them
-                                             --a JSON object a line----------------> cells, by its keys
+                                             --a JSON object per line--------------> cells, by its keys
 """
 
 import csv
@@ -38,9 +38,9 @@ class Table(NamedTuple):
 
 @contextmanager
 def open_table(files: Files, name: str, errors: str = "strict") -> Iterator[Table]:
-    """`errors`: as Python's codecs have it; "replace" for a look at the columns.
+    """Opens a table. `errors`: as in Python's codecs; "replace" to look at the columns only.
 
-    Raises DatasetError, also while the rows are read: another encoding, not a table, or a row without bounds.
+    Raises DatasetError, also while the rows are read, for another encoding, a file that is no table, or a row that is too long.
     """
     with opened(files, name) as content:
         start = content.read(PEEKED)
@@ -92,19 +92,19 @@ def _read(text: io.TextIOWrapper, name: str, encoding: str) -> Table:
 
 
 def _declared(line: str) -> str:
-    """The delimiter that Excel's first line `sep=;` declares; empty where it is no such line."""
+    """Returns the delimiter that Excel's first line `sep=;` declares; empty for any other line."""
     match = re.fullmatch(r'"?sep=(.)"?', line.strip("\r\n"), re.IGNORECASE)
     return match[1] if match else ""
 
 
 def _delimiter(line: str) -> str:
-    """The one that cuts the first row into the most cells; a comma where none does."""
+    """Returns the delimiter that cuts the first row into the most cells; a comma if none does."""
     plain = re.sub(r'"[^"]*"', "", line)
     return max(DELIMITERS, key=plain.count)
 
 
 def _cells(lines: "_Lines", first: str, delimiter: str, name: str) -> Iterator[tuple[str, Row]]:
-    """All rows that are not blank."""
+    """Yields all rows that are not blank."""
     reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
     begun = lines.count - 1
     for row in lines.bounded(reader):
@@ -114,7 +114,7 @@ def _cells(lines: "_Lines", first: str, delimiter: str, name: str) -> Iterator[t
 
 
 def _aligned(rows: Iterable[tuple[str, Row]], width: int) -> Iterator[tuple[str, Row]]:
-    """The rows with `width` cells each. Raises DatasetError for a row that has more, other than empty ones."""
+    """Yields rows of `width` cells. Raises DatasetError for a row with more cells, unless these are empty."""
     for place, row in rows:
         if any(row[width:]):
             raise DatasetError(
@@ -150,14 +150,14 @@ def _records(lines: "_Lines", name: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _text(value: Any) -> str:
-    """A cell; lists and objects, which no label or path is, are empty."""
+    """Returns a cell as text; lists and objects, which are neither labels nor paths, are empty."""
     if isinstance(value, str):
         return value.strip()
     return str(value) if isinstance(value, bool | int | float) else ""
 
 
 class _Lines:
-    """The lines of a text for csv, which would put a row of any number of fields and lines into memory."""
+    """Limits the lines that csv reads into memory for one row."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self._text, self._name, self._left = text, name, MAX_ROW
@@ -179,7 +179,7 @@ class _Lines:
         return line
 
     def bounded(self, rows: Iterable[T]) -> Iterator[T]:
-        """The rows, each of which may have so many characters, and no more of them than a dataset has files."""
+        """Yields rows, with a limit on the characters of each and on their number."""
         self._left = MAX_ROW
         for count, row in enumerate(rows, 1):
             check_count(count)
