@@ -1,4 +1,4 @@
-"""`create_app` assembles the service: settings, engine, store, routes, middleware. Nothing else happens here."""
+"""Assembles the service in `create_app`: settings, engine, store, routes, middleware."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -54,7 +54,7 @@ def create_app(
     jobs: Jobs | None = None,
     traces: Traces | None = None,
 ) -> FastAPI:
-    """The ASGI application. Its lifespan starts the engine and closes it, and makes of the settings whatever is not given."""
+    """Returns the ASGI application. Its lifespan starts and closes the engine. What is not given is made from the settings."""
     metrics = metrics or Metrics()
 
     @asynccontextmanager
@@ -165,14 +165,14 @@ def _translate(error: HTTPException, request: Request) -> ServiceError:
 
 
 def _allowed(request: Request) -> str:
-    """Every method that the path has; the framework names those of its first route alone."""
+    """Returns every method that the path has; the framework names only those of its first route."""
     routes = (context.original_route for context in iter_route_contexts(request.app.routes))
     found = [r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for route in found for method in route.methods or ()}))
 
 
 async def _invalid_request(request: Request, error: Exception) -> NoReturn:
-    """The first complaint of several, without the input that it is about."""
+    """Returns the first of several complaints, without the input that it is about."""
     if not isinstance(error, RequestValidationError):
         raise TypeError("the handler is registered for RequestValidationError alone")
     first = error.errors()[0]

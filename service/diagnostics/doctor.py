@@ -1,7 +1,7 @@
-"""What a report of a bug needs, and what is wrong here: each section by itself, whatever becomes of the others.
+"""Collects what a bug report needs, and what is wrong here, in independent sections.
 
-What fails in a section is one of its problems, and never the end of the rest. Torch comes late, because a broken one may end the process.
-No key is shown: secrets are masked where they stand, and wherever a message might quote them.
+A failure in a section is one of its problems, and never stops the others. Torch comes late, because a broken one may end the process. No
+key is shown: secrets are masked, also in messages that quote them.
 """
 
 import math
@@ -41,7 +41,7 @@ MASK = "********"
 
 @dataclass
 class Section:
-    """Facts about one subject. `problems` are wrong, `warnings` may be intended."""
+    """Facts about one subject. `problems` are wrong; `warnings` may be intended."""
 
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Section:
 
 
 def examine(flags: Mapping[str, Any]) -> Iterator[Section]:
-    """One section after the other, as each is done; `flags` are settings, of which None was not given."""
+    """Yields one section after the other, as each is done. `flags` are settings; None means not given."""
     settings, refused = Settings.model_construct(), None
     try:
         settings = Settings.load(**flags)
@@ -101,7 +101,7 @@ def _machine(section: Section, settings: Settings) -> None:
 
 
 def _gpus(section: Section, settings: Settings) -> None:
-    """By the driver's own tool, which works where torch does not; without it by the PCI bus."""
+    """Finds GPUs by the driver's own tool, which works without torch; if there is none, by the PCI bus."""
     section.facts |= {f"card {address}": "NVIDIA" for address in _cards()}
     if shutil.which("nvidia-smi") is None:
         section.facts["nvidia-smi"] = "not found: no NVIDIA driver, or not shown to this container"
@@ -113,7 +113,7 @@ def _gpus(section: Section, settings: Settings) -> None:
 
 
 def _nvidia_smi(what: str, columns: str) -> list[list[str]]:
-    """Rows of a query to the driver's tool; none where the tool is not there. Raises RuntimeError with what it says."""
+    """Returns rows of a query to the driver's tool; none if there is no such tool. Raises RuntimeError with the tool's message."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return []
     asked = [tool, f"--query-{what}={columns}", "--format=csv,noheader"]
@@ -124,7 +124,7 @@ def _nvidia_smi(what: str, columns: str) -> list[list[str]]:
 
 
 def _cards() -> list[str]:
-    """PCI addresses of NVIDIA's GPUs. They are there without a driver, and in a container that is shown none."""
+    """Returns the PCI addresses of NVIDIA GPUs. They are visible without a driver, and in a container without access to a GPU."""
     found = []
     for device in sorted(PCI.glob("*")):
         with suppress(OSError):
@@ -135,7 +135,7 @@ def _cards() -> list[str]:
 
 
 def _settings(section: Section, settings: Settings) -> None:
-    """Those that are not as they come."""
+    """Returns the settings that differ from the defaults."""
     for name, about in Settings.model_fields.items():
         if (value := getattr(settings, name)) != about.default:
             section.facts[name] = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -195,7 +195,7 @@ def _ask_postgresql(section: Section, address: str) -> None:
 
 
 def _server(section: Section, settings: Settings) -> None:
-    """Whether one answers where the settings say. That none runs is no problem."""
+    """Finds out whether a server answers where the settings say. It is no problem if none runs."""
     import httpx
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
@@ -223,7 +223,7 @@ def _torch(section: Section, settings: Settings) -> None:
 
 
 def _computes(device: "torch.device") -> str:
-    """The device's name and memory, after a small product. Raises what torch raises."""
+    """Returns the device's name and memory after a small product. Passes on torch's errors."""
     import torch
 
     from models.runtime import memory
@@ -238,9 +238,9 @@ def _computes(device: "torch.device") -> str:
 
 
 def _devices(section: Section, settings: Settings) -> "list[torch.device]":
-    """Those that `imago serve` would use. Raises DeviceUnavailable for a GPU that is asked for and cannot be used.
+    """Returns the devices that `imago serve` would use. Raises DeviceUnavailable for a requested GPU that cannot be used.
 
-    With `auto` such a GPU is a problem where the driver shows it, a warning where that may be meant, a fact where there is no card.
+    With `auto`, such a GPU is a problem if the driver shows it, a warning if that may be intended, and a fact if there is no card.
     """
     import torch
 
@@ -269,7 +269,7 @@ def _driver_shows_gpus() -> bool:
 
 
 def _store(section: Section, settings: Settings) -> None:
-    """Every version's files against their hashes, each backbone once."""
+    """Checks every version's files against their hashes, each backbone once."""
     from models.classifier import BackboneRef
     from models.errors import ModelError
     from models.store.store import ModelStore
@@ -318,7 +318,7 @@ SECTIONS: dict[str, Callable[[Section, Settings], None]] = {
 
 
 def _refused(folder: Path) -> str | None:
-    """Why nothing can be written there; tried by a file without a name."""
+    """Returns why nothing can be written there; tries with a file without a name."""
     if not folder.is_dir():
         return "is not a folder"
     try:
@@ -332,7 +332,7 @@ def _refused(folder: Path) -> str | None:
 
 
 def _secrets(settings: Settings) -> list[str]:
-    """Everything that must not be shown, the longest first: of the settings, and of an environment that was refused."""
+    """Returns everything that must not be shown, the longest first: from the settings, and from an environment that was refused."""
     names = [name for name, about in Settings.model_fields.items() if "SecretStr" in str(about.annotation)]
     values = [value.get_secret_value() for name in names if isinstance(value := getattr(settings, name), SecretStr)]
     values += [os.environ.get(f"{PREFIX}{name.upper()}", "") for name in names]
@@ -341,7 +341,7 @@ def _secrets(settings: Settings) -> list[str]:
 
 
 def _masked(found: Any, secrets: list[str]) -> Any:
-    """The same with every secret replaced, and with what stands before the @ of an address."""
+    """Replaces every secret, and what stands before the @ of an address."""
     if isinstance(found, dict):
         return {key: _masked(value, secrets) for key, value in found.items()}
     if isinstance(found, list):

@@ -1,10 +1,10 @@
-"""A closed-loop load generator: so many connections, each sending its next image when the last answer is in.
+"""A closed-loop load generator: a number of connections, each of which sends its next image when the last answer has arrived.
 
     bodies, models --plan--> (head, body) --Connection.exchange--> status        one task per connection, keep-alive
-    statuses, latencies --Tally.report--> Report
+    statuses, latencies --Tally.report--> LoadReport
 
-It often shares its cores with the server that it measures, so it does as little as it can: requests are built beforehand, bodies are
-sent without a copy, answers are looked at for their status and their length only. The CPU time that it takes is part of the report.
+It often shares its cores with the measured server, so it does as little as it can: requests are built beforehand, bodies are sent without
+a copy, and of answers only the head is read. Its own CPU time is part of the report.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What came back. Latencies are of answers with a 2xx status, in milliseconds, from the first byte sent to the last received."""
+    """The result. Latencies are of answers with a 2xx status, in milliseconds, from the first byte sent to the last received."""
 
     url: str
     models: tuple[str, ...]
@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
         return self.transport is not None and not self.transport.is_closing()
 
     async def exchange(self, head: bytes, body: bytes) -> int:
-        """Sends a request and waits for the whole answer. Returns its status; raises ConnectionError when the server hangs up."""
+        """Sends a request and waits for the whole answer. Returns its status; raises ConnectionError if the server closes the connection."""
         if self.transport is None:
             raise RuntimeError("exchange on a connection that was never made")
         self.answer = asyncio.get_running_loop().create_future()
@@ -140,7 +140,7 @@ class Connection(asyncio.Protocol):
         self.headers[name.lower()] = value
 
     def on_message_complete(self) -> None:
-        """The parser has read a whole answer."""
+        """Is called by the parser at the end of an answer."""
         if not self.parser.should_keep_alive():
             self.close()
         if self.answer is not None and not self.answer.done():
@@ -160,7 +160,7 @@ class Connection(asyncio.Protocol):
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p90, p99 and max in milliseconds: for each the smallest latency that so many percent of the answers did not exceed."""
+    """Returns p50, p90, p99 and max in milliseconds: for each the smallest latency that so many percent of the answers did not exceed."""
     if not seconds:
         return {}
     ordered = sorted(seconds)
@@ -170,7 +170,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def read_images(folder: Path) -> list[bytes]:
-    """The image files under a folder, in the order of their names, or a single file. FileNotFoundError when there is none."""
+    """Reads the image files under a folder, sorted by name, or a single file. Raises FileNotFoundError if there is none."""
     paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"no image files under {folder}")
@@ -178,7 +178,7 @@ def read_images(folder: Path) -> list[bytes]:
 
 
 def plan(load: LoadPlan, bodies: Sequence[bytes]) -> Iterator[Request]:
-    """Requests without end: models and images are each taken in turn."""
+    """Yields requests without end; takes models and images in turn."""
     for model, body in zip(itertools.cycle(load.models or (None,)), itertools.cycle(bodies), strict=False):
         yield request_head(load, model, len(body)), body
 
@@ -206,7 +206,7 @@ async def connect(load: LoadPlan) -> Connection:
 
 
 async def caller(load: LoadPlan, requests: Iterator[Request], tally: Tally) -> None:
-    """One of the load's connections: sends, waits, counts, until there are no requests left."""
+    """Runs one of the load's connections: sends, waits, counts, until there are no requests left."""
     connection: Connection | None = None
     for head, body in requests:
         began = time.perf_counter()
@@ -228,7 +228,7 @@ async def caller(load: LoadPlan, requests: Iterator[Request], tally: Tally) -> N
 
 
 def until(requests: Iterator[Request], load: LoadPlan) -> Iterator[Request]:
-    """The same requests, up to the load's end."""
+    """Yields the same requests, up to the load's end."""
     deadline = time.perf_counter() + load.duration_s if load.duration_s is not None else float("inf")
     for request in itertools.islice(requests, load.requests):
         if time.perf_counter() >= deadline:
@@ -259,9 +259,9 @@ async def _run(load: LoadPlan, bodies: Sequence[bytes], on_tick: Callable[[float
 
 
 def run(load: LoadPlan, bodies: Sequence[bytes], on_tick: Callable[[float, int], None] | None = None) -> LoadReport:
-    """Sends the load and waits for every answer. `on_tick(seconds, requests)` hears of progress about once a second.
+    """Sends the load and waits for every answer. Calls `on_tick(seconds, requests)` about once a second.
 
-    Raises ConnectionError (an OSError) when there is no server at that address, ValueError when there are no bodies.
+    Raises ConnectionError (an OSError) if there is no server at that address, ValueError if there are no bodies.
     """
     if not bodies:
         raise ValueError("a load needs at least one image")

@@ -1,6 +1,7 @@
-"""The one layer around every request: its id, its size, its time, and an answer to whatever nobody caught.
+"""The one layer around every request: its id, its size, its time, and an answer to every uncaught error.
 
-head -> request id -> host? draining? window? -> routes: key? declared size? -> the body, inflated and counted -> metrics, access log, trace
+head -> request id -> host? draining? window? -> routes: key? declared size? -> the body, uncompressed and counted -> metrics, access log,
+trace
 """
 
 import asyncio
@@ -104,14 +105,14 @@ class Exchange:
     span: "Span | None" = None
 
     def check_size(self) -> None:
-        """Raises PayloadTooLarge for a body whose declared size is beyond the limit, before any of it is read."""
+        """Raises PayloadTooLarge for a body whose declared size exceeds the limit, before any of it is read."""
         if self.oversized:
             self.refusal = _too_large(self.limit)
             raise self.refusal
 
 
 class Traffic:
-    """How many requests are under way, from admission to the end of the answer; health and metrics do not count."""
+    """The number of requests under way, from admission to the end of the answer; health and metrics do not count."""
 
     def __init__(self) -> None:
         self.under_way = 0
@@ -129,7 +130,7 @@ class Traffic:
             self._none.set()
 
     async def ended(self, within_s: float) -> bool:
-        """Waits until no request is under way; False if some still are after `within_s`."""
+        """Waits until no request is under way; returns False if some still are after `within_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._none.wait()
@@ -137,7 +138,7 @@ class Traffic:
 
 
 class Edge:
-    """Pure ASGI. Its state is the bytes of bodies in memory, by client: slow senders must not fill it."""
+    """Pure ASGI middleware. Counts the bytes of bodies in memory by client, so that slow senders cannot fill it."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, traces: Traces | None
@@ -212,7 +213,7 @@ class Edge:
         return self._multipart_limit if several else self._raw_limit
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
-        """Raises what can be said of a request by its head alone."""
+        """Raises the errors that the head of a request shows."""
         if not scope["path"].startswith(HEALTH):
             self.hosts.check(headers.get(b"host"))
         draining = scope["state"]["engine"].draining
@@ -229,7 +230,7 @@ class Edge:
             exchange.oversized = exchange.closing = True
 
     async def _enter_window(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange) -> None:
-        """Counts a large request with images in the window of its flow. Raises QueueFull where it found no room there in time."""
+        """Counts a large request with images in the window of its flow. Raises QueueFull if there is no room there in time."""
         large = b"transfer-encoding" in headers or int(headers.get(b"content-length", b"0")) > LARGE_BODY
         if not large or exchange.oversized or not (scope["path"] in IMAGE_PATHS or INFER_PATH.fullmatch(scope["path"])):
             return
@@ -242,7 +243,7 @@ class Edge:
         exchange.flow = flow
 
     def _body(self, scope: Scope, headers: dict[bytes, bytes], exchange: Exchange, receive: Receive) -> Receive:
-        """`receive`, which notes when all has come; inflated where the route reads compressed bodies."""
+        """Wraps `receive`: notes when everything has arrived, and uncompresses bodies of routes that accept that."""
 
         async def noted() -> Message:
             message = await receive()
@@ -255,8 +256,8 @@ class Edge:
         return noted
 
     def _counted(self, exchange: Exchange, receive: Receive, passing: bool) -> Receive:
-        """`receive`, which raises once the body is beyond its limit, or bodies in memory beyond theirs; one that is only `passing`
-        through the memory counts for itself alone."""
+        """Wraps `receive`: raises once the body exceeds its limit, or the bodies in memory theirs. A body that is only `passing` through
+        memory counts for itself alone."""
 
         async def counted() -> Message:
             exchange.check_size()
@@ -274,7 +275,7 @@ class Edge:
         return counted
 
     def _hold(self, exchange: Exchange, size: int) -> None:
-        """Counts bytes of a body that stay in memory; sets a refusal where the client, or this request of it, has its share."""
+        """Counts bytes of a body that stay in memory. Sets a refusal if the client, or this request of it, has used its share."""
         alone = self.bodies.total == exchange.held
         if alone or self.bodies.fits(exchange.client, exchange, size):
             self.bodies.take(exchange.client, exchange, size)
@@ -309,7 +310,7 @@ class Edge:
     async def _refuse(
         self, error: ServiceError | ModelError, path: str, exchange: Exchange, receive: Receive, reply: Send
     ) -> None:
-        """Answers an error. Where the body was not read to its end, reads on a little so that the sender sees the answer, and closes."""
+        """Answers an error. If the body was not read to its end, reads on a little so that the sender sees the answer, and closes."""
         count_rejection(self.metrics, error)
         self._release(exchange)  # what was read is dropped, however long the rest of it takes
         exchange.closing = exchange.closing or not exchange.complete
@@ -341,7 +342,7 @@ class Edge:
 
 
 class UserCORS(CORSMiddleware):
-    """Cross-origin answers for the user routes alone: no page of another origin reaches an admin route."""
+    """Answers cross-origin requests to the user routes only: no page of another origin reaches an admin route."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _is_user_route(scope):
@@ -353,7 +354,7 @@ class UserCORS(CORSMiddleware):
 def render(
     error: ServiceError | ModelError, request_id: str, path: str
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """An error as status, headers and JSON body; under /v2 the body is the Open Inference Protocol's."""
+    """Returns an error as status, headers and JSON body; under /v2 the body is that of the Open Inference Protocol."""
     status = status_of(error)
     param = getattr(error, "param", None)
     if path == "/v2" or path.startswith("/v2/"):
@@ -371,17 +372,17 @@ def render(
 
 
 def encode(content: Any) -> bytes:
-    """Strict JSON: NaN and infinity raise."""
+    """Returns strict JSON. Raises ValueError for NaN and infinity."""
     return _ENCODER.encode(content).encode()
 
 
 def encode_each(items: Iterable[Any]) -> bytes:
-    """A JSON array. A call of the encoder holds the GIL until it returns; each item has one of its own."""
+    """Returns a JSON array. A call of the encoder holds the GIL until it returns, so each item has its own call."""
     return b"[" + b",".join(map(encode, items)) + b"]"
 
 
 def count_rejection(metrics: Metrics, error: ServiceError | ModelError) -> None:
-    """Counts a refusal, where its reason is one that the engine does not count itself."""
+    """Counts a refusal, if its reason is one that the engine does not count itself."""
     if (reason := _REJECTIONS.get(error.code)) is not None:
         metrics.reject(reason)
 
@@ -393,7 +394,7 @@ def _request_id(given: bytes | None) -> bytes:
 
 
 def _model_of(scope: Scope) -> str:
-    """The models that a request names in its path or query; those in its body are not known yet."""
+    """Returns the models that a request names in its path or query; those in its body are not known yet."""
     path = INFER_PATH.fullmatch(scope["path"])
     models = [path["model"]] if path else parse_qs(scope["query_string"].decode("latin-1")).get("model", [])
     return ",".join(sorted(filter(scope["state"]["engine"].registry.is_served, set(models))))
@@ -404,7 +405,7 @@ def _is_upload(scope: Scope) -> bool:
 
 
 def _is_user_route(scope: Scope) -> bool:
-    """Whether a request, or the one that a preflight asks for, is for a user route."""
+    """Whether a request, or the request that a preflight asks for, is for a user route."""
     method = scope["method"]
     if method == "OPTIONS":
         method = dict(scope["headers"]).get(b"access-control-request-method", b"").decode("latin-1")
@@ -435,7 +436,7 @@ async def _discard(receive: Receive) -> None:
 
 
 def _access_line(scope: Scope, route: str, exchange: Exchange, seconds: float) -> Fields:
-    """At most MAX_LINE characters, whatever came: the path is percent-encoded, as it came, and has what the rest leaves."""
+    """Returns at most MAX_LINE characters. The path is percent-encoded, as received, and has the room that the rest leaves."""
     client, id, models = (
         scope.get("client"),
         exchange.request_id.decode(),

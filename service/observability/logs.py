@@ -1,7 +1,7 @@
-"""What the server writes to stderr: a line for each event, as text for people or as JSON for what collects logs.
+"""Logs to stderr: one line per event, as text for people or as JSON for log collectors.
 
-No line holds a control character, whatever a caller has put into it, and no line of text that begins with a time is anybody's but ours:
-what follows from a traceback is indented.
+No line holds a control character, whatever a caller sent. In text logs, only our own lines begin with a time: the lines of a traceback
+are indented.
 """
 
 import json
@@ -23,14 +23,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Fields(dict[str, Any]):
-    """A message made of fields: in text a JSON object, in JSON members of the line's own."""
+    """A message made of fields: a JSON object in text logs, members of the line's own object in JSON logs."""
 
     def __str__(self) -> str:
         return json.dumps(self)
 
 
 class TextLines(logging.Formatter):
-    """`2026-11-22 15:04:05,678 INFO message`, and an exception's lines below it, indented."""
+    """`2026-11-22 15:04:05,678 INFO message`, with the lines of an exception below it, indented."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -43,7 +43,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time (RFC 3339, UTC), level, logger, then message or fields, request_id and exception where there are."""
+    """One object per line: time (RFC 3339, UTC), level, logger, then message or fields; request_id and exception if there are any."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -64,7 +64,7 @@ class JsonLines(logging.Formatter):
 
 
 class ErrorCounter(logging.Handler):
-    """Counts what goes wrong outside of requests: models that do not load, jobs, devices, databases."""
+    """Counts errors outside of requests: models that do not load, jobs, devices, databases."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__(logging.ERROR)
@@ -91,5 +91,5 @@ def configure(settings: Settings, metrics: Metrics) -> None:
 
 
 def _printable(text: str) -> str:
-    """Control characters as Python writes them in a string: a line stays one line, and no terminal obeys it."""
+    """Escapes control characters as Python does: a line stays one line, and no terminal obeys it."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

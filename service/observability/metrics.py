@@ -1,4 +1,4 @@
-"""What the server counts, in a registry of its own. No label holds what a caller chose: routes are templates, the rest is "other"."""
+"""The metrics of the server, in a registry of its own. No label holds a value chosen by a caller: routes are templates, or "other"."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -14,7 +14,7 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Every metric of one server. Each is safe to touch from any thread."""
+    """All metrics of one server. Each may be used from any thread."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -76,7 +76,7 @@ class Metrics:
         ProcessCollector(namespace="imago", registry=registry)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """`route` is a template such as `/models/{name}`, or "other"."""
+        """Counts a request. `route`: a template such as `/models/{name}`, or "other"."""
         method = method if method in _METHODS else "other"
         key = (route, method, status)
         if key not in self._answered:  # looking a series up by its labels takes longer than counting
@@ -95,24 +95,24 @@ class Metrics:
         self.batch_size.labels(backbone).observe(size)
 
     def waiting(self, backbone: str) -> Gauge:
-        """The gauge of one backbone's queue, to `set`."""
+        """Returns the gauge of one backbone's queue."""
         return self.waiting_images.labels(backbone)
 
     def reject(self, reason: Rejection, count: int = 1) -> None:
         self.rejected.labels(reason).inc(count)
 
     def image(self, outcome: str, count: int = 1) -> None:
-        """`outcome` is "ok" or the code of a ModelError, never anything that a caller chose."""
+        """Counts an image. `outcome`: "ok" or the code of a ModelError, never a value chosen by a caller."""
         self.images.labels(outcome).inc(count)
 
     def serve(self, served: Iterable[tuple[str, int, str]]) -> None:
-        """What is served now, as (model, version, backbone); replaces what was."""
+        """Sets what is served now, as (model, version, backbone); replaces the previous values."""
         self.model_info.clear()
         for model, version, backbone in served:
             self.model_info.labels(model, str(version), backbone).set(1)
 
     def count_jobs(self, by_status: Mapping[str, int]) -> None:
-        """How many jobs there are in each status; nothing where it is not known."""
+        """Sets the number of jobs in each status; none if it is not known."""
         self.jobs.clear()
         for status, count in by_status.items():
             self.jobs.labels(status).set(count)
@@ -123,10 +123,10 @@ class Metrics:
         self.device_memory_total.labels(device).set(total)
 
     def forget(self, backbone: str) -> None:
-        """A backbone left memory: its series go with it."""
+        """Removes the series of a backbone that has left memory."""
         for metric in (self.waiting_images, self.batch_size):
             metric.remove_by_labels({"backbone": backbone})
 
     def exposition(self) -> bytes:
-        """Everything in the Prometheus text format."""
+        """Returns everything in the Prometheus text format."""
         return generate_latest(self.registry)

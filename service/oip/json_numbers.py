@@ -1,10 +1,10 @@
-"""The numbers of a tensor in JSON, parsed apart from the request around them.
+"""Parses the numbers of a tensor in JSON, apart from the request around them.
 
-    text --lifted--> the request, where an index replaces each `data` of numbers, and these arrays as text
+    text --lifted--> the request, with an index in place of each `data` of numbers, and these arrays as text
     text of an array, shape --numbers--> array (n,)
 
-One call of a JSON parser or of `np.asarray` holds the GIL until it returns, in a thread too: 8 MB of `[],` stopped the event loop for 2 s.
-So the nesting is compared with the shape as text, before anything is converted, and the numbers are converted PIECE by PIECE.
+One call of a JSON parser or of `np.asarray` holds the GIL until it returns, in a thread too: 8 MB of `[],` stopped the event loop for 2
+s. So the nesting is compared with the shape as text, before anything is converted, and the numbers are converted PIECE by PIECE.
 """
 
 import re
@@ -44,9 +44,10 @@ DATATYPES = {
 
 
 def lifted(text: bytes, max_images: int) -> tuple[bytes, list[bytes]]:
-    """A request whose `data` is [0] for the first array without texts and objects, [1] for the second, and so on; and these arrays.
+    """Returns a request whose `data` is [0] for the first array without texts and objects, [1] for the second, and so on; and these
+    arrays.
 
-    Raises BadRequest where the request has more values than one that makes sense.
+    Raises BadRequest if the request has more values than a valid one can have.
     """
     arrays: list[bytes] = []
     rest: list[bytes] = []
@@ -65,7 +66,7 @@ def lifted(text: bytes, max_images: int) -> tuple[bytes, list[bytes]]:
 
 
 def _keys(text: bytes) -> list[int]:
-    """Where `"data"` begins; not within a text, where a backslash precedes the quotes."""
+    """Yields the positions of `"data"` outside texts, in which a backslash precedes the quotes."""
     starts, end = [], len(text)
     while (end := text.rfind(b'"data"', 0, end)) != -1:  # much quicker than `find` in base64
         starts.append(end)
@@ -75,13 +76,13 @@ def _keys(text: bytes) -> list[int]:
 
 
 def _array(text: bytes, start: int) -> bytes:
-    """From the bracket at `start` to the last one before a text or object begins, or the object around it ends."""
+    """Returns the text from the bracket at `start` to the last bracket before a text or object begins, or the object around it ends."""
     ends = (text.find(mark, start) for mark in (b'"', b"{", b"}"))
     return text[start : min((end for end in ends if end != -1), default=len(text))].rstrip(b"," + _BLANK)
 
 
 def numbers(text: bytes, shape: Sequence[int], datatype: str) -> NDArray[Any]:
-    """The numbers of a JSON array, flat or nested as the shape says, as uint8 or float32 of that shape. Raises BadRequest."""
+    """Returns the numbers of a JSON array, flat or nested as the shape says, as uint8 or float32 of that shape. Raises BadRequest."""
     kind = DATATYPES[datatype]
     _check_nesting(text, shape, datatype)
     values, at = np.empty(prod(shape), kind.dtype), 0
@@ -101,7 +102,7 @@ def numbers(text: bytes, shape: Sequence[int], datatype: str) -> NDArray[Any]:
 
 
 def _check_nesting(text: bytes, shape: Sequence[int], datatype: str) -> None:
-    """Compares brackets and commas with those of the shape."""
+    """Compares the brackets and commas with those of the shape."""
     characters = DATATYPES[datatype].characters
     skeleton = text.translate(None, characters + _BLANK)
     if len(skeleton) == _length([prod(shape)]) and skeleton == _skeleton([prod(shape)]):
@@ -117,7 +118,7 @@ def _check_nesting(text: bytes, shape: Sequence[int], datatype: str) -> None:
 
 
 def _length(shape: Sequence[int]) -> int:
-    """The number of brackets and commas of a nested array."""
+    """Returns the number of brackets and commas of a nested array."""
     length = 0
     for side in reversed(shape):
         length = 2 + side * length + side - 1
@@ -125,7 +126,7 @@ def _length(shape: Sequence[int]) -> int:
 
 
 def _skeleton(shape: Sequence[int]) -> bytes:
-    """Brackets and commas of a nested array: (2, 3) -> [[,,],[,,]]"""
+    """Returns the brackets and commas of a nested array: [[,,],[,,]] for (2, 3)."""
     inner = b""
     for side in reversed(shape):
         inner = b"[" + ((inner + b",") * side)[:-1] + b"]"
@@ -133,7 +134,7 @@ def _skeleton(shape: Sequence[int]) -> bytes:
 
 
 def _pieces(text: bytes, datatype: str) -> Iterator[bytes]:
-    """The text, cut at commas."""
+    """Yields pieces of the text, cut at commas."""
     start = 0
     while start < len(text):
         end = len(text) if len(text) - start <= PIECE else text.rfind(b",", start, start + PIECE)

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol says of the server and its models, and its examples in the OpenAPI document."""
+"""Metadata of the server and its models in the Open Inference Protocol, and its examples in the OpenAPI document."""
 
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -30,8 +30,8 @@ def server() -> Document:
 
 
 def metadata(served: Served) -> Document:
-    """The input as UINT8 pixels, of which clients make no mistake in scaling; of an ensemble whose members want different ones, encoded
-    images. The input's parameters say what else it may be."""
+    """Returns the metadata of a model. The input is UINT8 pixels, which clients cannot scale wrongly; encoded images for an ensemble
+    whose members need different ones. The parameters of the input list what else it may be."""
     classes = len(served.config.classes)
     return {
         "name": served.config.name,
@@ -73,7 +73,7 @@ def _figures(values: Iterable[float]) -> str:
 
 
 def config(served: Served, max_batch_size: int) -> Document:
-    """As Triton's clients read it: what the metadata says, in other words."""
+    """Returns the metadata in the form that Triton's clients read."""
     kind = served.input
     given: Document = {"name": INPUT, "data_type": "TYPE_STRING", "dims": [1]}
     if kind is not None:
@@ -125,7 +125,7 @@ def _total(total: Total) -> Document:
 
 
 def index(stored: Iterable[tuple[str, int]], models: Iterable[ModelStatus], only_ready: bool) -> list[Document]:
-    """Every version in the store, and what is loaded without being there yet."""
+    """Returns every version in the store, and loaded ones that are not there yet."""
     known = {model.name: model for model in models}
     rows = [_row(name, number, known.get(name)) for name, number in stored]
     missing = known.keys() - {row["name"] for row in rows}
@@ -230,7 +230,7 @@ HEADER_LENGTH_PARAMETER = {
 
 
 def infer_request(*parameters: Document) -> Document:
-    """The OpenAPI of a route that reads an inference."""
+    """Returns the OpenAPI of a route that reads an inference."""
     return {
         "parameters": [*parameters, HEADER_LENGTH_PARAMETER],
         "requestBody": {

@@ -1,9 +1,9 @@
-"""The Open Inference Protocol's requests and answers as bytes; nothing of HTTP or of the engine.
+"""Requests and answers of the Open Inference Protocol as bytes, without HTTP or the engine.
 
     body --parse--> Inference: encoded images, or pixels (n, *, *, *)     --fitted--> tensors (C, H, W) as the model takes them
     probabilities (n, classes) --reply--> body: all JSON, or JSON and then the raw output tensor
 
-A body is JSON; where `Inference-Header-Content-Length` says how much of it, the raw input tensor follows.
+A body is JSON; if `Inference-Header-Content-Length` says how much of it, the raw input tensor follows.
 """
 
 import binascii
@@ -35,7 +35,7 @@ PixelTensor = NDArray[np.uint8] | NDArray[np.float32]
 
 
 class _Part(BaseModel):
-    """A piece of a request. What we do not know is not ours to judge; shared memory would be waited for in vain."""
+    """A part of a request. Unknown members are ignored. Shared memory is refused, because the client would wait for it in vain."""
 
     model_config = ConfigDict(strict=True)
 
@@ -79,7 +79,7 @@ class _Request(_Part):
 
 @dataclass(frozen=True)
 class Inference:
-    """What is asked: `images` are encoded files, one each, or pixels of the shape that the sender gave them."""
+    """A request. `images` are encoded files, one each, or pixels of the shape that the sender gave."""
 
     images: list[bytes] | PixelTensor
     id: str | None = None
@@ -91,16 +91,17 @@ class Inference:
 
 @dataclass(frozen=True)
 class Reply:
-    """A body; `header_length` bytes of it are JSON, None is all."""
+    """An answer. The first `header_length` bytes of the body are JSON; None: all of it."""
 
     body: bytes
     header_length: int | None
 
 
 def parse(body: bytearray, header_length: int | None, max_images: int) -> Inference:
-    """A request's body, inflated. `header_length`: the header's value; 0 means that all of the body is one encoded image.
+    """Parses the uncompressed body of a request. `header_length`: the value of the header; 0 means that the whole body is one encoded
+    image.
 
-    Raises BadRequest, and PayloadTooLarge for too much JSON.
+    Raises BadRequest; raises PayloadTooLarge for too much JSON.
     """
     if header_length == 0:
         return Inference([bytes(body)])
@@ -162,7 +163,7 @@ def _images(tensor: _Input, raw: memoryview, arrays: Sequence[bytes]) -> list[by
 
 
 def _files(tensor: _Input, raw: memoryview) -> list[bytes]:
-    """Encoded images, (n) or (n, 1)."""
+    """Returns encoded images of shape (n) or (n, 1)."""
     count = prod(tensor.shape)
     if tensor.shape not in ([count], [count, 1]):
         raise BadRequest("encoded images have the shape [n] or [n, 1]")
@@ -173,7 +174,8 @@ def _files(tensor: _Input, raw: memoryview) -> list[bytes]:
 
 
 def _elements(raw: memoryview, count: int) -> list[bytes]:
-    """Each is its length, in four bytes, and that many bytes. At most one more than `count`: there may be a quarter as many as bytes."""
+    """Splits elements of a length in four bytes and as many bytes. Returns at most one more than `count`: a hostile body has one for
+    every four bytes."""
     files: list[bytes] = []
     at = 0
     while at < len(raw) and len(files) <= count:
@@ -186,7 +188,7 @@ def _elements(raw: memoryview, count: int) -> list[bytes]:
 
 
 def _texts(data: Sequence[Any]) -> list[bytes]:
-    """JSON has no bytes: its elements are base64."""
+    """Decodes base64, which stands for bytes in JSON."""
     flat = chain.from_iterable(part if isinstance(part, list) else [part] for part in data)
     try:
         return [b64decode(text, validate=True) for text in flat]
@@ -195,7 +197,7 @@ def _texts(data: Sequence[Any]) -> list[bytes]:
 
 
 def _from_json(tensor: _Input, arrays: Sequence[bytes]) -> PixelTensor:
-    """Numbers, flat or nested as the shape says."""
+    """Returns numbers, flat or nested as the shape says."""
     [index] = tensor.data if tensor.data is not None and len(tensor.data) == 1 else [None]
     if type(index) is not int or not 0 <= index < len(arrays):
         raise BadRequest(f"`data` has values that are no {tensor.datatype}")
@@ -212,7 +214,7 @@ def _from_binary(tensor: _Input, raw: memoryview) -> PixelTensor:
 
 
 def fitted(pixels: PixelTensor, kind: Preprocessing) -> list[Tensor]:
-    """Pixels (n, C, H, W) or (n, H, W, C) -> one (C, height, width) each. Raises BadRequest where the model takes other images."""
+    """Converts pixels (n, C, H, W) or (n, H, W, C) to one (C, height, width) each. Raises BadRequest if the model takes other images."""
     planes = (kind.channels, kind.height, kind.width)
     rows = (kind.height, kind.width, kind.channels)
     if pixels.shape[1:] == planes:
@@ -227,7 +229,7 @@ def _commas(shape: Sequence[int]) -> str:
 
 
 def reply(inference: Inference, config: ModelConfig, probabilities: Tensor) -> Reply:
-    """Probabilities float32 (n, classes), in the order of the images -> what the client reads."""
+    """Encodes probabilities float32 (n, classes), in the order of the images."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": list(probabilities.shape)}
     if inference.classes:
         texts = _classified(probabilities, config.classes, inference.classes)
@@ -241,7 +243,7 @@ def reply(inference: Inference, config: ModelConfig, probabilities: Tensor) -> R
 
 
 def _classified(probabilities: Tensor, classes: Sequence[str], k: int) -> list[list[str]]:
-    """The k best of each row, as "value:index:label"; clients split at colons, so that a label may have none."""
+    """Returns the k best of each row, as "value:index:label". Clients split at the first colons, so labels have none."""
     return [
         [f"{p:f}:{i}:{classes[i].replace(':', ' ')}" for i, p in zip(*row, strict=True)]
         for row in zip(*top_k(probabilities, k), strict=True)

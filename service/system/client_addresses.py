@@ -1,16 +1,16 @@
-"""Client addresses: which of them are one client, and which are proxies."""
+"""Client addresses: which of them count as one client, and which are proxies."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
-MAX_REMEMBERED = 1024  # addresses: each request asks for some, and parsing takes up to 20 us
-MAX_LENGTH = 64  # of what is remembered: a proxy can write anything into its header
+MAX_REMEMBERED = 1024  # addresses: each request looks some up, and parsing takes up to 20 us
+MAX_LENGTH = 64  # of a remembered value: a proxy can write anything into its header
 
 
 def network_of(address: str) -> str:
-    """The client that an address belongs to: IPv6 clients are grouped by /64, and IPv4 within IPv6 counts as IPv4."""
+    """Returns the client that an address belongs to: IPv6 clients are grouped by /64, and IPv4 within IPv6 counts as IPv4."""
     return _remembered(address) if len(address) <= MAX_LENGTH else _network_of(address)
 
 
@@ -28,7 +28,7 @@ _remembered = lru_cache(MAX_REMEMBERED)(_network_of)
 
 
 def proxies(trusted: Sequence[str]) -> Callable[[str], bool]:
-    """A function that tells whether an address is among addresses and networks; `*` is all."""
+    """Returns a function that tells whether an address is one of these addresses and networks; `*` is all."""
     if "*" in trusted:
         return lambda address: True
     networks = []

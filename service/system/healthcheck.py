@@ -1,6 +1,6 @@
-"""`python3 -m service.system.healthcheck`: exit code 0 where the server of this container is ready, else 1 with the reason on stderr.
+"""`python3 -m service.system.healthcheck`: exit code 0 if the server of this container is ready; otherwise 1, with the reason on stderr.
 
-It imports nothing but the standard library, since it runs every ten seconds, and uses no proxy of the environment.
+It imports only the standard library, since it runs every ten seconds, and ignores proxies of the environment.
 """
 
 import os
@@ -12,7 +12,8 @@ ANYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S10
 
 
 def address() -> str:
-    """Where the environment lets the server listen; `IMAGO_PORT=tcp://...` is set by Kubernetes or `docker --link`, and no port."""
+    """Returns the address on which the server listens by the environment. `IMAGO_PORT=tcp://...` comes from Kubernetes or `docker
+    --link`, and is no port."""
     host, port = os.environ.get("IMAGO_HOST", ""), os.environ.get("IMAGO_PORT", "")
     name = ANYWHERE.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port if port.isdecimal() else 8000}/health/ready"

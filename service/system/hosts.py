@@ -1,4 +1,4 @@
-"""Which `Host` a request may name: a web page whose own name was made to resolve to this machine is no caller (DNS rebinding)."""
+"""Checks the header `Host`, against DNS rebinding: a web page whose own name was made to resolve to this machine."""
 
 import re
 import socket
@@ -14,12 +14,12 @@ LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")  # a name without a
 
 
 class Hosts:
-    """The hosts that this server answers for: addresses of this machine, its names, and the setting `allowed_hosts`; where that is
-    empty, names without a dot too.
+    """The hosts that this server answers for: addresses of this machine, its names, and the setting `allowed_hosts`; if that is empty,
+    names without a dot too.
 
-    Hardly any name without a dot resolves in the public DNS, and nginx sends such a one, that of its `upstream`. A neighbour on the same
-    network may have one resolve (LLMNR, a search domain): `allowed_hosts` keeps those out.
-    Checked where the server listens on loopback, or where `allowed_hosts` names some; elsewhere a name may lead here by any proxy.
+    Hardly any name without a dot resolves in the public DNS, and nginx sends such a name, that of its `upstream`. A neighbour on the same
+    network may have one resolve (LLMNR, a search domain); `allowed_hosts` excludes those. Hosts are checked if the server listens on
+    loopback, or if `allowed_hosts` is set. Elsewhere any name may lead here, through some proxy.
     """
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
@@ -31,7 +31,7 @@ class Hosts:
         self._right: set[bytes] = set()  # values that passed: one look-up for those that come again
 
     def check(self, value: bytes | None) -> None:
-        """Raises Misdirected for the value of a `Host` header that is another server's; HTTP/1.0 may send none."""
+        """Raises Misdirected if the value of a `Host` header is another server's; HTTP/1.0 may send none."""
         if not self.checked or value in self._right or value is None:
             return
         name = _name(_without_port(value.decode("latin-1").strip(" \t")))
@@ -45,12 +45,12 @@ class Hosts:
 
 
 def _name(host: str) -> str:
-    """`[::1]`, `LocalHost.` -> `::1`, `localhost`."""
+    """Normalises a host: `::1` for `[::1]`, `localhost` for `LocalHost.`."""
     return host.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
 
 
 def _is_label(name: str) -> bool:
-    """A name without a dot, and no number: 2130706433 and 0x7f000001 are addresses."""
+    """Whether it is a name without a dot and not a number: 2130706433 and 0x7f000001 are addresses."""
     return LABEL.fullmatch(name) is not None and not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name)
 
 
@@ -60,12 +60,13 @@ def _without_port(value: str) -> str:
 
 
 def _is_whole(host: str) -> bool:
-    """False for an IPv6 address without brackets, whose last group is no port."""
+    """Whether no port can be meant: False for an IPv6 address without brackets, whose last group is not a port."""
     return ":" not in host or host.endswith("]")
 
 
 def is_loopback(host: str) -> bool:
-    """Every address of the host is one of this machine alone; a host that cannot be resolved is not, and the server will not start."""
+    """Whether every address of the host is a loopback address; False for a host that does not resolve, with which the server will not
+    start."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
@@ -74,7 +75,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_own_address(name: str) -> bool:
-    """An address literal that an interface of this machine has: only such a one can be bound."""
+    """Whether it is an address literal of an interface of this machine: only such an address can be bound."""
     with suppress(ValueError, OSError):
         address = ip_address(name)
         if address.is_loopback:

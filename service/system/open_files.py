@@ -1,4 +1,4 @@
-"""The open-files limit of this process: raised at start, and shared out between connections and everything else."""
+"""The open-files limit of this process: raised at start, and divided between connections and everything else."""
 
 import logging
 import resource
@@ -10,7 +10,7 @@ BACKLOG = 2048  # connections that the kernel holds until they are accepted; all
 
 
 def raise_limit() -> int:
-    """Raises the soft limit to the hard one. Returns the files that this process may open."""
+    """Raises the soft limit to the hard one. Returns the number of files that this process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -22,7 +22,7 @@ def raise_limit() -> int:
 
 
 def connections_within(limit: int, wanted: int) -> tuple[int, int]:
-    """Connections and backlog that an open-files limit allows, at most `wanted` and BACKLOG."""
+    """Returns the connections and the backlog that an open-files limit allows, at most `wanted` and BACKLOG."""
     reserve = min(RESERVE, limit // 2)
     connections = max(1, min(wanted, limit - reserve))
     if connections < wanted:

@@ -1,6 +1,7 @@
-"""Environment variables that a platform sets beside a container of the same name as ours, and that are no settings.
+"""Environment variables that a platform sets for a container with our name, which are not settings.
 
-Kubernetes, for each Service of the namespace; `docker --link`, for each linked container. Named `imago` or `imago-web`, they give
+Kubernetes sets them for each Service of the namespace, `docker --link` for each linked container. With the name `imago` or `imago-web`
+they are
 
     IMAGO_SERVICE_HOST  IMAGO_SERVICE_PORT  IMAGO_SERVICE_PORT_HTTP  IMAGO_WEB_SERVICE_HOST
     IMAGO_PORT=tcp://10.96.0.12:8000        IMAGO_PORT_8000_TCP      IMAGO_PORT_8000_TCP_ADDR
@@ -24,7 +25,7 @@ _VALUES = {
 
 
 def injected(environment: Mapping[str, str | None]) -> list[str]:
-    """The names of the variables that a platform has set, in any case."""
+    """Returns the names of the variables that a platform has set, in any case."""
     return [name for name, value in environment.items() if _is_injected(name.upper(), value or "")]
 
 

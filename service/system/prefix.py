@@ -32,7 +32,7 @@ _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~@:+=-]+)*")
 
 
 def prefix_of(value: str) -> str:
-    """Returns `/imago` for `/imago/`, and nothing for `/`. Raises ValueError for a value that cannot be a prefix."""
+    """Returns `/imago` for `/imago/`, and an empty string for `/`. Raises ValueError for a value that cannot be a prefix."""
     prefix = value.removesuffix("/")
     if len(prefix) > MAX_LENGTH or not _PREFIX.fullmatch(prefix):
         raise ValueError(
@@ -44,7 +44,7 @@ def prefix_of(value: str) -> str:
 
 
 def forwarded(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Returns the prefix that `X-Forwarded-Prefix` reports, or nothing where that cannot be one. Of several proxies, the outermost
+    """Returns the prefix that `X-Forwarded-Prefix` gives, or an empty string if that cannot be one. Of several proxies, the outermost
     comes first."""
     pieces = b",".join(value for name, value in headers if name == HEADER).decode("latin-1").split(",")
     try:
@@ -54,14 +54,14 @@ def forwarded(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def without(prefix: str, path: str) -> str:
-    """The path below the prefix, where a proxy has left the prefix in it, or has put it there twice; `/imago` alone is `/`."""
+    """Returns the path below the prefix, if a proxy has left the prefix in it, or put it there twice; `/` for `/imago` alone."""
     while prefix and f"{path}/".startswith(f"{prefix}/"):
         path = path[len(prefix) :] or "/"
     return path
 
 
 def no_such_path(path: str, prefix: str) -> str:
-    """The message of a 404: how to reach the list of paths, or the cause where the path shows it."""
+    """Returns the message of a 404: how to get the list of paths, or the cause if the path shows it."""
     segments = path.removeprefix("/").split("/")
     if segments[0] in OWN and path.endswith("/"):
         return "no such path; remove the slash at its end"
@@ -76,6 +76,6 @@ def no_such_path(path: str, prefix: str) -> str:
 
 
 def place(scope: Any, prefix: str) -> None:
-    """Sets an ASGI scope's `root_path`, and its `path` without the prefix. Nothing changes where there is none."""
+    """Sets an ASGI scope's `root_path`, and its `path` without the prefix. Changes nothing without a prefix."""
     if prefix:
         scope["root_path"], scope["path"] = prefix, without(prefix, scope["path"])

@@ -1,4 +1,4 @@
-"""The checks, in their order: the most important come first, because the last ones are left out where the time is short."""
+"""The checks in their order. The most important come first, because the last ones are skipped if time is short."""
 
 from collections.abc import Sequence
 
@@ -110,7 +110,7 @@ CHECKS = (
 
 
 def selected(names: Sequence[str]) -> list[GpuCheck]:
-    """The checks of these names, or all; `facts` is always the first. Raises ValueError for an unknown name."""
+    """Returns the checks of these names, or all; `facts` is always the first. Raises ValueError for an unknown name."""
     known = [check.name for check in CHECKS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown check {unknown[0]!r}; it is one of {', '.join(known)}")

@@ -1,6 +1,7 @@
-"""Runs one check in this process and writes its measurement: `python -m service.diagnostics.gpu_check.child ORDER`, an Order as JSON.
+"""Runs one check in this process and writes its measurement: `python -m service.diagnostics.gpu_check.child ORDER`, with an Order as
+JSON.
 
-The measurement goes to a file, so that whatever a library prints cannot damage it.
+The measurement goes to a file, so that output of libraries cannot damage it.
 """
 
 import os
@@ -16,7 +17,7 @@ OUTCOME = "outcome.json"
 
 
 def main(order: GpuCheckSpec, begin: Callable[[GpuCheckSpec], object]) -> int:
-    """The exit code: 0 if the check came to its end, whatever it found. `begin` makes the check's argument."""
+    """Returns the exit code: 0 if the check ran to its end, whatever it found. `begin` makes the argument of the check."""
     module, _, function = order.target.partition(":")
     try:
         measurement = Measurement.model_validate(getattr(import_module(module), function)(begin(order)))
@@ -28,7 +29,7 @@ def main(order: GpuCheckSpec, begin: Callable[[GpuCheckSpec], object]) -> int:
 
 
 def write(folder: Path, measurement: Measurement) -> None:
-    """Atomic: a process that is killed leaves all of it or nothing."""
+    """Writes in one step: a killed process leaves the whole file or none."""
     new = folder / f".{OUTCOME}"
     new.write_text(measurement.model_dump_json())
     new.replace(folder / OUTCOME)
@@ -41,7 +42,7 @@ def session(order: GpuCheckSpec) -> object:
 
 
 def end(code: int) -> None:
-    """Ends the process at once: a lost device must not hold it up."""
+    """Ends the process at once: a lost device must not delay it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

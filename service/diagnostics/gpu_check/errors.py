@@ -1,6 +1,6 @@
-"""What torch raises on a GPU, what Imago takes it for, and whether the GPU works afterwards. And a kernel that is missing.
+"""Checks how Imago classifies errors of torch on a GPU, whether the GPU works afterwards, and what happens without a kernel.
 
-A case that loses the GPU has a process of its own, because no later call of such a process succeeds.
+A case that loses the GPU runs in its own process, because all later calls of that process fail.
 """
 
 import json
@@ -23,7 +23,7 @@ TOO_MUCH = 10**15  # bytes
 
 
 class Case(NamedTuple):
-    """An error, and what it has to count as. `gpu_only`: the CPU does not raise it."""
+    """An error, and how it must be classified. `gpu_only`: the CPU does not raise it."""
 
     run: Callable[[torch.device], object]
     out_of_memory: bool = False
@@ -75,7 +75,7 @@ def errors(session: Session) -> Measurement:
 
 
 def elsewhere(session: Session, name: str) -> dict[str, Any]:
-    """What a process of the case's own observes; under `wrong` why there is no answer."""
+    """Returns what the case's own process observes; under `wrong` why there is no answer."""
     order = GpuCheckSpec(target=name, folder=session.folder, rehearse=session.rehearse)
     command = [sys.executable, "-m", "service.diagnostics.gpu_check.errors", order.model_dump_json()]
     try:
@@ -94,7 +94,7 @@ def difference(case: Case, found: dict[str, Any]) -> str:
 
 
 def observe(session: Session, case: Case) -> dict[str, Any]:
-    """The error of a case in this process, as Imago classifies it."""
+    """Returns the error of a case in this process, as Imago classifies it."""
     error: Exception | None = None
     try:
         case.run(session.device)
@@ -115,7 +115,7 @@ def observe(session: Session, case: Case) -> dict[str, Any]:
 
 
 def missing_kernel(session: Session) -> Measurement:
-    """The precision that this device prefers fails in every forward pass: another one has to be chosen."""
+    """Makes the precision that this device prefers fail in every forward pass: another one must be chosen."""
     backbone, options = random_backbone(session.network("resnet18")), Options(engine="torch")
     first = compile_backbone(backbone, session.device, options).info.precision
     if first == "float32":

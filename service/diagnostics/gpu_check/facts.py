@@ -1,4 +1,4 @@
-"""Versions, machine and GPU; and whether the GPU can be used at all."""
+"""Versions, machine and GPU, and whether the GPU can be used at all."""
 
 import platform
 import subprocess
@@ -67,7 +67,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def nvidia_smi(device: torch.device, columns: str) -> dict[str, str]:
-    """What the driver's own tool says of this GPU; empty where there is no such tool or it fails."""
+    """Returns what the driver's own tool says about this GPU; empty if there is no such tool or it fails."""
     command = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader", "-i", pci_address(device)]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=True).stdout  # noqa: S603
@@ -77,7 +77,7 @@ def nvidia_smi(device: torch.device, columns: str) -> dict[str, str]:
 
 
 def pci_address(device: torch.device) -> str:
-    """As nvidia-smi takes it; its numbers are not those of CUDA."""
+    """Returns the address for nvidia-smi, whose numbers differ from those of CUDA."""
     properties: Any = torch.cuda.get_device_properties(device)
     return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 

@@ -1,4 +1,4 @@
-"""Images that a check makes for itself: photograph-sized JPEGs, and a folder of two classes that a network learns to tell apart."""
+"""Generates images for checks: photograph-sized JPEGs, and a folder of two classes that a network can learn."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ CLASSES = ("rings", "stripes")
 
 
 def photograph(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """A JPEG of about 60 KB: smooth colours under fine noise."""
+    """Returns a JPEG of about 60 KB: smooth colours under fine noise."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 2)
     noisy = np.asarray(coarse, dtype=np.float32) + random.normal(0, 12, (height, width, 3))
@@ -18,7 +18,7 @@ def photograph(seed: int, width: int = 500, height: int = 375) -> bytes:
 
 
 def picture(kind: str, seed: int, side: int = 160) -> bytes:
-    """A JPEG of `kind`, one of CLASSES: wavelength, place, colour and noise are random."""
+    """Returns a JPEG of `kind`, one of CLASSES, with random wavelength, place, colour and noise."""
     random = np.random.default_rng((CLASSES.index(kind), seed))
     y, x = np.mgrid[0:side, 0:side] - random.uniform(0.2, 0.8, (2, 1, 1)) * side
     angle = random.uniform(0, np.pi)
@@ -30,7 +30,7 @@ def picture(kind: str, seed: int, side: int = 160) -> bytes:
 
 
 def two_classes(folder: Path, images: int) -> Path:
-    """`folder` with so many images of each class, a subfolder each."""
+    """Fills `folder` with so many images of each class, in a subfolder each."""
     for kind in CLASSES:
         (folder / kind).mkdir(parents=True)
         for seed in range(images):

@@ -1,4 +1,4 @@
-"""The table that a person reads while the checks run."""
+"""The table that is printed while the checks run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def header(checks: Sequence[GpuCheck], rehearse: bool) -> str:
 
 
 def row(result: CheckResult) -> str:
-    """One check: status, name, seconds, summary; then its problems and what was expected."""
+    """Returns one check: status, name, seconds, summary; then its problems and what was expected."""
     lines = [f"{result.status:9}  {result.name:{WIDTH}} {result.seconds:6.1f} s  {result.summary}"]
     lines += [f"    ! {line}" for problem in result.problems for line in problem.splitlines()]
     lines += [f"    expected: {result.expected}"] if result.problems else []
@@ -23,7 +23,7 @@ def row(result: CheckResult) -> str:
 
 
 def footer(document: GpuReport) -> str:
-    """The verdict in one sentence."""
+    """Returns the verdict in one sentence."""
     if document.verdict == "no gpu":
         return f"No GPU can be used: {document.reason}"
     counts = Counter(result.status for result in document.checks)

@@ -55,7 +55,7 @@ class GpuCheck:
 
 @dataclass(frozen=True)
 class GpuCheckRun:
-    """How the checks run. `gpu`: the number of the one to check, as torch counts them; None: the first. `child`: see child.py."""
+    """How the checks run. `gpu`: the number of the GPU to check, as torch counts them; None: the first. `child`: see child.py."""
 
     rehearse: bool = False
     dataset: Path | None = None
@@ -65,7 +65,7 @@ class GpuCheckRun:
 
 
 def run(checks: Sequence[GpuCheck], how: GpuCheckRun, on_result: Callable[[CheckResult], None]) -> GpuReport:
-    """`on_result` is called after each check. SIGTERM and Ctrl-C end the check under way and skip the others."""
+    """Runs the checks and calls `on_result` after each. SIGTERM and Ctrl-C end the current check and skip the others."""
     began, started = time.monotonic(), datetime.now(UTC)
     results: list[CheckResult] = []
     left_out, gpu, no_gpu = False, None, None
@@ -105,7 +105,7 @@ def skipped(check: GpuCheck, reason: str) -> CheckResult:
 
 
 def run_one(check: GpuCheck, how: GpuCheckRun, limit_s: float) -> tuple[CheckResult, Measurement]:
-    """The check's result, and what it measured: empty where it did not come to its end."""
+    """Returns the check's result, and what it measured: empty if it did not run to its end."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="imago-gpu-check-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -132,7 +132,7 @@ def run_one(check: GpuCheck, how: GpuCheckRun, limit_s: float) -> tuple[CheckRes
 
 @contextlib.contextmanager
 def _process(order: GpuCheckSpec, how: GpuCheckRun, log: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """A child in a process group of its own, all of which is ended at the end of the block."""
+    """Starts a child in its own process group, which is ended with the block."""
     command = [sys.executable, "-m", how.child, order.model_dump_json()]
     process = subprocess.Popen(  # noqa: S603  (our own module)
         command,
@@ -150,7 +150,8 @@ def _process(order: GpuCheckSpec, how: GpuCheckRun, log: int) -> Iterator["subpr
 
 
 def environment(how: GpuCheckRun) -> dict[str, str]:
-    """Of the children: one GPU, and none of the server's settings, so that a check never touches the user's store or data."""
+    """Returns the children's environment: one GPU, and none of the server's settings, so that a check never touches the user's store or
+    data."""
     variables = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     if not {"site-packages", "dist-packages"} & set(ROOT.parts):  # a checkout
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -164,7 +165,7 @@ def environment(how: GpuCheckRun) -> dict[str, str]:
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the child and all that it started: a server and its trainer end by SIGTERM, the rest by SIGKILL."""
+    """Ends the child and all that it started: a server and its trainer by SIGTERM, the rest by SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     ends = time.monotonic() + GRACE_S
@@ -185,7 +186,7 @@ def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _outcome(folder: Path, code: int | None, limit_s: float) -> tuple[CheckStatus, Measurement]:
-    """By what the child left; `code` is None where its time was over."""
+    """Returns the result from what the child left; `code` is None if its time was over."""
     if code is None:
         return "timed out", Measurement(problems=(f"no result within {limit_s:.0f} s", *_log_end(folder)))
     try:

@@ -1,4 +1,4 @@
-"""`imago serve` as a process of its own on a store that the check made, and the GPU's utilisation meanwhile."""
+"""Runs `imago serve` as a process on a store that the check made, and samples the utilisation of the GPU."""
 
 import os
 import re
@@ -47,7 +47,7 @@ class RunningServer:
         )
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
-        """The JSON answer of a route. Raises httpx.HTTPError, with the server's message for a status of 4xx or 5xx."""
+        """Returns the JSON answer of a route. Raises httpx.HTTPError, with the server's message, for a status of 4xx or 5xx."""
         headers = {"Authorization": f"Bearer {self.key}"}
         answer = httpx.request(method, self.url + path, headers=headers, timeout=REQUEST_S, trust_env=False, **more)
         if answer.is_error:
@@ -55,14 +55,15 @@ class RunningServer:
         return answer.json()
 
     def cpu_seconds(self) -> float:
-        """CPU time of the server and of no other process."""
+        """Returns the CPU time of the server alone."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 @contextmanager
 def serving(session: Session, weights: Path, *flags: str) -> Iterator[RunningServer]:
-    """Started, ready, and ended with SIGTERM. Raises RuntimeError with the end of its log where it does not become ready."""
+    """Starts a server, waits until it is ready, and ends it by SIGTERM. Raises RuntimeError with the end of its log if it does not become
+    ready."""
     log, key, began = session.folder / "serve.log", secrets.token_hex(32), time.monotonic()
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--device", str(session.device)]
     command += ["--weights", str(weights), "--data", str(session.folder / "data"), *flags]
@@ -85,7 +86,7 @@ def serving(session: Session, weights: Path, *flags: str) -> Iterator[RunningSer
 
 
 def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """The address, once `/health/ready` answers 200 and no model is loading."""
+    """Returns the address once `/health/ready` answers 200 and no model is loading."""
     ends = time.monotonic() + READY_S
     while time.monotonic() < ends and process.poll() is None:
         text = log.read_text(errors="replace")
@@ -107,7 +108,8 @@ def _answers(url: str) -> bool:
 
 
 def default_store(session: Session) -> str:
-    """Name of the model that the store in `weights` serves: the packaged default; in a rehearsal a tiny one with random weights."""
+    """Returns the name of the model that the store in `weights` serves: the packaged default; in a rehearsal a tiny one with random
+    weights."""
     weights = session.folder / "weights"
     if session.rehearse:
         random_store(weights, TINY)
@@ -120,7 +122,7 @@ def default_store(session: Session) -> str:
 
 
 def random_store(weights: Path, architecture: str, versions: int = 1) -> ModelStore:
-    """A store that serves version 1 of `architecture`; each version has random weights of its own and 1,000 classes."""
+    """Makes a store that serves version 1 of `architecture`; each version has its own random weights and 1,000 classes."""
     store = ModelStore(weights)
     for seed in range(versions):
         torch.manual_seed(seed)
@@ -137,7 +139,8 @@ def random_store(weights: Path, architecture: str, versions: int = 1) -> ModelSt
 
 @dataclass
 class Utilisation:
-    """What nvidia-smi saw: percent of the time in which a kernel ran, and megabytes in use by all processes. Empty without nvidia-smi."""
+    """The samples of nvidia-smi: percent of the time in which a kernel ran, and megabytes in use by all processes. Empty without
+    nvidia-smi."""
 
     percent: list[int] = field(default_factory=list)
     memory_mb: list[int] = field(default_factory=list)

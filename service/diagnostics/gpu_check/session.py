@@ -1,4 +1,4 @@
-"""What a check works with: the device, sizes, random networks and images, clocks."""
+"""What a check uses: the device, sizes, random networks and images, clocks."""
 
 import statistics
 import time
@@ -41,20 +41,20 @@ class Session:
         return self.device.type == "cuda"
 
     def size(self, full: T, tiny: T) -> T:
-        """`tiny` in a rehearsal."""
+        """Returns `full`, or `tiny` in a rehearsal."""
         return tiny if self.rehearse else full
 
     def network(self, full: str) -> str:
-        """The architecture to use."""
+        """Returns the architecture to use."""
         return self.size(full, TINY)
 
     def synchronize(self) -> None:
-        """Waits until the GPU has done all that it was given."""
+        """Waits until the GPU has finished all its work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, run: Callable[[], object], repeat: int = 10) -> float:
-        """Mean time of `run`, after one run that does not count."""
+        """Returns the mean time of `run`, after one run that does not count."""
         run()
         self.synchronize()
         began = time.perf_counter()
@@ -64,7 +64,7 @@ class Session:
         return (time.perf_counter() - began) / repeat * 1000
 
     def each_ms(self, run: Callable[[], object], count: int) -> dict[str, float]:
-        """Median and worst time of one `run` with the wait for its end, in milliseconds."""
+        """Returns median and worst time of one `run` with the wait for its end, in milliseconds."""
         times = []
         for _ in range(count):
             began = time.perf_counter()
@@ -75,7 +75,7 @@ class Session:
 
 
 def random_backbone(name: str, seed: int = 0) -> Backbone:
-    """An architecture with random weights, on the CPU."""
+    """Returns an architecture with random weights, on the CPU."""
     torch.manual_seed(seed)
     network = architectures.create(name)
     module = network.backbone.eval().requires_grad_(False)
@@ -84,18 +84,18 @@ def random_backbone(name: str, seed: int = 0) -> Backbone:
 
 
 def random_pixels(images: int, backbone: Backbone, seed: int = 0) -> Tensor:
-    """uint8 (N, 3, H, W) of the backbone's size on the CPU, channels last in memory, as decoded images are."""
+    """Returns uint8 (N, 3, H, W) of the backbone's size on the CPU, channels last in memory, as decoded images are."""
     side = backbone.ref.preprocessing.height
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference over the largest absolute value, on two significant digits."""
+    """Returns the largest absolute difference over the largest absolute value, rounded to two significant digits."""
     difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12)
     return float(f"{float(difference):.2g}")
 
 
 def host_memory_mb() -> float:
-    """Resident memory of this process."""
+    """Returns the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

@@ -1,4 +1,4 @@
-"""Flow control of a connection: Flow pauses reading, WriteWatch ends connections whose client does not take its answer."""
+"""Flow control of a connection: PausingFlowControl pauses reading, WriteWatch ends connections whose client does not read its answer."""
 
 import asyncio
 import fcntl
@@ -23,7 +23,7 @@ class PausingFlowControl(FlowControl):
 
 
 class WriteWatch:
-    """Watches one connection: within each `span_s` seconds its client must take bytes at RATE. `share` counts those that wait."""
+    """Watches one connection: within each `span_s` seconds its client must take bytes at RATE. `share` counts the unsent bytes."""
 
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, share: Share, span_s: float
@@ -33,7 +33,7 @@ class WriteWatch:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Watches until all is written, or the connection closed. Aborts at once where unread answers hold too much."""
+        """Watches until everything is written, or the connection is closed. Aborts at once if too many unread bytes are held."""
         if self._timer is None:
             self._left = self._unsent()
             self._timer = self._loop.call_later(self._span_s, self._check)
@@ -65,7 +65,7 @@ class WriteWatch:
             self.begin()
 
     def _unsent(self) -> int:
-        """Bytes that are written and not acknowledged: in this process and, where the system tells, in the kernel."""
+        """Returns the bytes that are written but not acknowledged: in this process and, if the system tells, in the kernel."""
         size = self._transport.get_write_buffer_size()
         socket = self._transport.get_extra_info("socket")
         if socket is None:

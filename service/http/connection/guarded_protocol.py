@@ -1,14 +1,14 @@
-"""uvicorn's HTTP protocol with the guards that it lacks: framing that is checked twice, and a deadline for every wait.
+"""uvicorn's HTTP protocol with further guards: framing that is checked twice, and a deadline for every wait.
 
-first byte ----head_timeout_s----> head complete ----body_timeout_s----> body complete       late: 408, close
-           at most max_head bytes                each 10 s at BODY_RATE                  larger: 431, close
-answer ----write_timeout_s, see write_watch----> taken by the client                         late: abort
+    first byte ----head_timeout_s----> head complete ----body_timeout_s----> body complete       late: 408, close
+               at most max_head bytes                each 10 s at BODY_RATE                  larger: 431, close
+    answer ----write_timeout_s, see flow_control----> taken by the client                        late: abort
 
-The body of an upload may take longer, as long as it comes at that rate.
+The body of an upload may take longer, as long as it arrives at that rate.
 
-The parser gets the stream in pieces of which each ends where a request can end, and none beyond a request whose answer is not out:
-one request at a time, and the rest waits as the bytes that came. A request that begins inside a piece means that parser and protocol
-disagree about the framing: 400 and close.
+The parser gets the stream in pieces. Each piece ends where a request can end, and none goes beyond a request whose answer is not sent:
+one request at a time, and the rest waits as received bytes. If a request begins inside a piece, parser and protocol disagree about the
+framing: 400 and close.
 """
 
 import asyncio
@@ -105,7 +105,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect(guards.head_timeout_s, self._head_late)
 
     def _makes_room(self) -> bool:
-        """Closes an idle connection of the client that has most, in favour of a client that has fewer. Returns whether it did."""
+        """Closes an idle connection of the client with most connections, in favour of a client with fewer. Returns whether it did."""
         crowd = self._guards.crowded(self._address)
         for other in self.connections if crowd is not None else ():
             if isinstance(other, GuardedProtocol) and other is not self and other._is_idle_of(crowd):
@@ -128,7 +128,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keeps the connection for a client that has sent all and waits for its answers."""
+        """Keeps the connection of a client that has ended its sending side and waits for its answers."""
         if self._refused or not self._in_head or not (self._owed or self._waiting):
             return False
         self._sender_ended = True
@@ -144,7 +144,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._writing.begin()
 
     def leave(self) -> None:
-        """Stops waiting long for a client that does not read: the server shuts down."""
+        """Shortens the wait for a client that does not read: the server shuts down."""
         self._writing.hurry(LINGER_S)
 
     def pause_writing(self) -> None:
@@ -160,7 +160,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """Closes once the client has taken what is written, for which it has the usual time."""
+        """Closes once the client has taken what is written, within the usual time."""
         if self in self.connections:
             self.transport.close()
             self._writing.begin()
@@ -169,7 +169,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def _owed(self) -> bool:
-        """Whether there is a request whose answer is not out."""
+        """Whether there is a request whose answer is not sent."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
@@ -182,7 +182,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._feed()
 
     def _feed(self) -> None:
-        """Gives the parser what waits, up to the end of a request whose answer is not out."""
+        """Gives the parser the waiting bytes, up to the end of a request whose answer is not sent."""
         for _ in range(BURST):
             if self._refused or self.transport.is_closing():
                 self._waiting, self._fed = b"", 0
@@ -198,7 +198,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._settle()
 
     def _begin(self) -> bool:
-        """Begins a request, unless nothing but line ends waits, which some clients send behind a body."""
+        """Begins a request, unless only line ends wait, which some clients send after a body."""
         if self._waiting[self._fed] in b"\r\n":
             self._waiting, self._fed = self._waiting[self._fed :].lstrip(b"\r\n"), 0
             if not self._waiting:
@@ -208,7 +208,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return True
 
     def _end_of_piece(self) -> int:
-        """Where the next piece ends in what waits: at the latest where a request can end."""
+        """Returns the end of the next piece: at the latest where a request can end."""
         start, most = self._fed, len(self._waiting)
         if not self._in_head and self._left is not None:
             return min(most, start + self._left)
@@ -220,7 +220,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return most if found < 0 else found + len(EMPTY_LINE)
 
     def _parse(self, start: int, end: int) -> None:
-        """Gives the parser one piece of what waits."""
+        """Gives the parser one piece of the waiting bytes."""
         self._ended = False
         if self._in_head or self._left is None:
             self._tail = (self._tail + self._waiting[max(start, end - 3) : end])[-3:]
@@ -243,8 +243,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse_framing()
 
     def _ignore_upgrade(self, whole: bool) -> None:
-        """Reads the body of a request that asks for an upgrade: a second parser gets the same head without the Upgrade header, and
-        only the body's events of it are listened to."""
+        """Reads the body of a request that asks for an upgrade: a second parser gets the same head without the Upgrade header, and only
+        its body events are used."""
         self._upgrading = False
         if not whole:
             self._refuse_framing()
@@ -257,7 +257,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse_framing()
 
     def _take_body(self) -> None:
-        """Passes on what a piece had of the body."""
+        """Passes on the body bytes of a piece."""
         data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._body_bytes += len(data)
@@ -272,7 +272,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def _settle(self) -> None:
-        """Pauses or resumes reading by what waits, and starts the timer for what is to come."""
+        """Pauses or resumes reading depending on the waiting bytes, and starts the timer for the next ones."""
         ahead = len(self._waiting) - self._fed > READ_AHEAD
         if ahead or self.flow.ahead:
             self.flow.ahead = ahead
@@ -334,7 +334,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._begun = False
 
     def on_response_complete(self) -> None:
-        """Goes on with what waits, after other connections had their turn."""
+        """Continues with the waiting bytes, after other connections had their turn."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             self._writing.begin()

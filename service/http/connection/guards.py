@@ -1,4 +1,4 @@
-"""Guards: the limits that all connections share, and what they count together."""
+"""The limits that all connections share, and their common counts."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -42,11 +42,11 @@ class Guards:
         )
 
     def prefix_of(self, address: str, headers: Headers) -> str:
-        """The path under which a proxy serves Imago, for a request that comes from this address."""
+        """Returns the path under which a proxy serves Imago, for a request from this address."""
         return self.root_path or (forwarded(headers) if self.is_proxy(address) else "")
 
     def client_of(self, address: str) -> str | None:
-        """The client to count an address for; None for a proxy, which is many clients."""
+        """Returns the client to count an address for; None for a proxy, which stands for many clients."""
         return None if self.is_proxy(address) else network_of(address)
 
     def joined(self, address: str) -> None:
@@ -59,12 +59,12 @@ class Guards:
             del self.connected[client]
 
     def crowded(self, address: str) -> str | None:
-        """The client with most connections where all are taken and `address` has fewer; None otherwise."""
+        """Returns the client with most connections if all are taken and `address` has fewer; None otherwise."""
         client, most = self.connected.most_common(1)[0]
         full = self.connected.total() > self.max_connections
         return client if full and self.connected[network_of(address)] < most else None
 
     def lets_in(self, address: str) -> bool:
-        """Whether a connection that is counted already may stay."""
+        """Whether a connection that is already counted may stay."""
         mine = 1 if self.is_proxy(address) else self.connected[network_of(address)]
         return mine <= self.max_client_connections and self.connected.total() <= self.max_connections

@@ -1,4 +1,4 @@
-"""HalfClosed: the transport of an answer to a client that has ended its sending side."""
+"""The transport of an answer to a client that has ended its sending side."""
 
 import asyncio
 
@@ -7,10 +7,10 @@ FIRST_WAIT_S = 0.25  # doubled from byte to byte
 
 
 class HalfClosed(asyncio.Transport):
-    """Writes the first bytes of an answer, which are known, one at a time until the answer is there.
+    """Writes the first, known bytes of an answer one at a time until the answer is there.
 
-    A client that has closed its connection altogether looks the same as one that waits for its answer, but resets the connection on
-    the first byte; the second byte then fails, the connection is lost, and nobody computes an answer for it.
+    A client that has closed its connection looks the same as one that waits for its answer, but it resets the connection on the first
+    byte. The second byte then fails, the connection is lost, and no answer is computed for it.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,4 +1,4 @@
-"""Request heads: the checks that decide where a request ends, and the answer to one that is refused."""
+"""Request heads: the checks that decide where a request ends, and the answer to a refused one."""
 
 from collections.abc import Sequence
 from secrets import token_hex
@@ -15,7 +15,7 @@ MAX_DIGITS = 20  # of a length: 64 bits; the parser stops at these, but counts n
 
 
 def refusal_of(version: str, method: bytes, headers: Headers) -> ServiceError | None:
-    """The error that a head is refused with, or None. `headers` are (name in lower case, value)."""
+    """Returns the error that a head is refused with, or None. `headers` are (name in lower case, value)."""
     names = [name for name, _ in headers]
     hosts = names.count(b"host")
     if version not in ("1.1", "1.0"):
@@ -35,7 +35,7 @@ def refusal_of(version: str, method: bytes, headers: Headers) -> ServiceError | 
 
 
 def length_of(headers: Headers) -> int | None:
-    """Bytes of the body that follows a head; None for a chunked one."""
+    """Returns the bytes of the body after a head; None for a chunked one."""
     length = 0
     for name, value in headers:
         if name == b"transfer-encoding":
@@ -46,14 +46,14 @@ def length_of(headers: Headers) -> int | None:
 
 
 def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
-    """The bytes of the same head, less its Upgrade header."""
+    """Returns the bytes of the same head without its Upgrade header."""
     lines = [b"%s %s HTTP/%s" % (method, url, version.encode())]
     lines += [b"%s: %s" % header for header in headers if header[0] != b"upgrade"]
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def refusal_bytes(error: ServiceError | ModelError, path: str) -> bytes:
-    """The whole answer to a request that is refused, after which the connection closes."""
+    """Returns the whole answer to a refused request, after which the connection is closed."""
     request_id = token_hex(8)
     status, headers, body = render(error, request_id, path)
     headers += [(b"x-request-id", request_id.encode()), (b"connection", b"close")]

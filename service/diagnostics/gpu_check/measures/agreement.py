@@ -1,4 +1,4 @@
-"""How far each precision is from float32 on the CPU, which one is chosen, and what the size of a batch does to an answer."""
+"""Measures how far each precision is from float32 on the CPU, which one is chosen, and how the batch size changes an answer."""
 
 import gc
 from typing import Any
@@ -21,7 +21,7 @@ SIZES = (2, 3, 8, 32, 33, 64)  # images in a batch
 
 
 def agreement(session: Session) -> Measurement:
-    """Of six architectures with random weights."""
+    """Compares six architectures with random weights."""
     figures = {name: of_network(session, name) for name in session.size(NETWORKS, (TINY,))}
     wrong = [problem for name, found in figures.items() for problem in disagreements(name, found)]
     chosen = ", ".join(f"{name} {found['chosen']}" for name, found in figures.items())
@@ -29,7 +29,7 @@ def agreement(session: Session) -> Measurement:
 
 
 def of_network(session: Session, name: str) -> dict[str, Any]:
-    """Differences by precision; then what `compile_backbone` chooses by itself, with rates in images/s by batch size."""
+    """Returns the differences by precision; then what `compile_backbone` chooses, with rates in images/s by batch size."""
     backbone = random_backbone(name)
     probe = Probe(backbone, None)
     found: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def of_network(session: Session, name: str) -> dict[str, Any]:
 
 
 def tf32(session: Session, probe: Probe, backbone: Backbone) -> float:
-    """float32 with TF32, which Imago switches off: convolutions and matrix products round their inputs to 11 bits."""
+    """Measures float32 with TF32, which Imago switches off: convolutions and matrix products round their inputs to 11 bits."""
     engine = TorchEngine(backbone, session.device, "float32", "channels_last", torch.get_num_threads())
     allow_tf32(True)
     try:
@@ -68,7 +68,7 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def disagreements(name: str, found: dict[str, Any]) -> list[str]:
-    """Of float32 and of the precision that was chosen. Another precision may differ: then it must not be the one that is chosen."""
+    """Returns problems of float32 and of the chosen precision. Another precision may differ, but then it must not be chosen."""
     wrong = []
     if not found["float32"] <= BOUNDS["float32"]:
         wrong.append(f"{name}: float32 differs by {found['float32']}")
@@ -78,7 +78,7 @@ def disagreements(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def batch_invariance(session: Session) -> Measurement:
-    """One image in batches of several sizes, through ResNet-50: the largest difference to the image alone."""
+    """Compares one image in batches of several sizes, through ResNet-50, with the image alone: the largest difference."""
     backbone = random_backbone(session.network("resnet50"))
     figures: dict[str, dict[int, float]] = {}
     wrong: list[str] = []
