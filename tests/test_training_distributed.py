@@ -1,5 +1,6 @@
 """Several processes train one network: to what a single one would come to, and none is left behind when one is gone."""
 
+import atexit
 import os
 import pickle
 import signal
@@ -114,6 +115,20 @@ def test_a_rank_that_is_killed_fails_the_run_which_goes_on_to_the_same_bytes(
     module = tiny()
     assert two(module, tmp_path / "c.pt", chosen()).losses == history.losses
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+class AbortsAtExit(nn.Flatten):
+    """In a process that has loaded it, the interpreter's clean-up aborts, as gloo's threads make it do now and then."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        atexit.register(os.abort)
+
+
+def test_a_rank_that_has_finished_exits_without_clean_up(tmp_path: Path) -> None:
+    module = tiny()
+    module[0].flatten = AbortsAtExit()
+    assert len(two(module, tmp_path / "c.pt", chosen(epochs=1)).losses) == 1
 
 
 TRAINER = """

@@ -228,7 +228,7 @@ def _signal(number: int) -> str:
 
 
 def work(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", asked: Flag) -> None:
-    """A rank, from its start to its end. What it fails by is told, and by its exit."""
+    """A rank, from its start to its end. It reports the reason for a failure in `told`, and exits with 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that watches
     die_with_parent()
     parent = multiprocessing.parent_process()
@@ -237,17 +237,25 @@ def work(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", aske
     try:
         _train(rank, folder, micro, told, asked)
     except MicroBatchTooLarge as halved:
-        _leave(told, halved)
+        told.put(halved)
+        _exit(1)
     except Exception as error:
         traceback.print_exc()
-        _leave(told, (rank, explain(error)))
+        told.put((rank, explain(error)))
+        _exit(1)
+    _exit(0)
 
 
-def _leave(told: "SimpleQueue[Message]", why: Message) -> None:
-    """At once: a clean end would wait for the group, and the group waits for this rank."""
-    told.put(why)
+def _exit(code: int) -> None:
+    """Ends this process without the interpreter's and torch's own clean-up.
+
+    After a failure the clean-up would wait for the group, which waits for this rank. After success gloo's threads still run, since
+    DistributedDataParallel lies in a reference cycle that keeps its process group, and a thread of C++ that needs the interpreter while
+    it is finalised ends in std::terminate: SIGABRT, "terminate called without an active exception".
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", asked: Flag) -> None:
@@ -273,9 +281,8 @@ def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", as
         follow(trainer, plan.checkpoint)
     else:
         history = run(trainer, plan.stopping, plan.budget, plan.checkpoint, asked.is_set)
-        trainer.ranks.agree(None)
         torch.save(vars(history), folder / HISTORY)
-    dist.destroy_process_group()
+        trainer.ranks.agree(None)  # lets the others go; nothing is left to do that could fail
 
 
 def follow(trainer: Trainer, checkpoint: Path) -> None:
