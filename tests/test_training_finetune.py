@@ -436,9 +436,9 @@ def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest
 def test_several_devices_train_it_together(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained_by: list[int] = []
 
-    def train(network: Any, data: Any, preprocessing: Any, settings: Any, *rest: Any) -> Any:
-        trained_by.append(settings.devices)
-        return whole.train(network, data, preprocessing, settings, *rest)
+    def train(network: Any, plan: Any, *rest: Any) -> Any:
+        trained_by.append(plan.settings.devices)
+        return whole.train(network, plan, *rest)
 
     monkeypatch.setattr(finetune, "devices", lambda name: [torch.device("cpu")] * 2)
     monkeypatch.setattr(distributed, "train", train)

@@ -28,7 +28,7 @@ from models.training.network.augment import augmented_copy
 from models.training.network.auxiliary import auxiliary
 from models.training.network.batches import AugmentedImages, first_images, spread
 from models.training.network.freezing import fresh_stages, initialise_anew, stages
-from models.training.network.trainer import History
+from models.training.network.trainer import History, TrainingPlan
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -180,21 +180,19 @@ def train_network(job: TrainingContext) -> TrainingResult:
 
 
 def fit_network(job: TrainingContext, network: nn.Sequential, path: Path) -> History:
-    """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
+    """Train a backbone and its last layer in place, resuming from the checkpoint at `path` if there is one."""
     base, settings = job.bases[0], job.settings
-    train_network = distributed.train if settings.devices > 1 else whole.train
-    return train_network(
-        network,
+    plan = TrainingPlan(
         job.data,
         base.preprocessing,
         settings,
         job.request.early_stopping.for_epochs(settings.epochs),
         job.budget,
         path,
-        job.progress,
-        job.stop,
         auxiliary(base.architecture, len(job.data.classes)),
     )
+    train_network = distributed.train if settings.devices > 1 else whole.train
+    return train_network(network, plan, job.progress, job.stop)
 
 
 def fresh_of(base: Base, settings: ResolvedHyperparameters) -> tuple[str, ...]:
