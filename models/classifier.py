@@ -10,7 +10,8 @@ that names it. A head costs a few hundred KB.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -24,10 +25,7 @@ from models.activations import Activation
 from models.errors import WeightsError
 from models.files.class_names import complaint
 from models.files.records import NAME_PATTERN, Record
-from models.preprocessing import (
-    Preprocessing,
-    normalise,
-)
+from models.preprocessing import Preprocessing, normalise
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
 
@@ -230,6 +228,21 @@ class Head(nn.Module):
     def probabilities(self, *features: Tensor) -> Tensor:
         """One (N, D) per backbone -> float32 probabilities (N, classes)."""
         return self.combine([self.part(i, f) for i, f in enumerate(features)])
+
+
+@contextmanager
+def record_outputs(network: nn.Module, names: Iterable[str], record: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call `record(name, output)` for each output of the modules `names` of `network`, in the order in which they run."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, output: record(name, output)
+
+    hooks = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Last:

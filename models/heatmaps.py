@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.classifier import Backbone, ConvLayer, Head, MLPLayer, Tap, channels_first
+from models.classifier import Backbone, ConvLayer, Head, MLPLayer, Tap, channels_first, record_outputs
 from models.preprocessing import Preprocessing, normalise
 
-WATCHED = (
-    32  # of a network's last outputs, among which its map is looked for; all of a large network's would fill the memory
-)
+WATCHED = 32  # the network's last outputs, among which its map is looked for; all outputs of a large one would fill the memory
 PREFIX_TOKENS = (1, 0, 2, 5, 3, 4, 6, 7, 8, 9)  # the most usual first: few lengths fit two
 AGREES = 1e-3  # of the largest feature
 HEAT = ((0, 0, 80), (0, 110, 220), (60, 200, 120), (250, 220, 40), (220, 30, 20))  # from cold to hot, RGB
@@ -43,7 +41,7 @@ def find_map(module: nn.Module, images: Tensor) -> tuple[Tensor, str | None]:
 
     None: other layers lie between, and CAM does not apply.
     """
-    with _watching(module, _places(module)) as outputs, torch.inference_mode():
+    with _recorded_maps(module) as outputs, torch.inference_mode():
         features: Tensor = module(images)
         for name, output in reversed(outputs):
             if output.ndim == 4 and _is_map_of(upright(output, len(images)), features):
@@ -60,30 +58,24 @@ def upright(maps: Tensor, images: int) -> Tensor:
     return maps
 
 
-def _places(module: nn.Module) -> Iterable[str]:
+def _names(module: nn.Module) -> Iterable[str]:
+    """The modules among whose outputs a map is looked for."""
     if isinstance(module, Tap):
         return [f"network.{module.name}"]
     return [name for name, _ in module.named_modules()]
 
 
 @contextmanager
-def _watching(module: nn.Module, names: Iterable[str]) -> Iterator[deque[ModuleOutput]]:
-    """Within, the last outputs that have positions, in the order in which they were made."""
+def _recorded_maps(module: nn.Module) -> Iterator[deque[ModuleOutput]]:
+    """Yields the last outputs that have positions, in the order in which they are made."""
     outputs: deque[ModuleOutput] = deque(maxlen=WATCHED)
 
-    def watch(name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and _spatial(output) is not None:
-                outputs.append((name, output))
+    def record(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and _spatial(output) is not None:
+            outputs.append((name, output))
 
-        return module.get_submodule(name).register_forward_hook(keep)
-
-    hooks = [watch(name) for name in names]
-    try:
+    with record_outputs(module, _names(module), record):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _is_map_of(maps: Tensor, features: Tensor) -> bool:
@@ -174,7 +166,7 @@ class GradCam:
 def _last_with_gradient(module: nn.Module, shape: Preprocessing) -> str:
     """The last module whose output has positions that the features depend on: not the words that a class token leaves behind."""
     image = probe(shape, 1).requires_grad_()
-    with _watching(module, _places(module)) as outputs, torch.enable_grad():
+    with _recorded_maps(module) as outputs, torch.enable_grad():
         features = module(image)
         outputs = deque((name, output) for name, output in outputs if output.requires_grad)  # position biases do not
         tensors = [output for _, output in outputs]

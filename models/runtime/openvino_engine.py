@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone
+from models.classifier import Backbone, record_outputs
 from models.heatmaps import upright
-from models.preprocessing import Preprocessing
+from models.preprocessing import Normalise, Preprocessing
 from models.runtime.options import EngineName, MemoryFormat, Precision
 
 log = logging.getLogger(__name__)
@@ -91,34 +91,23 @@ def import_openvino() -> Any:
 
 
 class PixelNetwork(nn.Module):
-    """uint8 (N, H, W, C) -> float32 (N, D): what is converted, so that normalisation is compiled with the network.
+    """Maps uint8 (N, H, W, C) to features, float32 (N, D). This is what is converted, so that normalisation is compiled with the network.
 
-    Where the network has a `map`, that is a second output, (N, D', h, w).
+    If `map_name` is given, the output of that module is a second output, (N, D', h, w).
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, map_name: str | None) -> None:
         super().__init__()
+        self.normalise = Normalise(preprocessing)
         self.network = network
-        self.map = None if map_name is None else network.get_submodule(map_name)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255)
+        self.map = map_name
 
     def forward(self, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pixels = rows.permute(0, 3, 1, 2).float()
-        kept: list[Tensor] = []
-        if self.map is None:
-            return self.features(pixels)
-        hook = self.map.register_forward_hook(lambda _m, _i, output: kept.append(output))
-        features = self.features(pixels)
-        hook.remove()
-        return features, upright(kept[-1], len(rows))
-
-    def features(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.network((pixels - self.mean) / self.std)
-        return features
+        images: Tensor = self.normalise(rows.permute(0, 3, 1, 2))
+        outputs: dict[str, Tensor] = {}
+        with record_outputs(self.network, () if self.map is None else (self.map,), outputs.__setitem__):
+            features: Tensor = self.network(images)
+        return features if self.map is None else (features, upright(outputs[self.map], len(rows)))
 
 
 def convert(openvino: Any, backbone: Backbone) -> Any:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from models.classifier import Backbone
+from models.classifier import Backbone, record_outputs
 from models.heatmaps import upright
+from models.preprocessing import Normalise
 from models.runtime.device import use_ieee_float32
 from models.runtime.folding import fold_batch_norm
 from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
@@ -42,28 +43,24 @@ class TorchEngine:
         if device.type == "cuda":
             use_ieee_float32()
         self.module = module.to(device, self.dtype).to(memory_format=self.format)
-        self.mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
-        self.std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255
+        self.normalise = Normalise(preprocessing).to(device)
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         self._own_threads()
-        x = self._on_device(pixels).float().sub_(self.mean).div_(self.std)  # as models.preprocessing.normalise
-        features: Tensor = self.module(x.to(self.dtype))
+        images: Tensor = self.normalise(self._on_device(pixels))
+        features: Tensor = self.module(images.to(self.dtype))
         return features[: len(pixels)].float()
 
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
         if self.map is None:
             raise RuntimeError("the caller asks for maps only where there are some")
-        kept: list[Tensor] = []
-        hook = self.module.get_submodule(self.map).register_forward_hook(lambda _m, _i, output: kept.append(output))
-        try:
+        outputs: dict[str, Tensor] = {}
+        with record_outputs(self.module, [self.map], outputs.__setitem__):
             features = self(pixels)
-        finally:
-            hook.remove()
         with torch.inference_mode():
-            maps = upright(kept[-1], batch_step(len(pixels)) if self.pads else len(pixels))
+            maps = upright(outputs[self.map], batch_step(len(pixels)) if self.pads else len(pixels))
             return features, maps[: len(pixels)].float()
 
     def release_memory(self) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.data.dataset import LoadedDataset
-from models.preprocessing import Preprocessing, denormalise, mean_and_std
+from models.preprocessing import Normalise, Preprocessing, denormalise
 from models.training.job.request import ResolvedHyperparameters
 from models.training.network.augment import SEED_STEP, augment, flips, mix, sent
 from models.training.network.process_group import ALONE, ProcessGroup
@@ -55,7 +55,7 @@ class Batches:
         self.ranks = ranks
         self.pixels = self._pixels()
         self.labels = data.labels.to(device)
-        self.mean, self.std = mean_and_std(preprocessing, device)
+        self.normalise = Normalise(preprocessing).to(device)
         count = len(data.rows["train"])
         self.images = min(settings.batch_size * settings.accumulate, count)
         self.steps = count // self.images  # what is left over waits for the next shuffle
@@ -78,7 +78,7 @@ class Batches:
         on_device = sent(rows, self.device)
         lie_there = self.pixels.device == self.device
         pixels = self.pixels[on_device] if lie_there else sent(self.pixels[rows], self.device)
-        images = (augment(pixels, mirrored, self.settings, part).float() - self.mean) / self.std
+        images: Tensor = self.normalise(augment(pixels, mirrored, self.settings, part))
         if epoch <= round(self.settings.small_until * self.settings.epochs):
             images = F.interpolate(images, scale_factor=SMALL, mode="bilinear", antialias=True)
         labels = self.labels[on_device]
