@@ -147,7 +147,7 @@ class Engine:
         for served in bound:
             check_provided(served.config, served.reference, options)
         check_size(len(files), [len(served.config.classes) for served in bound], options)
-        deadline, parts = self._deadline(options), _parts(bound)
+        deadline, parts = self._deadline(options), parts_of(bound)
         for served in bound:
             if served.near is not None:
                 parts[served.backbones[0]].append(served.near)
@@ -174,7 +174,7 @@ class Engine:
 
         Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
         """
-        _, [probabilities] = await self._scores(images, [served], _parts([served]), options)
+        _, [probabilities] = await self._scores(images, [served], parts_of([served]), options)
         return probabilities
 
     async def embed(
@@ -287,28 +287,27 @@ class Engine:
     async def _probabilities(
         self, served: Served, images: Sequence[Outputs | ModelError], options: PredictOptions
     ) -> list[Tensor | ModelError]:
-        """(1, classes) of each image. To join an ensemble's parts computes, and goes to the pool."""
-        members = list(zip(served.backbones, served.parts, strict=True))
-        if len(members) == 1:
-            [(backbone, part)] = members
-            return [i if isinstance(i, ModelError) else i[backbone].values[part][None] for i in images]
+        """Return the probabilities (1, classes) of each image. Combining an ensemble's parts is work for the pool."""
 
-        def joined(image: Outputs) -> Tensor:
-            return served.probabilities([image[backbone].values[part] for backbone, part in members])
+        def combined() -> list[Tensor | ModelError]:
+            return [image if isinstance(image, ModelError) else probabilities_of(served, image) for image in images]
 
-        def all_joined() -> list[Tensor | ModelError]:
-            return [image if isinstance(image, ModelError) else joined(image) for image in images]
-
-        return await self._decoder.pool.run(options.client, all_joined)
+        return combined() if len(served.parts) == 1 else await self._decoder.pool.run(options.client, combined)
 
 
-def _parts(bound: Sequence[Served]) -> dict[LoadedBackbone, list[PartFunction]]:
-    """The heads of these models, by the backbone that they stand on."""
+def parts_of(bound: Sequence[Served]) -> dict[LoadedBackbone, list[PartFunction]]:
+    """Return the heads of these models by the backbone that computes their features."""
     parts: dict[LoadedBackbone, list[PartFunction]] = {}
     for served in bound:
         for backbone, part in zip(served.backbones, served.parts, strict=True):
             parts.setdefault(backbone, []).append(part)
     return parts
+
+
+def probabilities_of(served: Served, outputs: Outputs) -> Tensor:
+    """Return one image's probabilities, (1, classes)."""
+    values = [outputs[backbone].values[part] for backbone, part in zip(served.backbones, served.parts, strict=True)]
+    return values[0][None] if len(values) == 1 else served.probabilities(values)
 
 
 async def _ended(works: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseException]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.errors import ModelError, WeightsError
 from models.runtime.tolerances import allowed, distances, heads_agree
-from service.inference.engine import Engine, Parts
+from service.inference.engine import Engine, parts_of, probabilities_of
 from service.inference.forward import features_part
 from service.inference.registry.loader import LoadedBackbone, ModelStatus, Outputs, Served
 from service.inference.results import ParityImage
@@ -32,8 +32,7 @@ async def deploy(engine: Engine, name: str, version: int, samples: Sequence[Pari
 async def check(engine: Engine, served: Served, samples: Sequence[ParityImage]) -> None:
     """Compares what serving makes of the samples, by the path that requests take, with what training made of them. Raises WeightsError
     that names the first image that differs."""
-    members = list(zip(served.backbones, served.parts, strict=True))
-    parts: Parts = {b: [features_part, *(part for one, part in members if one is b)] for b in served.backbones}
+    parts = {backbone: [features_part, *heads] for backbone, heads in parts_of([served]).items()}
     images: list[Outputs] = []
     for sample, image in zip(samples, await engine.outputs([sample.data for sample in samples], parts), strict=True):
         if isinstance(image, ModelError):
@@ -42,8 +41,7 @@ async def check(engine: Engine, served: Served, samples: Sequence[ParityImage]) 
     features = [
         torch.stack([image[backbone].values[features_part] for image in images]) for backbone in served.backbones
     ]
-    answered = [served.probabilities([image[backbone].values[part] for backbone, part in members]) for image in images]
-    _compare(samples, served, features, torch.cat(answered))
+    _compare(samples, served, features, torch.cat([probabilities_of(served, image) for image in images]))
 
 
 @torch.inference_mode()
