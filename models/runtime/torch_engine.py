@@ -1,4 +1,4 @@
-"""A backbone run by torch: batch norm folded into the convolutions, one memory format, one precision."""
+"""Runs a backbone by torch, with batch norm folded into the convolutions, in one memory format and one precision."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from models.classifier import Backbone, record_outputs
 from models.heatmaps import upright
 from models.preprocessing import Normalise
-from models.runtime.device import use_ieee_float32
+from models.runtime.device import release_cached_memory, use_ieee_float32
 from models.runtime.folding import fold_batch_norm
 from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
 from models.runtime.steps import batch_step, padded
@@ -18,9 +18,9 @@ FORMATS: dict[MemoryFormat, torch.memory_format] = {
 
 
 class TorchEngine:
-    """uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's is left as it was.
+    """Computes uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's stays unchanged.
 
-    pads: whether a batch is filled up to one of BATCH_STEPS, which a GPU gains from. The answer has N rows in any case.
+    pads: whether a batch is filled up to one of BATCH_STEPS, which is faster on a GPU. The result has N rows in any case.
     """
 
     name: EngineName = "torch"
@@ -53,9 +53,9 @@ class TorchEngine:
         return features[: len(pixels)].float()
 
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
+        """Return features and the maps that they are computed from, float32 (N, D', h, w). Only for a backbone with a `map`."""
         if self.map is None:
-            raise RuntimeError("the caller asks for maps only where there are some")
+            raise RuntimeError("with_maps was called for a backbone without a map")
         outputs: dict[str, Tensor] = {}
         with record_outputs(self.module, [self.map], outputs.__setitem__):
             features = self(pixels)
@@ -64,16 +64,15 @@ class TorchEngine:
             return features, maps[: len(pixels)].float()
 
     def release_memory(self) -> None:
-        """Gives back the activations of the largest batch so far."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Free the memory of the largest batch so far."""
+        release_cached_memory(self.device)
 
     def _on_device(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, C, H, W), or more images where the batch is filled up."""
+        """Return the pixels on the device, uint8 (N, C, H, W); more than N where the batch is filled up."""
         x = padded(pixels, self.device) if self.pads else pixels.to(self.device, non_blocking=True)
         return x.contiguous(memory_format=self.format)
 
     def _own_threads(self) -> None:
-        """The number of threads belongs to the calling thread, and another part of the process may have set its own."""
+        """Set the number of threads, which torch keeps by calling thread, and which other parts of the process may have changed."""
         if self.device.type == "cpu" and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)

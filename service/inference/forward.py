@@ -104,13 +104,6 @@ def run(
     )
 
 
-def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[PartFunction]]) -> list[dict[PartFunction, Tensor]]:
-    """Features (N, D), and what each row asks for -> for each row its values by part, float32 (K,) on the CPU."""
-    rows_by_part = _rows_by_part(parts_by_row)
-    indices = _indices([*rows_by_part.values()], len(features), features.device)
-    return _by_row(_to_cpu(_outputs(features, rows_by_part, indices)), rows_by_part, len(features))
-
-
 def _rows_by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> Rows:
     """Rows that ask for the same part go through it together."""
     rows_by_part: Rows = {}

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import OutOfMemory
 from models.runtime import is_out_of_memory
+from models.runtime.device import release_cached_memory
 from models.training.job.request import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.process_group import ALONE, ProcessGroup
@@ -152,7 +153,7 @@ class Stepper:
                         raise
                 for parameter in set(optimizer.state) - known:
                     del optimizer.state[parameter]
-                self._free_memory()
+                release_cached_memory(self.device)
                 self.tell("out of memory in the optimiser's step: cached memory is freed, and the step done again")
                 with self._explained():
                     optimizer.step()
@@ -171,10 +172,6 @@ class Stepper:
                 f"not enough memory for the state of the optimiser {self.settings.optimizer}: take sgd, which keeps half as much as "
                 "adam and adamw, a smaller network, or freeze a part of it (freeze_until)"
             ) from None
-
-    def _free_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
@@ -213,7 +210,7 @@ class Stepper:
         self.micro = max(self.least, min(self.micro, len(images)) // 2)
         if self.ranks.count > 1:
             raise MicroBatchTooLarge(self.micro)
-        self._free_memory()
+        release_cached_memory(self.device)
         self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
 
 
