@@ -210,9 +210,9 @@ class Trainer:
         for step, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
             number = self.steps * (epoch - 1) + step - 1  # counted from the start of the run
             with self.ranks.own_chance(self.settings.seed + SEED_STEP * number):
-                taken = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
-            total += taken.loss
-            right += taken.right
+                result = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
+            total += result.loss
+            right += result.right
             if self.average and number % AVERAGE_EVERY == 0:
                 self.average.update_parameters(self.network)
             reason = self.ranks.choose(REASONS, limits.reached)
