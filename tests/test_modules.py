@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.service_fakes import Service, client_of
-from test_engine import picture, remembering
+from support.small_models import picture, remembering
 
 from models import architectures
 from models.classifier import Head
