@@ -205,6 +205,13 @@ class Head(nn.Module):
         head.layers[0] = layer
         return head
 
+    @classmethod
+    def mean_of(cls, layers: Sequence[nn.Module], num_classes: int) -> "Head":
+        """Return the head whose probabilities are the mean of those of several layers, one on each backbone."""
+        head = cls(HeadConfig(kind="mean", layers=tuple(map(layer_config, layers))), num_classes)
+        head.layers = nn.ModuleList(layers)
+        return head
+
     def part(self, member: int, features: Tensor) -> Tensor:
         """Return the contribution of backbone `member`: features (N, D) -> float32 (N, K)."""
         scores: Tensor = self.layers[member](features.float())

@@ -8,7 +8,7 @@ from torch import Tensor
 from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never
-from models.training.head.regression import RegressionProblem, cross_validate, threads_for
+from models.training.head.regression import RegressionProblem, cross_validate, part_of, threads_for
 from models.training.job.request import ResolvedHyperparameters
 
 
@@ -73,7 +73,7 @@ def choose(
     for number, candidate in enumerate(candidates):
         with threads_for(candidate.features.numel() * num_classes):
             problem = RegressionProblem.of(candidate.features, labels, num_classes, settings)
-            found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
+            found = cross_validate(problem, groups, part_of(progress, number, len(candidates)), stop).best
         scored.append(_scored(candidate, found.cv_accuracy, found.spread))
     table, names = ranked(scored), {c.name for c in fast}
     best = next(s for s in table if s.name in names)
@@ -92,8 +92,3 @@ def _scored(candidate: BaseCandidate, accuracy: float, spread: float) -> ScoredB
         spread=round(spread, 6),
         latency_ms=round(candidate.latency_ms, 3),
     )
-
-
-def _share(progress: Progress, number: int, of: int) -> Progress:
-    """Return a callback that reports the progress of part `number` (from 0) as progress of the whole."""
-    return lambda done: progress((number + done) / of)

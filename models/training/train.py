@@ -19,6 +19,7 @@ from models.training.evaluation.evaluate import outputs
 from models.training.evaluation.layer_activity import TrainedLayer, head_layer, layers_of
 from models.training.head.feature_sum import fit_sum
 from models.training.head.features import Extractor, Stopped
+from models.training.head.mean import fit_mean
 from models.training.head.regression import Fit, fit
 from models.training.job.job_files import StopReason
 from models.training.job.request import Event, ResolvedHyperparameters
@@ -106,7 +107,8 @@ class HeadTrainingData(NamedTuple):
 def _fit(job: TrainingContext, shown: HeadTrainingData) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
     if len(shown.features) > 1:
-        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
+        fit_all = fit_mean if job.settings.ensemble == "mean" else fit_sum
+        return fit_all(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
     return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
 
 

@@ -48,7 +48,7 @@ class Fit:
     """A head, and the held-out predictions of heads fitted in the same way."""
 
     head: Head
-    strength: float
+    strength: float | None  # None if each member of an ensemble has its own
     path: tuple[PathPoint, ...]  # from strong to weak
     out_of_fold: Tensor  # float32 (n, C): each image's probabilities, from a head fitted without its group
 
@@ -185,6 +185,11 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """Return the weight of an image of each class, float32 (C,), by which all classes count equally; 1 on average over the images."""
     counts = labels.bincount(minlength=num_classes).clamp_min(1)
     return len(labels) / (int((labels.bincount() > 0).sum()) * counts)
+
+
+def part_of(progress: Progress, number: int, of: int) -> Progress:
+    """Return a callback that reports the progress of part `number` (from 0) as progress of the whole."""
+    return lambda done: progress((number + done) / of)
 
 
 # The loss
