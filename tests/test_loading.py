@@ -204,7 +204,7 @@ async def test_a_backbone_is_freed_after_a_swap_though_it_was_frozen(
         await engine.predict([picture(1)])
         [backbone] = engine.registry.served["a"].backbones
         runtime: Any = backbone.queue.runtimes[torch.device("cpu")]
-        refs = [weakref.ref(backbone), weakref.ref(runtime.engine)]
+        refs = [weakref.ref(backbone), weakref.ref(runtime)]
         del backbone, runtime
         gc.collect()
         frozen_after()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.classifier import Backbone
 from models.errors import DeviceUnavailable, InferenceFailed, OutOfMemory
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 # float32 2e-6, float16 0.003 to 0.006, bfloat16 0.027 to 0.048. So float16 is never refused for rounding where bfloat16 is accepted.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
-CompiledEngine = TorchEngine | OpenVinoEngine
+CompiledBackbone = TorchEngine | OpenVinoEngine
 ChoiceSource = Literal["measured", "cached", "forced"]
 
 _measuring = threading.Lock()  # two measurements at once would measure each other
@@ -71,28 +71,8 @@ class Failed(NamedTuple):
 class Built(NamedTuple):
     """An engine, and how closely its features agree with the original's."""
 
-    engine: CompiledEngine
+    engine: CompiledBackbone
     agreement: Agreement
-
-
-class CompiledBackbone:
-    """A compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 features (N, D) on `device`. Call it from one thread only.
-
-    max_batch: the recommended batch size, beyond which throughput does not grow; any size runs.
-    """
-
-    def __init__(self, engine: CompiledEngine, info: RuntimeInfo) -> None:
-        self.engine = engine
-        self.info = info
-        self.device = engine.device
-        self.max_batch = info.max_batch
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return self.engine(pixels)
-
-    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and the maps that they are computed from, float32 (N, D', h, w). Only for a backbone with a `map`."""
-        return self.engine.with_maps(pixels)
 
 
 def compile_backbone(
@@ -137,7 +117,7 @@ def _compiled(
     trim_allocator()
     if device.type == "cpu":  # on a GPU the serving thread warms up, because cuDNN keeps its plans by thread
         probe.warm_up(engine, max_batch)
-    info = RuntimeInfo(
+    engine.info = info = RuntimeInfo(
         engine=engine.name,
         precision=engine.precision,
         memory_format=engine.memory_format,
@@ -153,7 +133,8 @@ def _compiled(
     log.info(
         "%s: %s %s on %s, batches of %d (%s)", backbone.ref.key, info.engine, info.precision, device, max_batch, source
     )
-    return CompiledBackbone(engine, info)
+    engine.max_batch = max_batch
+    return engine
 
 
 @contextmanager
@@ -313,7 +294,7 @@ class _EngineSelector:
     def _build(self, plan: EnginePlan) -> Built:
         options = self.options
         threads = options.threads or cpu_count()
-        engine: CompiledEngine
+        engine: CompiledBackbone
         if plan.engine == "openvino":
             engine = OpenVinoEngine(self.backbone, plan.precision, threads, options.cache_dir)
         else:

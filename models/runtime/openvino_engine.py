@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.classifier import Backbone, record_outputs
 from models.heatmaps import upright
 from models.preprocessing import Normalise, Preprocessing
-from models.runtime.options import EngineName, MemoryFormat, Precision
+from models.runtime.options import EngineName, MemoryFormat, Precision, RuntimeInfo
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,11 @@ def openvino_version() -> str | None:
 
 
 class OpenVinoEngine:
-    """Computes uint8 (N, C, H, W) on the CPU -> float32 (N, D). Keeps nothing of the torch module."""
+    """Computes uint8 (N, C, H, W) on the CPU -> float32 (N, D), as `TorchEngine`. Keeps nothing of the torch module."""
 
     name: EngineName = "openvino"
+    info: RuntimeInfo  # set by `compile_backbone`, as is `max_batch`
+    max_batch: int
     memory_format: MemoryFormat = "channels_last"
     folded = True
     device = torch.device("cpu")

@@ -8,7 +8,7 @@ from models.heatmaps import upright
 from models.preprocessing import Normalise
 from models.runtime.device import release_cached_memory, use_ieee_float32
 from models.runtime.folding import fold_batch_norm
-from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision
+from models.runtime.options import DTYPES, EngineName, MemoryFormat, Precision, RuntimeInfo
 from models.runtime.steps import batch_step, padded
 
 FORMATS: dict[MemoryFormat, torch.memory_format] = {
@@ -20,10 +20,15 @@ FORMATS: dict[MemoryFormat, torch.memory_format] = {
 class TorchEngine:
     """Computes uint8 (N, C, H, W) on the CPU -> float32 (N, D) on `device`. Holds a copy of the backbone; the caller's stays unchanged.
 
+    Call it from one thread only.
+
+    max_batch: the recommended batch size, beyond which throughput does not grow; any size runs.
     pads: whether a batch is filled up to one of BATCH_STEPS, which is faster on a GPU. The result has N rows in any case.
     """
 
     name: EngineName = "torch"
+    info: RuntimeInfo  # set by `compile_backbone`, as is `max_batch`
+    max_batch: int
 
     def __init__(
         self, backbone: Backbone, device: torch.device, precision: Precision, memory_format: MemoryFormat, threads: int
