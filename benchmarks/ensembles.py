@@ -41,9 +41,9 @@ def few_tests(source: Path, target: Path, most: int) -> Path:
     return target
 
 
-def train(root: Path, name: str, data: Path, base: Any, part: Part) -> dict[str, Any]:
+def train(root: Path, name: str, data: Path, base: Any, part: Part, **chosen: Any) -> dict[str, Any]:
     """-> accuracy on the held-out part with its interval, and seconds."""
-    request = FinetuneRequest.model_validate({"dataset": data, "name": name, "base": base})
+    request = FinetuneRequest.model_validate({"dataset": data, "name": name, "base": base, "hyperparameters": chosen})
     folder = root / "jobs" / name
     run.run(request, ModelStore(root / "weights"), lambda event: None, job_dir=folder, cache=root / "features")
     report = Report.model_validate_json((folder / "report.json").read_bytes())
@@ -77,7 +77,7 @@ def task(root: Path, name: str, data: Path, part: Part) -> dict[str, Any]:
     alone = {base: train(root, f"{name}-{base[-5:]}", data, base, part) for base in lites}
     return {
         **alone,
-        "feature_sum": train(root, f"{name}-sum", data, tuple(lites), part),
+        "feature_sum": train(root, f"{name}-sum", data, tuple(lites), part, ensemble="feature_sum"),
         "mean": mean(root, f"{name}-mean", [f"{name}-{base[-5:]}" for base in lites], data, part),
     }
 

@@ -26,8 +26,15 @@ from models.data.dataset import LoadedDataset, load
 from models.preprocessing import Preprocessing
 from models.progress import never
 from models.runtime import pick_device, tune_allocator
-from models.training.job.request import Budget, FinetuneRequest, Hyperparameters, ResolvedHyperparameters, effective
-from models.training.network.trainer import History, RunLimits, Trainer
+from models.training.job.request import (
+    Budget,
+    EarlyStopping,
+    FinetuneRequest,
+    Hyperparameters,
+    ResolvedHyperparameters,
+    effective,
+)
+from models.training.network.trainer import History, RunLimits, Trainer, TrainingPlan
 
 CLASSES = ("even", "odd")
 BATCH, LR, DECAY = 64, 0.01, 1e-4
@@ -66,7 +73,8 @@ def ours(
 ) -> Callable[[], int]:
     """-> a function that trains an epoch and returns how many images it saw."""
     chosen = settings(precision, len(data.rows["train"]))
-    trainer = Trainer(network_of(name).to(device), data, shape, chosen, lambda event: None)
+    plan = TrainingPlan(data, shape, chosen, EarlyStopping(criterion="none"), Budget(), Path())
+    trainer = Trainer(network_of(name).to(device), plan, lambda event: None)
     limits, epochs = RunLimits(Budget(), never, 0.0), iter(range(1, 1000))
 
     def epoch() -> int:

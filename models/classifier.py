@@ -1,16 +1,17 @@
-"""What a classifier is: backbones that turn images into features, and a head that turns features into class probabilities.
+"""Defines a classifier: backbones that turn images into features, and a head that turns features into class probabilities.
 
     image bytes --images.decode--> uint8 (C, H, W)
-    uint8 (N, C, H, W) --normalise--> float32 --backbone--> features (N, D)     once per backbone, whoever asks
+    uint8 (N, C, H, W) --normalise--> float32 --backbone--> features (N, D)     once per backbone, for all models
     features (N, D) --head.part--> (N, K) --head.combine--> probabilities (N, classes)
 
-A backbone is known by the hash of its weights, so whatever is loaded, compiled and batched is shared by every classifier
-that names it. A head costs a few hundred KB.
+A backbone is identified by the hash of its weights, so every classifier that names it shares what is loaded, compiled and batched.
+A head takes a few hundred KB.
 """
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -24,22 +25,18 @@ from models.activations import Activation
 from models.errors import WeightsError
 from models.files.class_names import complaint
 from models.files.records import NAME_PATTERN, Record
-from models.preprocessing import (
-    Preprocessing,
-    normalise,
-)
+from models.preprocessing import Preprocessing, normalise
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
-
 
 ModelName = Annotated[str, Field(pattern=NAME_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=999_999_999)]
 
 
 class BackboneRef(Record):
-    """Which backbone a model stands on: `sha256` is the hash of its weights file in the store.
+    """The reference of a model to its backbone. `sha256` is the hash of the weights file in the store.
 
-    `output` names the module whose output, averaged over its positions, are the features; None: all of the network.
+    `output` names the module whose output, averaged over its positions, is the feature vector; None: the whole network's output.
     """
 
     architecture: str = Field(max_length=256)
@@ -49,15 +46,18 @@ class BackboneRef(Record):
 
     @property
     def key(self) -> str:
-        """The folder's name in the store: the architecture, `/` and other characters of timm's names replaced, and the first eight digits
-        of the hash."""
+        """Return the folder's name in the store: the architecture, with `/` and other special characters replaced, and the first eight
+        digits of the hash."""
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '.', self.architecture)}-{self.sha256[:8]}"
 
 
 class LayerConfig(Record):
-    """One backbone's last layer. `linear`: features (N, D) -> (N, out). `conv` (SqueezeNet, network in network): features are a flattened
-    map (N, in_features * P); a 1x1 convolution, ReLU, and the mean over the P positions. `mlp`: linear layers of `hidden` widths and the
-    last one, with `activation` between them."""
+    """The configuration of one backbone's last layer.
+
+    `linear`: features (N, D) -> (N, out). `conv` (SqueezeNet, network in network): features are a flattened map (N, in_features * P); a 1x1
+    convolution, ReLU, and the mean over the P positions. `mlp`: linear layers of `hidden` widths and a last one, with `activation` between
+    them.
+    """
 
     kind: Literal["linear", "conv", "mlp"] = "linear"
     in_features: int = Field(ge=1, le=2**24)
@@ -75,7 +75,7 @@ class LayerConfig(Record):
 
 
 class HeadConfig(Record):
-    """How features become probabilities.
+    """The configuration of a head.
 
     `single`: one backbone, softmax of its layer's scores divided by `temperature`.
     `mean`: the mean of the members' probabilities. `feature_sum`: each member mapped to `hidden`, summed, dropout, a linear classifier.
@@ -95,7 +95,7 @@ class HeadConfig(Record):
 
 
 class ModelConfig(Record):
-    """A version of a served model, as `config.json` says it."""
+    """A version of a model, as in its `config.json`."""
 
     name: ModelName
     version: VersionNumber
@@ -168,7 +168,7 @@ def make_layer(config: LayerConfig, out_features: int) -> Layer:
 
 
 def layer_config(layer: nn.Module) -> LayerConfig:
-    """The configuration of which `make_layer` makes this layer."""
+    """Return the configuration from which `make_layer` makes this layer."""
     if isinstance(layer, nn.Linear):
         return LayerConfig(in_features=layer.in_features, bias=layer.bias is not None)
     if isinstance(layer, ConvLayer):
@@ -180,10 +180,10 @@ def layer_config(layer: nn.Module) -> LayerConfig:
 
 
 class Head(nn.Module):
-    """Features of one or more backbones -> probabilities.
+    """Turns features of one or more backbones into probabilities.
 
-    It is cut in two so that each backbone's batch does its own share: `part` runs in that batch, on its device, and `combine`
-    afterwards, over parts that are at most (N, hidden) or (N, classes).
+    It has two steps: `part` runs in each backbone's batch, on its device, and `combine` afterwards on the parts, which are at most
+    (N, hidden) or (N, classes).
     """
 
     def __init__(self, config: HeadConfig, num_classes: int) -> None:
@@ -198,20 +198,27 @@ class Head(nn.Module):
 
     @classmethod
     def of(cls, layer: Layer) -> "Head":
-        """The head of a plain network: its own last layer, then softmax."""
+        """Return the head of a plain network: its last layer, then softmax."""
         last = layer.output if isinstance(layer, MLPLayer) else layer
         out_features = last.conv.out_channels if isinstance(last, ConvLayer) else last.out_features
         head = cls(HeadConfig(layers=(layer_config(layer),)), out_features)
         head.layers[0] = layer
         return head
 
+    @classmethod
+    def mean_of(cls, layers: Sequence[nn.Module], num_classes: int) -> "Head":
+        """Return the head whose probabilities are the mean of those of several layers, one on each backbone."""
+        head = cls(HeadConfig(kind="mean", layers=tuple(map(layer_config, layers))), num_classes)
+        head.layers = nn.ModuleList(layers)
+        return head
+
     def part(self, member: int, features: Tensor) -> Tensor:
-        """What backbone `member` contributes: features (N, D) -> float32 (N, K)."""
+        """Return the contribution of backbone `member`: features (N, D) -> float32 (N, K)."""
         scores: Tensor = self.layers[member](features.float())
         return scores.softmax(dim=1) if self.config.kind == "mean" else scores
 
     def scores(self, parts: Sequence[Tensor]) -> Tensor:
-        """One part per backbone -> class scores (N, classes): logits, or log-probabilities of an ensemble's mean."""
+        """Return class scores (N, classes) from one part per backbone: logits, or log-probabilities of an ensemble's mean."""
         if self.config.kind == "mean":
             return torch.stack(tuple(parts)).mean(dim=0).log()
         if self.config.kind == "feature_sum":
@@ -220,21 +227,36 @@ class Head(nn.Module):
         return parts[0]
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
-        """One part per backbone -> float32 probabilities (N, classes), which sum to 1."""
+        """Return float32 probabilities (N, classes), which sum to 1, from one part per backbone."""
         return (self.scores(parts) / self.config.temperature).softmax(dim=1)
 
     def forward(self, *features: Tensor) -> Tensor:
-        """One (N, D) per backbone -> class scores (N, classes), to train on."""
+        """Return class scores (N, classes), to train on, from features (N, D) of each backbone."""
         return self.scores([self.part(i, f) for i, f in enumerate(features)])
 
     def probabilities(self, *features: Tensor) -> Tensor:
-        """One (N, D) per backbone -> float32 probabilities (N, classes)."""
+        """Return float32 probabilities (N, classes) from features (N, D) of each backbone."""
         return self.combine([self.part(i, f) for i, f in enumerate(features)])
 
 
+@contextmanager
+def record_outputs(network: nn.Module, names: Iterable[str], record: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call `record(name, output)` for each output of the modules `names` of `network`, in the order in which they run."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, output: record(name, output)
+
+    hooks = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Last:
-    """Keeps a module's last output. As a hook it refers to no network: a network that a hook of its own refers to is a cycle, which
-    `gc.freeze` would keep in memory for ever."""
+    """Keeps a module's last output. It has no reference to the network, because a hook that refers to its own network makes a cycle, which
+    `gc.freeze` would keep in memory."""
 
     output: Any = None
 
@@ -247,9 +269,10 @@ class _Last:
 
 
 class Tap(nn.Module):
-    """The output of a network's module `name` -> (N, D), see `pooled`. To be called from one thread.
+    """Computes features (N, D) from the output of a network's module `name`, see `pooled`. Call it from one thread only.
 
-    Raises WeightsError for a module that answers no tensor, or never runs by itself.
+    Its hook stays, so that `fold_batch_norm` leaves the module's output as it is. Raises WeightsError for a module whose output is no
+    tensor, or which never runs by itself.
     """
 
     def __init__(self, network: nn.Module, name: str) -> None:
@@ -265,30 +288,32 @@ class Tap(nn.Module):
         if not isinstance(tapped, Tensor):
             raise WeightsError(f"the module {self.name!r} has no output that could be features: name one that holds it")
         features = pooled(tapped)
-        views = int(features.shape[0] // images.shape[0])  # of each image, where the network looks at several
-        # Not by the number of images: a traced network keeps that of its example.
+        views = int(features.shape[0] // images.shape[0])  # of each image, if the network looks at several
+        # By views and not by images, whose number is a constant in a traced network.
         return features if views == 1 else features.reshape(views, -1, features.shape[1]).mean(dim=0)
 
 
 def pooled(output: Tensor) -> Tensor:
-    """The mean over the positions of a map (N, D, h, w), or (N, h, w, D), or over a transformer's words (N, T, D) -> (N, D)."""
+    """Return the mean (N, D) over the positions of a map (N, D, h, w) or (N, h, w, D), or over transformer tokens (N, T, D)."""
     if output.ndim == 3:
         return output.mean(dim=1)
     return channels_first(output).flatten(2).mean(dim=2) if output.ndim > 2 else output
 
 
 def channels_first(maps: Tensor) -> Tensor:
-    """(N, h, w, D), as Swin has its maps, -> (N, D, h, w). Equal sides tell which axes are the positions, so of images that are not
-    square a map with channels last stays as it is."""
+    """Return a channels-last map (N, h, w, D), as Swin's, as (N, D, h, w).
+
+    The positions are recognised by equal sides, so a channels-last map of images that are not square stays as it is.
+    """
     _, first, second, last = maps.shape
     return maps.permute(0, 3, 1, 2) if first == second != last else maps
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network without its last layer, weights loaded: float32 (N, C, H, W), normalised -> float32 (N, D). In eval mode, on the CPU.
+    """A loaded network without its last layer: normalised float32 (N, C, H, W) -> float32 (N, D). In eval mode, on the CPU.
 
-    `map` names the module whose output, averaged over its positions or laid out flat, are the features; None: there is no such.
+    `map` names the module whose output, averaged over its positions or flattened, is the feature vector; None if there is none.
     """
 
     ref: BackboneRef
@@ -299,7 +324,7 @@ class Backbone:
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A model version in memory, uncompiled: the float32 reference that everything faster is compared with."""
+    """A model version in memory, not compiled: the float32 reference with which faster engines are compared."""
 
     config: ModelConfig
     backbones: tuple[Backbone, ...]
@@ -307,12 +332,12 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[Tensor]) -> Tensor:
-        """One uint8 (N, C, H, W) per backbone, each after its own preprocessing -> float32 probabilities (N, classes)."""
+        """Return float32 probabilities (N, classes) from uint8 (N, C, H, W) for each backbone, resized and cropped for it."""
         members = zip(self.backbones, images, strict=True)
         return self.head.probabilities(*(b.module(normalise(pixels, b.ref.preprocessing)) for b, pixels in members))
 
 
 def top_k(probabilities: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Probabilities (N, classes) -> per row the k best class indices and their probabilities, best first; at most all classes."""
+    """Return for each row of probabilities (N, classes) the k best class indices and their probabilities, best first."""
     values, indices = probabilities.topk(min(k, probabilities.shape[1]), dim=1)
     return indices.tolist(), values.tolist()

@@ -1,11 +1,11 @@
-"""Where in an image a classifier sees a class: class-activation maps.
+"""Computes heat maps that show where in an image a classifier sees a class.
 
-    CAM (Zhou et al. 2016), where the features are a map averaged, or laid out flat: what each position adds to a class's score,
-    from the map of the very forward pass that gave the answer
-    Grad-CAM (Selvaraju et al. 2017), where other layers lie between: the last map, weighted by the mean gradient of the score;
-    by the float32 network on the CPU, and back from the features to that map only
+    CAM (Zhou et al. 2016), if the features are an averaged or flattened map: what each position adds to a class's score, from the map of
+    the same forward pass as the prediction
+    Grad-CAM (Selvaraju et al. 2017), if there are layers between: the last map, weighted by the mean gradient of the score; by the
+    float32 network on the CPU, with the gradient from the features back to that map only
 
-The member maps of an ensemble are each brought to 0..1, resized to the finest of them, and averaged.
+The members' maps of an ensemble are scaled to 0..1, resized to the finest, and averaged.
 """
 
 import base64
@@ -21,29 +21,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.classifier import Backbone, ConvLayer, Head, MLPLayer, Tap, channels_first
+from models.classifier import Backbone, ConvLayer, Head, MLPLayer, Tap, channels_first, record_outputs
 from models.preprocessing import Preprocessing, normalise
 
-WATCHED = (
-    32  # of a network's last outputs, among which its map is looked for; all of a large network's would fill the memory
-)
-PREFIX_TOKENS = (1, 0, 2, 5, 3, 4, 6, 7, 8, 9)  # the most usual first: few lengths fit two
+WATCHED = 32  # the network's last outputs, among which its map is looked for; all outputs of a large one would fill the memory
+PREFIX_TOKENS = (1, 0, 2, 5, 3, 4, 6, 7, 8, 9)  # the most usual first, because some lengths fit two
 AGREES = 1e-3  # of the largest feature
 HEAT = ((0, 0, 80), (0, 110, 220), (60, 200, 120), (250, 220, 40), (220, 30, 20))  # from cold to hot, RGB
 OPACITY = 0.6  # of the overlay where it is hottest
 
-ModuleOutput = tuple[str, Tensor]  # a module, and what it answered
+ModuleOutput = tuple[str, Tensor]  # a module's name and its output
 
 
 # The map of a forward pass
 
 
 def find_map(module: nn.Module, images: Tensor) -> tuple[Tensor, str | None]:
-    """Features (N, D) of a few images, and which module's output they are, averaged over its positions or laid out flat.
+    """Return features (N, D) of a few images, and the module whose output they are, averaged over its positions or flattened.
 
-    None: other layers lie between, and CAM does not apply.
+    None if there are other layers between, so that CAM does not apply.
     """
-    with _watching(module, _places(module)) as outputs, torch.inference_mode():
+    with _recorded_maps(module) as outputs, torch.inference_mode():
         features: Tensor = module(images)
         for name, output in reversed(outputs):
             if output.ndim == 4 and _is_map_of(upright(output, len(images)), features):
@@ -52,38 +50,32 @@ def find_map(module: nn.Module, images: Tensor) -> tuple[Tensor, str | None]:
 
 
 def upright(maps: Tensor, images: int) -> Tensor:
-    """(V * N, D, h, w) -> (N, D, h, w). A network that looks at images and their mirror images (`classics.Mirrored`) answers twice as many
-    maps: the second half is turned back, and the mean of both taken."""
+    """Return maps (N, D, h, w). A network that also looks at mirror images (`classics.Mirrored`) makes maps (2 * N, D, h, w):
+    the second half is mirrored back, and averaged with the first."""
     if len(maps) == 2 * images:
         straight, mirrored = maps.chunk(2)
         return (straight + mirrored.flip(3)) / 2
     return maps
 
 
-def _places(module: nn.Module) -> Iterable[str]:
+def _names(module: nn.Module) -> Iterable[str]:
+    """The modules among whose outputs a map is looked for."""
     if isinstance(module, Tap):
         return [f"network.{module.name}"]
     return [name for name, _ in module.named_modules()]
 
 
 @contextmanager
-def _watching(module: nn.Module, names: Iterable[str]) -> Iterator[deque[ModuleOutput]]:
-    """Within, the last outputs that have positions, in the order in which they were made."""
+def _recorded_maps(module: nn.Module) -> Iterator[deque[ModuleOutput]]:
+    """Yields the last outputs that have positions, in the order in which they are made."""
     outputs: deque[ModuleOutput] = deque(maxlen=WATCHED)
 
-    def watch(name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and _spatial(output) is not None:
-                outputs.append((name, output))
+    def record(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and _spatial(output) is not None:
+            outputs.append((name, output))
 
-        return module.get_submodule(name).register_forward_hook(keep)
-
-    hooks = [watch(name) for name in names]
-    try:
+    with record_outputs(module, _names(module), record):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _is_map_of(maps: Tensor, features: Tensor) -> bool:
@@ -95,9 +87,9 @@ def _is_map_of(maps: Tensor, features: Tensor) -> bool:
 
 
 def _spatial(output: Tensor) -> Tensor | None:
-    """(N, D, h, w) with more than one position, of a map or of a transformer's tokens (N, p + h * w, D); None where it is neither.
+    """Return a map, or a transformer's tokens (N, p + h * w, D), as (N, D, h, w); None if it is neither or has one position only.
 
-    Of the p tokens before the positions there is one class token, or none, or two, or it and up to eight registers.
+    The p tokens before the positions are none, a class token, two of them, or one and up to eight registers.
     """
     if output.ndim == 4 and (maps := channels_first(output))[0, 0].numel() > 1:
         return maps
@@ -113,7 +105,7 @@ def _spatial(output: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) -> Tensor:
-    """One image's map (D, h, w), float32 -> (k, h, w): what each position adds to the scores of these classes, but for the bias."""
+    """Return what each position of one image's float32 map (D, h, w) adds to the scores of these classes, without the bias: (k, h, w)."""
     layer = head.layers[member]
     if isinstance(layer, ConvLayer):
         scores: Tensor = layer.conv(maps[None])[0].relu()  # (K, h, w)
@@ -122,7 +114,7 @@ def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) ->
         weights = _slopes(layer, maps, classes)
     else:
         if not isinstance(layer, nn.Linear):
-            raise TypeError("a head's layer is one of the three")
+            raise TypeError("a head's layer is a ConvLayer, an MLPLayer or linear")
         weights = _mixing(head, classes) @ layer.weight  # (k, D), or (k, D * h * w)
     if weights.shape[1] == len(maps):
         return torch.einsum("cd,dhw->chw", weights, maps)
@@ -130,7 +122,7 @@ def class_maps(head: Head, member: int, maps: Tensor, classes: Sequence[int]) ->
 
 
 def _slopes(layer: MLPLayer, maps: Tensor, classes: Sequence[int]) -> Tensor:
-    """How the scores of these classes change with the features of this image: (k, D), or (k, D * h * w)."""
+    """Return the gradients of these classes' scores at the features of this image, (k, D) or (k, D * h * w)."""
     features = maps.mean(dim=(1, 2)) if layer.in_features == len(maps) else maps.flatten()
     with torch.enable_grad():
         features = features.detach().requires_grad_()
@@ -139,14 +131,14 @@ def _slopes(layer: MLPLayer, maps: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def _mixing(head: Head, classes: Sequence[int]) -> Tensor:
-    """(k, K): how much of each number that a member's layer answers goes into the scores of these classes."""
+    """Return the weights (k, K) of a member's layer outputs in the scores of these classes."""
     if head.config.kind == "feature_sum":
         return head.classifier.weight[classes]
     return torch.eye(head.num_classes)[classes]
 
 
 class GradCam:
-    """Grad-CAM by a backbone's own module, on the CPU. To be called from one thread; ValueError where no layer has a map."""
+    """Grad-CAM by a backbone's own module, on the CPU. Call it from one thread only. Raises ValueError if no layer has a map."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.module = backbone.module
@@ -154,14 +146,14 @@ class GradCam:
         self.name = _last_with_gradient(self.module, self.preprocessing)
 
     def __call__(self, head: Head, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
-        """One image, uint8 (C, H, W) -> float32 (k, h, w), not negative."""
+        """Return the maps of one image, uint8 (C, H, W): float32 (k, h, w), not negative."""
         kept: list[Tensor] = []
 
         def cut(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             kept.append(output.detach().requires_grad_())
-            return kept[-1].clone()  # what follows may work in place
+            return kept[-1].clone()  # later layers may change it in place
 
-        hook = self.module.get_submodule(self.name).register_forward_hook(cut, prepend=True)  # before a Tap's own
+        hook = self.module.get_submodule(self.name).register_forward_hook(cut, prepend=True)  # before the hook of a Tap
         try:
             with torch.enable_grad():
                 features = self.module(normalise(pixels[None], self.preprocessing))
@@ -172,11 +164,13 @@ class GradCam:
 
 
 def _last_with_gradient(module: nn.Module, shape: Preprocessing) -> str:
-    """The last module whose output has positions that the features depend on: not the words that a class token leaves behind."""
+    """Return the last module whose output has positions on which the features depend, which tokens beside a class token may not."""
     image = probe(shape, 1).requires_grad_()
-    with _watching(module, _places(module)) as outputs, torch.enable_grad():
+    with _recorded_maps(module) as outputs, torch.enable_grad():
         features = module(image)
-        outputs = deque((name, output) for name, output in outputs if output.requires_grad)  # position biases do not
+        outputs = deque(
+            (name, output) for name, output in outputs if output.requires_grad
+        )  # position biases do not require it
         tensors = [output for _, output in outputs]
         gradients = torch.autograd.grad(features.square().sum(), [image, *tensors], allow_unused=True)[1:]
     for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
@@ -194,19 +188,17 @@ def _member_scores(head: Head, member: int, features: Tensor) -> Tensor:
 
 
 def _weighted(score: Tensor, output: Tensor) -> Tensor:
-    """(h, w): the map, each channel weighted by the mean of the score's gradient over its positions; negative sums are none."""
+    """Return the map (h, w) with each channel weighted by the mean gradient of the score over its positions; negative sums become 0."""
     (gradient,) = torch.autograd.grad(score, output, retain_graph=True)
     maps, slopes = _spatial(output.detach()), _spatial(gradient)
-    if maps is None:
-        raise RuntimeError("the hooked module has a map")
-    if slopes is None:
-        raise RuntimeError("the gradient has the shape of the map")
+    if maps is None or slopes is None:
+        raise RuntimeError("the output of the hooked module has no positions")
     heat = (slopes.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
     return upright(heat, 1)[0, 0]
 
 
 def probe(shape: Preprocessing, count: int) -> Tensor:
-    """Normalised noise, float32 (count, C, height, width), the same every time."""
+    """Return normalised noise, float32 (count, C, height, width), the same every time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, shape.channels, shape.height, shape.width, generator=generator)
 
@@ -215,7 +207,7 @@ def probe(shape: Preprocessing, count: int) -> Tensor:
 
 
 def heat_maps(members: Sequence[Tensor]) -> Tensor:
-    """(k, h, w) of each member -> (k, H, W) in 0..1: 1 where most speaks for the class, 0 where nothing or something against it."""
+    """Combine the maps (k, h, w) of each member to (k, H, W) in 0..1: 1 where the class is strongest, 0 where nothing speaks for it."""
     size = max((tuple(maps.shape[1:]) for maps in members), key=math.prod)
     scaled = [_to_one(maps) for maps in members]
     same = [
@@ -231,7 +223,7 @@ def _to_one(maps: Tensor) -> Tensor:
 
 
 def overlay(pixels: Tensor, heat: Tensor) -> str:
-    """An image as a network saw it, uint8 (C, H, W), under a heat map (h, w) in 0..1 -> a PNG of its size, in base64."""
+    """Return a PNG in base64 of an image as the network saw it, uint8 (C, H, W), under a heat map (h, w) in 0..1."""
     size = (pixels.shape[1], pixels.shape[2])
     smooth = F.interpolate(heat[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
     anchors = torch.tensor(HEAT, dtype=torch.float32)

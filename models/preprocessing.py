@@ -1,10 +1,10 @@
-"""From a decoded image to the input of a network, and back."""
+"""Converts decoded images to the input of a network, and back."""
 
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.files.records import Record
 
@@ -16,13 +16,13 @@ Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "ham
 
 
 class Preprocessing(Record):
-    """From a decoded image to a network's input. It belongs to the weights, and is the same in training and in serving.
+    """The steps from a decoded image to a network's input. They belong to the weights, and are the same in training and in serving.
 
-    The image is resized (antialiased) and its centre of `crop` pixels is cut; pixels are scaled to 0..1, then `(x - mean) / std` per
-    channel. `crop_mode` says how it is resized: `center`: until it covers `resize`, so that its shorter side has `resize` pixels;
-    `squash`: to `resize`, whatever its aspect ratio; `border`: until it fits into `resize`, and the mean colour surrounds it.
-    `resize` and `crop` are the side of a square, or (height, width). A few networks have a crop larger than the resized image: then
-    black surrounds it.
+    The image is resized (antialiased) and its centre of `crop` pixels is cut out; pixels are scaled to 0..1, then `(x - mean) / std` per
+    channel. `crop_mode` says how the image is resized. `center`: until it covers `resize`, so that its shorter side has `resize` pixels;
+    `squash`: to `resize`, whatever its aspect ratio; `border`: until it fits into `resize`, surrounded by the mean colour. `resize` and
+    `crop` are the side of a square, or (height, width). A crop larger than the resized image, which a few networks have, is filled up with
+    black.
     """
 
     resize: Pixels | tuple[Pixels, Pixels]
@@ -46,45 +46,55 @@ class Preprocessing(Record):
 
     @property
     def resized(self) -> tuple[int, int]:
-        """`resize` as (height, width)."""
+        """Return `resize` as (height, width)."""
         return self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
 
     @property
     def height(self) -> int:
-        """Of the network's input, in pixels."""
+        """Return the height of the network's input, in pixels."""
         return self.crop[0] if isinstance(self.crop, tuple) else self.crop
 
     @property
     def width(self) -> int:
-        """Of the network's input, in pixels."""
+        """Return the width of the network's input, in pixels."""
         return self.crop[1] if isinstance(self.crop, tuple) else self.crop
 
 
+class Normalise(nn.Module):
+    """Scales pixels 0..255, uint8 or float32 (..., C, H, W), to float32 `(x / 255 - mean) / std`, on the module's device."""
+
+    mean: Tensor  # (C, 1, 1), of pixels 0..255, as is `std`
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(-1, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(-1, 1, 1) * 255)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Return normalised images as float32 pixels, which may lie between or beyond 0..255."""
+        return images * self.std + self.mean
+
+
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (N, C, H, W) on any device -> float32 of the same shape, `(x / 255 - mean) / std`."""
-    mean, std = mean_and_std(preprocessing, pixels.device)
-    return (pixels.float() - mean) / std
-
-
-def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """The way back, to look at: float32 (N, C, H, W) -> uint8, cut off at black and white."""
-    return to_uint8(unscaled(images, preprocessing))
+    """Return uint8 (N, C, H, W) on any device as float32 of the same shape, `(x / 255 - mean) / std`."""
+    normalised: Tensor = Normalise(preprocessing).to(pixels.device)(pixels)
+    return normalised
 
 
 def unscaled(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Normalised float32 (..., C, H, W) -> pixels as float32, which may lie between or beyond 0..255."""
-    mean, std = mean_and_std(preprocessing, images.device)
-    return images * std + mean
+    """Return normalised float32 (..., C, H, W) as float32 pixels, which may lie between or beyond 0..255."""
+    return Normalise(preprocessing).to(images.device).inverse(images)
+
+
+def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return normalised float32 (N, C, H, W) as uint8 pixels, to look at."""
+    return to_uint8(unscaled(images, preprocessing))
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Rounded, and cut off at black and white."""
+    """Return pixels rounded and clamped to 0..255."""
     return pixels.round().clamp(0, 255).to(torch.uint8)
-
-
-def mean_and_std(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(C, 1, 1) each, of pixels."""
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std)
-    )
-    return mean, std

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import add_backbone, add_head, picture, probabilities, reference, serving
-from test_engine import store as store
+from support.small_models import add_backbone, add_head, picture, probabilities, reference, serving
+from support.small_models import store as store
 
 from models.errors import InferenceFailed, InvalidImage, ModelError, ModelNotFound
 from models.images import decoding

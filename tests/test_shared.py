@@ -63,7 +63,7 @@ class ManyModels(FakeRegistry):
 )
 async def test_pages_of_models(after: str, limit: int | None, names: str, more: bool) -> None:
     engine = FakeEngine(FakeStore())
-    engine.registry = ManyModels(engine.registry.store)
+    engine.registry = ManyModels(engine.settings, engine.store, engine.metrics, engine.batcher)
     listings = Listings(engine, Metrics())
     page = await listings.models(after, limit)
     found = ModelList.model_validate_json(page)

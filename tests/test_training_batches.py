@@ -11,7 +11,7 @@ from models.preprocessing import denormalise, normalise
 from models.training.job.request import Budget, EarlyStopping, ResolvedHyperparameters
 from models.training.network.batches import Batches, TrainingBatch, first_images
 from models.training.network.process_group import ALONE, ProcessGroup
-from models.training.network.trainer import train
+from models.training.network.trainer import TrainingPlan, train
 from models.training.outcome.thumbnails import caption, training_batch
 
 DATA = in_memory()
@@ -33,7 +33,7 @@ def test_the_sample_is_what_the_network_was_shown_first(tmp_path: Path, small_un
     network = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(3, 3))
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     rule = EarlyStopping(criterion="none")
-    train(network, DATA, PREPROCESSING, chosen, rule, Budget(), tmp_path / "c.pt", lambda event: None)
+    train(network, TrainingPlan(DATA, PREPROCESSING, chosen, rule, Budget(), tmp_path / "c.pt"), lambda event: None)
     sample = first_images(DATA, PREPROCESSING, chosen)
     assert torch.equal(sample.pixels, denormalise(seen[0], PREPROCESSING))
     assert sample.said.endswith("augmentation standard.")

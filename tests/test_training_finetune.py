@@ -223,10 +223,11 @@ def test_augmented_copies_are_more_to_fit_to(trained: Workshop) -> None:
     assert config.head_sha256 != trained.run(name="no-copies", base="colours").head_sha256
 
 
-def test_an_ensemble_joins_its_bases(trained: Workshop) -> None:
+@pytest.mark.parametrize(("chosen", "kind"), [({}, "mean"), ({"ensemble": "feature_sum"}, "feature_sum")])
+def test_an_ensemble_joins_its_bases(trained: Workshop, chosen: dict[str, str], kind: str) -> None:
     other = trained.scratch(name="other", hyperparameters={**QUICK, "seed": 1})
-    config = trained.run(name="both", base=["colours", "other"])
-    assert config.head.kind == "feature_sum"
+    config = trained.run(name=f"both_{kind}", base=["colours", "other"], hyperparameters=chosen)
+    assert config.head.kind == kind
     assert config.backbones == (trained.store.config("colours", 1).backbones[0], other.backbones[0])
     assert config.metrics["test"]["accuracy"] > 0.8
 
@@ -436,9 +437,9 @@ def test_a_run_begun_again_keeps_its_base(trained: Workshop, monkeypatch: pytest
 def test_several_devices_train_it_together(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained_by: list[int] = []
 
-    def train(network: Any, data: Any, preprocessing: Any, settings: Any, *rest: Any) -> Any:
-        trained_by.append(settings.devices)
-        return whole.train(network, data, preprocessing, settings, *rest)
+    def train(network: Any, plan: Any, *rest: Any) -> Any:
+        trained_by.append(plan.settings.devices)
+        return whole.train(network, plan, *rest)
 
     monkeypatch.setattr(finetune, "devices", lambda name: [torch.device("cpu")] * 2)
     monkeypatch.setattr(distributed, "train", train)
@@ -738,10 +739,10 @@ def test_an_unknown_base_fails_before_anything_is_read(
 
 
 def test_an_ensemble_is_no_base_for_a_whole_network(trained: Workshop) -> None:
-    if "both" not in trained.store.names():
-        test_an_ensemble_joins_its_bases(trained)
+    if "both_mean" not in trained.store.names():
+        test_an_ensemble_joins_its_bases(trained, {}, "mean")
     with pytest.raises(TrainingError, match="ensemble of 2 backbones"):
-        trained.ask(name="never", base="both", mode="finetune")
+        trained.ask(name="never", base="both_mean", mode="finetune")
 
 
 # The default model that the project ships

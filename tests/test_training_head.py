@@ -68,6 +68,7 @@ def test_noise_is_answered_with_a_strong_penalty_and_honest_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(150, 100, generator=generator), torch.arange(150) % 3
     found = fitted(features, labels)
+    assert found.strength is not None
     assert found.strength >= 1
     assert 0.2 < (found.out_of_fold.argmax(dim=1) == labels).float().mean() < 0.5  # in sample it would be 1
 

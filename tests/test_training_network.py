@@ -15,7 +15,7 @@ from models.training.job.request import Budget, EarlyStopping, Event, ResolvedHy
 from models.training.network import trainer as whole
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.checkpoint import previous
-from models.training.network.trainer import History, Trainer, deterministic
+from models.training.network.trainer import History, Trainer, TrainingPlan, deterministic
 
 pytestmark = pytest.mark.system
 
@@ -44,7 +44,12 @@ def train(
     stop: Callable[[], bool] = never,
 ) -> History:
     torch.set_num_threads(1)
-    return whole.train(module, DATA, PREPROCESSING, chosen, stopping, budget, checkpoint, listen, stop)
+    return whole.train(module, TrainingPlan(DATA, PREPROCESSING, chosen, stopping, budget, checkpoint), listen, stop)
+
+
+def trainer(chosen: ResolvedHyperparameters | None = None, checkpoint: Path = Path()) -> Trainer:
+    plan = TrainingPlan(DATA, PREPROCESSING, chosen or settings(), NONE, FREE, checkpoint)
+    return Trainer(tiny(), plan, lambda event: None)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -216,7 +221,8 @@ def test_an_auxiliary_classifier_thaws_with_its_place(tmp_path: Path) -> None:
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
     before, chosen = last.weight.clone(), settings(3, freeze_until="layer1", thaw_every=1)
     path, aux = tmp_path / "c.pt", Auxiliary({"layer1": head}, 0.3)
-    whole.train(tiny(), DATA, PREPROCESSING, chosen, NONE, FREE, path, lambda event: None, aux=aux)
+    plan = TrainingPlan(DATA, PREPROCESSING, chosen, NONE, FREE, path, aux)
+    whole.train(tiny(), plan, lambda event: None)
     assert not torch.equal(last.weight, before)
 
 
@@ -231,8 +237,7 @@ def test_what_is_frozen_stays_to_the_bit(tmp_path: Path, ema: float) -> None:
 
 def test_rates_by_stage() -> None:
     chosen = settings(lr=0.4, layer_decay=0.5, head_lr=1.0)
-    trainer = whole.Trainer(tiny(), DATA, PREPROCESSING, chosen, lambda event: None)
-    assert [group["peak"] for group in trainer.stepper.optimizer.param_groups] == [0.2, 0.4, 1.0]
+    assert [group["peak"] for group in trainer(chosen).stepper.optimizer.param_groups] == [0.2, 0.4, 1.0]
 
 
 def test_fewer_images_than_a_batch_train(tmp_path: Path) -> None:
@@ -276,10 +281,6 @@ def test_mixed_images_have_no_training_accuracy(tmp_path: Path) -> None:
 # On a GPU
 
 
-def trainer() -> Trainer:
-    return Trainer(tiny(), DATA, PREPROCESSING, settings(), lambda event: None)
-
-
 def test_on_a_gpu_deterministic_algorithms_are_taken_and_their_warnings_are_no_noise() -> None:
     options: Any = torch.utils.deterministic
     on_gpu = trainer()
@@ -303,8 +304,7 @@ def test_what_was_chosen_before_is_restored_after_a_failure() -> None:
 
 def test_a_resumed_run_keeps_its_best_weights_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill_after(1, tiny(), tmp_path / "checkpoint.pt", settings(epochs=2))
-    resumed = trainer()
-    resumed.settings = settings(epochs=2)
+    resumed = trainer(settings(epochs=2), tmp_path / "checkpoint.pt")
     resumed.device = torch.device("meta")  # what is loaded there has no values
-    history = resumed.resume(tmp_path / "checkpoint.pt")
+    history = resumed.resume()
     assert {value.device.type for value in history.best.values()} == {"cpu"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from models import architectures
+from models.classifier import record_outputs
 
 SHOWN_DEPTH = 3  # "features.denseblock1.denselayer1" is shown; what is inside it is counted in its row
 
@@ -64,20 +64,13 @@ def layer_table(name: str, num_classes: int = 1000, channels: int = 3) -> LayerT
 @contextmanager
 def watched(network: nn.Module) -> Iterator[Shapes]:
     """Records the output shape of each module when the network runs within the block."""
-    outputs: Shapes = {}
+    shapes: Shapes = {}
 
-    def watch(path: str, module: nn.Module) -> RemovableHandle:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[path] = tuple((output if isinstance(output, Tensor) else output[0]).shape)
+    def record(name: str, output: Any) -> None:
+        shapes[name] = tuple((output if isinstance(output, Tensor) else output[0]).shape)
 
-        return module.register_forward_hook(note)
-
-    hooks = [watch(path, module) for path, module in network.named_modules()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with record_outputs(network, [name for name, _ in network.named_modules()], record):
+        yield shapes
 
 
 def shown_modules(network: nn.Module, outputs: Shapes) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""A backbone made fast for the device it lands on."""
+"""Compiles backbones to run fast on a device."""
 
 from models.runtime.allocator import trim_allocator, tune_allocator
 from models.runtime.compiler import CompiledBackbone, compile_backbone

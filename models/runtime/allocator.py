@@ -1,7 +1,7 @@
-"""glibc's malloc, told to keep the memory that every forward pass takes and gives back.
+"""Sets glibc's malloc to keep the memory that every forward pass allocates and frees.
 
-By default each large activation is mapped afresh and handed back to the kernel: a batch of ResNet-50 faults in tens of
-thousands of pages at every forward. Another C library has no `mallopt`, or ignores these parameters: nothing happens there.
+By default each large activation is mapped anew and returned to the kernel: a batch of ResNet-50 faults in tens of
+thousands of pages at every forward pass. Nothing happens with another C library, which has no `mallopt` or ignores these parameters.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ M_ARENA_MAX = -8
 
 
 def tune_allocator() -> None:
-    """Call early, before threads start: what is mapped stays mapped. Freed memory then stays with the process until `trim_allocator`.
+    """Keep freed memory in the process until `trim_allocator`. Call it early, before threads start: existing mappings stay as they are.
 
-    A single arena, because any other one maps whatever is over 64 MB afresh, whatever the thresholds say.
+    A single arena is used, because other arenas map blocks over 64 MB anew, whatever the thresholds say.
     """
     libc = _glibc()
     if libc is None:
@@ -29,7 +29,7 @@ def tune_allocator() -> None:
 
 
 def trim_allocator() -> None:
-    """Hands what is free now back to the kernel, once: after loading, whose peak is above that of serving."""
+    """Return free memory to the kernel, once; called after loading, which needs more memory than serving."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The fastest engine for a network on this machine, by a short measurement, remembered on disk."""
+"""Measures engines for a network on this machine, chooses the fastest, and remembers the choice on disk."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from models.classifier import BackboneRef
+from models.files import atomic_files
 from models.files.records import Record
 from models.preprocessing import Preprocessing
+from models.progress import never
 from models.runtime.device import cpu_count
 from models.runtime.failures import is_device_lost, is_out_of_memory
 from models.runtime.openvino_engine import openvino_version
@@ -28,27 +29,28 @@ from models.runtime.options import EngineName, EngineTiming, Options, Precision
 log = logging.getLogger(__name__)
 
 ENOUGH = 0.9  # of the best throughput: the smallest batch that reaches it answers soonest; rates differ by 5 % from run to run
-# Below it, what the server does beside the network shows: on a CPU that also decodes, batches of 0.2 s give 10 % more than of 0.05 s.
+# In shorter batches the server's other work costs throughput: on a CPU that also decodes, batches of 0.2 s give 10 % more than of 0.05 s.
 SHORTEST_BATCH_SECONDS = {"cpu": 0.2, "cuda": 0.005}
-LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the batch under way and then for its own
+LONGEST_BATCH_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # a caller waits for the current batch and then for its own
 LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 TINY_PIXELS = 64 * 64  # images up to this size go in batches twice as large
 BUSY = 1.5  # load average per processor
 NOISE = 0.05  # rates closer than this are equal
 EXACTNESS: dict[Precision, int] = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of a number's mantissa
-DISTURBED = 0.1  # share of passes; below it, the first image of another model that was loaded meanwhile does not count
+DISTURBED = (
+    0.1  # share of passes during which the device may serve others, as the first image of a model that was just loaded
+)
 RUNS = 3  # of each batch size; the fastest counts
-RUNS_SECONDS = 0.3  # ... fewer where they take longer
-
+RUNS_SECONDS = 0.3  # for these runs; slower engines get fewer
 
 ForwardFunction = Callable[[Tensor], Tensor]
 
 
 class EngineChoice(Record):
-    """The engine that won, the batch size recommended, and the figures of all.
+    """The fastest engine, the recommended batch size, and the figures of all candidates.
 
-    busy: whether the machine, or the device, had other work while they were measured, so that batches seem slower than they are.
-    out_of_memory: whether memory ran out while they were measured, so that they say more about that moment than about the engines.
+    busy: whether the machine or the device had other work during the measurement, which makes batches seem slower than they are.
+    out_of_memory: whether memory ran out during the measurement, so that the figures depend on that moment.
     """
 
     engine: EngineName
@@ -59,15 +61,11 @@ class EngineChoice(Record):
     out_of_memory: bool = False
 
 
-def never() -> bool:
-    return False
-
-
 @dataclass
 class Trial:
-    """One engine's measurement: images a second by batch size, and the error that ended it.
+    """One engine's measurement: images per second by batch size, and the error that ended it.
 
-    disturbed: passes at whose end `is_serving` said that the device computes for others.
+    disturbed: number of passes at whose end `is_serving` returned True.
     """
 
     engine: ForwardFunction
@@ -85,10 +83,10 @@ def measure(
     shape: Preprocessing,
     is_serving: Callable[[], bool] = never,
 ) -> list[Trial]:
-    """Images a second of each engine by batch size: 1, 2, 4 and so on, while a larger batch still pays for one of them.
+    """Measure each engine with batches of 1, 2, 4 and so on images, while a larger batch still raises the rate of one of them.
 
-    The engines take turns, so that whatever else the machine does disturbs all of them. An engine whose batch fails ends there; only a
-    lost device raises.
+    The engines take turns, so that other work on the machine slows all of them alike. The measurement of an engine ends where a batch
+    fails; only a lost device raises.
     """
     trials = [Trial(engine, is_serving) for engine in engines]
     going = trials
@@ -110,7 +108,7 @@ def measure(
 
 
 def was_disturbed(trials: Sequence[Trial]) -> bool:
-    """Whether the device served others for so long that the rates say less of the engines."""
+    """Return whether the device served others in so many passes that the rates are unreliable."""
     return sum(trial.disturbed for trial in trials) > DISTURBED * sum(trial.passes for trial in trials)
 
 
@@ -120,13 +118,13 @@ def _sizes(device: torch.device, shape: Preprocessing) -> list[int]:
 
 
 def _stalled(rates: dict[int, float]) -> bool:
-    """Neither of the last two doublings was worth it."""
+    """Return whether neither of the last two doublings raised the rate enough."""
     figures = list(rates.values())
     return len(figures) > 2 and max(figures[-2:]) * ENOUGH < max(figures[:-2])
 
 
 def _fastest(trials: Sequence[Trial], device: torch.device, pixels: Tensor) -> list[float]:
-    """Seconds of one forward pass of each engine; a trial whose pass fails gets an error."""
+    """Return the seconds of one forward pass of each engine; a trial whose pass fails gets an error."""
     best = [_tried(trial, device, pixels) for trial in trials]
     start = time.perf_counter()
     for _ in range(RUNS):
@@ -139,7 +137,7 @@ def _fastest(trials: Sequence[Trial], device: torch.device, pixels: Tensor) -> l
 
 
 def _tried(trial: Trial, device: torch.device, pixels: Tensor) -> float:
-    """Seconds of one pass; infinity, and an error in the trial, where it fails."""
+    """Return the seconds of one pass. If it fails, return infinity and set the trial's error."""
     try:
         return seconds_of(trial.engine, device, pixels)
     except Exception as error:
@@ -154,7 +152,7 @@ def _tried(trial: Trial, device: torch.device, pixels: Tensor) -> float:
 
 
 def seconds_of(engine: ForwardFunction, device: torch.device, pixels: Tensor) -> float:
-    """Seconds of one pass to its end, and of nothing that was started before it or elsewhere."""
+    """Return the seconds of one pass, without work that was started before it or on other streams."""
     synchronize(device)
     start = time.perf_counter()
     engine(pixels)
@@ -163,14 +161,16 @@ def seconds_of(engine: ForwardFunction, device: torch.device, pixels: Tensor) ->
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what this thread's stream computes there, and not for the streams of others, such as the one that serves."""
+    """Wait for this thread's stream on a GPU; other streams, such as the one that serves, are not waited for."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def choose(candidates: Sequence[EngineTiming], device: torch.device) -> EngineChoice:
-    """The fastest of those with rates and without an error; alone in its batch and in the best batch count alike. Of equally fast ones
-    the most exact."""
+    """Return the fastest candidate that has rates and no error; the most exact among equally fast ones.
+
+    The rate of single images and the rate of the best batch count equally. Raises ValueError where no candidate has a rate.
+    """
     able = [candidate for candidate in candidates if candidate.error is None and candidate.rates]
     if not able:
         raise ValueError("no candidate has a rate")
@@ -187,19 +187,21 @@ def choose(candidates: Sequence[EngineTiming], device: torch.device) -> EngineCh
 
 
 def _speed(candidate: EngineTiming) -> float:
-    """Images a second: the geometric mean of those alone in their batch and of the best batch size."""
+    """Return images per second: the geometric mean of the rate of single images and the rate of the best batch size."""
     rates = candidate.rates
     return math.sqrt(rates[min(rates)] * max(rates.values()))
 
 
 def machine_is_busy() -> bool:
-    """More threads want to run than there are processors: a measurement would be of the others as well."""
+    """Return whether more threads want to run than there are processors, which would distort a measurement."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
 def recommended_batch(rates: dict[int, float], shortest_s: float, largest: int) -> int:
-    """The smallest batch that is fast enough and takes at least `shortest_s`. Where none was measured that long, one is reckoned, unless
-    the longer ones that were measured are slower."""
+    """Return the smallest batch that is fast enough and takes at least `shortest_s`.
+
+    If no measured batch takes that long, the size is extrapolated, unless a larger measured batch was slower.
+    """
     fast = [size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
     if long := [size for size in fast if size / rates[size] >= shortest_s]:
         return min(long)
@@ -212,7 +214,7 @@ def recommended_batch(rates: dict[int, float], shortest_s: float, largest: int) 
 def circumstances(
     ref: BackboneRef, device: torch.device, options: Options, plans: Sequence[tuple[EngineName, Precision]]
 ) -> dict[str, Any]:
-    """All that a choice depends on: the machine, the network's shape, and what is forced. Its weights do not matter."""
+    """Return everything that a choice depends on: the machine, the network's shape, and what is forced. The weights do not matter."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "cores": cpu_count(),
@@ -240,8 +242,10 @@ def _cpu_model() -> str:
 
 
 def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], bool] = never) -> EngineChoice | None:
-    """The choice made earlier under the same circumstances; None where there is none, it cannot be read, or it was made on a
-    busy machine or device and this moment is a better one."""
+    """Return the choice made earlier under the same circumstances.
+
+    None if there is none, if it cannot be read, or if it was made on a busy machine or device that is not busy now.
+    """
     try:
         choice = EngineChoice.model_validate_json(_choice_path(cache_dir, key).read_bytes())
         return None if choice.busy and not (machine_is_busy() or is_serving()) else choice
@@ -253,14 +257,11 @@ def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], b
 
 
 def write_choice(cache_dir: Path, key: dict[str, Any], choice: EngineChoice) -> None:
-    """Atomic. A disk that cannot be written costs a measurement at the next start, no more."""
+    """Write the choice atomically. If the disk cannot be written, the next start measures again."""
     path = _choice_path(cache_dir, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(choice.model_dump_json(indent=2))
-        Path(name).replace(path)
+        atomic_files.replace(path, choice.model_dump_json(indent=2).encode())
     except OSError as error:
         log.warning("the choice of engine for %s is not remembered: %s", key["architecture"], error)
 

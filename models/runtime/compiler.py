@@ -1,7 +1,7 @@
-"""From a backbone to the fastest thing that computes the same on one device.
+"""Compiles a backbone for one device: chooses the fastest engine whose features agree with the float32 original.
 
-what may run it here -> built -> compared with the float32 original -> measured -> the best one, warm
-                                                              (or the choice remembered on disk)
+plans for this device -> build -> compare with the float32 original -> measure -> warm up the fastest
+                                                      (or use the choice remembered on disk)
 """
 
 import logging
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.classifier import Backbone
 from models.errors import DeviceUnavailable, InferenceFailed, OutOfMemory
+from models.progress import never
 from models.runtime.allocator import trim_allocator
 from models.runtime.choice import (
     EngineChoice,
@@ -27,14 +28,13 @@ from models.runtime.choice import (
     choose,
     circumstances,
     measure,
-    never,
     read_choice,
     was_disturbed,
     write_choice,
 )
-from models.runtime.device import cpu_count, half_precisions
+from models.runtime.device import cpu_count, half_precisions, release_cached_memory
 from models.runtime.failures import is_device_lost, is_host_memory, is_out_of_memory
-from models.runtime.footprint import does_not_fit, release_cached_memory
+from models.runtime.footprint import does_not_fit
 from models.runtime.openvino_engine import OpenVinoEngine, converted_folder, openvino_version
 from models.runtime.options import Agreement, EngineName, EngineTiming, Options, Precision, RuntimeInfo
 from models.runtime.probe import Probe
@@ -42,15 +42,15 @@ from models.runtime.torch_engine import TorchEngine
 
 log = logging.getLogger(__name__)
 
-# Of the largest feature. Measured on EfficientNet-Lite0 to Lite2 with their ImageNet weights: float32 2e-6, float16 0.003 to 0.006,
-# bfloat16 0.027 to 0.048, six to ten times as much. So float16 is never refused for rounding where bfloat16 is taken.
+# The largest allowed difference, as a share of the largest feature. Measured on EfficientNet-Lite0 to Lite2 with their ImageNet weights:
+# float32 2e-6, float16 0.003 to 0.006, bfloat16 0.027 to 0.048. So float16 is never refused for rounding where bfloat16 is accepted.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
-CompiledEngine = TorchEngine | OpenVinoEngine
+CompiledBackbone = TorchEngine | OpenVinoEngine
 ChoiceSource = Literal["measured", "cached", "forced"]
 
 _measuring = threading.Lock()  # two measurements at once would measure each other
-OTHER_MEASUREMENT_S = 120.0  # waited for another one at most: it may hang, on another GPU
+OTHER_MEASUREMENT_S = 120.0  # longest wait for another measurement, which may hang on another GPU
 
 
 class EnginePlan(NamedTuple):
@@ -62,37 +62,17 @@ LAST_RESORT = EnginePlan("torch", "float32")
 
 
 class Failed(NamedTuple):
-    """Why a plan cannot be used for a network, and whether too little memory is the reason."""
+    """The reason why a plan cannot be used for a network, and whether it is too little memory."""
 
     reason: str
     out_of_memory: bool = False
 
 
 class Built(NamedTuple):
-    """An engine, and how far it agrees with the original."""
+    """An engine, and how closely its features agree with the original's."""
 
-    engine: CompiledEngine
+    engine: CompiledBackbone
     agreement: Agreement
-
-
-class CompiledBackbone:
-    """A compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 features (N, D) on `device`. To be called from one thread.
-
-    max_batch: the batch size from which on larger ones gain nothing; any size runs.
-    """
-
-    def __init__(self, engine: CompiledEngine, info: RuntimeInfo) -> None:
-        self.engine = engine
-        self.info = info
-        self.device = engine.device
-        self.max_batch = info.max_batch
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return self.engine(pixels)
-
-    def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
-        return self.engine.with_maps(pixels)
 
 
 def compile_backbone(
@@ -102,12 +82,12 @@ def compile_backbone(
     layer: nn.Module | None = None,
     is_serving: Callable[[], bool] = never,
 ) -> CompiledBackbone:
-    """Builds, compares, measures (or reads the earlier choice) and warms up. The runtime keeps nothing of the caller's module.
+    """Build, compare, measure (or read the earlier choice) and warm up. The result keeps nothing of the caller's module.
 
     layer: the last layer of a classifier on this backbone, to report top-1 agreement.
-    is_serving: whether another thread computes on this device now; what is measured beside it is measured again later.
-    Raises DeviceUnavailable where a forced engine cannot run at all, OutOfMemory where one image does not fit, and the device's own
-    error where it is lost.
+    is_serving: returns whether another thread computes on this device now; a choice measured meanwhile is measured again later.
+    Raises DeviceUnavailable if a forced engine cannot run at all, OutOfMemory if one image does not fit, and the device's own error if it
+    is lost.
     """
     options = options or Options()
     try:
@@ -127,17 +107,17 @@ def _compiled(
     backbone: Backbone, device: torch.device, options: Options, layer: nn.Module | None, is_serving: Callable[[], bool]
 ) -> CompiledBackbone:
     start = time.perf_counter()
-    torch.set_num_threads(options.threads or cpu_count())  # torch itself looks at no container's quota
+    torch.set_num_threads(options.threads or cpu_count())  # torch ignores a container's CPU quota
     probe = Probe(backbone, layer)
     built, choice, source = _EngineSelector(backbone, device, options, probe, is_serving).decide()
     engine = built.engine
     max_batch = options.max_batch or choice.max_batch
-    if device.type == "cpu" or not is_serving():  # a GPU's cache is that of serving too
-        engine.release_memory()  # of the largest batch that was tried
+    if device.type == "cpu" or not is_serving():  # on a GPU, serving uses the same cache
+        engine.release_memory()  # memory of the largest batch that was tried
     trim_allocator()
-    if device.type == "cpu":  # what a GPU prepares for a batch size belongs to the thread that serves
+    if device.type == "cpu":  # on a GPU the serving thread warms up, because cuDNN keeps its plans by thread
         probe.warm_up(engine, max_batch)
-    info = RuntimeInfo(
+    engine.info = info = RuntimeInfo(
         engine=engine.name,
         precision=engine.precision,
         memory_format=engine.memory_format,
@@ -153,14 +133,15 @@ def _compiled(
     log.info(
         "%s: %s %s on %s, batches of %d (%s)", backbone.ref.key, info.engine, info.precision, device, max_batch, source
     )
-    return CompiledBackbone(engine, info)
+    engine.max_batch = max_batch
+    return engine
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Within, this thread computes on a stream of its own, so that it neither waits for the one that serves nor holds it up.
+    """Let this thread compute on a stream of its own, so that it and the serving stream do not wait for each other.
 
-    At the end all is computed, so that other streams may use it.
+    At the end all work of the stream is done, so that other streams may use its results.
     """
     if device.type != "cuda":
         yield
@@ -172,7 +153,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def plans_for(device: torch.device, options: Options) -> list[EnginePlan]:
-    """What is worth trying on this device, under what is forced. Where none of them can be used, LAST_RESORT is."""
+    """Return the plans worth trying on this device, given what is forced. If none of them works, LAST_RESORT is used."""
     runs_openvino = device.type == "cpu" and openvino_version() is not None
     if options.engine == "openvino" and not runs_openvino:
         cause = (
@@ -183,7 +164,7 @@ def plans_for(device: torch.device, options: Options) -> list[EnginePlan]:
     if options.engine != "auto":
         engines = [options.engine]
     half = half_precisions(device)
-    # A network too small to keep a GPU busy is as fast in float32, and of equally fast precisions the most exact one is taken.
+    # On a GPU float32 is tried too: a network too small to keep it busy is as fast in float32, and then the most exact one wins.
     precisions: Sequence[Precision] = half if half and device.type == "cpu" else (*half, "float32")
     if options.precision != "auto":
         precisions = [options.precision]
@@ -192,7 +173,7 @@ def plans_for(device: torch.device, options: Options) -> list[EnginePlan]:
 
 @dataclass(frozen=True)
 class _EngineSelector:
-    """Where the engines for one backbone are built and compared."""
+    """Builds and compares the engines for one backbone."""
 
     backbone: Backbone
     device: torch.device
@@ -206,9 +187,8 @@ class _EngineSelector:
         cache_dir = self.options.cache_dir
         choice = read_choice(cache_dir, key, self.is_serving) if cache_dir else None
         if choice is None and len(plans) == 1 and self.options.max_batch is not None:
-            choice = EngineChoice(
-                **plans[0]._asdict(), max_batch=self.options.max_batch, candidates=()
-            )  # nothing is left to measure
+            # Nothing is left to measure.
+            choice = EngineChoice(**plans[0]._asdict(), max_batch=self.options.max_batch, candidates=())
         if choice is not None:
             built, choice = self._chosen(choice, plans)
             return built, choice, "cached" if self.options.engine == "auto" else "forced"
@@ -247,7 +227,7 @@ class _EngineSelector:
         return able[best], choice.model_copy(update=notes)
 
     def _last_resort(self, failed: dict[EnginePlan, Failed]) -> Built:
-        """float32 by torch, however far it is from the original. Not where memory ran out: it wants as much, or twice as much."""
+        """Build float32 by torch, whatever its agreement. Not if memory ran out: it needs as much as the others, or twice as much."""
         if any(failure.out_of_memory for failure in failed.values()):
             raise self._cannot_run(failed)
         return self._build(LAST_RESORT)
@@ -259,7 +239,7 @@ class _EngineSelector:
         return InferenceFailed(f"{self.backbone.ref.key} cannot compute one image on {self.device}: {reasons}")
 
     def _chosen(self, choice: EngineChoice, plans: list[EnginePlan]) -> tuple[Built, EngineChoice]:
-        """The choice made earlier, or, where it does not do for these weights, the next plan, with the reason among the candidates."""
+        """Build the earlier choice, or the next plan if it fails with these weights; the reason is added to the candidates."""
         failed: dict[EnginePlan, Failed] = {}
         for plan in dict.fromkeys((EnginePlan(choice.engine, choice.precision), *plans)):
             outcome = self._attempt(plan)
@@ -269,7 +249,7 @@ class _EngineSelector:
         return self._last_resort(failed), _with_failed(choice, failed)
 
     def _attempt_beside(self, outcomes: Mapping[EnginePlan, Built | Failed], plan: EnginePlan) -> Built | Failed:
-        """As `_attempt`; where memory runs out beside an engine that fits, that one is enough."""
+        """Attempt a plan. If memory runs out while another engine fits, that one is enough."""
         try:
             return self._attempt(plan)
         except Exception as error:
@@ -279,7 +259,7 @@ class _EngineSelector:
             return Failed(f"{type(error).__name__}: {error}"[:500], out_of_memory=True)
 
     def _attempt(self, plan: EnginePlan) -> Built | Failed:
-        """The engine, or the reason why this plan cannot be used for this network."""
+        """Return the engine, or the reason why this plan cannot be used for this network."""
         converted = self._converted() if plan.engine == "openvino" else None
         from_disk = converted is not None and converted.is_dir()
         outcome = self._try(plan)
@@ -296,9 +276,9 @@ class _EngineSelector:
     def _try(self, plan: EnginePlan) -> Built | Failed:
         try:
             built = self._build(plan)
-        except Exception as error:  # a converter or a kernel that does not know this network
+        except Exception as error:  # such as a converter or a kernel that does not support this network
             out_of_memory = is_out_of_memory(error, self.device)
-            # Another plan wants as much of a GPU's memory, or twice as much. On a CPU another engine may want less.
+            # On a GPU another plan needs as much memory, or twice as much. On a CPU another engine may need less.
             if is_device_lost(error, self.device) or (out_of_memory and self.device.type == "cuda"):
                 raise
             return Failed(f"{type(error).__name__}: {error}"[:500], out_of_memory)
@@ -314,7 +294,7 @@ class _EngineSelector:
     def _build(self, plan: EnginePlan) -> Built:
         options = self.options
         threads = options.threads or cpu_count()
-        engine: CompiledEngine
+        engine: CompiledBackbone
         if plan.engine == "openvino":
             engine = OpenVinoEngine(self.backbone, plan.precision, threads, options.cache_dir)
         else:

@@ -1,7 +1,7 @@
-"""What an error on a device means: too little memory, a lost device, or the batch's own fault.
+"""Classifies an error on a device: too little memory, a lost device, or an error of this batch alone.
 
-plainly memory -> a smaller batch may fit        ambiguous -> the device is asked how much memory is free
-anything else  -> the device is asked to compute: a lost one cannot, one that computes had an error of this batch alone
+clearly memory -> a smaller batch may fit        ambiguous -> memory, if the device has little free
+anything else  -> the device is asked to compute: if it can, the error concerned this batch alone, otherwise it is lost
 """
 
 import torch
@@ -36,9 +36,9 @@ LITTLE_BYTES, LITTLE_SHARE = 256 * 2**20, 0.05
 
 
 def is_out_of_memory(error: BaseException, device: torch.device | None = None) -> bool:
-    """The device, or the machine, had not enough memory for this batch; a smaller one may fit.
+    """Return whether the device or the machine had too little memory for this batch, so that a smaller one may fit.
 
-    device: the GPU that is asked how much is free where the error does not say; without it such an error does not count as memory.
+    device: the GPU that is asked for its free memory if the error is ambiguous; without it such an error does not count as memory.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -51,12 +51,12 @@ def is_out_of_memory(error: BaseException, device: torch.device | None = None) -
 
 
 def is_host_memory(error: BaseException) -> bool:
-    """Of an error that is memory: the machine had too little, not its GPU."""
+    """Return whether an out-of-memory error concerns the machine's memory and not its GPU's."""
     return isinstance(error, MemoryError) or "cpuallocator" in str(error).lower()
 
 
 def has_little_memory(device: torch.device) -> bool:
-    """Less than 256 MB or 5 % of a GPU's memory is free; False for the CPU, and for a GPU that does not answer."""
+    """Return whether less than 256 MB or 5 % of a GPU's memory is free; False for the CPU and for a GPU that does not answer."""
     known = memory(device)
     if known is None:
         return False
@@ -65,10 +65,10 @@ def has_little_memory(device: torch.device) -> bool:
 
 
 def is_device_lost(error: BaseException, device: torch.device) -> bool:
-    """The device is of no more use to this process: every later call would fail as well.
+    """Return whether every later call on the device would fail as well.
 
-    The device is asked, because CUDA reports an error of one batch in the same words as one that stays. It may hang while it is asked:
-    in a device thread `/health/live` notices, as it does for a batch that hangs.
+    The device has to compute something for this, because CUDA reports an error of one batch in the same words as a lasting one. It may
+    hang meanwhile; in a device thread `/health/live` notices that, as it does for a batch that hangs.
     """
     if isinstance(error, ORDINARY) or is_out_of_memory(error):
         return False
@@ -76,9 +76,9 @@ def is_device_lost(error: BaseException, device: torch.device) -> bool:
 
 
 def device_works(device: torch.device) -> bool:
-    """A tiny computation succeeds, or fails because the memory is full.
+    """Return whether a tiny computation succeeds, or fails only because the memory is full.
 
-    Tried twice, because CUDA reports an earlier asynchronous error at the next call; only a sticky one is reported at every call.
+    It is tried twice, because CUDA reports an earlier asynchronous error at the next call; only a sticky one is reported at every call.
     """
     return _computes(device) or _computes(device)
 

@@ -1,8 +1,8 @@
-"""Batch norm folded into the convolution before it: the same function, one pass over memory less.
+"""Folds batch norm into the convolution before it, which computes the same and saves one pass over memory.
 
-The pairs are found by watching one forward pass. `torch.fx` would find them without one, but while it traces it replaces
-`nn.Module.__call__` for the whole process, and every forward pass of another thread fails: a server that loads a new version
-while it serves cannot use it. A `TorchFunctionMode` belongs to its thread.
+The pairs are found by recording one forward pass. `torch.fx` would not need one, but while it traces it replaces
+`nn.Module.__call__` for the whole process, so that forward passes of other threads fail, and a server loads versions while it
+serves. A `TorchFunctionMode` affects its own thread only.
 """
 
 import copy
@@ -26,7 +26,7 @@ class _Watch(TorchFunctionMode):
         self.uses: Counter[int] = Counter()  # functions that took a convolution's output
         self.normalised: list[tuple[Tensor, int]] = []  # a batch norm's running mean, the id of its input
         self.norms: Counter[int] = Counter()  # calls by the id of the running mean
-        self._kept: list[Tensor] = []  # ids stay unique while their tensors live
+        self._kept: list[Tensor] = []  # keeps tensors alive, so that their ids stay unique
 
     def __torch_function__(
         self,
@@ -44,7 +44,7 @@ class _Watch(TorchFunctionMode):
             self.norms[id(args[1])] += 1
             if id(args[0]) in self.made_by:
                 self.normalised.append((args[1], id(args[0])))
-        if _tensors([result]):  # not a look at its shape
+        if _tensors([result]):  # not a query of its shape
             self.uses.update(id(arg) for arg in _tensors([*args, *kwargs.values()]) if id(arg) in self.made_by)
         return result
 
@@ -61,9 +61,10 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def fold_batch_norm(module: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
-    """A copy for inference of a float32 CPU network, and how many batch norms are folded. `example`: one float32 input (1, C, H, W).
+    """Return a copy for inference of a float32 CPU network, and the number of folded batch norms.
 
-    A batch norm is folded where its input is a convolution's output that nothing else takes, and neither module is used twice.
+    `example` is one float32 input (1, C, H, W). A batch norm is folded if its input is a convolution's output that nothing else uses, and
+    neither module is used twice.
     """
     duplicate = copy.deepcopy(module).eval().requires_grad_(False)
     with _Watch() as watch:
@@ -79,7 +80,7 @@ def fold_batch_norm(module: nn.Module, example: Tensor) -> tuple[nn.Module, int]
         if id(weight) not in convolutions or id(mean) not in norms:
             continue
         (conv_name, convolution), (norm_name, norm) = convolutions[id(weight)], norms[id(mean)]
-        if convolution._forward_hooks or norm._forward_hooks:  # somebody wants just this output (Tap)
+        if convolution._forward_hooks or norm._forward_hooks:  # a Tap reads this very output
             continue
         duplicate.set_submodule(conv_name, fuse_conv_bn_eval(convolution, norm))
         duplicate.set_submodule(norm_name, nn.Identity())

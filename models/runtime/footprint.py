@@ -1,4 +1,4 @@
-"""The memory that a backbone needs on a device, and the error that names it."""
+"""Estimates the memory that a backbone needs on a device, and makes the error that names it."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ MB = 2**20
 
 
 def does_not_fit(backbone: Backbone, device: torch.device, precision: Precision) -> OutOfMemory:
-    """The error of a backbone for which a device has too little memory: what it needs for one image, what is free, what to do."""
+    """Return the error for a backbone that does not fit a device: what it needs for one image, what is free, what to do."""
     size = DTYPES[precision].itemsize
     weights = size * sum(tensor.numel() for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
     image = size * activations(backbone.module, backbone.ref.preprocessing)
@@ -39,9 +39,9 @@ def _mb(size: int) -> int:
 
 @torch.inference_mode()
 def activations(module: nn.Module, shape: Preprocessing) -> int:
-    """Numbers that one image keeps in memory at once: the inputs and outputs of the largest layer, and as many for what is kept beside it.
+    """Estimate how many numbers one image keeps in memory at once: twice the inputs and outputs of the largest layer.
 
-    An estimate, by a forward pass on the CPU; of as many layers as fit there.
+    Takes a forward pass on the CPU; if the machine has too little memory for it, the layers so far count.
     """
     largest = 0
 
@@ -54,15 +54,9 @@ def activations(module: nn.Module, shape: Preprocessing) -> int:
     try:
         pixels = torch.zeros(1, shape.channels, shape.height, shape.width, dtype=torch.uint8)
         module(normalise(pixels, shape))
-    except (RuntimeError, MemoryError):  # the machine has too little memory as well
+    except (RuntimeError, MemoryError):  # too little memory on this machine as well
         return 2 * largest
     finally:
         for hook in hooks:
             hook.remove()
     return 2 * largest
-
-
-def release_cached_memory(device: torch.device) -> None:
-    """Gives what torch keeps of freed GPU memory back to the driver. Other threads' next batches allocate anew."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

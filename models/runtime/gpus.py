@@ -1,10 +1,10 @@
-"""Which GPUs this process can use, and what is wrong with the others.
+"""Finds the GPUs that this process can use, and what is wrong with the others.
 
 CUDA starts? -> a GPU is visible? -> its architecture is among torch's kernels? -> it computes?
 
 Each step that fails becomes a `GpuProblem` with a cause and a remedy. The last step creates a CUDA context on the GPU (0.2 to 0.5 GB of
-its memory), because a GPU in exclusive mode or without free memory shows only then. Every step runs in a thread of its own and is given
-up after `ANSWER_S` seconds.
+its memory), because a GPU in exclusive mode or without free memory is found only that way. Every step runs in its own thread, which is
+abandoned after `ANSWER_S` seconds.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580"}
 
 
 class GpuProblem(NamedTuple):
-    """Why a GPU, or every GPU, cannot be used. `code` is stable; `cause` and `remedy` are for people."""
+    """The reason why a GPU, or every GPU, cannot be used. `code` is stable; `cause` and `remedy` are for people."""
 
     code: Code
     cause: str
@@ -54,14 +54,14 @@ class GpuProblem(NamedTuple):
 
 
 class Gpus(NamedTuple):
-    """The GPUs that work, and a problem for each that does not. Where there is none at all: why, as the one problem."""
+    """The GPUs that work, and a problem for each that does not; if there is no GPU, one problem that says why."""
 
     usable: list[torch.device]
-    problems: dict[str, GpuProblem]  # by device; "cuda" where all are concerned
+    problems: dict[str, GpuProblem]  # by device; "cuda" if it concerns all
 
 
 def gpu_problem() -> GpuProblem | None:
-    """Why no GPU can be used; None where one can.
+    """Return the reason why no GPU can be used; None if one can.
 
     Creates a CUDA context on each GPU that it tries. Takes at most `ANSWER_S` seconds, and as long again for each GPU.
     """
@@ -70,7 +70,7 @@ def gpu_problem() -> GpuProblem | None:
 
 
 def gpus(only: torch.device | None = None) -> Gpus:
-    """Tries every visible GPU, or only the one that is named; see `gpu_problem`."""
+    """Try every visible GPU, or only the one that is named; see `gpu_problem`."""
     try:
         count = _within(ANSWER_S, _count)
     except TimeoutError:
@@ -102,7 +102,7 @@ def _no_answer(who: str) -> GpuProblem:
 
 
 def _count() -> int | GpuProblem:
-    """GPUs that CUDA shows, or why it shows none."""
+    """Return the number of GPUs that CUDA shows, or why it shows none."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -120,7 +120,7 @@ def _first_line(said: object) -> str:
 
 
 def _causes(sentence: str) -> Iterator[GpuProblem]:
-    """The likely causes of no visible GPU, the most certain first. `sentence`: what torch says."""
+    """Yield the likely causes of no visible GPU, the most certain first. `sentence` is torch's message."""
     if torch.version.cuda is None:
         remedy = "install the CUDA build of torch (`make setup TORCH=cuda`), or use --device cpu"
         yield GpuProblem("torch_without_cuda", "this torch is built without CUDA", remedy)
@@ -162,7 +162,7 @@ def _no_driver() -> GpuProblem:
 
 
 def _driver_version() -> str:
-    """ " 570.86.15", or nothing where the kernel module does not say."""
+    """Return the driver's version after a space, as " 570.86.15", or "" if it is unknown."""
     try:
         version = re.search(r"\b\d{3,}\.\d[\d.]*", DRIVER_VERSION.read_text())
     except OSError:
@@ -171,7 +171,7 @@ def _driver_version() -> str:
 
 
 def _file_problems() -> Iterator[GpuProblem]:
-    """Device files without which CUDA does not start: closed to this user, or not there."""
+    """Yield problems with the device files that CUDA needs: no permission, or missing."""
     files = [DEVICE_FILES / name for name in ("nvidiactl", "nvidia-uvm")]
     files += sorted(path for path in DEVICE_FILES.glob("nvidia*") if path.name[len("nvidia") :].isdecimal())
     closed = [str(path) for path in files if path.exists() and not os.access(path, os.R_OK | os.W_OK)]
@@ -185,7 +185,7 @@ def _file_problems() -> Iterator[GpuProblem]:
 
 
 def _too_old(device: torch.device) -> GpuProblem | None:
-    """The card's architecture against the kernels that this torch carries."""
+    """Return the problem of a card for whose architecture this torch has no kernels."""
     carried = [arch for arch in torch.cuda.get_arch_list() if arch.startswith(("sm_", "compute_"))]
     major, minor = torch.cuda.get_device_capability(device)
     if not carried or any(_runs(arch, major, minor) for arch in carried):
@@ -197,7 +197,7 @@ def _too_old(device: torch.device) -> GpuProblem | None:
 
 
 def _runs(arch: str, major: int, minor: int) -> bool:
-    """Whether a GPU of this capability runs code for `arch`: sm_80 runs on every 8.x, sm_90a on 9.0 alone, compute_80 on 8.0 and later."""
+    """Return whether a GPU of this capability runs code for `arch`: sm_80 on every 8.x, sm_90a on 9.0 only, compute_80 on 8.0 and later."""
     code = _capability(arch)
     if arch.startswith("compute_"):
         return code <= (major, minor)
@@ -210,10 +210,10 @@ def _capability(arch: str) -> tuple[int, int]:
 
 
 def _tried(device: torch.device) -> GpuProblem | None:
-    """A tiny computation: it needs a context, memory and a kernel."""
+    """Run a tiny computation, which needs a context, memory and a kernel."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own lines about a card that is too old
+            warnings.simplefilter("ignore")  # torch's warnings about a card that is too old
             if (problem := _too_old(device)) is not None:
                 return problem
             torch.ones(1, device=device).sum().item()
@@ -239,7 +239,7 @@ def _broken(device: torch.device, sentence: str) -> GpuProblem:
 
 
 def _within(seconds: float, function: Callable[[], _Result]) -> _Result:
-    """The function's result. Raises TimeoutError; the thread is then left behind, because a call into the driver cannot be stopped."""
+    """Return the function's result. Raises TimeoutError; its thread goes on, because a call into the driver cannot be stopped."""
     future: Future[_Result] = Future()
 
     def run() -> None:

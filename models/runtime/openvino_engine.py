@@ -1,4 +1,4 @@
-"""A backbone run by OpenVINO on the CPU: converted once, kept on disk, and loaded from there at the next start.
+"""Runs a backbone by OpenVINO on the CPU. It is converted once, and loaded from disk at the next start.
 
 Converting ResNet-50 takes seconds, loading the result 0.2 s. OpenVINO is an extra: `pip install imago[openvino]`.
 """
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Backbone
+from models.classifier import Backbone, record_outputs
 from models.heatmaps import upright
-from models.preprocessing import Preprocessing
-from models.runtime.options import EngineName, MemoryFormat, Precision
+from models.preprocessing import Normalise, Preprocessing
+from models.runtime.options import EngineName, MemoryFormat, Precision, RuntimeInfo
 
 log = logging.getLogger(__name__)
 
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-KEPT = 16  # converted networks on disk; the one unused for longest goes first
+KEPT = 16  # converted networks on disk; the least recently used is removed first
 
-_conversion = threading.Lock()  # tracing silences warnings for the whole process, so one at a time
+_conversion = threading.Lock()  # one conversion at a time: it silences warnings for the whole process
 
 
 def openvino_version() -> str | None:
@@ -40,9 +40,11 @@ def openvino_version() -> str | None:
 
 
 class OpenVinoEngine:
-    """uint8 (N, C, H, W) on the CPU -> float32 (N, D). Holds nothing of the torch module once it is made."""
+    """Computes uint8 (N, C, H, W) on the CPU -> float32 (N, D), as `TorchEngine`. Keeps nothing of the torch module."""
 
     name: EngineName = "openvino"
+    info: RuntimeInfo  # set by `compile_backbone`, as is `max_batch`
+    max_batch: int
     memory_format: MemoryFormat = "channels_last"
     folded = True
     device = torch.device("cpu")
@@ -55,7 +57,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "INFERENCE_NUM_THREADS": str(threads),
             "NUM_STREAMS": "1",
-            "ENABLE_CPU_PINNING": "NO",  # a pinned thread waits while decoding has its processor
+            "ENABLE_CPU_PINNING": "NO",  # a pinned thread waits while decoding occupies its core
         }
         self.map = backbone.map
         network = _network(self.openvino, backbone, cache_dir)
@@ -69,72 +71,61 @@ class OpenVinoEngine:
         return torch.from_numpy(self.request.get_output_tensor(0).data.copy())
 
     def with_maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features, and the maps that they come from, float32 (N, D', h, w). Only where the backbone has a `map`."""
+        """Return features and the maps that they are computed from, float32 (N, D', h, w). Only for a backbone with a `map`."""
         features = self(pixels)
         return features, torch.from_numpy(self.request.get_output_tensor(1).data.copy())
 
     def release_memory(self) -> None:
-        """Gives back the activations of the largest batch so far."""
+        """Free the memory of the largest batch so far."""
         self.compiled.release_memory()
 
 
 def import_openvino() -> Any:
-    """OpenVINO without its telemetry, which reports each import and each conversion over the network.
+    """Import OpenVINO without its telemetry, which reports each import and each conversion over the network.
 
-    Where `openvino_telemetry` cannot be imported, OpenVINO puts a stub of its own in its place.
+    If `openvino_telemetry` cannot be imported, OpenVINO uses a stub of its own.
     """
     if "openvino" not in sys.modules:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import system's "not there"
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes its import fail
     import openvino
 
     return openvino
 
 
 class PixelNetwork(nn.Module):
-    """uint8 (N, H, W, C) -> float32 (N, D): what is converted, so that normalisation is compiled with the network.
+    """Maps uint8 (N, H, W, C) to features, float32 (N, D). This is what is converted, so that normalisation is compiled with the network.
 
-    Where the network has a `map`, that is a second output, (N, D', h, w).
+    If `map_name` is given, the output of that module is a second output, (N, D', h, w).
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, map_name: str | None) -> None:
         super().__init__()
+        self.normalise = Normalise(preprocessing)
         self.network = network
-        self.map = None if map_name is None else network.get_submodule(map_name)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255)
+        self.map = map_name
 
     def forward(self, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pixels = rows.permute(0, 3, 1, 2).float()
-        kept: list[Tensor] = []
-        if self.map is None:
-            return self.features(pixels)
-        hook = self.map.register_forward_hook(lambda _m, _i, output: kept.append(output))
-        features = self.features(pixels)
-        hook.remove()
-        return features, upright(kept[-1], len(rows))
-
-    def features(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.network((pixels - self.mean) / self.std)
-        return features
+        images: Tensor = self.normalise(rows.permute(0, 3, 1, 2))
+        outputs: dict[str, Tensor] = {}
+        with record_outputs(self.network, () if self.map is None else (self.map,), outputs.__setitem__):
+            features: Tensor = self.network(images)
+        return features if self.map is None else (features, upright(outputs[self.map], len(rows)))
 
 
 def convert(openvino: Any, backbone: Backbone) -> Any:
-    """An `openvino.Model` of the whole way from pixels to features, for any batch size."""
+    """Return an `openvino.Model` from pixels to features, for any batch size."""
     shape = backbone.ref.preprocessing
     rows = torch.zeros(2, shape.height, shape.width, shape.channels, dtype=torch.uint8)
     network = PixelNetwork(backbone.module, shape, backbone.map).eval()
     with _conversion, warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # TorchScript's own deprecation, and what tracing says of constants
-        # Its own check would take four more forward passes; the probe compares anyway.
+        warnings.simplefilter("ignore")  # TorchScript's deprecation, and tracing's warnings about constants
+        # Its own check would take four more forward passes, and the probe compares the result anyway.
         traced = torch.jit.trace(network, rows, check_trace=False)  # type: ignore[no-untyped-call]
         return openvino.convert_model(traced, example_input=rows, input=[-1, *rows.shape[1:]])
 
 
 def _network(openvino: Any, backbone: Backbone, cache_dir: Path | None) -> Any:
-    """The converted network: the path of its file, or the model itself where nothing may be kept on disk."""
+    """Return the converted network: the path of its file, or the model itself if nothing may be kept on disk."""
     if cache_dir is None:
         return convert(openvino, backbone)
     folder = converted_folder(cache_dir, backbone)
@@ -145,20 +136,20 @@ def _network(openvino: Any, backbone: Backbone, cache_dir: Path | None) -> Any:
 
 
 def converted_folder(cache_dir: Path, backbone: Backbone) -> Path:
-    """Where the converted network belongs: the name holds all that it was made of. The precision is chosen when it is loaded."""
+    """Return the folder of the converted network. Its name is a hash of all inputs; the precision is chosen when it is loaded."""
     made_of = f"{backbone.ref.model_dump_json()} {backbone.map} {openvino_version()} {torch.__version__}"
     return cache_dir / "openvino" / f"{backbone.ref.key}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 
 def _store(openvino: Any, network: Any, folder: Path) -> None:
-    """Writes beside and renames: another process sees all of it or nothing."""
+    """Write to a temporary folder and rename it, so that other processes see all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
         openvino.save_model(network, beside / "network.xml", compress_to_fp16=False)
         beside.rename(folder)
     except OSError:
-        if not folder.is_dir():  # no other process was faster
+        if not folder.is_dir():  # another process has not written it meanwhile
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

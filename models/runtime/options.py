@@ -1,4 +1,4 @@
-"""What may be forced, and what is reported."""
+"""The options of compiling a backbone, and the records that describe the result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +22,22 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to compile a backbone. `auto`, and None, leave it to what the device gains and to measurement.
+    """How to compile a backbone. `auto` and None leave the choice to the device and to measurement.
 
-    threads: of one forward pass on the CPU; None: every processor that the process may use.
-    max_batch: images in one forward pass. cache_dir: where choices and converted networks are kept; None: nowhere.
+    threads: threads of one forward pass on the CPU; None: one for each core that the process may use.
+    max_batch: images in one forward pass. cache_dir: folder for choices and converted networks; None: nothing is kept.
     """
 
-    engine: Literal["auto", "torch", "openvino"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    engine: Literal["auto"] | EngineName = "auto"
+    precision: Literal["auto"] | Precision = "auto"
+    memory_format: Literal["auto"] | MemoryFormat = "auto"
     threads: int | None = None
     max_batch: int | None = None
     cache_dir: Path | None = None
 
 
 class EngineTiming(Record):
-    """What one engine reached, in images a second: `rates` by batch size. `error`: why it could not be used."""
+    """One engine's measured images per second, `rates` by batch size, or the `error` because of which it cannot be used."""
 
     engine: EngineName
     precision: Precision
@@ -46,10 +46,10 @@ class EngineTiming(Record):
 
 
 class Agreement(Record):
-    """Compiled features against the float32 original, on `images` probe images.
+    """Agreement of compiled features with the float32 original, on `images` probe images.
 
     max_difference: the largest absolute difference over the largest absolute feature.
-    top1: the share of probe images with the same best class; None where no last layer was given.
+    top1: the share of probe images with the same best class; None if no last layer was given.
     """
 
     images: int

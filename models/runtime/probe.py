@@ -1,4 +1,4 @@
-"""Images on which a compiled backbone is compared with its float32 original."""
+"""Compares a compiled backbone with its float32 original on generated images."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from models.runtime.options import Agreement
 
 IMAGES = 32
 FEWEST = 4
-PROBE_SECONDS = 1.0  # of the original's time; a large network is compared on fewer images
+PROBE_SECONDS = 1.0  # for the original's passes; a slow network is compared on fewer images
 
 
 class Probe:
@@ -27,7 +27,7 @@ class Probe:
         self.pixels = pixels[: len(self.reference)]
 
     def agreement(self, engine: Callable[[Tensor], Tensor]) -> Agreement:
-        """Of an engine with the original, alone in a batch and in company: a network traced for one batch size shows here."""
+        """Compare an engine with the original, with one image in a batch and with several, which exposes a network traced for one size."""
         features = torch.cat([engine(batch).cpu() for batch in (self.pixels[:1], self.pixels[1:])])
         difference = float((features - self.reference).abs().max() / self.reference.abs().max().clamp(min=1e-12))
         return Agreement(
@@ -37,7 +37,7 @@ class Probe:
         )
 
     def warm_up(self, engine: Callable[[Tensor], Tensor], max_batch: int) -> None:
-        """The two sizes that serving uses most, so that no request pays for a first time."""
+        """Run the two sizes that serving uses most, so that no request pays for their first run."""
         for size in (1, max_batch):
             engine(self.pixels[torch.arange(size) % len(self.pixels)].contiguous(memory_format=torch.channels_last))
 
@@ -50,7 +50,7 @@ def _same_best(layer: nn.Module, features: Tensor, reference: Tensor) -> float:
 
 @torch.inference_mode()
 def _original_features(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """One by one, because no result may depend on its batch: float32 (P, D)."""
+    """Return the original's features, float32 (P, D), one image at a time, so that no result depends on its batch."""
     start = time.perf_counter()
     features: list[Tensor] = []
     for image in torch.split(pixels, 1):
@@ -62,7 +62,7 @@ def _original_features(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def probe_images(shape: Preprocessing) -> Tensor:
-    """The same every time: coarse random patterns with fine noise over them, uint8 (32, C, height, width)."""
+    """Return coarse random patterns with fine noise, uint8 (32, C, height, width), the same every time."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(IMAGES, shape.channels, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, size=(shape.height, shape.width), mode="bilinear", antialias=False)

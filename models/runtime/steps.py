@@ -1,6 +1,6 @@
-"""The batch sizes that a GPU computes: few, because cuDNN plans every layer anew for each size it has not seen.
+"""Batch sizes that a GPU computes. There are few, because cuDNN plans every layer anew for each new size.
 
-The plans belong to the thread that made them, so a server warms the steps in the thread that serves.
+The plans belong to the thread that made them, so a server warms up all sizes in the thread that serves.
 """
 
 import torch
@@ -10,7 +10,7 @@ BATCH_STEPS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def batch_step(images: int) -> int:
-    """The smallest step that holds so many images; beyond the last one, steps double."""
+    """Return the smallest step that holds so many images; beyond the last one, steps double."""
     step = next((step for step in BATCH_STEPS if step >= images), BATCH_STEPS[-1])
     while step < images:
         step *= 2
@@ -18,7 +18,7 @@ def batch_step(images: int) -> int:
 
 
 def steps_up_to(max_batch: int) -> list[int]:
-    """Every size that is computed where at most `max_batch` images travel together; the last one holds them all."""
+    """Return every size that is computed for batches of at most `max_batch` images, up to the one that holds them all."""
     steps = [1]
     while steps[-1] < max_batch:
         steps.append(batch_step(steps[-1] + 1))
@@ -26,9 +26,9 @@ def steps_up_to(max_batch: int) -> list[int]:
 
 
 def padded(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 (N, C, H, W) -> (step, C, H, W) on `device`, in the same memory format: black images fill the batch up.
+    """Return uint8 (N, C, H, W) as (step, C, H, W) on `device`, in the same memory format, filled up with black images.
 
-    Only the N real ones are copied there; from pinned memory the CPU does not wait for it.
+    Only the N real images are copied; the CPU does not wait for a copy from pinned memory.
     """
     images = len(pixels)
     channels_last = pixels.is_contiguous(memory_format=torch.channels_last)

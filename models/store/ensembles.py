@@ -1,10 +1,10 @@
 """Models made of models: several members' backbones, shared by their hash, under one head."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.architectures.licences import licences_of
-from models.classifier import Head, HeadConfig, Layer, MLPLayer, ModelConfig, layer_config
+from models.classifier import Head, Layer, MLPLayer, ModelConfig
 from models.errors import ModelNotFound, WeightsError
 from models.store.store import ModelStore
 
@@ -25,8 +25,7 @@ def ensemble(store: ModelStore, name: str, members: list[str]) -> ModelConfig:
     if (existing := _latest(store, name)) is not None and existing.lineage == lineage:
         return existing
     layers = [_tempered(store.load_head(config)) for config in configs]
-    head = Head(HeadConfig(kind="mean", layers=tuple(map(layer_config, layers))), len(configs[0].classes))
-    head.layers = nn.ModuleList(layers)
+    head = Head.mean_of(layers, len(configs[0].classes))
     return store.publish(name, [config.backbones[0] for config in configs], head, configs[0].classes, lineage=lineage)
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: backbones of the store, or an architecture without weights."""
+"""Finds what a run starts from: backbones of the store, or an architecture without weights."""
 
 from models import architectures
 from models.classifier import BackboneRef
@@ -11,9 +11,9 @@ from models.training.job.request import MAX_BASES, FinetuneRequest
 
 
 class Base(Record):
-    """One backbone to start from. `ref` is None where training starts from scratch."""
+    """One backbone to start from. `ref` is None if training starts from scratch."""
 
-    name: str  # of the model it was found by, or of the architecture
+    name: str  # of its model, or of the architecture
     version: int | None
     ref: BackboneRef | None
     architecture: str
@@ -22,12 +22,12 @@ class Base(Record):
     @property
     def stored(self) -> BackboneRef:
         if self.ref is None:
-            raise RuntimeError("a base of the store has its backbone")
+            raise RuntimeError("training from scratch has no stored backbone")
         return self.ref
 
 
 def bases_of(request: FinetuneRequest, store: ModelStore) -> tuple[Base, ...]:
-    """What the request names, or all that it chooses from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
+    """Return the bases that the request names, or all that it chooses from. Raises ModelNotFound, ArchitectureNotFound, TrainingError."""
     if request.mode == "scratch":
         architectures_named = (request.base,) if isinstance(request.base, str) else request.base or ()
         return tuple(_untrained(name, request.channels) for name in architectures_named)
@@ -50,7 +50,7 @@ def _untrained(architecture: str, channels: int) -> Base:
 
 
 def candidates(store: ModelStore, output: str | None = None) -> tuple[Base, ...]:
-    """Each backbone of the store once, by the first model that stands on it alone; the packaged ones are among them."""
+    """Return each backbone of the store once, by the first model that uses it alone; with the packaged ones."""
     packaged.provide(store, tuple(packaged.PACKAGES))
     found: dict[BackboneRef, Base] = {}
     for name in store.names():
@@ -61,13 +61,13 @@ def candidates(store: ModelStore, output: str | None = None) -> tuple[Base, ...]
 
 
 def _is_offspring(name: str, store: ModelStore) -> bool:
-    """Whether only the head is its own: then its backbone is found by its base, or by itself where the base is gone."""
+    """Return whether only the head is the model's own, and its base, by which the backbone is found, still exists."""
     lineage = store.config(name).lineage
     return lineage.get("mode") == "head" and lineage.get("base") in store.names()
 
 
 def _default(store: ModelStore) -> str:
-    """The model that requests get which name none; a store that serves nothing starts from the packaged one."""
+    """Return the store's default model, or the packaged one if it has none."""
     return store.serving().default or packaged.DEFAULT
 
 

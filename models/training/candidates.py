@@ -1,4 +1,4 @@
-"""The choice of a base: heads on several backbones' features, cross-validated on the same folds, against what each costs to run."""
+"""Compares bases by the accuracy of cross-validated heads on their features, and by their latency."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from torch import Tensor
 from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never
-from models.training.head.regression import RegressionProblem, cross_validate, threads_for
+from models.training.head.regression import RegressionProblem, cross_validate, part_of, threads_for
 from models.training.job.request import ResolvedHyperparameters
 
 
 @dataclass(frozen=True, eq=False)
 class BaseCandidate:
-    """A base to choose from, with its features of the training images."""
+    """A base to choose from, with its features for the training images."""
 
     name: str
     features: Tensor  # float32 (n, D)
-    latency_ms: float  # of one image, through this server's runtime
+    latency_ms: float  # for one image, on this machine
 
 
 class ScoredBase(Record):
-    """A candidate's line in the table."""
+    """A candidate's row in the table."""
 
     name: str
     accuracy: float  # of images while they were held out, at the best strength
@@ -33,7 +33,7 @@ class ScoredBase(Record):
 
 
 class BaseChoice(Record):
-    """All candidates, the most accurate first, and the one that was taken."""
+    """All candidates, the most accurate first, and the chosen one."""
 
     best: str
     max_latency_ms: float | None = None
@@ -43,7 +43,7 @@ class BaseChoice(Record):
 
     @property
     def seconds(self) -> float:
-        """Of training on all folds."""
+        """Return the seconds of training on all folds."""
         return (self.folds or 0) * sum(scored.seconds or 0.0 for scored in self.candidates)
 
 
@@ -57,9 +57,10 @@ def choose(
     progress: Progress,
     stop: Stop = never,
 ) -> BaseChoice:
-    """The most accurate of those that are fast enough; of equal ones the faster. Labels and groups (n,) are those of the features.
+    """Choose the most accurate candidate that is fast enough; among equals the faster. Labels and groups (n,) are those of the features.
 
-    When `stop` says yes, what is left is compared by the strongest penalty alone. Raises TrainingError where none is fast enough.
+    When `stop` returns True, the remaining candidates are compared at the strongest penalty only. Raises TrainingError if none is fast
+    enough.
     """
     fast = [c for c in candidates if max_latency_ms is None or c.latency_ms <= max_latency_ms]
     if not fast:
@@ -72,7 +73,7 @@ def choose(
     for number, candidate in enumerate(candidates):
         with threads_for(candidate.features.numel() * num_classes):
             problem = RegressionProblem.of(candidate.features, labels, num_classes, settings)
-            found = cross_validate(problem, groups, _share(progress, number, len(candidates)), stop).best
+            found = cross_validate(problem, groups, part_of(progress, number, len(candidates)), stop).best
         scored.append(_scored(candidate, found.cv_accuracy, found.spread))
     table, names = ranked(scored), {c.name for c in fast}
     best = next(s for s in table if s.name in names)
@@ -80,7 +81,7 @@ def choose(
 
 
 def ranked(scored: Sequence[ScoredBase]) -> tuple[ScoredBase, ...]:
-    """The most accurate first; of equal ones the cheaper."""
+    """Return the candidates sorted: the most accurate first, among equals the cheaper."""
     return tuple(sorted(scored, key=lambda s: (-s.accuracy, s.latency_ms or 0.0, s.seconds or 0.0)))
 
 
@@ -91,8 +92,3 @@ def _scored(candidate: BaseCandidate, accuracy: float, spread: float) -> ScoredB
         spread=round(spread, 6),
         latency_ms=round(candidate.latency_ms, 3),
     )
-
-
-def _share(progress: Progress, number: int, of: int) -> Progress:
-    """The progress of one part of the work, `number` from 0, as progress of the whole."""
-    return lambda done: progress((number + done) / of)

@@ -1,4 +1,4 @@
-"""What every step of a run works with: the request, the data, where things are kept, and the clock."""
+"""The state that every step of a run uses: request, data, folders, settings and clock."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from models.training.job.request import Budget, Event, FinetuneRequest, Mode, Ph
 
 @dataclass
 class Clock:
-    """Seconds by phase, of this process."""
+    """Seconds of this process, by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -44,14 +44,14 @@ class Clock:
 
 
 class RunRecord(Record):
-    """Who a run is, and what it was begun on: made at its first start, the same at every other, whatever the store serves meanwhile."""
+    """A run's identity, data and bases. Made at its first start and kept when it resumes, whatever the store serves by then."""
 
     run: str
     dataset_sha256: str
     bases: tuple[Base, ...]
-    choice: BaseChoice | None = None  # among the bases, once it is made
+    choice: BaseChoice | None = None  # among the bases, after it is made
     on_gpu: bool = False
-    limits: Limits = DEFAULT_LIMITS  # on its images
+    limits: Limits = DEFAULT_LIMITS  # for its images
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord | None":
@@ -63,7 +63,7 @@ class RunRecord(Record):
         atomic_files.replace(folder / RUN, to_json(self))
 
     def check(self, data: LoadedDataset) -> None:
-        """Raises DatasetError where the images are no longer those."""
+        """Raise DatasetError if the images have changed."""
         if self.dataset_sha256 != data.sha256:
             raise DatasetError(
                 f"the files of {data.name} have changed since this run began: what it has learned belongs to the old ones; "
@@ -97,12 +97,12 @@ class TrainingContext:
 
     @property
     def held_out(self) -> Tensor:
-        """Rows (n,) that neither weights nor temperature were fitted to, where there are such; otherwise those of validation."""
+        """Return the test rows (n,), to which neither weights nor temperature are fitted; the validation rows if there are none."""
         return self.data.rows["test"] if len(self.data.rows["test"]) else self.data.rows["val"]
 
     @property
     def budget(self) -> Budget:
-        """The request's, less the seconds of the folds on which an architecture was chosen."""
+        """Return the request's budget without the seconds that the choice of an architecture took."""
         limit, choice = self.request.budget.max_seconds, self.run.choice
         if limit is None or choice is None:
             return self.request.budget
@@ -119,13 +119,13 @@ class TrainingContext:
         return lambda done: self.progress(Event(phase, done))
 
     def precision(self, backbone: Backbone) -> Precision:
-        """Of a stored backbone's features on this run's device."""
+        """Return the precision of a stored backbone's features on this run's device."""
         if backbone.ref not in self._precisions:
             self._precisions[backbone.ref] = feature_precision(backbone, self.device)
         return self._precisions[backbone.ref]
 
     def pixels(self, preprocessing: Preprocessing) -> tuple[Tensor, tuple[bytes, ...]]:
-        """All images under another preprocessing, uint8 (N, C, H, W), and their digests; decoded again where need be."""
+        """Return all images with this preprocessing, uint8 (N, C, H, W), and their digests; decoded again if necessary."""
         if preprocessing == self.bases[0].preprocessing:
             return self.data.pixels, self.data.digests
         if preprocessing not in self._pixels:
@@ -142,5 +142,5 @@ class TrainingContext:
 
 
 def forget(folder: Path) -> None:
-    """After this, the folder begins a new run. Called once the result is safe: before, a run begun again must know what it published."""
+    """Remove the run's record, so that the folder starts a new run. Call it when the result is safe: until then a resumed run needs it."""
     (folder / RUN).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One training run, from a request to a published version and its report:
+"""Runs a training, from a request to a published version and its report:
 
 audit and split -> cached features of frozen backbones and a head, or the whole network -> temperature -> evaluation
     -> comparison with what is served -> a version in the store -> the report
@@ -41,8 +41,7 @@ from models.uncertainty import Reference
 
 __all__ = ["Event", "FinetuneRequest", "folder_of", "prepare", "run"]
 
-
-ENOUGH = 100  # training images of a class, from which on mode auto trains the backbone too, where there is a GPU
+ENOUGH = 100  # training images of each class from which mode auto trains the backbone too, on a GPU
 
 
 def run(
@@ -57,11 +56,11 @@ def run(
     limits: Limits = DEFAULT_LIMITS,
     follow_links: bool = False,
 ) -> JobResult:
-    """Train and publish the next version of `request.name`; blocks until it is done. Whether it is to be served is said, not done.
+    """Train and publish the next version of `request.name`; block until it is done. The result says whether to serve it.
 
-    A run that was killed goes on when it is asked for again with the same `job_dir`. `stop` may become true: then the best so far is
-    published. Raises ModelNotFound, ArchitectureNotFound (base), DatasetError, TrainingError, OSError, and DeviceUnavailable where
-    `device`, as the setting of that name, cannot be used. `follow_links`: also out of the dataset's folder, which the server never does.
+    A run that was killed resumes when it is called again with the same `job_dir`. When `stop` returns True, the best so far is published.
+    `device` is as the setting of that name. `follow_links` also follows links out of the dataset's folder, which the server never does.
+    Raises ModelNotFound, ArchitectureNotFound (base), DatasetError, TrainingError, OSError, DeviceUnavailable.
     """
     tune_allocator()  # on two cores, a quarter more images a second
     with torch.random.fork_rng(devices=[]):
@@ -106,13 +105,13 @@ def prepare(
     limits: Limits = DEFAULT_LIMITS,
     follow_links: bool = False,
 ) -> TrainingContext:
-    """Everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
+    """Do everything up to training: bases, audit, split, hyperparameters. Without a folder nothing is written."""
     begun = RunRecord.read(folder) if folder else None
-    limits = begun.limits if begun else limits  # other images may be good under others
-    # A run that began on a GPU does not go on for days on a CPU: without a usable GPU it fails and says why.
+    limits = begun.limits if begun else limits  # other limits may accept other images
+    # A run that began on a GPU fails without one, because it could take days on a CPU.
     there = devices("cuda" if device == "auto" and begun is not None and begun.on_gpu else device)
     if there[0].type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with buffers of its own
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
         torch.cuda.set_device(there[0])
     leave_memory(there[0])
     clock, reading = Clock(), Reading(request.layout, request.encoding, follow_links)
@@ -139,7 +138,7 @@ def prepare(
     mode = _mode(request, data, there[0])
     settings = effective(request, mode, len(data.rows["train"]), _precision(mode, there[0]), len(there))
     if len(bases) == 1 and mode != "head":
-        train.fresh_of(bases[0], settings)  # refuses a stage that the network does not have
+        train.fresh_of(bases[0], settings)  # raises for a stage that the network does not have
     on_gpu = there[0].type == "cuda"
     run = begun or RunRecord(
         run=uuid.uuid4().hex, dataset_sha256=data.sha256, bases=bases, on_gpu=on_gpu, limits=limits
@@ -155,7 +154,7 @@ def prepare(
 
 
 def _mode(request: FinetuneRequest, data: dataset.LoadedDataset, device: torch.device) -> Mode:
-    """`auto`: the backbone trains too where a GPU makes that quick and every class has images enough."""
+    """Return the mode; for `auto`, the backbone trains too if there is a GPU and every class has enough images."""
     if request.mode != "auto":
         return request.mode
     fewest = min(data.audit.class_counts["train"].values())
@@ -169,7 +168,7 @@ def _precision(mode: Mode, device: torch.device) -> Precision:
 
 
 def _publish(job: TrainingContext, trained: TrainingResult, report: Report, reference: Reference) -> ModelConfig:
-    """The next version; or the one that this very run has published already, before it was killed."""
+    """Publish the next version, or return the one that this run published before it was killed."""
     job.progress(Event("publish", 0.0))
     name, refs = job.request.name, [backbone.ref for backbone in trained.backbones]
     return published(job.store, name, job.run.run) or job.store.publish(
@@ -178,7 +177,7 @@ def _publish(job: TrainingContext, trained: TrainingResult, report: Report, refe
 
 
 def folder_of(request: FinetuneRequest, root: Path, fresh: bool) -> Path:
-    """Where the run of this very request keeps its state, so that the same command goes on with it; emptied if it is to be `fresh`."""
+    """Return the folder where the run of this request keeps its state, so that the same command resumes it; emptied if `fresh`."""
     folder = root / f"{request.name}-{hashlib.sha256(request.model_dump_json().encode()).hexdigest()[:12]}"
     if fresh and folder.exists():
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""From bases to trained backbones and a head, by each of the modes."""
+"""Trains backbones and a head from the bases, in each mode."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from models.training.evaluation.evaluate import outputs
 from models.training.evaluation.layer_activity import TrainedLayer, head_layer, layers_of
 from models.training.head.feature_sum import fit_sum
 from models.training.head.features import Extractor, Stopped
+from models.training.head.mean import fit_mean
 from models.training.head.regression import Fit, fit
 from models.training.job.job_files import StopReason
 from models.training.job.request import Event, ResolvedHyperparameters
@@ -28,20 +29,20 @@ from models.training.network.augment import augmented_copy
 from models.training.network.auxiliary import auxiliary
 from models.training.network.batches import AugmentedImages, first_images, spread
 from models.training.network.freezing import fresh_stages, initialise_anew, stages
-from models.training.network.trainer import History
+from models.training.network.trainer import History, TrainingPlan
 
 CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """Backbones as they lie in the store, a head for them, and how they came about."""
+    """Backbones as stored, their head, and the record of their training."""
 
     backbones: tuple[Backbone, ...]
     head: Head
     features: Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) per backbone
     layers: tuple[TrainedLayer, ...]
-    sample: AugmentedImages  # of what it was trained on
+    sample: AugmentedImages  # of the training images
     fresh: tuple[str, ...] = ()  # stages that were initialised anew
     fit: Fit | None = None
     history: History | None = None
@@ -49,12 +50,12 @@ class TrainingResult:
 
     @torch.inference_mode()
     def scores(self, rows: Tensor) -> Tensor:
-        """Of the images at `rows` (n,): float32 (n, C), before the temperature."""
+        """Return the scores of the images at `rows` (n,), float32 (n, C), before the temperature."""
         return self.head(*self.features(rows))  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def probabilities(self, rows: Tensor) -> Tensor:
-        """As it will be served, (n, C)."""
+        """Return the probabilities as they will be served, (n, C)."""
         return self.head.probabilities(*self.features(rows))
 
 
@@ -63,7 +64,7 @@ def train(job: TrainingContext) -> TrainingResult:
 
 
 def calibrate(job: TrainingContext, trained: TrainingResult) -> Calibration:
-    """Gives the head its temperature, fitted on validation."""
+    """Fit the temperature on the validation part, and set it in the head."""
     rows = job.data.rows["val"]
     found = calibration.calibrate(trained.scores(rows), job.data.labels[rows])
     trained.head.config = trained.head.config.model_copy(update={"temperature": found.temperature})
@@ -74,7 +75,7 @@ def calibrate(job: TrainingContext, trained: TrainingResult) -> Calibration:
 
 
 def train_head(job: TrainingContext) -> TrainingResult:
-    """The backbones are in eval mode, and so they stay: batch norm's statistics are the base's."""
+    """Fit a head. The backbones stay in eval mode, so batch norm's statistics are the base's."""
     backbones = tuple(job.store.load_backbone(base.stored) for base in job.bases)
     with job.clock.phase("features"):
         every = [cached_features(job, backbone) for backbone in backbones]
@@ -95,7 +96,7 @@ def train_head(job: TrainingContext) -> TrainingResult:
 
 
 class HeadTrainingData(NamedTuple):
-    """What a head is fitted to: the training images, then each of their augmented copies."""
+    """The data that a head is fitted to: the training images, then each of their augmented copies."""
 
     features: list[Tensor]  # one float32 (n, D) per backbone
     labels: Tensor  # int64 (n,)
@@ -106,17 +107,18 @@ class HeadTrainingData(NamedTuple):
 def _fit(job: TrainingContext, shown: HeadTrainingData) -> Fit:
     classes, tell = len(job.data.classes), job.tell("train")
     if len(shown.features) > 1:
-        return fit_sum(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
+        fit_all = fit_mean if job.settings.ensemble == "mean" else fit_sum
+        return fit_all(shown.features, shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
     return fit(shown.features[0], shown.labels, classes, shown.groups, job.settings, tell, job.is_to_end)
 
 
 def cached_features(job: TrainingContext, backbone: Backbone) -> Tensor:
-    """Of all images, float32 (N, D)."""
+    """Return the features of all images, float32 (N, D)."""
     return compute_features(job, backbone, *job.pixels(backbone.ref.preprocessing))
 
 
 def compute_features(job: TrainingContext, backbone: Backbone, pixels: Tensor, digests: Sequence[bytes]) -> Tensor:
-    """Of these images, from the cache where it has them. Raises TrainingError where the run is to end before there is anything to keep."""
+    """Return the features of these images, cached ones from disk. Raises TrainingError if the run ends before all are there."""
     try:
         return job.cache.features(
             backbone,
@@ -137,7 +139,10 @@ def compute_features(job: TrainingContext, backbone: Backbone, pixels: Tensor, d
 
 
 def training_features(job: TrainingContext, backbones: Sequence[Backbone], every: Sequence[Tensor]) -> HeadTrainingData:
-    """`every`: the features of all images, of each backbone. The sample is of the last copy that the last backbone saw."""
+    """Return what the head is fitted to, from the features `every` of all images by each backbone.
+
+    The sample shows the last copy for the last backbone.
+    """
     rows, copies = job.data.rows["train"], job.settings.copies
     shown, places = [], spread(rows)
     for backbone, features in zip(backbones, every, strict=True):
@@ -158,7 +163,7 @@ def training_features(job: TrainingContext, backbones: Sequence[Backbone], every
 
 
 def train_network(job: TrainingContext) -> TrainingResult:
-    """Train the backbone and the last layer; what goes on is the backbone as it was stored, rounding included."""
+    """Train the backbone and the last layer. The result has the backbone as it was stored, with its rounding."""
     base = job.bases[0]
     fresh = fresh_of(job.bases[0], job.settings)
     backbone, layer = _parts(job, fresh)
@@ -180,25 +185,23 @@ def train_network(job: TrainingContext) -> TrainingResult:
 
 
 def fit_network(job: TrainingContext, network: nn.Sequential, path: Path) -> History:
-    """Trains a backbone and its last layer in place, going on from the checkpoint at `path` where there is one."""
+    """Train a backbone and its last layer in place, resuming from the checkpoint at `path` if there is one."""
     base, settings = job.bases[0], job.settings
-    train_network = distributed.train if settings.devices > 1 else whole.train
-    return train_network(
-        network,
+    plan = TrainingPlan(
         job.data,
         base.preprocessing,
         settings,
         job.request.early_stopping.for_epochs(settings.epochs),
         job.budget,
         path,
-        job.progress,
-        job.stop,
         auxiliary(base.architecture, len(job.data.classes)),
     )
+    train_network = distributed.train if settings.devices > 1 else whole.train
+    return train_network(network, plan, job.progress, job.stop)
 
 
 def fresh_of(base: Base, settings: ResolvedHyperparameters) -> tuple[str, ...]:
-    """The base's stages to initialise anew. Raises TrainingError where `fresh_from` or `freeze_until` do not fit its network."""
+    """Return the base's stages to initialise anew. Raises TrainingError if `fresh_from` or `freeze_until` do not fit its network."""
     if base.ref is None or (settings.fresh_from is None and settings.freeze_until is None):
         return ()
     outline = architectures.create_backbone(base.architecture, base.preprocessing.channels)
@@ -206,8 +209,8 @@ def fresh_of(base: Base, settings: ResolvedHyperparameters) -> tuple[str, ...]:
 
 
 def _parts(job: TrainingContext, fresh: Sequence[str]) -> tuple[nn.Module, Layer]:
-    """Backbone and last layer: both new, or the base's backbone, its stages `fresh` new, and a new linear layer, fitted to it first if
-    that is the mode."""
+    """Return the backbone and the last layer to train: both new, or the base's backbone with new stages `fresh` and a new linear layer,
+    which mode head_then_finetune fits first."""
     classes, base = len(job.data.classes), job.bases[0]
     if job.mode == "scratch":
         network = architectures.create(base.architecture, classes, base.preprocessing.channels)
@@ -222,7 +225,7 @@ def _parts(job: TrainingContext, fresh: Sequence[str]) -> tuple[nn.Module, Layer
 
 
 def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
-    """The layer that mode head finds: on the base's features, or on those of a backbone that is no longer the base's."""
+    """Return the layer that mode head fits, on the base's features or on those of the `changed` backbone."""
     job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
     if changed is None:
         head = train_head(job).head
@@ -240,7 +243,7 @@ def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
 
 
 def _features_of(job: TrainingContext, backbone: Backbone) -> Callable[[Tensor], list[Tensor]]:
-    """Computed once for each set of rows that is asked for."""
+    """Return a function that computes the features of rows, once for each set of rows."""
     extract = Extractor(backbone, job.device, job.precision(backbone))
     known: dict[bytes, Tensor] = {}
 

@@ -1,10 +1,10 @@
-"""The trainer process. A crash, a leak or an out-of-memory here never touches the server.
+"""The trainer process. A crash, a leak or exhausted memory here does not affect the server.
 
-job.json -> run -> result.json     stdout: one JSON event a line     stderr: what people debug with
+job.json -> run -> result.json     stdout: one JSON event per line     stderr: diagnostics
 
-stdin: a JSON line that names the folder, where the command line does not; a line "stop" ends the run early and keeps the best; its
-end means that the server is gone, and ends the process. SIGTERM ends it at once: checkpoints are written beside and renamed, so
-there is nothing to tidy. This module imports nothing heavy by itself: torch is imported once the process has made itself modest.
+stdin: a JSON line that names the folder, if the command line does not; a line "stop" ends the run early and keeps the best result; the end
+of stdin means that the server has ended, and ends the process. SIGTERM ends it at once: checkpoints are written atomically, so nothing has
+to be cleaned up. This module imports nothing heavy by itself: torch is imported after the process has lowered its priority.
 """
 
 import importlib
@@ -21,60 +21,30 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from models.training.job.parent_process import die_with_parent, explain, ran_out_of_disk
 
 if TYPE_CHECKING:
-    from models.images.cost import Limits
     from models.store.store import ModelStore
     from models.training.job.job_files import JobResult, JobSpec
-    from models.training.job.request import Event, FinetuneRequest
+    from models.training.job.request import Event
 
-EVENT_S = 0.25  # at most one plain sign of progress in so many seconds
+RunFunction = Callable[..., "JobResult"]  # `models.training.run.run`
+DryRunFunction = Callable[..., dict[str, Any]]  # `models.training.dry_run.dry_run`
+
+EVENT_S = 0.25  # shortest time between two plain progress events
 NICE = 19
-OOM_SCORE = 500  # of 1000: where memory runs out, the kernel takes the trainer before the server
-EXIT_ORPHANED = 1  # the server is gone
+OOM_SCORE = 500  # of 1000: when memory runs out, the kernel ends the trainer before the server
+EXIT_ORPHANED = 1  # the server has ended
 STDIN = 0
 
 
-class RunFunction(Protocol):
-    """`models.training.run.run`: trains, publishes, and says what came of it. `stop` becomes true when the run is to end early."""
-
-    def __call__(
-        self,
-        request: "FinetuneRequest",
-        store: "ModelStore",
-        progress: Callable[["Event"], None],
-        *,
-        job_dir: Path,
-        cache: Path,
-        stop: Callable[[], bool],
-        device: str,
-        limits: "Limits",
-    ) -> "JobResult": ...
-
-
-class DryRunFunction(Protocol):
-    """`models.training.dry_run.dry_run`: the audit, the split and the estimate, fit for JSON."""
-
-    def __call__(
-        self,
-        request: "FinetuneRequest",
-        store: "ModelStore",
-        progress: Callable[["Event"], None],
-        *,
-        cache: Path,
-        device: str,
-        limits: "Limits",
-    ) -> dict[str, Any]: ...
-
-
 def be_modest() -> None:
-    """Serving goes first: on the CPU, and when memory runs out. Threads started from here on inherit it."""
+    """Give way to serving, for the CPU and when memory runs out. Threads that are started afterwards inherit it."""
     os.nice(NICE)
     if sys.platform == "linux":
-        with suppress(OSError):  # outside a container every session is weighed as one, whatever its processes' niceness
+        with suppress(OSError):  # otherwise the kernel weighs the session as one, whatever its processes' niceness
             Path("/proc/self/autogroup").write_text(str(NICE))
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with suppress(OSError):
@@ -88,12 +58,12 @@ def main(
     *,
     dry_run: bool = False,
 ) -> int:
-    """Runs the job of this folder, or its dry run, and returns the exit code: 0 once result.json says how it ended, without one
-    EXIT_DISK_FULL where the disk is full and EXIT_DEVICE_LOST where the GPU is lost.
+    """Run the job of this folder, or its dry run, and return the exit code.
 
-    Without a folder it gets ready, and waits until stdin names one; nothing is done where stdin ends instead.
+    It is 0 if result.json says how the job ended; EXIT_DISK_FULL and EXIT_DEVICE_LOST come without one. Without a folder the process
+    imports what it needs, and waits until stdin names one; if stdin ends instead, nothing is done.
     """
-    die_with_parent()  # before any import, which takes its time once this process is modest
+    die_with_parent()  # before any import, which takes long at low priority
     _end_orphaned()
     from models.training.job.job_files import EXIT_DEVICE_LOST, EXIT_DISK_FULL
 
@@ -111,43 +81,41 @@ def main(
         return _hand_over(folder, rehearsal(folder, rehearse or _rehearse, reporter))
     result = work(folder, run or _run, reporter, stop.is_set)
     if result.error is not None and result.error.code == "disk_full":
-        return EXIT_DISK_FULL  # and no result: the server begins again once there is space
+        return EXIT_DISK_FULL  # without a result: the server starts it again when there is space
     if result.error is not None and result.error.code == "device_lost":
-        return EXIT_DEVICE_LOST  # a new process goes on from the checkpoint
+        return EXIT_DEVICE_LOST  # a new process resumes from the checkpoint
     return _hand_over(folder, result)
 
 
 def work(folder: Path, run: RunFunction, progress: Callable[["Event"], None], stop: Callable[[], bool]) -> "JobResult":
-    """The run of `job.json`; every failure is a result too."""
-    from models.training.job.job_files import JobResult
+    """Do the run of `job.json`. Every failure is a result too."""
 
-    try:
-        order, store = _prepare(folder)
-        return run(
-            order.request,
-            store,
-            progress,
-            job_dir=folder,
-            cache=order.cache,
-            stop=stop,
-            device=order.device,
-            limits=order.limits,
-        )
-    except Exception as error:
-        traceback.print_exc()
-        return JobResult(status="failed", error=explain(error))
+    def trained(job: "JobSpec", store: "ModelStore") -> "JobResult":
+        options: dict[str, Any] = {"job_dir": folder, "stop": stop}
+        return run(job.request, store, progress, cache=job.cache, device=job.device, limits=job.limits, **options)
+
+    return _result(folder, trained)
 
 
 def rehearsal(folder: Path, dry_run: DryRunFunction, progress: Callable[["Event"], None]) -> "JobResult":
-    """The dry run of `job.json`: writes `dry_run.json`."""
+    """Do the dry run of `job.json`, and write `dry_run.json`."""
     from models.files.atomic_files import replace
     from models.training.job.job_files import DRY_RUN, JobResult
 
-    try:
-        order, store = _prepare(folder)
-        found = dry_run(order.request, store, progress, cache=order.cache, device=order.device, limits=order.limits)
+    def planned(job: "JobSpec", store: "ModelStore") -> "JobResult":
+        found = dry_run(job.request, store, progress, cache=job.cache, device=job.device, limits=job.limits)
         replace(folder / DRY_RUN, json.dumps(found, allow_nan=False).encode())
         return JobResult(status="succeeded")
+
+    return _result(folder, planned)
+
+
+def _result(folder: Path, function: Callable[["JobSpec", "ModelStore"], "JobResult"]) -> "JobResult":
+    """Return the function's result, or that of its failure."""
+    from models.training.job.job_files import JobResult
+
+    try:
+        return function(*_prepare(folder))
     except Exception as error:
         traceback.print_exc()
         return JobResult(status="failed", error=explain(error))
@@ -162,7 +130,9 @@ def _prepare(folder: Path) -> tuple["JobSpec", "ModelStore"]:
     from models.training.job.job_files import JOB, NO_DATASET, JobSpec
 
     order = read_record(folder / JOB, JobSpec)
-    if os.path.realpath(order.request.dataset) != str(order.request.dataset):  # a link has come since the server looked
+    if os.path.realpath(order.request.dataset) != str(
+        order.request.dataset
+    ):  # a link was put there after the server's check
         raise DatasetError(NO_DATASET)
     torch.set_num_threads(order.threads)
     return order, ModelStore(order.weights)
@@ -181,7 +151,7 @@ def _rehearse(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _hand_over(folder: Path, result: "JobResult") -> int:
-    """Writes result.json. Whoever finds none where the process ended by itself looks at the exit code."""
+    """Write result.json. If it is missing, the exit code says why."""
     from models.files.atomic_files import replace
     from models.files.records import to_json
     from models.training.job.job_files import EXIT_DISK_FULL, RESULT
@@ -198,7 +168,7 @@ def _hand_over(folder: Path, result: "JobResult") -> int:
 
 
 class Reporter:
-    """Writes events to the server: each message, epoch, change of phase and end of one, and otherwise a few a second."""
+    """Writes events to the server: every message, epoch, and start and end of a phase, and otherwise a few per second."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -215,28 +185,28 @@ class Reporter:
         try:
             self._out.write(json.dumps(fields) + "\n")
             self._out.flush()
-        except BrokenPipeError:  # no failure of the run: the next server goes on from its checkpoint
+        except BrokenPipeError:  # not a failure of the run: the next server resumes it
             os._exit(EXIT_ORPHANED)
 
 
 def _sayable(value: Any) -> bool:
-    """JSON has no NaN, and None goes without saying."""
+    """Return whether an event shows the value: not None, and a number that JSON has."""
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _take_stdout() -> TextIO:
-    """The real stdout, for events alone: what a library prints goes to stderr from now on."""
+    """Return the real stdout, for events only; what libraries print goes to stderr from now on."""
     sys.stdout.flush()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return events
 
 
-# stdin is read by its descriptor: a thread that holds the lock of sys.stdin makes the interpreter abort at its end.
+# stdin is read by its descriptor: a thread that holds the lock of sys.stdin makes the interpreter abort when it ends.
 
 
 def _get_ready() -> None:
-    """Imports what a run will import; what only some runs do, seconds as well, while no job is waiting."""
+    """Import what a run needs; if no job is waiting, also what only some runs need, which takes seconds."""
     modules = ["models.training.run", "models.training.dry_run"]
     if not select.select([STDIN], [], [], 0)[0]:
         modules += ["torchvision.models", "tensorboardX"]
@@ -245,7 +215,7 @@ def _get_ready() -> None:
 
 
 def _read_line(stdin: int) -> bytes | None:
-    """None at the end. Byte by byte, so that it takes nothing of the next line."""
+    """Return a line, or None at the end. Reads byte by byte, so that nothing of the next line is taken."""
     line = b""
     while byte := os.read(stdin, 1):
         if byte == b"\n":
@@ -262,7 +232,7 @@ def _listen(stop: threading.Event) -> None:
 
 
 def _end_orphaned() -> None:
-    """A parent that ended before it could be watched has left a pipe that nobody writes to."""
+    """Exit if the parent ended before it could be watched, which leaves a pipe without a writer."""
     stdin = select.poll()
     stdin.register(STDIN, 0)
     if any(event & select.POLLHUP for _, event in stdin.poll(0)):

@@ -1,8 +1,8 @@
-"""The images that wait for one backbone: how many a client may have there, in which order they are served, how many travel together.
+"""The queue of images for one backbone: the limits for each client, the order of service, and the size of a batch.
 
 admit (before anything is decoded) -> Shares: room for the images and bytes of each client, or QueueFull
 push -> FairQueue: clients take turns, and within a client its models -> pop
-                                     BatchBudget: whether the next one joins the batch that is cut
+                                     BatchBudget: whether the next one joins the batch
 """
 
 import asyncio
@@ -31,14 +31,14 @@ Flow = tuple[str, str]  # client and model: images of one flow are served in ord
 K = TypeVar("K", bound=Hashable)
 L = TypeVar("L", bound=Sized)
 
-QUEUE_SHARE = 7 / 8  # of the room that the others leave, for one client
+QUEUE_SHARE = 7 / 8  # of the room that other clients leave free, for one client
 COST = 1.0  # of an image, in units of the start tags
 RATE_MEMORY = 0.8  # weight of the past in the drain rate: about the last five batches
-RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, so long until a larger batch is tried again
+RAISE_LIMIT_AFTER_S = 60.0  # after an out-of-memory, until a larger batch is tried again
 
 SHORT_S = 0.005  # a batch this short is never cut
-SINGLES = 1.5  # times that a single image takes: the longest short batch where that is more
-QUIET_S = 2.0  # so long after its last image a quiet client is still expected
+SINGLES = 1.5  # a short batch may take this many times as long as a single image, if that is more than SHORT_S
+QUIET_S = 2.0  # after its last image, a quiet client is expected for this long
 MEMORY = 0.8  # weight of the past in the measured times
 
 
@@ -53,17 +53,17 @@ class Item:
     pixels: Tensor  # uint8 (C, H, W)
     parts: Sequence[PartFunction]
     deadline: float  # time.monotonic()
-    head_start_s: float = 0.0  # within its flow it waits as if it had come so much earlier; negative: later
-    mapped: bool = False  # its map is wanted too
+    head_start_s: float = 0.0  # within its flow it is served as if it had come this much earlier; negative: later
+    mapped: bool = False  # whether its map is wanted too
     flow: Flow = ("", "")
     decode_ms: float = 0.0
-    origin: object = None  # its request's span, where that is traced
+    origin: object = None  # its request's span, if that is traced
     future: asyncio.Future[Output] = field(default_factory=_future)
     submitted_at: float = field(default_factory=time.monotonic)
 
     @property
     def turn(self) -> float:
-        """The smallest of a flow goes first."""
+        """Return the order within a flow: the smallest is served first."""
         return self.submitted_at - self.head_start_s
 
 
@@ -71,9 +71,9 @@ class Shares:
     """A bounded amount (bytes, images) that clients hold together: at most `most`, but the first amount always fits, so that a single
     large request is possible.
 
-    What one client may hold is a share of what the other clients leave free, and what one key of a client (a model, a request) may hold is
-    the same share of what its other keys leave. Some room is therefore always free for the next client, however many hold as much as they
-    can (dynamic thresholds: Choudhury and Hahne, 1998).
+    One client may hold a share of what the other clients leave free, and one key of a client (a model, a request) the same share of what
+    the client's other keys leave. So some room is always free for the next client, however many hold as much as they may (dynamic
+    thresholds: Choudhury and Hahne, 1998).
     """
 
     def __init__(self, most: int, share: float) -> None:
@@ -151,7 +151,7 @@ class Turns(Generic[L]):
         return key, self.lines[key]
 
     def served(self, number: int) -> None:
-        """Moves the head on after one of its images was taken; drops it if it is empty."""
+        """Advance the head after one of its images was taken; remove it if it is empty."""
         self._now, _, key = self._tags[0]
         if self.lines[key]:
             heapreplace(self._tags, (self._now + COST, number, key))
@@ -218,26 +218,26 @@ class FairQueue:
 
 
 class BatchBudget:
-    """How long a batch may take while somebody else waits for the same backbone. Under the batcher's lock, but for `computed`, which a
+    """Limits the time of a batch while others wait for the same backbone. Used under the batcher's lock, except for `computed`, which a
     device's thread calls.
 
-    A client that sends few images at a time and shares a backbone with a flood waits for the batch under way and then for its own. So while
-    there is such a client, the batches of the flood are cut to the time of about one forward pass, and none of its images joins the batch
-    of the other. All other traffic has full batches: one client alone, many that send a little each, and several that each send more than a
-    short batch.
+    A client that sends few images at a time and shares a backbone with a flood waits for the current batch and then for its own. While
+    there is such a client, batches of the flood are limited to about the time of one forward pass, and none of its images joins the other
+    client's batch. All other traffic has full batches: one client alone, many that send a little each, and several that each send more than
+    a short batch.
     """
 
     def __init__(self) -> None:
-        self._single_s = 0.0  # of a pass with one image; 0: not measured
-        self._rate = 0.0  # images a second of compute
-        self._room = 1  # for images of a flood, in the batch that is cut
+        self._single_s = 0.0  # seconds of a pass with one image; 0: not measured
+        self._rate = 0.0  # images per second of compute
+        self._room = 1  # for images of a flood, in the current batch
         self._quiet: Flow | None = None
         self._quiet_until = 0.0
-        self._earlier: Flow | None = None  # the quiet flow before, so that one flow alone never counts as two
+        self._earlier: Flow | None = None  # the quiet flow before, so that a single flow never counts as two
         self._earlier_until = 0.0
 
     def computed(self, images: int, seconds: float) -> None:
-        """Notes what a forward pass took."""
+        """Record the time of a forward pass."""
         seconds = max(seconds, 1e-6)
         self._rate = _mixed(self._rate, images / seconds)
         if images == 1:
@@ -245,7 +245,7 @@ class BatchBudget:
 
     @property
     def short(self) -> int:
-        """Returns how many images make a short batch."""
+        """Return how many images a short batch has."""
         return max(1, int(self._rate * max(SHORT_S, SINGLES * self._single_s)))
 
     def admits(self, flow: Flow, most: int, images: int, now: float) -> bool:
@@ -264,7 +264,7 @@ class BatchBudget:
         self._quiet_until = now + QUIET_S
 
     def _expects_other(self, flow: Flow, now: float) -> bool:
-        """Returns whether a quiet flow other than `flow` was served lately."""
+        """Return whether a quiet flow other than `flow` was served recently."""
         if flow != self._quiet:
             return now < self._quiet_until
         return now < self._earlier_until
@@ -275,7 +275,7 @@ def _mixed(past: float, new: float) -> float:
 
 
 class BackboneQueue:
-    """The images that wait for one backbone, bounded by count and by bytes; `runtimes` holds its replica on each device."""
+    """The waiting images of one backbone, bounded by count and by bytes; `runtimes` has its replica on each device."""
 
     def __init__(
         self,
@@ -297,9 +297,9 @@ class BackboneQueue:
 
     @contextmanager
     def admit(self, images: int, size: int, flow: Flow = ("", "")) -> Iterator[None]:
-        """Room for a request's images, taken before anything is decoded and given back when they are answered. Event loop only.
+        """Reserve room for a request's images, before they are decoded and until they are answered. Event loop only.
 
-        Raises QueueFull where all clients together, or this one, or this one for this model, would hold too much.
+        Raises QueueFull if all clients together, this client, or this client for this model would hold too much.
         """
         if not (self._images.fits(*flow, images) and self._bytes.fits(*flow, size)):
             raise QueueFull(
@@ -318,11 +318,11 @@ class BackboneQueue:
             self._metrics.waiting(self.name).set(self._images.total)
 
     def drain_s(self) -> float:
-        """Seconds until what waits now is answered, at the measured rate."""
+        """Return the seconds until all waiting images are answered, at the measured rate."""
         return self._images.total / self.images_per_s if self.images_per_s else 1.0
 
     def batch_limit(self, device: torch.device) -> int:
-        """How many images may travel together; halved by an out-of-memory, doubled again after a while."""
+        """Return the most images in one batch; halved by an out-of-memory, and doubled again after a while."""
         limit, most = self.limits[device], self.runtimes[device].max_batch
         if limit < most and time.monotonic() - self._limited_at[device] > RAISE_LIMIT_AFTER_S:
             self.limits[device] = limit = min(most, 2 * limit)
@@ -337,7 +337,7 @@ class BackboneQueue:
         )
 
     def batch_done(self, images: int, oldest: float) -> None:
-        """Updates the drain rate: images over the time since the last batch, or since the oldest image came if that is later."""
+        """Update the drain rate: images over the time since the last batch, or since the oldest image came if that is later."""
         now = time.monotonic()
         rate = images / max(now - max(self._last_batch_at, oldest), 1e-6)
         past = self.images_per_s

@@ -1,15 +1,15 @@
 """Dynamic batching: one queue per backbone, one thread per device.
 
     submit (event loop)          next_work (device thread, when it is free)         resolve (event loop)
-    BackboneQueue.items  ----->  the queue whose last batch is longest ago    ----> each item's future
+    BackboneQueue.items  ----->  the queue that has waited longest            ----> each item's future
                                  up to max_batch rows -> features -> parts
 
-A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and at rest an
-image goes at once. The device thread cuts it itself, so no device waits for the event loop; of several free devices each takes its share.
-Clients take turns, and a batch that others would wait for is kept short (backbone_queue.py). Priority is a head start in the line of one
-client and model, so that nobody waits for ever.
+A batch is cut when a device becomes free, never by a timer: under load batches fill while the device works, and an idle device takes an
+image at once. The device thread cuts the batch itself, so no device waits for the event loop; several free devices each take a share.
+Clients take turns, and a batch for which others would wait is kept short (backbone_queue.py). Priority is a head start in the line of one
+client and model, so that no image waits for ever.
 
-What else has to be done in a device's thread (`call`: warming up, freeing memory) takes turns with the batches, one piece at a time.
+Other work in a device's thread (`call`: warming up, freeing memory) takes turns with the batches, one call at a time.
 """
 
 import asyncio
@@ -41,19 +41,19 @@ DeviceState = Literal["works", "hangs", "lost"]
 
 @dataclass(eq=False)
 class Call:
-    """Something else than a batch that a device's thread has to do."""
+    """Work for a device's thread that is not a batch."""
 
     work: Callable[[], Any]
     future: asyncio.Future[Any]
 
 
 class Batcher:
-    """Hands batches of every backbone to the device threads."""
+    """Gives batches of every backbone to the device threads."""
 
     def __init__(self, devices: Sequence[torch.device], metrics: Metrics) -> None:
         self.devices, self.metrics = devices, metrics
-        self._lock = threading.RLock()  # of the queues, and of what the threads wait for
-        self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, the next to be served first
+        self._lock = threading.RLock()  # guards the queues, and what the threads wait for
+        self._queues: dict[BackboneQueue, None] = {}  # those with waiting items, in the order in which they are served
         self._closed = False
         self.workers = [DeviceThread(device, self, threading.Condition(self._lock)) for device in devices]
         self._by_device = {worker.device: worker for worker in self.workers}
@@ -66,16 +66,16 @@ class Batcher:
         return self._by_device[device].lost
 
     def is_busy(self, device: torch.device) -> bool:
-        """Whether its thread computes now; a device that is not served on has none."""
+        """Return whether a device's thread computes now; False for a device that does not serve."""
         worker = self._by_device.get(device)
         return worker is not None and worker.busy_since is not None
 
     def states(self, hangs_after_s: float) -> dict[torch.device, DeviceState]:
-        """Of each device; it hangs if one batch has taken longer than so many seconds."""
+        """Return the state of each device; it hangs if one batch has taken longer than `hangs_after_s`."""
         return {worker.device: worker.state(hangs_after_s) for worker in self.workers}
 
     async def submit(self, queue: BackboneQueue, item: Item) -> Output:
-        """One image through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
+        """Run one image through `queue`'s backbone. A cancelled caller's image is dropped when its batch is cut."""
         with self._lock:
             if not self._computes(queue):
                 raise DeviceLost("no device is left to compute on; the server is about to restart")
@@ -85,7 +85,7 @@ class Batcher:
         return await item.future
 
     async def call(self, device: torch.device, work: Callable[[], _Result]) -> _Result:
-        """Does `work` in the device's thread, between two batches, and returns its result. Raises what it raises, and DeviceLost."""
+        """Do `work` in the device's thread, between two batches, and return its result. Raises what it raises, and DeviceLost."""
         future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         worker = self._by_device[device]
         with self._lock:
@@ -96,25 +96,25 @@ class Batcher:
         return await future
 
     def _computes(self, queue: BackboneQueue) -> bool:
-        """Whether a device is left for it."""
+        """Return whether a device is left for the queue."""
         return not self._closed and any(not self._by_device[device].lost for device in queue.runtimes)
 
     @property
     def computes(self) -> bool:
-        """Whether a device is left."""
+        """Return whether a device is left."""
         return not self._closed and not all(worker.lost for worker in self.workers)
 
     def _idle(self, queue: BackboneQueue) -> list["DeviceThread"]:
         return [worker for worker in self.workers if worker.idle and worker.device in queue.runtimes]
 
     def _wake_one(self, queue: BackboneQueue) -> None:
-        """One more of the idle devices: those that are woken already may find nothing left."""
+        """Wake one more of the idle devices, because those already woken may find nothing left."""
         for worker in [worker for worker in self._idle(queue) if not worker.woken][:1]:
             worker.notify()
 
     def next_work(self, worker: "DeviceThread") -> "tuple[BackboneQueue, list[Item]] | Call | None":
-        """Waits for work; None once closed, or once the device is lost. Callers who left and items past their deadline are dropped here,
-        and counted."""
+        """Wait for work; None when the batcher is closed or the device is lost. Items whose callers left or whose deadline has passed are
+        dropped here, and counted."""
         with self._lock:
             while not self._closed and not worker.lost:
                 queues = [queue for queue in self._queues if worker.device in queue.runtimes]
@@ -134,7 +134,7 @@ class Batcher:
         return None
 
     def _cut(self, queue: BackboneQueue, worker: "DeviceThread") -> tuple[BackboneQueue, list[Item]] | None:
-        """This device's share of what waits: all of it, unless others are idle."""
+        """Return this device's share of the waiting items: all of them, unless other devices are idle."""
         now = time.monotonic()
         share = math.ceil(len(queue.items) / (1 + len(self._idle(queue))))
         limit = min(share, queue.batch_limit(worker.device))
@@ -154,14 +154,14 @@ class Batcher:
         return (queue, items) if items else None
 
     def close(self) -> None:
-        """Tells the device threads to end after the batch each is in, without waiting for them; what still waits fails."""
+        """Tell the device threads to end after their current batch, without waiting for them; waiting items fail."""
         with self._lock:
             self._closed = True
             self._wake_all()
         self._fail_waiting(DeviceLost("the server is shutting down"))
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the device threads to end after `close`; False if one still works after `timeout_s`."""
+        """Wait for the device threads to end after `close`; False if one still works after `timeout_s`."""
         ends = time.monotonic() + timeout_s
         for worker in self.workers:
             if worker.ident is not None:
@@ -169,8 +169,10 @@ class Batcher:
         return not any(worker.is_alive() for worker in self.workers)
 
     def lose(self, device: torch.device, error: DeviceLost) -> None:
-        """The device computes no more in this process, as its own thread found or one that loads: what only it could answer fails,
-        and what it computes now, because its thread may never come back."""
+        """Stop using a device in this process, as found by its own thread or by one that loads.
+
+        Items that only this device could compute fail, and so does its current batch, because its thread may never return.
+        """
         worker = self._by_device[device]
         with self._lock:
             known, worker.lost = worker.lost, True
@@ -187,7 +189,7 @@ class Batcher:
             worker.notify()
 
     def _fail_waiting(self, error: DeviceLost) -> None:
-        """What waits and no device is left for."""
+        """Fail the items and calls for which no device is left."""
         with self._lock:
             futures = []
             for queue in [queue for queue in self._queues if not self._computes(queue)]:
@@ -202,7 +204,7 @@ class Batcher:
 
 
 class DeviceThread(threading.Thread):
-    """The one thread that touches a device."""
+    """The only thread that uses a device."""
 
     def __init__(self, device: torch.device, batcher: Batcher, wake: threading.Condition) -> None:
         super().__init__(name=f"device-{device}", daemon=True)
@@ -215,8 +217,8 @@ class DeviceThread(threading.Thread):
         self._waits = False
         self.woken = False
         self.calls: deque[Call] = deque()
-        self.under_way: Sequence[asyncio.Future[Any]] = ()  # of the batch or the call that it is in
-        self.called = False  # the last work was a call, so that a batch goes next
+        self.under_way: Sequence[asyncio.Future[Any]] = ()  # of the current batch or call
+        self.called = False  # the last work was a call, so a batch is next
 
     def state(self, hangs_after_s: float) -> DeviceState:
         if self.lost or not self.is_alive():
@@ -240,15 +242,15 @@ class DeviceThread(threading.Thread):
     def run(self) -> None:
         if self.device.type == "cuda":
             self.busy_since = time.monotonic()
-            with suppress(RuntimeError, AssertionError):  # a device that does not work shows in the first batch
-                torch.cuda.set_device(self.device)  # pinned memory and caches are those of the thread's current device
+            with suppress(RuntimeError, AssertionError):  # a device that does not work fails in its first batch
+                torch.cuda.set_device(self.device)  # pinned memory and caches belong to the thread's current device
             self.busy_since = None
         with torch.inference_mode():
             while self._step():
                 self.busy_since, self.under_way = None, ()
 
     def _step(self) -> bool:
-        """One batch or one call; False once there is no more. Its locals go with it: a thread that waits keeps no backbone in memory."""
+        """Do one batch or call; False if there is no more. A function of its own, so that a waiting thread keeps no backbone in memory."""
         work = self._batcher.next_work(self)
         if work is None:
             return False
@@ -267,7 +269,7 @@ class DeviceThread(threading.Thread):
         return not self.lost
 
     def _answer(self, queue: BackboneQueue, items: list[Item]) -> bool:
-        """Computes and delivers a batch; False when the device is lost, and with it this thread."""
+        """Compute and deliver a batch; False if the device is lost, which ends this thread."""
         futures, oldest = [item.future for item in items], min(item.submitted_at for item in items)
         try:
             answers = self._compute(queue, items)
@@ -281,7 +283,7 @@ class DeviceThread(threading.Thread):
 
     def _lost(self, error: Exception) -> DeviceLost:
         lost = error
-        if not isinstance(lost, DeviceLost):  # what nobody foresaw, as an empty_cache() that fails
+        if not isinstance(lost, DeviceLost):  # an unexpected error, such as a failed empty_cache()
             log.error("the thread of %s failed", self.device, exc_info=error)
             lost = DeviceLost(f"{self.device} stopped working; try again later")
             lost.__cause__ = error
@@ -289,7 +291,7 @@ class DeviceThread(threading.Thread):
         return lost
 
     def _compute(self, queue: BackboneQueue, items: list[Item]) -> list[Output | Exception]:
-        """One answer per item. A batch that fails is split and tried again, so that only the item at fault fails."""
+        """Return one answer per item. A batch that fails is split and tried again, so that only the item at fault fails."""
         try:
             return self._forward(queue, items)
         except Exception as error:
@@ -336,14 +338,14 @@ class DeviceThread(threading.Thread):
 
 
 def resolve(futures: Sequence[asyncio.Future[Any]], answers: Sequence[Any]) -> None:
-    """Answers the futures on the loops that wait for them, one wake-up per loop. An exception is raised there."""
+    """Resolve the futures on their event loops, with one wake-up per loop. An exception is raised there."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
     for future, answer in zip(futures, answers, strict=True):
         by_loop.setdefault(future.get_loop(), []).append((future, answer))
     for loop, pairs in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, pairs)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed, so nobody waits
             log.debug("%d answers came after their loop had ended", len(pairs))
 
 

@@ -1,14 +1,13 @@
-"""From an image's bytes to pixels: threads that clients share, and a bound on the pixels that are decoded at a time.
+"""Decodes images in threads that clients share, with a limit on the pixels that are decoded at a time.
 
-Decoder.decode (event loop) --> the client's line for a model --> a free thread takes from the client that has used the least of them, and
-                                from the model for which it has used the least --> the caller's future
+Decoder.decode (event loop) --> the client's line for a model --> a free thread takes the next image from the client that has used the
+                                threads least, and from the model for which it has used them least --> the caller's future
 
-decode thread: header -> hold --fits--> allocate, decode -> give back, and wake whoever would fit now
-                              --does not fit--> NoRoom -> event loop: room() waits, and holds no thread -> again from the header
+decode thread: header -> hold --fits--> allocate, decode -> give back, and wake the images that fit now
+                              --does not fit--> NoRoom -> event loop: room() waits without a thread -> again from the header
 
-A client's turn is the seconds that its images have taken, counted from the turn of those that were being served when it came; its models
-take turns in the same way. While others wait, a client holds all threads but one at most, so that its expensive images never take the
-last one.
+A client's turn is the seconds that its images have taken, starting from the turn of the clients that were served when it came; its models
+take turns in the same way. While others wait, a client uses all threads but one at most, so that its slow images never take the last one.
 """
 
 import asyncio
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Image = bytes | Tensor  # a file, or (C, height, width) preprocessed already: uint8, or float32 as `normalise` makes it
 
-LARGE = 24_000_000  # pixels: such an image may take a thread for a second
+LARGE = 24_000_000  # pixels; such an image may take a thread for a second
 
 
 class Decoder:
@@ -49,8 +48,8 @@ class Decoder:
         self._limits = settings.limits()
 
     async def decode(self, image: Image, preprocessing: Preprocessing, deadline: float, flow: Flow) -> Tensor:
-        """An image -> uint8 (C, height, width); while too many pixels are in memory it waits. Raises ImageError, and DeadlineExceeded after
-        the deadline (time.monotonic())."""
+        """Return an image as uint8 (C, height, width). Waits while too many pixels are in memory. Raises ImageError, and DeadlineExceeded
+        after the deadline (time.monotonic())."""
         client, model = flow
         if isinstance(image, Tensor):
             if image.dtype == torch.uint8:
@@ -67,7 +66,7 @@ class Decoder:
         except images.OutOfTime:
             raise DeadlineExceeded("no answer in time") from None
         finally:
-            left.set()  # a thread that still decodes for a caller who has left stops
+            left.set()  # stops a thread that still decodes for a caller who has left
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +95,7 @@ class _Client:
         self.lines.setdefault(job.model, _Line(self.model_turn)).waiting.append(job)
 
     def take(self) -> _Job:
-        """The first of the model that has used the least."""
+        """Remove and return the first job of the model that has used the threads least."""
         model, line = min(self.lines.items(), key=lambda one: one[1].turn)
         self.model_turn = max(self.model_turn, line.turn)
         job = line.waiting.popleft()
@@ -112,7 +111,7 @@ class _Client:
 
 
 class DecodePool:
-    """`run` is called on one event loop; the threads take their work themselves, so that none waits for the loop."""
+    """Threads for decoding. `run` is called on one event loop; the threads take their work themselves, so that none waits for the loop."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -124,7 +123,7 @@ class DecodePool:
         self._started: dict[_Job, float] = {}  # time.monotonic(), of the jobs that run
 
     async def run(self, client: str, work: Callable[[], T], model: str = "") -> T:
-        """What `work` returns, in a thread. A caller that is cancelled leaves the line; work that has begun goes on."""
+        """Do `work` in a thread and return its result. The work of a cancelled caller is dropped, unless it has begun."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._lock:
             self._clients.setdefault(client, _Client(self._turn)).add(_Job(work, future, model))
@@ -132,14 +131,14 @@ class DecodePool:
         return await future
 
     def stuck_s(self) -> float:
-        """Seconds for which every thread has been at the same piece of work; 0 while one is free."""
+        """Return the seconds for which no thread has finished its work; 0 while one is free."""
         with self._lock:
             if len(self._started) < self._threads:
                 return 0.0
             return time.monotonic() - max(self._started.values())
 
     def close(self) -> None:
-        """Ends the threads after the work they are in."""
+        """End the threads after their current work."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
@@ -155,7 +154,7 @@ class DecodePool:
             error = raised
         with self._lock:
             self._give_back(name, job, time.monotonic() - started)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
             job.future.get_loop().call_soon_threadsafe(_settle, job.future, result, error)
 
     def _take(self) -> tuple[str, _Job, float] | None:
@@ -192,8 +191,8 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
 
 
 class PixelBudget:
-    """At most `most` pixels at a time, or a single image that is larger; at most `most_large` images of LARGE pixels and more, so that
-    small ones always find a thread. Small images pass large ones that wait, as long as they fit."""
+    """Allows at most `most` pixels at a time, or a single larger image, and at most `most_large` images of LARGE pixels and more, so that
+    small ones always find a thread. Small images that fit pass large ones that wait."""
 
     def __init__(self, most: int, most_large: int = 1) -> None:
         self.most = self.left = most
@@ -203,7 +202,7 @@ class PixelBudget:
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        """Takes so many for a while, from any thread. Raises NoRoom where they do not fit now."""
+        """Hold this many pixels, in any thread. Raises NoRoom if they do not fit now."""
         with self._lock:
             if not self._fits(pixels):
                 raise images.NoRoom(pixels)
@@ -214,7 +213,7 @@ class PixelBudget:
             self._give_back(pixels)
 
     async def room(self, pixels: int) -> None:
-        """Returns once so many would fit. They are not taken: whoever is quicker may have them, so try, and come back."""
+        """Wait until this many pixels would fit. They are not reserved, so `hold` may still fail, and the caller waits again."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._fits(pixels):
@@ -223,7 +222,7 @@ class PixelBudget:
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():  # woken, and gone: let the next one have it
+            if future.done() and not future.cancelled():  # woken but cancelled: wake the next one
                 self._give_back(0)
             raise
         finally:
@@ -239,7 +238,7 @@ class PixelBudget:
             self.large_left += 1 if pixels > 0 else -1
 
     def _ready(self) -> list[asyncio.Future[None]]:
-        """Those to wake: every small one that would fit, and no more large ones than may run, for each begins again from its header."""
+        """Return the waiters to wake: every small one that would fit, and at most as many large ones as may run."""
         large, ready = self.large_left, []
         for future, wanted in self._waiting.items():
             if self._fits(wanted) and (wanted < LARGE or large > 0):
@@ -254,7 +253,7 @@ class PixelBudget:
         for future in ready:
             try:
                 future.get_loop().call_soon_threadsafe(_wake, future)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+            except RuntimeError:  # the loop is closed, so nobody waits
                 log.debug("room for an image came after its loop had ended")
 
 

@@ -1,4 +1,4 @@
-"""Which devices work, and why there is no GPU among them."""
+"""Watches which devices work, and says why no GPU is used."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -10,11 +10,11 @@ from service.errors import DeviceLost
 from service.inference.batcher import Batcher, DeviceState
 from service.inference.registry.loader import LoadedBackbone
 
-WATCH_S = 1.0  # how often several devices are looked at
+WATCH_S = 1.0  # between two checks of several devices
 
 
 class DeviceHealth:
-    """Of one batcher's devices. `hangs_after_s` seconds in one batch, and a device counts as hanging."""
+    """The health of a batcher's devices. A device hangs if one batch takes longer than `hangs_after_s()`."""
 
     def __init__(self, batcher: Batcher, hangs_after_s: Callable[[], float]) -> None:
         self._batcher, self._hangs_after_s = batcher, hangs_after_s
@@ -32,12 +32,12 @@ class DeviceHealth:
         return self._batcher.states(self._hangs_after_s())
 
     def answers(self, backbones: Iterable[LoadedBackbone]) -> bool:
-        """A device works, and each of these backbones is on one that does."""
+        """Return whether a device works, and each of these backbones is on one that works."""
         working = {device for device, state in self.states().items() if state == "works"}
         return bool(working) and not any(working.isdisjoint(backbone.queue.runtimes) for backbone in backbones)
 
     async def _watch(self) -> None:
-        """A device that hangs while others work counts as lost: what waits goes to the others."""
+        """Give up a device that hangs while others work, so that waiting images go to the others."""
         while True:
             await asyncio.sleep(WATCH_S)
             states = self.states()
@@ -47,7 +47,7 @@ class DeviceHealth:
 
 
 def why_no_gpu(setting: str, devices: Sequence[torch.device]) -> str | None:
-    """Where the device `auto` came to the CPU."""
+    """Return why the device setting `auto` uses the CPU; None if it does not."""
     if setting != "auto" or any(device.type != "cpu" for device in devices):
         return None
     problem = gpu_problem()

@@ -1,4 +1,4 @@
-"""What happens to an image: admission, decoding, batching, heads. What is served, and the hot swap, is the registry's.
+"""Computes predictions: admission, decoding, batching, heads. The registry has the served versions and the hot swap.
 
 files -> bind versions -> outputs: admit -> for each image: decode (decoding.py) -> submit to each backbone (batcher.py) -> Output
       -> probabilities of each model -> heat maps -> Prediction (results.py)
@@ -43,14 +43,14 @@ from service.settings import Settings
 
 T = TypeVar("T")
 
-Parts = Mapping[LoadedBackbone, Sequence[PartFunction]]  # what is wanted of each backbone
+Parts = Mapping[LoadedBackbone, Sequence[PartFunction]]  # what each backbone's features are used for
 
 INLINE_ANSWERS = 64  # images x models whose best classes are found on the event loop: 5 ms
-HANGS_AFTER_S = 60.0  # a batch may take so long at least before its device counts as lost
+HANGS_AFTER_S = 60.0  # the shortest time after which a device that computes one batch counts as lost
 
 
 class Engine:
-    """Serves what the store says is served. Made and used on one event loop."""
+    """Serves the models that the store serves. Made and used on one event loop."""
 
     def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics, traces: Traces | None = None) -> None:
         self.settings, self.store, self.metrics, self.traces = settings, store, metrics, traces
@@ -66,16 +66,16 @@ class Engine:
         self._idle.set()
         self.draining = False
 
-    # Life
+    # Start and end
 
     def start(self) -> None:
-        """Starts the device threads and begins to load; returns at once. `ready` once the default model is warm."""
+        """Start the device threads and the loading of models; return at once. `ready` is True when the default model is warm."""
         self.batcher.start()
         self.registry.start()
         self._health.start()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Returns when everything that can be loaded is; raises NotReady with the reason when the default model is not."""
+        """Wait until every model that can be loaded is. Raises NotReady with the reason if the default model is not."""
         async with asyncio.timeout(timeout_s):
             await self.registry.wait_loaded()
         if not self.ready:
@@ -87,12 +87,12 @@ class Engine:
 
     @property
     def live(self) -> bool:
-        """A device works, and each served backbone is on one that does."""
+        """Return whether each served backbone is on a device that works."""
         served = self.registry.served.values()
         return self._health.answers(backbone for one in served for backbone in one.backbones)
 
     def device_states(self) -> dict[str, DeviceState]:
-        """A `lost` device stays so until the process is started again."""
+        """Return the state of each device. A `lost` device stays lost until the process is restarted."""
         return {str(device): state for device, state in self._health.states().items()}
 
     def _hangs_after_s(self) -> float:
@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def _decoders_stuck(self) -> bool:
-        """No thread has decoded anything for longer than a request may take."""
+        """Return whether no thread has finished decoding for longer than a request may take."""
         return self._decoder.pool.stuck_s() > self.settings.timeout_ms / 1000
 
     def not_ready_reason(self) -> str:
@@ -111,7 +111,7 @@ class Engine:
         return self.registry.not_ready_reason()
 
     async def drain(self, grace_s: float) -> bool:
-        """Refuses new work and waits for what is under way; False if some of it was left after `grace_s`."""
+        """Refuse new work, and wait for the current work; False if some of it is left after `grace_s`."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
@@ -119,7 +119,7 @@ class Engine:
         return self._in_flight == 0
 
     def close(self) -> None:
-        """Tells every thread to end after the work it is in, and waits for none; see `join`."""
+        """Tell every thread to end after its current work, without waiting; see `join`."""
         self._health.close()
         self.registry.close()
         self.batcher.close()
@@ -127,27 +127,27 @@ class Engine:
         self._decoder.pool.close()
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the device threads to end after `close`; False if one still works after `timeout_s`.
+        """Wait for the device threads to end after `close`; False if one still works after `timeout_s`.
 
-        The interpreter must not end before they have: a thread that returns from torch into an interpreter that is being torn down
-        aborts the process (SIGABRT). Where this is False, leave by `os._exit`.
+        The interpreter must not end before them: a thread that returns from torch into an interpreter that is being finalised aborts the
+        process (SIGABRT). If the result is False, exit by `os._exit`.
         """
         return self.batcher.join(timeout_s)
 
-    # Answers
+    # Predictions
 
     async def predict(
         self, files: Sequence[bytes], models: Sequence[str] = (), options: PredictOptions = DEFAULTS
     ) -> list[ModelResults[Prediction]]:
-        """Classifies images with one or more models (none: the default), one forward pass per backbone.
+        """Classify images with one or more models (none: the default), with one forward pass per backbone.
 
-        Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded, NotProvided; an image's own error stands in its place.
+        Raises ModelNotFound, QueueFull, NotReady, DeadlineExceeded, NotProvided. An image's own error is its result.
         """
         bound = [self.registry.bind(name) for name in dict.fromkeys(models)] or [self.registry.bind(None)]
         for served in bound:
             check_provided(served.config, served.reference, options)
         check_size(len(files), [len(served.config.classes) for served in bound], options)
-        deadline, parts = self._deadline(options), _parts(bound)
+        deadline, parts = self._deadline(options), parts_of(bound)
         for served in bound:
             if served.near is not None:
                 parts[served.backbones[0]].append(served.near)
@@ -170,17 +170,17 @@ class Engine:
     async def infer(
         self, images: Sequence[Image], served: Served, options: PredictOptions = DEFAULTS
     ) -> ModelResults[Tensor]:
-        """The probabilities of all classes, (1, classes) of each image, by a version that `Registry.bind` gave.
+        """Return each image's probabilities, (1, classes), by a version from `Registry.bind`.
 
-        Raises QueueFull, DeadlineExceeded; an image's own error stands in its place.
+        Raises QueueFull, DeadlineExceeded. An image's own error is its result.
         """
-        _, [probabilities] = await self._scores(images, [served], _parts([served]), options)
+        _, [probabilities] = await self._scores(images, [served], parts_of([served]), options)
         return probabilities
 
     async def embed(
         self, files: Sequence[bytes], model: str | None = None, options: PredictOptions = DEFAULTS
     ) -> ModelResults[Tensor]:
-        """The features on which a model's head stands, through the same queues and batches."""
+        """Return the features that a model's head gets, computed in the same queues and batches."""
         served = self.registry.bind(model)
         parts = {backbone: [features_part] for backbone in served.backbones}
         images = await self.outputs(files, parts, options, served.config.name)
@@ -193,7 +193,7 @@ class Engine:
     async def _scores(
         self, files: Sequence[Image], bound: Sequence[Served], parts: Parts, options: PredictOptions
     ) -> tuple[list[Outputs | ModelError], list[ModelResults[Tensor]]]:
-        """The outputs of each image, and their probabilities by each model; with what metrics and statistics make of them."""
+        """Return the outputs of each image, and their probabilities by each model; count them in metrics and statistics."""
         started = time.monotonic()
         try:
             images = await self.outputs(files, parts, options, " ".join(served.config.name for served in bound))
@@ -211,9 +211,10 @@ class Engine:
     async def outputs(
         self, images: Sequence[Image], parts: Parts, options: PredictOptions = DEFAULTS, model: str = ""
     ) -> list[Outputs | ModelError]:
-        """Each image through each backbone, or the error that concerns it alone. `model`: as which the images wait among their client's.
+        """Run each image through each backbone; an error that concerns one image alone is its result. `model` names the images' line in the
+        queue of their client.
 
-        Raises QueueFull, DeadlineExceeded, DeviceLost: nobody gets half an answer.
+        Raises QueueFull, DeadlineExceeded, DeviceLost: no answer is incomplete.
         """
         deadline, flow = self._deadline(options), (options.client, model)
         size = sum(image.nbytes if isinstance(image, Tensor) else len(image) for image in images)
@@ -225,13 +226,13 @@ class Engine:
                 return [outcome if isinstance(outcome, ModelError) else _result(outcome) for outcome in outcomes]
 
     def _deadline(self, options: PredictOptions) -> float:
-        """time.monotonic()"""
+        """Return the deadline, as time.monotonic()."""
         most = self.settings.timeout_ms
         return time.monotonic() + min(options.timeout_ms or most, most) / 1000
 
     @contextlib.asynccontextmanager
     async def _until(self, deadline: float) -> AsyncIterator[None]:
-        """Work under way, for which the server waits before it ends. Raises DeadlineExceeded."""
+        """Limit work by a deadline, and count it as in flight, so that `drain` waits for it. Raises DeadlineExceeded."""
         timeout_s = deadline - time.monotonic()
         self._in_flight += 1
         self._idle.clear()
@@ -247,8 +248,10 @@ class Engine:
                 self._idle.set()
 
     async def _image(self, image: Image, parts: Parts, deadline: float, flow: Flow, options: PredictOptions) -> Outputs:
-        """Raises ModelError and ServiceError. Never leaves anything of this image in a queue behind, except when it is cancelled, and then
-        the cut drops it."""
+        """Decode an image and run it through its backbones. Raises ModelError and ServiceError.
+
+        Nothing of the image stays in a queue, except when it is cancelled: then it is dropped when its batch is cut.
+        """
         started, request = time.monotonic(), self.traces.request() if self.traces else None
         kinds = list(dict.fromkeys(backbone.ref.preprocessing for backbone in parts))
         try:
@@ -287,23 +290,16 @@ class Engine:
     async def _probabilities(
         self, served: Served, images: Sequence[Outputs | ModelError], options: PredictOptions
     ) -> list[Tensor | ModelError]:
-        """(1, classes) of each image. To join an ensemble's parts computes, and goes to the pool."""
-        members = list(zip(served.backbones, served.parts, strict=True))
-        if len(members) == 1:
-            [(backbone, part)] = members
-            return [i if isinstance(i, ModelError) else i[backbone].values[part][None] for i in images]
+        """Return the probabilities (1, classes) of each image. Combining an ensemble's parts is work for the pool."""
 
-        def joined(image: Outputs) -> Tensor:
-            return served.probabilities([image[backbone].values[part] for backbone, part in members])
+        def combined() -> list[Tensor | ModelError]:
+            return [image if isinstance(image, ModelError) else probabilities_of(served, image) for image in images]
 
-        def all_joined() -> list[Tensor | ModelError]:
-            return [image if isinstance(image, ModelError) else joined(image) for image in images]
-
-        return await self._decoder.pool.run(options.client, all_joined)
+        return combined() if len(served.parts) == 1 else await self._decoder.pool.run(options.client, combined)
 
 
-def _parts(bound: Sequence[Served]) -> dict[LoadedBackbone, list[PartFunction]]:
-    """The heads of these models, by the backbone that they stand on."""
+def parts_of(bound: Sequence[Served]) -> dict[LoadedBackbone, list[PartFunction]]:
+    """Return the heads of these models by the backbone that computes their features."""
     parts: dict[LoadedBackbone, list[PartFunction]] = {}
     for served in bound:
         for backbone, part in zip(served.backbones, served.parts, strict=True):
@@ -311,18 +307,24 @@ def _parts(bound: Sequence[Served]) -> dict[LoadedBackbone, list[PartFunction]]:
     return parts
 
 
+def probabilities_of(served: Served, outputs: Outputs) -> Tensor:
+    """Return one image's probabilities, (1, classes)."""
+    values = [outputs[backbone].values[part] for backbone, part in zip(served.backbones, served.parts, strict=True)]
+    return values[0][None] if len(values) == 1 else served.probabilities(values)
+
+
 async def _ended(works: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
-    """What each returns or raises, once all have ended."""
+    """Return what each returns or raises, when all have ended."""
     if len(works) > 1:
         return await asyncio.gather(*works, return_exceptions=True)
-    try:  # without a task of its own
+    try:  # saves a task
         return [await work for work in works]
     except Exception as error:
         return [error]
 
 
 async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """What each returns; the first error once all have ended."""
+    """Return the results. Raises the first error when all have ended."""
     return [_result(outcome) for outcome in await _ended(works)]
 
 
@@ -346,7 +348,7 @@ def _predictions(
     heat: Sequence[list[Explanation] | None],
     options: PredictOptions,
 ) -> ModelResults[Prediction]:
-    """The answer of one model, from the probabilities of each image and the explanations that were asked for."""
+    """Return the predictions of one model, from the probabilities of each image and the requested explanations."""
 
     def near(image: Outputs) -> Tensor | None:
         return None if served.near is None else image[served.backbones[0]].values[served.near]

@@ -1,11 +1,11 @@
-"""One batch on its device: what crosses between the CPU and a GPU, and when.
+"""Computes one batch on its device, with few copies between the CPU and a GPU.
 
     index of all parts' rows, pinned    ---- started --->   GPU
     pixels, pinned                      ---- started --->   forward pass -> each part of its rows -> one tensor
     values and maps of all images       <--- waited for --  one copy
 
-However many heads a batch has, nothing is waited for before the last line. Pinned memory comes from torch's cache, which hands a block
-out again only when the copy that reads it is done.
+However many heads a batch has, the CPU waits only at the last line. Pinned memory comes from torch's cache, which reuses a block only when
+the copy that reads it is done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from models.images.decoding import stack
 from models.uncertainty import nearest
 from service.inference.results import PartFunction
 
-Rows = dict[PartFunction, list[int]]  # the images that ask for each part
+Rows = dict[PartFunction, list[int]]  # the rows of the images that need each part
 
 
 class BackboneRuntime(Protocol):
-    """What the batcher needs of a compiled backbone: uint8 (N, C, H, W) on the CPU -> float32 (N, D) on its device."""
+    """A compiled backbone for the batcher: uint8 (N, C, H, W) on the CPU -> float32 (N, D) on its device."""
 
     max_batch: int
 
@@ -34,7 +34,7 @@ class BackboneRuntime(Protocol):
 
 
 class HeadPart:
-    """What one backbone's batch computes for one head: features (n, D) -> its part (n, K); the probabilities, where it stands alone."""
+    """Computes one head's part in a backbone's batch: features (n, D) -> (n, K), the probabilities if the head has one backbone."""
 
     def __init__(self, heads: Mapping[torch.device, Head], member: int) -> None:
         self._heads, self._member = heads, member
@@ -42,7 +42,7 @@ class HeadPart:
 
     @property
     def batches(self) -> int:
-        """In how many it took part."""
+        """Return the number of batches with images for this head."""
         return sum(self._batches.values())
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class HeadPart:
 
 
 class NeighboursPart:
-    """What a backbone's batch computes for a version that keeps training images: features (n, D) -> distances and places (n, 2 * M)."""
+    """Finds the nearest training images of a version in a backbone's batch: features (n, D) -> distances and places (n, 2 * M)."""
 
     def __init__(self, kept: Mapping[torch.device, Tensor]) -> None:
         self._kept = kept  # (n, D) on each device
@@ -64,14 +64,14 @@ class NeighboursPart:
 
 
 def features_part(features: Tensor) -> Tensor:
-    """The features themselves."""
+    """Return the features themselves."""
     return features
 
 
 class Values(NamedTuple):
-    """Of one batch, on the CPU. `rows`: for each image a float32 (K,) for each part that it asked for.
+    """The results of one batch, on the CPU. `rows`: for each image a float32 (K,) for each of its parts.
 
-    `maps`: float32 (D, h, w) of those images that asked for it. `finite`: whether all values of an image are finite numbers.
+    `maps`: float32 (D, h, w) of the images that need it. `finite`: whether all values of an image are finite numbers.
     """
 
     rows: list[dict[PartFunction, Tensor]]
@@ -86,7 +86,7 @@ def run(
     parts_by_row: Sequence[Sequence[PartFunction]],
     mapped: Sequence[int] = (),
 ) -> Values:
-    """Images uint8 (C, H, W), what each asks for, and the rows of those whose map is wanted -> their values."""
+    """Compute the values of images uint8 (C, H, W), with the parts that each needs, and the rows of those whose map is wanted."""
     rows_by_part = _rows_by_part(parts_by_row)
     # Before the forward pass, so that the indices are on the device when they are needed
     *indices, map_index = _indices([*rows_by_part.values(), mapped], len(images), device)
@@ -104,15 +104,8 @@ def run(
     )
 
 
-def apply_parts(features: Tensor, parts_by_row: Sequence[Sequence[PartFunction]]) -> list[dict[PartFunction, Tensor]]:
-    """Features (N, D), and what each row asks for -> for each row its values by part, float32 (K,) on the CPU."""
-    rows_by_part = _rows_by_part(parts_by_row)
-    indices = _indices([*rows_by_part.values()], len(features), features.device)
-    return _by_row(_to_cpu(_outputs(features, rows_by_part, indices)), rows_by_part, len(features))
-
-
 def _rows_by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> Rows:
-    """Rows that ask for the same part go through it together."""
+    """Return the rows of each part, which go through it together."""
     rows_by_part: Rows = {}
     for row, parts in enumerate(parts_by_row):
         for part in parts:
@@ -121,7 +114,7 @@ def _rows_by_part(parts_by_row: Sequence[Sequence[PartFunction]]) -> Rows:
 
 
 def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device) -> list[Tensor | None]:
-    """For each list of rows an int64 index on the device, all of them by one copy; None where it is every row in order, or none."""
+    """Return for each list of rows an int64 index on the device, with one copy for all; None if it is all rows in order, or none."""
     if images == 1:
         return [None] * len(chosen)
     every = list(range(images))
@@ -137,12 +130,12 @@ def _indices(chosen: Sequence[Sequence[int]], images: int, device: torch.device)
 
 
 def pins(device: torch.device) -> bool:
-    """Pinned memory is CUDA's; without it a copy is waited for, and right all the same."""
+    """Return whether pinned memory can be used, which needs CUDA; copies from other memory only take longer."""
     return device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 def _outputs(features: Tensor, rows_by_part: Rows, indices: Sequence[Tensor | None]) -> list[Tensor]:
-    """Features (N, D) -> the values (n, K) of each part, both on the device."""
+    """Return the values (n, K) of each part from features (N, D), on the device."""
     outputs = []
     for (part, rows), index in zip(rows_by_part.items(), indices, strict=True):
         outputs.append(part(_selected(features, index)))
@@ -156,7 +149,7 @@ def _selected(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _to_cpu(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The same in float32 on the CPU, by one copy."""
+    """Return the tensors in float32 on the CPU, with one copy."""
     if len(outputs) == 1 or all(output.device.type == "cpu" for output in outputs):
         return [output.float().cpu() for output in outputs]
     flat = torch.cat([output.float().flatten() for output in outputs]).cpu()
@@ -165,7 +158,7 @@ def _to_cpu(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _by_row(outputs: Sequence[Tensor], rows_by_part: Rows, images: int) -> list[dict[PartFunction, Tensor]]:
-    """The values of each part -> those of each image."""
+    """Return the values of each image by part."""
     values: list[dict[PartFunction, Tensor]] = [{} for _ in range(images)]
     for (part, rows), output in zip(rows_by_part.items(), outputs, strict=True):
         for row, value in zip(rows, output, strict=True):
@@ -174,7 +167,7 @@ def _by_row(outputs: Sequence[Tensor], rows_by_part: Rows, images: int) -> list[
 
 
 def _finite(outputs: Sequence[Tensor], rows_by_part: Rows, images: int) -> list[bool]:
-    """For each image whether all its values are finite numbers."""
+    """Return for each image whether all its values are finite numbers."""
     finite = [True] * images
     flat = outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
     if bool(flat.isfinite().all()):

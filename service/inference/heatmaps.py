@@ -1,7 +1,7 @@
-"""Heat maps for the engine's answers: what `models.heatmaps` computes, in threads that nothing else waits for.
+"""Computes heat maps for predictions, by `models.heatmaps`, outside the device threads.
 
-CAM needs no more than the map that came with the answer. Grad-CAM runs the network's float32 original, which is read from the store when
-it is first asked for, one image after another, in a thread of its own.
+CAM only needs the map that came with the prediction, and uses the decode pool. Grad-CAM runs the network's float32 original, which is read
+from the store when it is first needed, image by image in a thread of its own.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from service.inference.results import Explain, Explanation, Output, PredictOptio
 
 
 class Explainer:
-    """Used on one event loop. A network that Grad-CAM needed stays in memory as long as its backbone is served."""
+    """Explains predictions. Used on one event loop. Networks for Grad-CAM stay in memory as long as their backbone is served."""
 
     def __init__(self, store: ModelStore, pool: DecodePool) -> None:
         self._store, self._pool = store, pool
@@ -40,8 +40,8 @@ class Explainer:
         scores: Sequence[Tensor | ModelError],
         options: PredictOptions,
     ) -> list[list[Explanation] | None]:
-        """An explanation of each class that an image's answer names; None for an image that failed. Raises NotProvided where a network
-        has no map."""
+        """Return an explanation of each class that an image's prediction names; None for an image that failed. Raises NotProvided if a
+        network has no map."""
         explanations: list[list[Explanation] | None] = []
         for image, probabilities in zip(images, scores, strict=True):
             if isinstance(image, ModelError) or isinstance(probabilities, ModelError):
@@ -59,7 +59,7 @@ class Explainer:
         return explanations
 
     async def _gradient_maps(self, served: Served, member: int, pixels: Tensor, classes: Sequence[int]) -> Tensor:
-        """Grad-CAM's maps of the classes, (k, h, w)."""
+        """Return Grad-CAM's maps of the classes, (k, h, w)."""
         work = partial(self._grad_cam, served, member, pixels, classes)
         return await asyncio.get_running_loop().run_in_executor(self._gradients, work)
 
@@ -83,15 +83,13 @@ def _explanations(
     classes: Sequence[int],
     how: Explain | None,
 ) -> list[Explanation]:
-    """Of one image, which the first backbone saw as its `pixels`; the others see the same square, or nearly."""
+    """Return the explanations of one image, shown as the first backbone saw it; the others see about the same square."""
     maps = [
         gradients[member] if output.map is None else class_maps(served.head, member, output.map, classes)
         for member, output in enumerate(outputs)
     ]
     shape = served.backbones[0].ref.preprocessing
-    share = (
-        shape.height / shape.resized[0]
-    )  # the side of the centre square that a network sees, over the side that `crop_mode` fits
+    share = shape.height / shape.resized[0]  # of the side that `crop_mode` fits, see `Explanation`
     return [
         Explanation(
             [[round(value, 4) for value in row] for row in heat.tolist()],

@@ -1,10 +1,10 @@
-"""Deploys a version whose answers to the sample images of its training are those of the trainer.
+"""Deploys a version if its predictions for sample images of its training agree with the trainer's.
 
-    features by this server's engine  ~  the float32 original's     as far as the engine's own measured agreement explains
+    features by this server's engine  ~  the float32 original's     within a limit from the engine's measured agreement
     the stored head on the original's features  =  the trainer's probabilities     } the same float32 head
     probabilities answered  =  the stored head on this server's features           }
 
-So no probability has a bound of its own: a sharp head moves far where features have few bits, and that is no fault of the version.
+Probabilities have no limit of their own, because a sharp head amplifies rounding of the features, which is not an error of the version.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from models.errors import ModelError, WeightsError
 from models.runtime.tolerances import allowed, distances, heads_agree
-from service.inference.engine import Engine, Parts
+from service.inference.engine import Engine, parts_of, probabilities_of
 from service.inference.forward import features_part
 from service.inference.registry.loader import LoadedBackbone, ModelStatus, Outputs, Served
 from service.inference.results import ParityImage
 
 
 async def deploy(engine: Engine, name: str, version: int, samples: Sequence[ParityImage]) -> ModelStatus:
-    """Swaps a version in, once each of `samples` gets the features and probabilities that it is said to have, from its bytes on. Raises
-    what `Registry.load` and `check` raise; then everything is as it was."""
+    """Swap a version in, if each of `samples` gets the expected features and probabilities from its bytes. Raises what `Registry.load` and
+    `check` raise; then nothing has changed."""
     served = await engine.registry.load(name, version)
     if samples:
         await check(engine, served, samples)
@@ -30,10 +30,9 @@ async def deploy(engine: Engine, name: str, version: int, samples: Sequence[Pari
 
 
 async def check(engine: Engine, served: Served, samples: Sequence[ParityImage]) -> None:
-    """Compares what serving makes of the samples, by the path that requests take, with what training made of them. Raises WeightsError
-    that names the first image that differs."""
-    members = list(zip(served.backbones, served.parts, strict=True))
-    parts: Parts = {b: [features_part, *(part for one, part in members if one is b)] for b in served.backbones}
+    """Compare the results of serving for the samples, by the path of requests, with those of training. Raises a WeightsError that names the
+    first image that differs."""
+    parts = {backbone: [features_part, *heads] for backbone, heads in parts_of([served]).items()}
     images: list[Outputs] = []
     for sample, image in zip(samples, await engine.outputs([sample.data for sample in samples], parts), strict=True):
         if isinstance(image, ModelError):
@@ -42,13 +41,12 @@ async def check(engine: Engine, served: Served, samples: Sequence[ParityImage]) 
     features = [
         torch.stack([image[backbone].values[features_part] for image in images]) for backbone in served.backbones
     ]
-    answered = [served.probabilities([image[backbone].values[part] for backbone, part in members]) for image in images]
-    _compare(samples, served, features, torch.cat(answered))
+    _compare(samples, served, features, torch.cat([probabilities_of(served, image) for image in images]))
 
 
 @torch.inference_mode()
 def _compare(samples: Sequence[ParityImage], served: Served, features: Sequence[Tensor], answered: Tensor) -> None:
-    """`features` (n, D) of the samples by each backbone of `served`, and the probabilities `answered` (n, classes)."""
+    """Compare the samples' `features` (n, D) by each backbone of `served`, and their probabilities `answered` (n, classes)."""
     if any(tuple(sample.probabilities) != served.config.classes for sample in samples):
         raise WeightsError("the version names other classes than in training, or names them in another order")
     expected = [torch.stack(of_one) for of_one in zip(*(sample.features for sample in samples), strict=True)]

@@ -1,13 +1,13 @@
-"""A trace of each request, sent to an OpenTelemetry collector. Without `trace_endpoint` nothing of it is imported.
+"""Sends a trace of each request to an OpenTelemetry collector. Nothing is imported for it without `trace_endpoint`.
 
-    POST /predict    the server's span; continues the trace that the caller's `traceparent` names
+    POST /predict    the server's span; continues the trace of the caller's `traceparent`
       decode         of each image
       queue          of each image and backbone, until its batch is cut
-      compute        the forward pass; `imago.batch.size` images travelled in it, and it links to
-    batch            the forward pass itself, in a trace of its own, which links to the requests that it answered
+      compute        the forward pass with `imago.batch.size` images; it links to
+    batch            the forward pass in a trace of its own, which links to the requests of its images
 
-Spans of images are made when their times are known, so that neither decoding nor the device thread waits for them. The SDK's own
-environment variables hold, as OTEL_TRACES_SAMPLER for a share of the requests and OTEL_EXPORTER_OTLP_HEADERS for a collector's key.
+Spans of images are made afterwards, so that neither decoding nor the device thread waits for them. The SDK's own environment variables
+apply, such as OTEL_TRACES_SAMPLER for a share of the requests and OTEL_EXPORTER_OTLP_HEADERS for a collector's key.
 """
 
 import logging
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_PATH = 240  # characters
-CLOSE_S = 3.0  # at the end of the server, for the last spans to be sent
+CLOSE_S = 3.0  # for sending the last spans when the server ends
 EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # its logger
-SILENT_S = 60.0  # between two of its lines of one level
+SILENT_S = 60.0  # between two of its log lines of one level
 
 _request: "ContextVar[Span | None]" = ContextVar("request", default=None)
 
 
 class Sparse(logging.Filter):
-    """A line of each level a minute: of a collector that does not answer the exporter tells at every attempt."""
+    """Lets one line of each level per minute pass, because the exporter logs every failed attempt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Sparse(logging.Filter):
 
 
 class Traces:
-    """Makes the spans of one server; safe to use from the event loop alone."""
+    """Makes the spans of one server. Used on the event loop only."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -63,7 +63,7 @@ class Traces:
 
     @classmethod
     def of(cls, settings: Settings) -> "Traces | None":
-        """None where no collector is named. Raises SettingsError where the extra is not installed."""
+        """Return None if no collector is set. Raises SettingsError if the extra is not installed."""
         if settings.trace_endpoint is None:
             return None
         try:
@@ -84,13 +84,15 @@ class Traces:
         provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
         url = settings.trace_endpoint.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
         session = requests.Session()
-        session.trust_env = not is_loopback(urlsplit(url).hostname or "")  # its proxy is not for this machine
+        session.trust_env = not is_loopback(
+            urlsplit(url).hostname or ""
+        )  # the environment's proxy does not apply to this machine
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, session=session)))
         logging.getLogger(EXPORTER).addFilter(Sparse())
         return cls(provider)
 
     def close(self) -> None:
-        """Sends what is left, for CLOSE_S at most: the SDK's own limit is that of every batch in turn."""
+        """Send the remaining spans, for at most CLOSE_S, because the SDK's own limit applies to each batch in turn."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(CLOSE_S)
@@ -98,7 +100,7 @@ class Traces:
     # Requests
 
     def begin(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> "Span":
-        """The span of a request, from its head; what follows in this task is part of it."""
+        """Start the span of a request from its head; later spans in this task are parts of it."""
         from opentelemetry.trace import SpanKind
 
         method = scope["method"] if scope["method"] in METHODS else "_OTHER"
@@ -116,7 +118,7 @@ class Traces:
         return span
 
     def end(self, span: "Span", method: str, route: str, status: int, about: Mapping[str, Any]) -> None:
-        """The answer is out. `route` is a template, or "other"; `about` are attributes of ours."""
+        """End a request's span. `route` is a template, or "other"; `about` has our own attributes."""
         from opentelemetry.trace import StatusCode
 
         if route != "other":
@@ -131,17 +133,17 @@ class Traces:
     # Images
 
     def request(self) -> "Span | None":
-        """Of this task, where it is one whose trace is kept."""
+        """Return the span of this task's request; None if its trace is not kept."""
         span = _request.get()
         return span if span is not None and span.is_recording() else None
 
     def decoded(self, span: "Span | None", started: float, error: ModelError | None = None) -> None:
-        """An image was decoded, or found bad, from `started` (time.monotonic()) until now."""
+        """Add a span for an image that was decoded or refused, from `started` (time.monotonic()) until now."""
         if span is not None:
             self._child(span, "decode", started, time.monotonic(), {"error.type": error.code} if error else {})
 
     def computed(self, span: "Span | None", outputs: Sequence[Output]) -> None:
-        """An image went through its backbones."""
+        """Add the spans of an image that went through its backbones."""
         if span is None:
             return
         for output in outputs:
@@ -152,7 +154,7 @@ class Traces:
             self._child(span, "compute", forward.started, forward.ended, about, [self._batch(forward, about)])
 
     def _batch(self, forward: Forward, about: Mapping[str, Any]) -> "Span":
-        """Made when the first image of the batch is told of, and the same for the others."""
+        """Return the span of a batch, made for its first image and shared by the others."""
         if forward.span is None:
             requests = list(dict.fromkeys(forward.origins))
             forward.span = self._child(None, "batch", forward.started, forward.ended, about, requests)
@@ -168,7 +170,7 @@ class Traces:
         attributes: Mapping[str, Any],
         linked: "Sequence[Span]" = (),
     ) -> "Span":
-        """A span between two times of time.monotonic(); without a parent, the first of its trace."""
+        """Make a span between two times of time.monotonic(); without a parent it starts a trace."""
         from opentelemetry.context import Context
         from opentelemetry.trace import Link, StatusCode, set_span_in_context
 

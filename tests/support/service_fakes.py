@@ -25,7 +25,7 @@ from models.errors import (
 from models.store.store import ModelStore, Serving
 from service.app import create_app
 from service.http.middleware import Traffic
-from service.inference.batcher import DeviceState
+from service.inference.batcher import Batcher, DeviceState
 from service.inference.engine import Engine
 from service.inference.registry.loader import ModelStatus, Served
 from service.inference.registry.registry import Registry
@@ -75,8 +75,8 @@ class FakeStore(ModelStore):
 class FakeRegistry(Registry):
     """Serves `pets` in the version of the store, but for those that are `broken`."""
 
-    def __init__(self, store: ModelStore) -> None:
-        self.store = store
+    def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics, batcher: Batcher) -> None:
+        super().__init__(settings, store, metrics, batcher)
         self.version, self.broken = 1, set[int]()
 
     async def check_removable(self, name: str) -> None:
@@ -118,10 +118,10 @@ class FakeEngine(Engine):
     registry: FakeRegistry
 
     def __init__(self, store: ModelStore) -> None:
-        self.registry = FakeRegistry(store)
-        self.devices = [torch.device("cpu")]
-        self.device_note: str | None = None
-        self.draining = self.closed = self.cancelled = False
+        settings = Settings(data=Path("no-such-folder"), device="cpu")
+        super().__init__(settings, store, Metrics())
+        self.registry = FakeRegistry(settings, store, self.metrics, self.batcher)
+        self.closed = self.cancelled = False
         self.is_ready = self.is_live = True
         self.asked: dict[str, Any] = {}
         self.options = DEFAULTS

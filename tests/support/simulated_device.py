@@ -9,10 +9,12 @@
 Features are real tensors that say they lie on `cuda:N`. What torch.cuda is asked meanwhile is answered for these GPUs.
 """
 
+import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest import mock
 
@@ -21,8 +23,11 @@ from torch import Tensor, nn
 
 from models.classifier import Backbone
 from models.runtime.options import Agreement, Options, RuntimeInfo
+from models.store.store import ModelStore
 from service.inference import engine as engine_module
+from service.inference.engine import Engine
 from service.inference.registry import loader as loaded_module
+from support.small_models import add_backbone, add_head, serving
 
 LOST = "CUDA error: unspecified launch failure"
 STICKY = (LOST, "CUDA error: an illegal memory access was encountered", "CUDA error: device-side assert triggered")
@@ -255,3 +260,26 @@ def _answers(gpus: tuple[SimulatedGpu, ...]) -> dict[str, Callable[..., Any]]:
         "set_device": lambda device: None,
         "device": lambda device: contextlib.nullcontext(),
     }
+
+
+# Servers on them
+
+ONLY_A: dict[str, Any] = {"models": ("a",), "device": "cuda"}
+
+
+@asynccontextmanager
+async def on_gpus(store: ModelStore, *gpus: SimulatedGpu, ready: bool = True, **flags: Any) -> AsyncIterator[Engine]:
+    with simulated(*gpus):
+        async with serving(store, ready=ready, **(ONLY_A | flags)) as engine:
+            yield engine
+
+
+async def until(happened: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not happened():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def second_version(store: ModelStore) -> int:
+    """Of `a`, on another backbone."""
+    return add_head(store, "a", *add_backbone(store, 9), classes=2, activate=False)

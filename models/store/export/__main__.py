@@ -1,7 +1,7 @@
-"""One export in a process of its own: `python -m models.store.export WEIGHTS NAME VERSION FORMAT OUT`.
+"""Runs one export in its own process: `python -m models.store.export WEIGHTS NAME VERSION FORMAT OUT`.
 
-Prints one JSON object: `{"warnings": [...]}`; `{"code": ..., "message": ...}` where it failed; `{"disk": ...}` where the disk did.
-It ends when its stdin does: with the server that started it, however that ends.
+Prints one JSON object: `{"warnings": [...]}`; `{"code": ..., "message": ...}` if it failed; `{"disk": ...}` for an error of the disk.
+It ends when its stdin is closed, and so with the server that started it.
 """
 
 import json
@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 NICE = 10
-OOM_SCORE = 500  # of 1000: where memory runs out, the kernel takes this process before the server
-MEMORY = 3 * 2**30  # bytes, beside MEMORY_PER_BYTE for each byte of the weights on disk
+OOM_SCORE = 500  # of 1000: when memory runs out, the kernel ends this process before the server
+MEMORY = 3 * 2**30  # bytes; and MEMORY_PER_BYTE for each byte of the weights on disk
 MEMORY_PER_BYTE = 8  # measured: 3.3 bytes for each byte of a float32 network; half-precision weights double in memory
 
 
@@ -42,14 +42,14 @@ def main(weights: str, name: str, version: str, file_format: str, out: str) -> d
 
 
 def be_modest() -> None:
-    """Serving goes first. Threads started from here on inherit it."""
+    """Give way to serving. Threads that are started afterwards inherit it."""
     os.nice(NICE)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
 
 
 def bound_memory(weights: int) -> None:
-    """Beyond it allocations fail: of this process alone."""
+    """Limit this process's memory, so that its own allocations fail first."""
     limit = MEMORY + MEMORY_PER_BYTE * weights
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     with suppress(ValueError, OSError):
@@ -66,9 +66,9 @@ def end_with_stdin() -> None:
 
 
 if __name__ == "__main__":
-    be_modest()  # before torch is imported: that takes seconds of computing too
+    be_modest()  # before torch is imported, which takes seconds of CPU time
     end_with_stdin()
     report = json.dumps(main(*sys.argv[1:]))
     sys.stdout.write(report + "\n")
     sys.stdout.flush()
-    os._exit(0)  # all is written; to tear torch down takes seconds
+    os._exit(0)  # all is written, and torch's clean-up takes seconds

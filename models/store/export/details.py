@@ -1,4 +1,4 @@
-"""The metadata of an exported file: labels, geometry, licence and lineage, as strings by name."""
+"""Makes the metadata of an exported file: labels, geometry, licence and lineage, as strings by name."""
 
 import json
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from models.classifier import ModelConfig
 from models.store.export.graph import GraphInput
 
-FORMAT = "1"  # of these details; `predict.py` reads them
+FORMAT = "1"  # version of these details, which `predict.py` reads
 
 
 def details(config: ModelConfig, inputs: Sequence[GraphInput], licences: Sequence[str | None]) -> dict[str, str]:
-    """`imago`, `model`, `version`, `created_at` and `licence` are plain text; the others are JSON."""
+    """Return the metadata. `imago`, `model`, `version`, `created_at` and `licence` are plain text; the others are JSON."""
     return {
         "imago": FORMAT,
         "model": config.name,

@@ -1,4 +1,4 @@
-"""From a stored version to files in their place: all of them or none, and nothing of anyone's overwritten unasked."""
+"""Writes the files of an export: all of them or none, without overwriting files unless that is forced."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).with_name("predict.py")
 
 @dataclass(frozen=True)
 class Exported:
-    """The files that were written, and what the caller should know of the licence."""
+    """The written files, and warnings about the licence."""
 
     config: ModelConfig
     files: tuple[Path, ...]
@@ -41,9 +41,9 @@ class Exported:
 def export(
     store: ModelStore, config: ModelConfig, file_format: ExportFormat, out: Path, force: bool = False
 ) -> Exported:
-    """Writes a version to `out`, and beside it what belongs to it; as `.zip`, all in one file. `force` overwrites.
+    """Write a version to `out`, with its other files beside it, or all in one if it ends in `.zip`. `force` overwrites.
 
-    Raises ExportError, and WeightsError where the stored weights are damaged.
+    Raises ExportError, and WeightsError if the stored weights are damaged.
     """
     _check(file_format, out)
     if not force:
@@ -81,7 +81,7 @@ def _check_free(target: Path) -> None:
 def _write(
     store: ModelStore, config: ModelConfig, file_format: ExportFormat, folder: Path, out: Path
 ) -> Sequence[Path]:
-    """The files of a format, in `folder`, named after `out`."""
+    """Write the files of a format into `folder`, named after `out`."""
     if file_format == "store":
         write_bundle(store, config, folder / out.name)
         return [folder / out.name]
@@ -95,7 +95,7 @@ def _write(
 
 
 def _packed(made: Sequence[Path], out: Path) -> Sequence[Path]:
-    """The files, or where `out` is a zip the one that holds them. Weights hardly compress."""
+    """Return the files, or the zip that contains them if `out` is one; it is not compressed, because weights hardly compress."""
     if out.suffix != ".zip" or out in made:
         return made
     with zipfile.ZipFile(out, "x") as archive:
@@ -106,5 +106,5 @@ def _packed(made: Sequence[Path], out: Path) -> Sequence[Path]:
 
 
 def _same(file: Path, target: Path) -> bool:
-    """True where an earlier export left the same script."""
+    """Return whether an earlier export wrote the same script."""
     return file.name == SCRIPT.name and target.is_file() and target.read_bytes() == file.read_bytes()

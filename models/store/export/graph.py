@@ -1,4 +1,4 @@
-"""The graph that is exported: normalisation, backbones, heads and temperature, from pixels to calibrated probabilities."""
+"""Makes the exported graph from pixels to calibrated probabilities: normalisation, backbones, heads and temperature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from models.classifier import Classifier, ModelConfig
 from models.preprocessing import Preprocessing
 from models.runtime.openvino_engine import PixelNetwork
 
-EXAMPLES = 2  # images to convert with: a single one would become a constant of the graph
-SCALE = {"mean", "std"}  # of a Preprocessing: inside the graph; all the rest is left to the program that runs it
+EXAMPLES = 2  # images to convert with, because a batch size of one would become a constant of the graph
+SCALE = {"mean", "std"}  # fields of a Preprocessing that are in the graph; the program that runs it does the rest
 
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input of the graph, uint8 (N, H, W, C), and the members of the ensemble that read it."""
+    """One input of the graph, uint8 (N, H, W, C), and the ensemble's members that read it."""
 
     name: str
     preprocessing: Preprocessing
     members: tuple[int, ...]
 
     def example(self, count: int) -> Tensor:
-        """Noise, uint8 (count, H, W, C)."""
+        """Return noise, uint8 (count, H, W, C)."""
         generator = torch.Generator().manual_seed(count)
         shape = (count, self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def graph_inputs(config: ModelConfig) -> tuple[GraphInput, ...]:
-    """`images`; or `images_1`, `images_2` ... for an ensemble whose members differ in size, crop, interpolation or channels."""
+    """Return the inputs: `images`, or `images_1`, `images_2` ... if the members differ in size, crop, interpolation or channels."""
     members: dict[str, list[int]] = {}
     for member, ref in enumerate(config.backbones):
         members.setdefault(ref.preprocessing.model_dump_json(exclude=SCALE), []).append(member)
@@ -42,7 +42,7 @@ def graph_inputs(config: ModelConfig) -> tuple[GraphInput, ...]:
 
 
 class ProbabilityGraph(nn.Module):
-    """One uint8 (N, H, W, C) per input -> float32 probabilities (N, classes), as `Classifier.probabilities`."""
+    """Computes float32 probabilities (N, classes), as `Classifier.probabilities`, from uint8 (N, H, W, C) for each input."""
 
     def __init__(self, classifier: Classifier, inputs: Sequence[GraphInput]) -> None:
         super().__init__()

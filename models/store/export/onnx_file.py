@@ -1,4 +1,4 @@
-"""ONNX, by torch's exporter. `pip install imago[onnx]`."""
+"""Writes ONNX files by torch's exporter. Needs `pip install imago[onnx]`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from models.store.export.graph import EXAMPLES, GraphInput, ProbabilityGraph
 
 
 def check_onnx() -> None:
-    """Raises ExportError where a package is missing."""
+    """Raise ExportError if a package is missing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ExportError(f"export to ONNX needs {' and '.join(missing)}: pip install 'imago[onnx]'")
@@ -24,14 +24,14 @@ def check_onnx() -> None:
 def write_onnx(
     classifier: Classifier, inputs: Sequence[GraphInput], details: Mapping[str, str], path: Path
 ) -> list[Path]:
-    """Writes the graph for any number of images; -> the files: weights beyond 2 GB, protobuf's limit, have one of their own.
+    """Write the graph for any number of images, and return the files. Weights over 2 GB, protobuf's limit, are in a second file.
 
     Raises ExportError.
     """
     check_onnx()
     try:
         program = _converted(ProbabilityGraph(classifier, inputs).eval(), inputs)
-    except Exception as error:  # the exporter raises what comes to hand
+    except Exception as error:  # the exporter raises many kinds
         if is_out_of_memory(error):
             raise
         raise ExportError(
@@ -45,11 +45,11 @@ def write_onnx(
 
 
 def _converted(graph: ProbabilityGraph, inputs: Sequence[GraphInput]) -> Any:
-    """torch's ONNXProgram."""
+    """Return torch's ONNXProgram."""
     examples = tuple(each.example(EXAMPLES) for each in inputs)
     count = torch.export.Dim("N", min=1)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch about its own parts
+        warnings.simplefilter("ignore")  # torch's warnings about its own code
         exported = torch.export.export(graph, examples, dynamic_shapes=(tuple({0: count} for _ in examples),))
         return torch.onnx.export(
             exported,
@@ -61,7 +61,7 @@ def _converted(graph: ProbabilityGraph, inputs: Sequence[GraphInput]) -> Any:
 
 
 def _clean(model: Any) -> None:
-    """Removes the exporter's notes: each node names the source lines, and with them the paths of this machine."""
+    """Remove the exporter's metadata, which names source lines with paths of this machine."""
     for function in [model.graph, *model.functions.values()]:
         function.metadata_props.clear()
         for node in function.all_nodes():

@@ -1,4 +1,4 @@
-"""OpenVINO's format, by its own converter. `pip install imago[openvino]`."""
+"""Writes OpenVINO's format by its own converter. Needs `pip install imago[openvino]`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from models.store.export.graph import EXAMPLES, GraphInput, ProbabilityGraph
 
 
 def check_openvino() -> None:
-    """Raises ExportError where the package is missing."""
+    """Raise ExportError if the package is missing."""
     if openvino_version() is None:
         raise ExportError("export to OpenVINO needs openvino: pip install 'imago[openvino]'")
 
@@ -22,18 +22,18 @@ def check_openvino() -> None:
 def write_openvino(
     classifier: Classifier, inputs: Sequence[GraphInput], details: Mapping[str, str], path: Path
 ) -> list[Path]:
-    """Writes the graph for any number of images, in float32; -> the .xml and the .bin with the weights. Raises ExportError."""
+    """Write the float32 graph for any number of images; return the .xml and the .bin with the weights. Raises ExportError."""
     check_openvino()
     openvino = import_openvino()
     graph = ProbabilityGraph(classifier, inputs).eval()
     examples = tuple(each.example(EXAMPLES) for each in inputs)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore")  # TorchScript's own deprecation, and what tracing says of constants
+            warnings.simplefilter("ignore")  # TorchScript's deprecation, and tracing's warnings about constants
             traced = torch.jit.trace(graph, examples, check_trace=False)  # type: ignore[no-untyped-call]
             shapes = [[-1, *each.shape[1:]] for each in examples]
             model = openvino.convert_model(traced, example_input=examples, input=shapes)
-    except Exception as error:  # the converter raises what comes to hand
+    except Exception as error:  # the converter raises many kinds
         if is_out_of_memory(error):
             raise
         raise ExportError(

@@ -1,4 +1,7 @@
-"""A head on the features of several backbones: one linear map each, summed, dropout, a linear classifier; by AdamW on cached features."""
+"""Fits a head on the features of several backbones: a linear map of each, summed, dropout, a linear classifier.
+
+The features are computed before, and fitted by AdamW.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -28,11 +31,11 @@ def fit_sum(
     progress: Progress,
     stop: Stop = never,
 ) -> Fit:
-    """One (n, D_i) per backbone -> a head of kind `feature_sum`: a linear map of each to 512, summed, dropout, a linear classifier.
+    """Fit a head of kind `feature_sum` to features (n, D_i) of each backbone: linear maps to 512, summed, dropout, a linear classifier.
 
-    AdamW on batches. Each fold is held out once and says after how many epochs it was answered best; the head itself is trained on all
-    images for the mean of these. The strength is AdamW's decay. When `stop` says yes, each fold that is left gets one epoch, and the mean
-    is that of the whole ones. Deterministic by `settings.seed`. Raises TrainingError.
+    AdamW on batches. Each fold is held out once to find the epoch with the lowest held-out loss; the head is then trained on all images for
+    the mean of these epochs. The strength is AdamW's decay. When `stop` returns True, each remaining fold gets one epoch, and the mean is
+    that of the complete ones. Deterministic by `settings.seed`. Raises TrainingError.
     """
     if not all(member.isfinite().all() for member in features):
         raise TrainingError("a base's features are not finite numbers: check the bases with `imago predict`")
@@ -55,7 +58,7 @@ def fit_sum(
 
 
 class Standardised(NamedTuple):
-    """A backbone's features, centred and brought to a mean square of 1."""
+    """A backbone's features, centred and scaled to a mean square of 1."""
 
     x: Tensor  # float32 (n, D)
     mean: Tensor  # (D,)
@@ -71,7 +74,7 @@ class Standardised(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SumRecipe:
-    """How a feature sum is trained, on any of the images."""
+    """Trains feature sums on any of the images."""
 
     members: tuple[Standardised, ...]
     labels: Tensor
@@ -92,7 +95,7 @@ class SumRecipe:
         return next(itertools.islice(self.epochs(rows), epochs - 1, None))
 
     def validate(self, rows: Tensor, held: Tensor, stop: Stop) -> tuple[Tensor, int]:
-        """Train on `rows` while `held` gets better, or until `stop` -> its log-probabilities (h, C) at the best epoch, and that epoch."""
+        """Train on `rows` while the loss of `held` falls, or until `stop`; return the best log-probabilities (h, C) and their epoch."""
         best, found, at = float("inf"), torch.empty(0), 0
         for epoch, network in enumerate(itertools.islice(self.epochs(rows), self.settings.epochs), start=1):
             with torch.no_grad():
@@ -107,7 +110,7 @@ class SumRecipe:
         return found, at
 
     def epochs(self, rows: Tensor) -> Iterator[Head]:
-        """The network after each epoch, in eval mode, for ever; the same for the same rows and seed. Seeds torch's own generator."""
+        """Yield the network after each epoch, in eval mode, without end; the same for equal rows and seed. Seeds torch's generator."""
         torch.manual_seed(self.settings.seed)
         layers = tuple(LayerConfig(in_features=member.x.shape[1]) for member in self.members)
         network = Head(HeadConfig(kind="feature_sum", layers=layers, hidden=HIDDEN), self.num_classes)
@@ -126,7 +129,7 @@ class SumRecipe:
         return F.cross_entropy(scores, self.labels[rows], weight=self.class_weight, label_smoothing=smoothing)
 
     def for_raw_features(self, network: Head) -> Head:
-        """In place: the centring and scaling of the features folded into the maps."""
+        """Fold the centring and scaling of the features into the head's maps, in place."""
         with torch.no_grad():
             for layer, member in zip(network.layers, self.members, strict=True):
                 weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")

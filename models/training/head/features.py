@@ -1,12 +1,12 @@
-"""Features of a frozen backbone, computed once for each image and kept on disk.
+"""Computes features of a frozen backbone, once for each image, and keeps them on disk.
 
     <root>/<backbone's sha256, 16 digits>-<hash of preprocessing, output and precision>/<hash of the file>.safetensors
         keys     uint8 (n, 16)      the digests of the images' pixels
         features float32 (n, D)
 
-A shard is written every half minute or so and never changed, so a pass that was killed goes on where it was. The folders that were unused
-for longest are removed when the cache grows too large. The cache is never a reason to fail: what cannot be read is computed
-again, what cannot be written is not kept.
+A shard is written about every half minute and never changed, so a pass that was killed resumes. When the cache grows too large, the least
+recently used folders are removed. Errors of the cache never fail a run: what cannot be read is computed again, and what cannot be written
+is not kept.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 BATCH = 64  # images
 SHARD_BYTES = 64 * 2**20
-SHARD_S = 30.0  # of work that a kill may cost
+SHARD_S = 30.0  # the most work that a kill may cost
 KEY_BYTES = 16
 
 Warn = Callable[[str], None]
 
 
 class Stopped(Exception):
-    """A pass over the images was told to end early; what it had computed is kept for the next."""
+    """A pass over the images was stopped early; what it had computed is kept for the next."""
 
 
 class FeatureCache:
@@ -68,11 +68,11 @@ class FeatureCache:
         warn: Warn = log.warning,
         stop: Stop = never,
     ) -> Tensor:
-        """uint8 (n, C, H, W) and their digests of 16 bytes -> float32 (n, D), on the CPU.
+        """Return the features, float32 (n, D) on the CPU, of uint8 (n, C, H, W) with these 16-byte digests.
 
-        `warn` is told once why the cache cannot be used, and when memory runs out: then the batch is halved, and features computed from
-        there on may differ in their last bits. `stop` is asked before each batch. However a pass ends, what it has computed is kept.
-        Raises TrainingError where a feature is not finite, Stopped, and the device's own error where one image alone is too much.
+        `warn` is called once if the cache cannot be used, and when memory runs out: then the batch is halved, and features computed
+        afterwards may differ in their last bits. `stop` is asked before each batch. However a pass ends, what it has computed is kept.
+        Raises TrainingError if a feature is not finite, Stopped, and the device's own error if a single image does not fit.
         """
         shards = _Shards(self, _folder_name(backbone, precision), backbone.feature_dim, warn)
         places: dict[bytes, int] = {}  # of each digest in `known`; equal images are computed once
@@ -104,16 +104,16 @@ def _folder_name(backbone: Backbone, precision: Precision) -> str:
 
 
 def feature_precision(backbone: Backbone, device: torch.device) -> Precision:
-    """The precision of training features on this device: the first of a GPU's fast ones that agrees with float32, as in serving.
+    """Return the precision of training features: on a GPU the first fast one that agrees with float32, as in serving.
 
-    On the CPU float32: features are computed once, and stay exact.
+    On the CPU it is float32, because features are computed only once.
     """
     fast = half_precisions(device) if device.type == "cuda" else ()
     probe = Probe(backbone, None) if fast else None
     for precision in fast:
         try:
             agreement = probe.agreement(Extractor(backbone, device, precision)) if probe else None
-        except (TrainingError, RuntimeError) as error:  # NaN; a kernel that does not know this network
+        except (TrainingError, RuntimeError) as error:  # NaN, or a kernel that does not support this network
             if is_device_lost(error, device):
                 raise
             log.info("%s: no features in %s: %s", backbone.ref.key, precision, error)
@@ -124,10 +124,10 @@ def feature_precision(backbone: Backbone, device: torch.device) -> Precision:
 
 
 class Extractor:
-    """uint8 (n, C, H, W) -> float32 (n, D) on the CPU, in batches of one size, which is halved for good whenever memory runs out.
+    """Computes uint8 (n, C, H, W) -> float32 (n, D) on the CPU, in batches of one size, which is halved whenever memory runs out.
 
-    A batch that is smaller is filled up: with batches of one size an image's features are the same to the bit whatever batch it is in,
-    and so is the head of a run that was resumed.
+    A smaller batch is filled up, because with batches of one size an image's features are the same to the bit in any batch, and so is the
+    head of a resumed run.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Extractor:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         while (features := self._tried(pixels)) is None:
-            self.engine.release_memory()  # outside the handler, whose traceback holds on to activations
+            self.engine.release_memory()  # outside the handler, whose traceback keeps activations in memory
             self.batch_size //= 2
             self.warn(f"out of memory: features are computed {self.batch_size} images at a time from here on")
         if not features.isfinite().all():
@@ -154,7 +154,7 @@ class Extractor:
         return features
 
     def rows(self, pixels: Tensor, rows: Tensor, progress: Progress = silent) -> Tensor:
-        """The features of the images at `rows` (n,) of uint8 (N, C, H, W), batch by batch."""
+        """Return the features of the images at `rows` (n,) of uint8 (N, C, H, W), batch by batch."""
         features = []
         for start in range(0, len(rows), BATCH):
             features.append(self(pixels[rows[start : start + BATCH]]))
@@ -162,7 +162,7 @@ class Extractor:
         return torch.cat(features)
 
     def _tried(self, pixels: Tensor) -> Tensor | None:
-        """None where memory ran out and a smaller batch may fit."""
+        """Return the features; None if memory ran out and a smaller batch may fit."""
         try:
             return torch.cat([self._batch(part) for part in torch.split(pixels, self.batch_size)])
         except (RuntimeError, MemoryError) as error:
@@ -178,7 +178,7 @@ class Extractor:
 
 
 class _Shards:
-    """The files of one backbone, preprocessing, output and precision."""
+    """The cache files of one backbone, preprocessing, output and precision."""
 
     def __init__(self, cache: FeatureCache, name: str, feature_dim: int, warn: Warn) -> None:
         self.cache = cache
@@ -187,12 +187,12 @@ class _Shards:
         self.feature_dim = feature_dim
         self.warn = warn
         self.writable = True
-        self.keys: list[bytes] = []  # of the shard that is being filled
+        self.keys: list[bytes] = []  # of the current shard
         self.parts: list[Tensor] = []
         self.since = time.monotonic()
 
     def read(self, places: dict[bytes, int], known: Tensor) -> list[bytes]:
-        """Fill the rows `places` of `known` with what is there; -> the digests that are not."""
+        """Fill the rows `places` of `known` with cached features; return the digests that are missing."""
         missing = dict.fromkeys(places)
         for path in sorted(self.folder.glob("*.safetensors")):
             if not missing:
@@ -206,11 +206,11 @@ class _Shards:
             for row in rows:
                 missing.pop(keys[row], None)
         with suppress(OSError):
-            os.utime(self.folder)  # used just now
+            os.utime(self.folder)  # marks it as used now
         return list(missing)
 
     def _load(self, path: Path) -> tuple[list[bytes], Tensor] | None:
-        """A shard's digests and features; None, and the file is gone, where it is damaged."""
+        """Return a shard's digests and features. Remove a damaged file, and return None."""
         try:
             data = weights_file.read_bytes(path)
             if _name_of(data) != path.name:
@@ -235,7 +235,7 @@ class _Shards:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added as a shard of its own."""
+        """Write what has been added as a shard."""
         if self.keys and self.writable:
             keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
             self._write(safetensors.torch.save({"keys": keys, "features": torch.cat(self.parts)}))
@@ -257,7 +257,7 @@ class _Shards:
             self.warn(f"features are not kept for the next run, because {self.folder} cannot be written: {why}")
 
     def _make_room(self, size: int) -> bool:
-        """Remove other folders, those unused for longest first, until `size` bytes more are allowed; False where they never are."""
+        """Remove other folders, the least recently used first, until `size` more bytes are allowed; False if they never are."""
         sizes = {folder: _bytes_in(folder) for folder in self.cache.root.iterdir() if folder.is_dir()}
         others = sorted(sizes.keys() - {self.folder}, key=lambda folder: folder.stat().st_mtime)
         for oldest in others:

@@ -1,5 +1,5 @@
-"""L-BFGS for smooth convex functions, written out: torch's optimisers import its compiler at their first use, which takes longer than
-fitting most heads (8 s against 0.1 s on two slow cores)."""
+"""L-BFGS for smooth convex functions. torch's own imports its compiler at the first use of an optimiser, which takes longer than fitting
+most heads (8 s against 0.1 s on two slow cores)."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,17 +10,17 @@ from models.errors import TrainingError
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]  # weights -> value, gradient of the same shape
 
-MEMORY = 10  # steps that are looked back on
+MEMORY = 10  # earlier steps that are used
 MAX_HALVINGS = 30  # of a step, by the line search
-SUFFICIENT = 1e-4  # of the descent that the slope promises
+SUFFICIENT = 1e-4  # share of the descent that the slope predicts
 
 
 def minimise(
     objective: Objective, start: Tensor, max_steps: int, tolerance: float, tick: Callable[[float], None]
 ) -> Tensor:
-    """Weights at the minimum of a convex function whose curvatures are about 1 in all directions.
+    """Return the weights at the minimum of a convex function whose curvature is about 1 in all directions.
 
-    Ends where the value is some `tolerance` above the minimum, or after `max_steps`. Raises TrainingError where it is not finite.
+    Ends when the value is about `tolerance` above the minimum, or after `max_steps`. Raises TrainingError if it is not finite.
     """
     weights = start
     value, gradient = objective(weights)
@@ -29,10 +29,10 @@ def minimise(
         tick(number / max_steps)
         if not gradient.isfinite().all():
             raise TrainingError("the head's loss is not finite: the base's features are damaged; use another base")
-        if dot(gradient, gradient) / 2 <= tolerance:  # where curvatures are 1, this is how far below the minimum lies
+        if dot(gradient, gradient) / 2 <= tolerance:  # at curvature 1, the distance to the minimum
             break
         found = _search(objective, weights, _direction(gradient, history), value, gradient)
-        if found is None:  # as low as rounding lets it go
+        if found is None:  # rounding allows no lower value
             break
         step, value, new_gradient = found
         history.append((step, new_gradient - gradient))
@@ -41,7 +41,7 @@ def minimise(
 
 
 def _direction(gradient: Tensor, history: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Downhill, by the inverse of the curvature that the last (step, change of gradient) have shown: the two loops of Nocedal 1980."""
+    """Return the step direction, by the curvature estimated from the last (step, change of gradient): the two loops of Nocedal 1980."""
     pairs = [(step, change, dot(step, change)) for step, change in history]
     direction, factors = -gradient, []
     for step, change, product in reversed(pairs):
@@ -58,9 +58,9 @@ def _direction(gradient: Tensor, history: Iterable[tuple[Tensor, Tensor]]) -> Te
 def _search(
     objective: Objective, weights: Tensor, direction: Tensor, value: float, gradient: Tensor
 ) -> tuple[Tensor, float, Tensor] | None:
-    """The first of 1, 1/2, 1/4 ... times `direction` that goes down as its slope lets expect, with the value and gradient there.
+    """Return the first of 1, 1/2, 1/4 ... times `direction` that descends enough for its slope, with the value and gradient there.
 
-    Of a convex function the change of the gradient then has the right sign; it is checked because of rounding.
+    The gradient of a convex function then changes with the right sign; this is checked because of rounding.
     """
     slope = dot(gradient, direction)
     for halvings in range(MAX_HALVINGS):

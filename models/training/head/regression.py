@@ -1,11 +1,11 @@
-"""A linear head on fixed features: multinomial logistic regression by L-BFGS, its strength chosen by cross-validation.
+"""Fits a linear head to fixed features: multinomial logistic regression by L-BFGS, with the strength chosen by cross-validation.
 
-    features (n, D) --centre, scale, turn to the principal axes--> x (n, r), r <= min(n, D)
-    each strength, from strong to weak: k folds, each started from the strength before --> log-loss on the images held out
+    features (n, D) --centre, scale, rotate to the principal axes--> x (n, r), r <= min(n, D)
+    each strength, from strong to weak: k folds, each started from the solution for the strength before --> log-loss on the held-out images
     the best strength, all images --> linear map (D) -> (C)
 
-On the principal axes, images that are fewer than the features cost their own number and not D, and the curvature along each axis is
-known in advance, which saves L-BFGS most of its steps.
+On the principal axes the cost depends on the number of images where these are fewer than the features, and the curvature along each axis
+is known in advance, which saves most of L-BFGS's steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,41 +25,37 @@ from models.training.head.lbfgs import minimise
 from models.training.job.request import ResolvedHyperparameters
 
 FOLDS = 5
-STRENGTHS = tuple(
-    10.0 ** (exponent / 3) for exponent in range(2, -16, -2)
-)  # 4.6 down to 2e-5, each a fifth of the one before
-DEFAULT_STRENGTH = 10.0**-2  # where some class cannot be cross-validated
-RISES = 2  # of the held-out loss in a row, after which weaker strengths are not tried: they are the costly ones
-TOLERANCE, ROUGH_TOLERANCE = (
-    1e-10,
-    1e-5,
-)  # of the loss above its minimum: of the head itself, and while strengths are compared
-SMALLEST_VARIANCE = 1e-13  # of an axis, over the largest: below is rounding
-SMALL_STEP = 20_000_000  # multiplications, some 3 ms: below, a second thread is not worth waiting for
+STRENGTHS = tuple(10.0 ** (exponent / 3) for exponent in range(2, -16, -2))  # 4.6 down to 2e-5, by a factor of about 5
+DEFAULT_STRENGTH = 10.0**-2  # if some class cannot be cross-validated
+RISES = 2  # of the held-out loss in a row, after which weaker strengths, which cost most, are not tried
+TOLERANCE = 1e-10  # of the head's loss above its minimum
+ROUGH_TOLERANCE = 1e-5  # the same while strengths are compared
+SMALLEST_VARIANCE = 1e-13  # of an axis, as a share of the largest; smaller ones are rounding
+SMALL_STEP = 20_000_000  # multiplications, about 3 ms; for smaller steps a second thread is slower than one
 
 
 class PathPoint(Record):
-    """What cross-validation says of one strength."""
+    """The result of cross-validation for one strength."""
 
     strength: float
     cv_loss: float  # mean log-loss of the images while they were held out
-    cv_accuracy: float  # their share that was right
+    cv_accuracy: float  # share of them that was right
     spread: float  # standard deviation of the accuracy over the folds
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A head, and what the same recipe answers for images that it was not shown."""
+    """A head, and the held-out predictions of heads fitted in the same way."""
 
     head: Head
-    strength: float
+    strength: float | None  # None if each member of an ensemble has its own
     path: tuple[PathPoint, ...]  # from strong to weak
     out_of_fold: Tensor  # float32 (n, C): each image's probabilities, from a head fitted without its group
 
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """A path of strengths, cross-validated."""
+    """The cross-validated path of strengths."""
 
     path: tuple[PathPoint, ...]
     best: PathPoint  # of the lowest loss
@@ -75,11 +71,11 @@ def fit(
     progress: Progress,
     stop: Stop = never,
 ) -> Fit:
-    """Features (n, D), class indices (n,) and groups (n,), of which none is torn apart by a fold -> the head D -> num_classes.
+    """Fit a head to features (n, D) and class indices (n,). Images of one of the groups (n,) stay in one fold.
 
-    Minimises the mean cross-entropy + strength / 2 * ||W||^2 in float64, over features that are centred and brought to a mean square
-    of 1, so that the same strengths suit every backbone; the centring is folded into the bias. When `stop` says yes, the best of the
-    strengths that have been tried is taken. Raises TrainingError.
+    Minimises the mean cross-entropy + strength / 2 * ||W||^2 in float64, over features that are centred and scaled to a mean square of 1,
+    so that the same strengths suit every backbone; the centring is folded into the bias. When `stop` returns True, the best strength so
+    far is used. Raises TrainingError.
     """
     with threads_for(features.numel() * num_classes):
         problem = RegressionProblem.of(features, labels, num_classes, settings)
@@ -92,7 +88,7 @@ def fit(
 def fit_at(
     features: Tensor, labels: Tensor, num_classes: int, strength: float, settings: ResolvedHyperparameters
 ) -> Head:
-    """The head at one strength, without cross-validation."""
+    """Fit a head at one strength, without cross-validation."""
     with threads_for(features.numel() * num_classes):
         problem = RegressionProblem.of(features, labels, num_classes, settings)
         return Head.of(problem.layer(problem.solve(strength)))
@@ -100,7 +96,7 @@ def fit_at(
 
 @contextmanager
 def threads_for(multiplications: int) -> Iterator[None]:
-    """One thread while the steps are small: on a busy machine they took ten times as long with two, which wait for one another."""
+    """Use one thread for small steps: on a busy machine they took ten times as long with two threads, which wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if multiplications < SMALL_STEP else before)
     try:
@@ -110,7 +106,7 @@ def threads_for(multiplications: int) -> Iterator[None]:
 
 
 class Axes(NamedTuple):
-    """Where the features' coordinates come from: x = (features - mean) / scale @ rotation."""
+    """The coordinates of features: x = (features - mean) / scale @ rotation."""
 
     mean: Tensor  # (D,)
     scale: float
@@ -118,7 +114,7 @@ class Axes(NamedTuple):
 
     @classmethod
     def turn(cls, features: Tensor) -> tuple["Axes", Tensor]:
-        """Features (n, D) -> axes, and x (n, r) in float64; nothing that a linear map with a penalty on its norm could use is lost."""
+        """Return the axes of features (n, D), and x (n, r) in float64, which keeps all that a linear map with a norm penalty can use."""
         x = features.double()
         mean = x.mean(dim=0)
         x = x - mean
@@ -134,12 +130,12 @@ class Axes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RegressionProblem:
-    """A regression to be solved at any strength, for all images or some of them."""
+    """A regression that can be solved at any strength, for all or some of the images."""
 
     axes: Axes
     x: Tensor  # float64 (n, r + 1); the last column is 1, for the bias
     labels: Tensor  # int64 (n,)
-    importance: Tensor  # float64 (n,): what an image counts
+    importance: Tensor  # float64 (n,), weight of each image
     num_classes: int
     settings: ResolvedHyperparameters
 
@@ -163,10 +159,10 @@ class RegressionProblem:
         tolerance: float = TOLERANCE,
         tick: Progress = silent,
     ) -> Tensor:
-        """Weights (C, r + 1), the last column the bias, of the given rows, begun at `start`."""
+        """Return the weights (C, r + 1), with the bias as the last column, for the given rows, starting from `start`."""
         x, importance = self.x[rows], self.importance[rows]
         loss = _Loss(x, self.labels[rows], importance / importance.sum(), strength, self.settings.label_smoothing)
-        stretch = loss.curvature(self.num_classes).rsqrt()  # of each axis, until its curvature is about 1
+        stretch = loss.curvature(self.num_classes).rsqrt()  # scales each axis to a curvature of about 1
 
         def objective(stretched: Tensor) -> tuple[float, Tensor]:
             value, gradient = loss(stretched * stretch)
@@ -176,7 +172,7 @@ class RegressionProblem:
         return minimise(objective, begin / stretch, self.settings.epochs, tolerance, tick) * stretch
 
     def layer(self, weights: Tensor) -> nn.Linear:
-        """Weights on the axes -> the layer for the features as they come, float32."""
+        """Return the float32 layer for raw features, from weights on the axes."""
         weight = weights[:, :-1] @ self.axes.rotation.T / self.axes.scale
         layer = nn.Linear(weight.shape[1], self.num_classes)
         with torch.no_grad():
@@ -186,16 +182,21 @@ class RegressionProblem:
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """float32 (C,): what an image of each class counts so that every class counts the same, 1 on average over the images."""
+    """Return the weight of an image of each class, float32 (C,), by which all classes count equally; 1 on average over the images."""
     counts = labels.bincount(minlength=num_classes).clamp_min(1)
     return len(labels) / (int((labels.bincount() > 0).sum()) * counts)
+
+
+def part_of(progress: Progress, number: int, of: int) -> Progress:
+    """Return a callback that reports the progress of part `number` (from 0) as progress of the whole."""
+    return lambda done: progress((number + done) / of)
 
 
 # The loss
 
 
 class _Loss(NamedTuple):
-    """Mean cross-entropy with a penalty, and its gradient written out: autograd would keep four arrays of (n, C)."""
+    """Mean cross-entropy with a penalty, and its gradient by hand, because autograd would keep four arrays (n, C)."""
 
     x: Tensor  # (n, r + 1)
     labels: Tensor
@@ -204,7 +205,7 @@ class _Loss(NamedTuple):
     smoothing: float
 
     def __call__(self, weights: Tensor) -> tuple[float, Tensor]:
-        """Weights (C, r + 1) -> loss, gradient (C, r + 1)."""
+        """Return the loss and its gradient (C, r + 1) at weights (C, r + 1)."""
         logits = self.x @ weights.T
         logits -= logits.logsumexp(dim=1, keepdim=True)  # log-probabilities (n, C)
         own = logits.gather(1, self.labels[:, None])[:, 0]
@@ -218,7 +219,7 @@ class _Loss(NamedTuple):
         return float(self.importance @ entropy + self.strength / 2 * penalised.square().sum()), gradient
 
     def curvature(self, classes: int) -> Tensor:
-        """(r + 1,): the second derivative along each axis at equal probabilities: p (1 - p) times the mean square, + strength."""
+        """Return the second derivative along each axis at equal probabilities, (r + 1,): p (1 - p) times the mean square, + strength."""
         found = (classes - 1) / classes**2 * (self.importance @ self.x.square())
         found[:-1] += self.strength
         return found
@@ -228,7 +229,7 @@ class _Loss(NamedTuple):
 
 
 def cross_validate(problem: RegressionProblem, groups: Tensor, progress: Progress, stop: Stop = never) -> Validation:
-    """Try strengths from strong to weak, until the held-out loss has risen twice, or `stop` says yes."""
+    """Try strengths from strong to weak, until the held-out loss has risen twice, or `stop` returns True."""
     folds = fold_of(problem.labels, groups, problem.settings.seed)
     strengths = strengths_for(problem.labels, groups, problem.settings)
     starts: list[Tensor | None] = [None] * FOLDS
@@ -255,7 +256,7 @@ def cross_validate(problem: RegressionProblem, groups: Tensor, progress: Progres
 
 
 def fold_of(labels: Tensor, groups: Tensor, seed: int, folds: int = FOLDS) -> Tensor:
-    """int64 (n,): each image's fold, 0..folds - 1. Groups stay whole; those of a class are dealt out evenly, the large ones first."""
+    """Return each image's fold, int64 (n,), 0..folds - 1. Groups stay whole; those of a class are spread evenly, the large ones first."""
     _, group, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     label = torch.zeros(len(sizes), dtype=torch.int64).scatter_reduce(0, group, labels, "amax")
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
@@ -267,7 +268,7 @@ def fold_of(labels: Tensor, groups: Tensor, seed: int, folds: int = FOLDS) -> Te
 
 
 def strengths_for(labels: Tensor, groups: Tensor, settings: ResolvedHyperparameters) -> Sequence[float]:
-    """The given weight decay, or the path; a class whose images are all of one group would be unknown whenever it is held out."""
+    """Return the given weight decay, the path, or one default if a class has a single group, which cannot be held out."""
     if settings.weight_decay is not None:
         return (settings.weight_decay,)
     groups_of = torch.unique(torch.stack([labels, groups], dim=1), dim=0)[:, 0].bincount()
@@ -275,7 +276,7 @@ def strengths_for(labels: Tensor, groups: Tensor, settings: ResolvedHyperparamet
 
 
 def score(strength: float, log_probabilities: Tensor, labels: Tensor, importance: Tensor, folds: Tensor) -> PathPoint:
-    """Held-out log-probabilities (n, C) of all images -> what they say."""
+    """Return loss, accuracy and spread of the held-out log-probabilities (n, C) of all images."""
     own = log_probabilities.gather(1, labels[:, None])[:, 0].double()
     right = (log_probabilities.argmax(dim=1) == labels).double()
     by_fold = torch.stack([right[folds == fold].mean() for fold in range(FOLDS) if (folds == fold).any()])

@@ -132,6 +132,11 @@ class Hyperparameters(_Asked):
     features_from: str | None = Field(
         default=None, max_length=200, description="Mode head: the named module whose pooled output are the features"
     )
+    ensemble: Literal["mean", "feature_sum"] | None = Field(
+        default=None,
+        description="Mode head with several bases: the mean of a head on each, or one head on the sum of their features; "
+        "by default mean",
+    )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of everything random")
 
     @model_validator(mode="before")
@@ -285,7 +290,7 @@ class FinetuneRequest(_Asked):
             if self.half:
                 raise ValueError("mode head shares its base's backbone as it is stored; half is for the other modes")
         elif self.mode != "auto":
-            self._refuse(sorted(given.keys() & {"copies", "features_from"}), "trains the network itself")
+            self._refuse(sorted(given.keys() & {"copies", "features_from", "ensemble"}), "trains the network itself")
         if self.mode == "scratch":
             self._refuse(
                 sorted(given.keys() & {"freeze_until", "fresh_from", "thaw_every", "layer_decay"}),
@@ -332,7 +337,7 @@ class FinetuneRequest(_Asked):
 # What means something where only a head is fitted; the augmentation is that of the copies.
 HEAD_FIELDS = frozenset(
     {"epochs", "weight_decay", "label_smoothing", "class_weight", "augmentation", "hflip", "vflip", "rotation"}
-) | {"copies", "features_from", "seed"}
+) | {"copies", "features_from", "ensemble", "seed"}
 
 
 @dataclass(frozen=True)
@@ -379,6 +384,7 @@ class ResolvedHyperparameters:
     small_until: float
     copies: int
     features_from: str | None
+    ensemble: Literal["mean", "feature_sum"]
     seed: int
 
 
@@ -400,6 +406,7 @@ _DEFAULTS: dict[str, Any] = {
     "small_until": 0.0,
     "copies": 0,
     "features_from": None,
+    "ensemble": "mean",
 }
 _TRAINED = {"label_smoothing": 0.1, "augmentation": "light", "ema": 0.95}
 _BY_MODE: dict[Mode, dict[str, Any]] = {

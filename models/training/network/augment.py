@@ -1,13 +1,13 @@
-"""Random changes to a batch of training images that keep what is on them; each image has its own.
+"""Random augmentation of training images; each image has its own.
 
-    none         nothing but the switches: mirror left and right, or up and down, and rotation
+    none         only flips and rotation, where they are switched on
     light        a shift by up to a sixteenth of the side
-    standard     a part of the image, 35 to 100 % of its area, brought to full size; brightness, contrast and saturation by up to 20 %
+    standard     a crop of 35 to 100 % of the area, resized to full size; brightness, contrast and saturation by up to 20 %
     trivial      torchvision's TrivialAugmentWide: one operation of 14, of any strength
     randaugment  torchvision's RandAugment: two operations, of medium strength
 
-All of it follows from torch's default generator on the CPU, whatever device the images lie on. Crop, flips and rotation are one
-resampling of the whole batch, several times as fast as torchvision's transforms on one image after the other.
+All random numbers come from torch's default generator on the CPU, whatever the images' device. Crop, flips and rotation are one
+resampling of the whole batch, several times as fast as torchvision's transforms on single images.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ CROP_AREA = (0.35, 1.0)  # of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height
 JITTER = 0.2  # brightness, contrast and saturation times 1 +- this
 COPY_BATCH = 256  # images
-SEED_STEP = 1_000_003  # between the seeds of two epochs, or copies: no two small seeds meet
+SEED_STEP = 1_000_003  # between the seeds of two epochs or copies, so that those of small seeds do not overlap
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class AugmentedBatch(NamedTuple):
-    """Images of a batch. What is random is drawn for all of it, so an image gets its own wherever the batch is cut."""
+    """Some images of a batch. Random numbers are drawn for the whole batch, so that an image gets the same ones however it is split."""
 
     places: Tensor  # int64 (n,), in the batch
     of: int  # images in the batch
@@ -39,9 +39,9 @@ class AugmentedBatch(NamedTuple):
 def augment(
     pixels: Tensor, mirrored: Tensor, settings: ResolvedHyperparameters, part: AugmentedBatch | None = None
 ) -> Tensor:
-    """uint8 (N, C, H, W) -> the same, or float32 of 0..255 where it was resampled; mirrored where `mirrored` (N,), if `hflip` is on.
+    """Return uint8 (N, C, H, W) augmented: as uint8, or as float32 0..255 if it was resampled. `mirrored` (N,) applies if `hflip` is on.
 
-    Where the images are only a part of their batch, `part` says which.
+    `part` says which images of their batch these are; None: all.
     """
     preset, n = settings.augmentation, part or len(pixels)
     mirrored = mirrored & settings.hflip
@@ -58,12 +58,12 @@ def augment(
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`; the copy to a GPU is queued there, and nobody waits for it."""
+    """Return a CPU tensor on `device`; a copy to a GPU is not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def augmented_copy(pixels: Tensor, settings: ResolvedHyperparameters, number: int) -> tuple[Tensor, tuple[bytes, ...]]:
-    """All of uint8 (N, C, H, W), changed: uint8 again, and the 16-byte hash of each. Follows from seed and number (from 1)."""
+    """Return uint8 (N, C, H, W) augmented, as uint8, and the 16-byte hash of each image. Follows from seed and number (from 1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + SEED_STEP * number)
         mirrored = flips(len(pixels), settings.seed, number)
@@ -75,7 +75,7 @@ def augmented_copy(pixels: Tensor, settings: ResolvedHyperparameters, number: in
 
 
 def mix(images: Tensor, labels: Tensor, num_classes: int, settings: ResolvedHyperparameters) -> tuple[Tensor, Tensor]:
-    """torchvision's MixUp, CutMix, or a coin between the two: float images (N, C, H, W), labels (N,) -> images, shares (N, classes)."""
+    """Apply torchvision's MixUp or CutMix, or a random one: float images (N, C, H, W), labels (N,) -> images, shares (N, classes)."""
     from torchvision.transforms import v2
 
     ways = [
@@ -92,8 +92,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, settings: ResolvedHype
 def light(pixels: Tensor, flip: Tensor, part: AugmentedBatch | None = None) -> Tensor:
     """Mirror the images where `flip` (N,) is true, then shift each by up to a sixteenth of the side, borders reflected.
 
-    uint8 (N, C, H, W) -> the same, in channels_last memory. A sixteenth and not the usual eighth: in runs of some ten epochs a stronger
-    shift costs more than it brings.
+    uint8 (N, C, H, W) -> the same, in channels_last memory. The usual eighth costs accuracy in runs of about ten epochs.
     """
     n, _, height, width = pixels.shape
     rows = _mirrored(torch.arange(height) + _shifts(part or n, height), height)  # (N, H)
@@ -105,16 +104,16 @@ def light(pixels: Tensor, flip: Tensor, part: AugmentedBatch | None = None) -> T
 
 
 def flips(images: int, seed: int, epoch: int) -> Tensor:
-    """Which of all images are mirrored in this epoch, bool (images,): each in every second epoch, half of them in the first.
+    """Return which images are mirrored in this epoch, bool (images,): each in every second epoch, half of them in the first.
 
-    Seeing both sides of every image in any two epochs is worth more than tossing a coin each time (Jordan 2024, airbench).
+    This is better than a random choice in each epoch, because any two epochs show both sides of every image (Jordan 2024, airbench).
     """
     first = torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
     return first ^ (epoch % 2 == 1)
 
 
 def flip(pixels: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
-    """Left and right, and up and down, changed where the two, bool (N,), say so."""
+    """Flip images left to right where `mirrored`, bool (N,), is true, and up to down where `upside_down` is."""
     drawn = torch.stack([mirrored, upside_down])
     if not drawn.any():
         return pixels
@@ -124,7 +123,7 @@ def flip(pixels: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
     return pixels
 
 
-# Resampling: a crop is (width, height, x, y) of a rectangle in coordinates from -1 to 1, its size over the image's and its centre
+# Resampling. A crop is (width, height, x, y): its size as a share of the image's, and its centre in coordinates from -1 to 1
 
 
 def whole(n: int) -> Tensor:
@@ -132,16 +131,16 @@ def whole(n: int) -> Tensor:
 
 
 def random_crops(n: int | AugmentedBatch) -> Tensor:
-    """(N, 4): as torchvision's RandomResizedCrop draws them, of a larger part of the image."""
+    """Return crops (N, 4) as torchvision's RandomResizedCrop draws them, but of a larger part of the image."""
     area, ratio = _uniform(n, *CROP_AREA), _uniform(n, *map(math.log, CROP_RATIO)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
     return torch.stack([width, height, _uniform(n, -1, 1) * (1 - width), _uniform(n, -1, 1) * (1 - height)], dim=1)
 
 
 def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upside_down: Tensor) -> Tensor:
-    """Images (N, C, H, W) -> float32 of the same shape, 0..255: the crops (N, 4), turned by `degrees` (N,), then flipped.
+    """Return the crops (N, 4) of images (N, C, H, W), turned by `degrees` (N,), then flipped: float32 of the same shape, 0..255.
 
-    Bilinear; what lies outside the image is its reflection.
+    Bilinear; outside the image its reflection is used.
     """
     width, height, x, y = crops.unbind(1)
     width, height = width * torch.where(mirrored, -1.0, 1.0), height * torch.where(upside_down, -1.0, 1.0)
@@ -155,7 +154,7 @@ def warp(pixels: Tensor, crops: Tensor, degrees: Tensor, mirrored: Tensor, upsid
 
 
 def jitter(images: Tensor, part: AugmentedBatch | None = None) -> Tensor:
-    """float32 (N, C, H, W) of 0..255 -> the same; brightness, then contrast about the mean, then the distance from gray."""
+    """Change brightness, then contrast about the mean, then saturation: float32 (N, C, H, W) 0..255 -> the same."""
     n = part or len(images)
     drawn = torch.stack([_uniform(n, 1 - JITTER, 1 + JITTER) for _ in range(3)])
     factors = sent(drawn, images.device).view(3, -1, 1, 1, 1)
@@ -165,7 +164,7 @@ def jitter(images: Tensor, part: AugmentedBatch | None = None) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """(N, 1, H, W)"""
+    """Return luminance, (N, 1, H, W)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
@@ -176,7 +175,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def by_policy(pixels: Tensor, name: str) -> Tensor:
-    """uint8 (N, C, H, W) -> the same. One image after the other: torchvision changes all images of a batch alike."""
+    """Apply a policy to uint8 (N, C, H, W), image by image, because torchvision changes all images of a batch alike."""
     from torchvision.transforms import v2
 
     policies: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
@@ -188,7 +187,7 @@ def by_policy(pixels: Tensor, name: str) -> Tensor:
 
 
 def by_policy_each(pixels: Tensor, name: str, part: AugmentedBatch) -> Tensor:
-    """The same for a part of a batch. A policy draws as much as its operation needs, so each image has a seed of its own."""
+    """Do the same for a part of a batch. Each image has its own seed, because operations draw different amounts of random numbers."""
     seeds = _draw(part, lambda n: torch.randint(2**62, (n,))).tolist()
     changed = []
     with torch.random.fork_rng(devices=[]):
@@ -198,7 +197,7 @@ def by_policy_each(pixels: Tensor, name: str, part: AugmentedBatch) -> Tensor:
     return torch.cat(changed)
 
 
-# Chance
+# Random numbers
 
 
 def _coins(n: int | AugmentedBatch) -> Tensor:
@@ -219,6 +218,6 @@ def _draw(n: int | AugmentedBatch, draw: Callable[[int], Tensor]) -> Tensor:
 
 
 def _mirrored(index: Tensor, side: int) -> Tensor:
-    """-1 -> 1, side -> side - 2: reflection without repeating the edge."""
+    """Reflect indices beyond the edges, without repeating the edge: -1 -> 1, side -> side - 2."""
     last = side - 1
     return last - (last - index.abs()).abs()

@@ -1,6 +1,6 @@
-"""Auxiliary classifiers on maps from the middle of a network, as Inception v3 and GoogLeNet are trained with; thrown away afterwards.
+"""Auxiliary classifiers on maps from the middle of a network, as Inception v3 and GoogLeNet are trained with. They are not kept.
 
-A backbone of the store comes without them, so new ones listen at the places where their authors put them:
+A stored backbone has none, so new ones read the outputs that the authors of the network chose:
 
     Mixed_6e (N, 768, 17, 17)  --InceptionAux--> scores (N, classes)         loss + 0.4 * theirs   Szegedy et al. 2016
     inception4a, inception4d   --InceptionAux--> scores (N, classes), twice  loss + 0.3 * theirs   Szegedy et al. 2015
@@ -8,13 +8,14 @@ A backbone of the store comes without them, so new ones listen at the places whe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
+from models.classifier import record_outputs
+
 
 class Auxiliary(nn.Module):
-    """Classifiers, by the name of the module of the backbone whose output they see."""
+    """Classifiers by the name of the backbone's module whose output they read."""
 
     def __init__(self, classifiers: dict[str, nn.Module], weight: float) -> None:
         super().__init__()
@@ -25,36 +26,28 @@ class Auxiliary(nn.Module):
 
     @contextmanager
     def listening(self, backbone: nn.Module) -> Iterator[None]:
-        """Within, each forward pass of the backbone in training mode leaves scores to `take`."""
-        hooks = [
-            backbone.get_submodule(place).register_forward_hook(self._hear(place, classifier))
-            for place, classifier in zip(self.places, self.classifiers, strict=True)
-        ]
-        try:
+        """Compute the classifiers' scores in each forward pass of the backbone, for `take`."""
+        classifiers = dict(zip(self.places, self.classifiers, strict=True))
+
+        def record(place: str, maps: Tensor) -> None:
+            if backbone.get_submodule(place).training:
+                self._scores[place] = classifiers[place](maps)
+
+        with record_outputs(backbone, self.places, record):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def take(self) -> list[Tensor]:
-        """Scores (N, classes) of each place on the last batch; none of a place that is frozen, and so in eval mode."""
+        """Return the scores (N, classes) of each classifier on the last batch; none of a module that is frozen, and so in eval mode."""
         scores, self._scores = self._scores, {}
         return list(scores.values())
 
-    def _hear(self, place: str, classifier: nn.Module) -> Any:
-        def hear(module: nn.Module, inputs: Any, maps: Tensor) -> None:
-            if module.training:
-                self._scores[place] = classifier(maps)
-
-        return hear
-
 
 def auxiliary(architecture: str, num_classes: int) -> Auxiliary | None:
-    """What this architecture is trained with; None: it has no auxiliary classifiers."""
+    """Return the auxiliary classifiers that this architecture is trained with; None if it has none."""
     if architecture == "inception_v3":
         from torchvision.models.inception import InceptionAux
 
-        # Its convolution fits a map of 17x17 alone: another size, of smaller images, is pooled to that.
+        # Its convolution needs a map of 17x17, so the maps of smaller images are resized by pooling.
         return Auxiliary({"Mixed_6e": nn.Sequential(nn.AdaptiveAvgPool2d(17), InceptionAux(768, num_classes))}, 0.4)
     if architecture == "googlenet":
         from torchvision.models.googlenet import InceptionAux as GoogLeNetAux

@@ -1,13 +1,12 @@
-"""A run's state on disk: the last whole one, and the one before it.
+"""Keeps a run's state on disk: the last complete one, and the one before it.
 
     state --torch.save--> .part + sha256 --fsync--> rename: checkpoint -> checkpoint.previous, .part -> checkpoint
 
-A file that was cut short or damaged is known by its last 32 bytes, the sha256 of all before; then the previous one counts.
+The last 32 bytes of a file are the sha256 of all before. If they do not match, the file is damaged and the previous one is used.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +25,10 @@ def previous(path: Path) -> Path:
 
 
 def save(path: Path, state: CheckpointState) -> None:
-    """Of tensors, numbers, strings, lists and dicts. Once one was saved, a whole file is there at any moment: a damaged one is written
-    over, and never takes the place of the previous."""
+    """Write a state of tensors, numbers, strings, lists and dicts.
+
+    After the first save a complete file exists at any moment: a damaged one is overwritten and never replaces the previous one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     try:
@@ -45,7 +46,7 @@ def save(path: Path, state: CheckpointState) -> None:
 
 
 def load(path: Path, device: torch.device) -> tuple[CheckpointState, Path] | None:
-    """The state of the newest whole file, its tensors on `device`, and that file; None where there is none."""
+    """Return the state of the newest complete file, with its tensors on `device`, and its path; None if there is none."""
     for candidate in (path, previous(path)):
         if candidate.is_file() and _is_whole(candidate):
             state: CheckpointState = torch.load(candidate, map_location=device, weights_only=True)
@@ -54,7 +55,7 @@ def load(path: Path, device: torch.device) -> tuple[CheckpointState, Path] | Non
 
 
 def remove(path: Path) -> None:
-    """With what a killed `save` has left."""
+    """Remove the checkpoint, the previous one, and what a killed `save` left."""
     for file in (path, previous(path), _draft(path)):
         file.unlink(missing_ok=True)
 
@@ -70,15 +71,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _sha256(file: BinaryIO, size: int) -> bytes:
-    """Of the file's first `size` bytes; the file is left behind them."""
+    """Return the hash of the file's first `size` bytes, and leave the file at their end."""
     file.seek(0)
     digest = hashlib.sha256()
-    for chunk in _chunks(file, size):
-        digest.update(chunk)
-    return digest.digest()
-
-
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
         size -= len(chunk)
-        yield chunk
+        digest.update(chunk)
+    return digest.digest()

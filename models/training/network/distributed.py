@@ -1,11 +1,11 @@
-"""Training a whole network on several devices of one machine: a process for each, and this one, which watches over them.
+"""Trains a whole network on several devices of one machine: one process for each device, and this one, which watches them.
 
-    plan, pixels --files in the run's folder--> rank 0 .. n-1, see `ranks`       rank 0 --events--> progress
-    network.run in the first, `follow` in the others --history--> the caller     one that fails ends them all
+    plan, pixels --files in the run's folder--> rank 0 .. n-1, see `work`       rank 0 --events--> progress
+    `trainer.run` in rank 0, `follow` in the others --history file--> the caller     a rank that fails ends all
 
-None of them can be left waiting for one that is gone: this process takes no part in what they exchange, so it can always end them. They
-end with it, as the kernel has it. Where one runs out of memory, all begin again after the last checkpoint, with half as many images at
-once.
+No rank can be left waiting for one that is gone, because the watching process takes no part in their communication and can always end
+them. The kernel ends the ranks when the watching process ends. If one runs out of memory, all start again from the last checkpoint with
+half as many images at once.
 """
 
 import math
@@ -24,95 +24,83 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event as Flag
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from models.data.dataset import LoadedDataset
 from models.errors import TrainingError
-from models.preprocessing import Preprocessing
 from models.progress import Stop, never
 from models.runtime import tune_allocator
 from models.runtime.device import devices as usable_devices
 from models.runtime.device import leave_memory
 from models.training.job.job_files import TrainingFailure
 from models.training.job.parent_process import die_with_parent, explain
-from models.training.job.request import Budget, EarlyStopping, Event, OnEvent, ResolvedHyperparameters
-from models.training.network.auxiliary import Auxiliary
+from models.training.job.request import Budget, Event, OnEvent
 from models.training.network.freezing import Freezing
 from models.training.network.process_group import ProcessGroup
 from models.training.network.step import MicroBatchTooLarge
-from models.training.network.trainer import History, RunLimits, Trainer, run
+from models.training.network.trainer import History, RunLimits, Trainer, TrainingPlan, run
 
-FOLDER = "ranks"  # beside the checkpoint, while they train
+FOLDER = "ranks"  # beside the checkpoint, while the ranks run
 PLAN, PIXELS, HISTORY = "plan.pt", "pixels", "history.pt"
-TICK_S = 0.1  # between two looks at the processes
-PATIENCE = timedelta(hours=1)  # of a rank with the others; the first one validates meanwhile
+TICK_S = 0.1  # between two checks of the processes
+PATIENCE = timedelta(hours=1)  # for one exchange between the ranks; the others wait while rank 0 validates
 
-Message = Event | MicroBatchTooLarge | tuple[int, TrainingFailure]  # what ended this rank
+Message = Event | MicroBatchTooLarge | tuple[int, TrainingFailure]  # a failure with the rank that had it
 
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What every rank is given."""
+    """The plan of a training that several ranks share. `plan.data` comes without its pixels, which all ranks read from one file."""
 
     network: nn.Sequential
-    aux: Auxiliary | None
-    data: LoadedDataset  # its pixels lie in a file of their own
-    shape: tuple[int, ...]  # of the pixels there: N, H, W, C
-    preprocessing: Preprocessing
-    settings: ResolvedHyperparameters
-    stopping: EarlyStopping
-    budget: Budget
-    checkpoint: Path
+    plan: TrainingPlan
+    shape: tuple[int, ...]  # of the pixels in the file: N, H, W, C
     devices: tuple[torch.device, ...]
-    threads: int  # of a rank, on the CPU
+    threads: int  # of each rank, on the CPU
 
 
 def train(
     network: nn.Sequential,
-    data: LoadedDataset,
-    preprocessing: Preprocessing,
-    settings: ResolvedHyperparameters,
-    stopping: EarlyStopping,
-    budget: Budget,
-    checkpoint: Path,
+    plan: TrainingPlan,
     progress: OnEvent,
     stop: Stop = never,
-    aux: Auxiliary | None = None,
     devices: Sequence[torch.device] = (),
 ) -> History:
-    """As `network.train`, on `devices`, by default the first usable GPUs, as many as the settings say; leaves the network on the CPU.
+    """Train as `trainer.train` does, on `devices` (default: the first usable GPUs, as many as the settings say); leave the network on the
+    CPU.
 
-    Raises what that raises, and TrainingError where one of the processes is gone.
+    Raises what `trainer.train` raises, and TrainingError if one of the processes ends unexpectedly.
     """
-    devices = devices or usable_devices("auto")[: settings.devices]
+    devices = devices or usable_devices("auto")[: plan.settings.devices]
     network.cpu()
-    torch.cuda.empty_cache()  # what computed the features has left it to this process
+    torch.cuda.empty_cache()  # memory that this process used to compute features
     threads = max(1, torch.get_num_threads() // len(devices))
-    shape = tuple(data.pixels.permute(0, 2, 3, 1).shape)
-    rest = replace(data, pixels=torch.empty(0, dtype=torch.uint8))
-    checkpoint = checkpoint.absolute()
+    pixels, checkpoint = plan.data.pixels.permute(0, 2, 3, 1), plan.checkpoint.absolute()
+    without_pixels = replace(plan.data, pixels=torch.empty(0, dtype=torch.uint8))
+    rank_plan = RankPlan(
+        network,
+        replace(plan, data=without_pixels, checkpoint=checkpoint),
+        tuple(pixels.shape),
+        tuple(devices),
+        threads,
+    )
     with _folder(checkpoint.with_name(FOLDER)) as folder:
-        plan = RankPlan(
-            network, aux, rest, shape, preprocessing, settings, stopping, budget, checkpoint, tuple(devices), threads
-        )
-        torch.save(plan, folder / PLAN)
-        _write(data.pixels, folder / PIXELS)
-        _run(plan, folder, progress, stop)
+        torch.save(rank_plan, folder / PLAN)
+        with (folder / PIXELS).open("wb") as file:  # not shared memory, of which a container has 64 MB
+            file.write(pixels.contiguous().numpy().data)
+        _run(rank_plan, folder, progress, stop)
         history = History(**torch.load(folder / HISTORY, weights_only=True))
     network.load_state_dict(history.best)
-    Freezing(network[0], settings.freeze_until, settings.thaw_every).begin(
-        len(history.losses)
-    )  # as it was with the ranks
+    # Which layers are frozen is reported later, so this process sets it as the ranks had it.
+    Freezing(network[0], plan.settings.freeze_until, plan.settings.thaw_every).begin(len(history.losses))
     return history
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
-    """Empty, whatever a killed run has left."""
+    """Make an empty folder, and remove it at the end; a killed run may have left one."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -121,24 +109,12 @@ def _folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(pixels: Tensor, path: Path) -> None:
-    """A file and not shared memory, of which a container has 64 MB."""
-    with path.open("wb") as file:
-        file.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().data)
-
-
-def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """uint8 (N, C, H, W): every rank sees the same pages."""
-    flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8)
-    return flat.view(shape).permute(0, 3, 1, 2)
-
-
 # The process that watches
 
 
 def _run(plan: RankPlan, folder: Path, progress: OnEvent, stop: Stop) -> None:
-    """Until the first rank has written its history."""
-    micro = math.ceil(plan.settings.batch_size / len(plan.devices))
+    """Run the ranks until the first has written its history, starting again with smaller batches when memory runs out."""
+    micro = math.ceil(plan.plan.settings.batch_size / len(plan.devices))
     while True:
         team = Team(plan.devices, folder, micro)
         try:
@@ -154,34 +130,34 @@ def _run(plan: RankPlan, folder: Path, progress: OnEvent, stop: Stop) -> None:
 
 
 class Team:
-    """The processes, one for each device."""
+    """The ranks' processes, one for each device."""
 
     def __init__(self, devices: Sequence[torch.device], folder: Path, micro: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.devices = devices
-        self.told: SimpleQueue[Message] = context.SimpleQueue()
-        self.asked = context.Event()  # to stop
-        self.done = 0.0  # share of the run, as last told
-        self.failures: dict[int, TrainingFailure] = {}  # by rank, in the order they were told
-        given = (folder, micro, self.told, self.asked)
+        self.messages: SimpleQueue[Message] = context.SimpleQueue()
+        self.stop_requested = context.Event()
+        self.done = 0.0  # share of the run, as last reported
+        self.failures: dict[int, TrainingFailure] = {}  # by rank, in the order they were reported
+        arguments = (folder, micro, self.messages, self.stop_requested)
         self.processes = [
-            context.Process(target=work, args=(rank, *given), name=f"rank {rank}", daemon=True)
+            context.Process(target=work, args=(rank, *arguments), name=f"rank {rank}", daemon=True)
             for rank in range(len(devices))
         ]
         for process in self.processes:
             process.start()
 
     def watch(self, progress: OnEvent, stop: Stop) -> None:
-        """Until the first rank is through. Raises Halved where one ran out of memory, and what ended any of them."""
+        """Wait until the first rank has finished. Raises MicroBatchTooLarge if one ran out of memory, TrainingError if one failed."""
         while self.processes[0].exitcode != 0:
             wait([process.sentinel for process in self.processes if process.exitcode is None], TICK_S)
             lost = [rank for rank, process in enumerate(self.processes) if process.exitcode]
             if stop():
-                self.asked.set()
-            self._hear(progress)
+                self.stop_requested.set()
+            self._read_messages(progress)
             if lost:
-                raise self._why(lost)
-        self._hear(progress)
+                raise self._failure(lost)
+        self._read_messages(progress)
 
     def end(self) -> None:
         for process in self.processes:
@@ -189,9 +165,9 @@ class Team:
         for process in self.processes:
             process.join()
 
-    def _hear(self, progress: OnEvent) -> None:
-        while not self.told.empty():
-            message = self.told.get()
+    def _read_messages(self, progress: OnEvent) -> None:
+        while not self.messages.empty():
+            message = self.messages.get()
             if isinstance(message, MicroBatchTooLarge):
                 raise message
             if isinstance(message, Event):
@@ -200,21 +176,19 @@ class Team:
             else:
                 self.failures.setdefault(*message)
 
-    def _why(self, lost: Sequence[int]) -> TrainingError:
-        """A rank that only misses another one fails as well, with an error that says nothing: such come last."""
-        told = sorted(self.failures.values(), key=lambda failure: failure.code == "internal")
+    def _failure(self, lost: Sequence[int]) -> TrainingError:
+        """The error of the rank that failed first. A rank that only loses its connection to another also fails, with an internal error;
+        such errors count last."""
+        reported = sorted(self.failures.values(), key=lambda failure: failure.code == "internal")
         silent = [rank for rank in lost if rank not in self.failures]
-        if silent and not (told and told[0].code != "internal"):
-            return self._gone(silent[0])
-        error = TrainingError(told[0].message)
-        error.code = told[0].code
-        return error
-
-    def _gone(self, rank: int) -> TrainingError:
-        code = self.processes[rank].exitcode or 0
+        if not silent or (reported and reported[0].code != "internal"):
+            error = TrainingError(reported[0].message)
+            error.code = reported[0].code
+            return error
+        code = self.processes[silent[0]].exitcode or 0
         how = f"ended with exit code {code}" if code > 0 else f"was ended by {_signal(-code)}"
         return TrainingError(
-            f"the process that trained on {self.devices[rank]} {how}, and the others with it; begin the same run again, "
+            f"the process that trained on {self.devices[silent[0]]} {how}, and the others with it; begin the same run again, "
             "and it goes on from its last checkpoint"
         )
 
@@ -227,72 +201,74 @@ def _signal(number: int) -> str:
 # The processes that train
 
 
-def work(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", asked: Flag) -> None:
-    """A rank, from its start to its end. What it fails by is told, and by its exit."""
+def work(rank: int, folder: Path, micro: int, messages: "SimpleQueue[Message]", stop_requested: Flag) -> None:
+    """Run a rank from its start to its end. It reports the reason for a failure in `messages`, and exits with 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that watches
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid != os.getppid():
-        return  # it was gone before the kernel knew
+        return  # the parent ended before the kernel was told to watch it
     try:
-        _train(rank, folder, micro, told, asked)
+        _train(rank, folder, micro, messages, stop_requested)
     except MicroBatchTooLarge as halved:
-        _leave(told, halved)
+        messages.put(halved)
+        _exit(1)
     except Exception as error:
         traceback.print_exc()
-        _leave(told, (rank, explain(error)))
+        messages.put((rank, explain(error)))
+        _exit(1)
+    _exit(0)
 
 
-def _leave(told: "SimpleQueue[Message]", why: Message) -> None:
-    """At once: a clean end would wait for the group, and the group waits for this rank."""
-    told.put(why)
+def _exit(code: int) -> None:
+    """Ends this process without the interpreter's and torch's own clean-up.
+
+    After a failure the clean-up would wait for the group, which waits for this rank. After success gloo's threads still run, since
+    DistributedDataParallel lies in a reference cycle that keeps its process group, and a thread of C++ that needs the interpreter while
+    it is finalised ends in std::terminate: SIGABRT, "terminate called without an active exception".
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
-def _train(rank: int, folder: Path, micro: int, told: "SimpleQueue[Message]", asked: Flag) -> None:
+def _train(rank: int, folder: Path, micro: int, messages: "SimpleQueue[Message]", stop_requested: Flag) -> None:
     tune_allocator()
-    plan: RankPlan = torch.load(folder / PLAN, weights_only=False)  # our own, of a moment ago
-    torch.set_num_threads(plan.threads)
-    device = plan.devices[rank]
+    loaded: RankPlan = torch.load(folder / PLAN, weights_only=False)  # written by the parent a moment ago
+    torch.set_num_threads(loaded.threads)
+    device = loaded.devices[rank]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     leave_memory(device)
-    _join(rank, plan.devices, folder / f"store-{micro}")
-    trainer = Trainer(
-        plan.network.to(device),
-        replace(plan.data, pixels=_read(folder / PIXELS, plan.shape)),
-        plan.preprocessing,
-        plan.settings,
-        _silent if rank else told.put,
-        plan.aux,
-        ProcessGroup(rank, len(plan.devices)),
+    _join(rank, loaded.devices, folder / f"store-{micro}")
+    pixels = torch.from_file(  # mapped, so that all ranks share the same pages
+        str(folder / PIXELS), shared=True, size=math.prod(loaded.shape), dtype=torch.uint8
     )
+    data = replace(loaded.plan.data, pixels=pixels.view(loaded.shape).permute(0, 3, 1, 2))
+    report = messages.put if rank == 0 else lambda event: None
+    ranks = ProcessGroup(rank, len(loaded.devices))
+    trainer = Trainer(loaded.network.to(device), replace(loaded.plan, data=data), report, ranks)
     trainer.stepper.micro = micro
     if rank:
-        follow(trainer, plan.checkpoint)
-    else:
-        history = run(trainer, plan.stopping, plan.budget, plan.checkpoint, asked.is_set)
-        trainer.ranks.agree(None)
-        torch.save(vars(history), folder / HISTORY)
-    dist.destroy_process_group()
+        follow(trainer)
+        return
+    history = run(trainer, stop_requested.is_set)
+    torch.save(vars(history), folder / HISTORY)
+    ranks.agree(None)  # ends `follow` in the others; nothing that could fail comes after it
 
 
-def follow(trainer: Trainer, checkpoint: Path) -> None:
-    """Trains what the first rank trains, epoch by epoch, until that one has no more."""
+def follow(trainer: Trainer) -> None:
+    """Train the epochs that rank 0 starts, until there are no more."""
+    next_history: History | None = None
     with trainer.ready():
-        trainer.resume(checkpoint)
-        while (history := _next(trainer.ranks)) is not None:
+        trainer.resume()
+        while (history := trainer.ranks.agree(next_history)) is not None:
             trainer.train_one_epoch(len(history.losses) + 1, history, RunLimits(Budget(), never, spent=0.0))
 
 
-def _next(ranks: ProcessGroup) -> History | None:
-    told: Any = None
-    return ranks.agree(told)  # type: ignore[no-any-return]
-
-
 def _join(rank: int, devices: Sequence[torch.device], store: Path) -> None:
-    """Within this machine: nothing listens to the network. One algorithm of NCCL's, so that sums come out alike each time."""
+    """Join the group over the loopback interface, so that nothing listens to the network. NCCL is held to one algorithm, so that sums are
+    the same each time."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -303,7 +279,3 @@ def _join(rank: int, devices: Sequence[torch.device], store: Path) -> None:
         world_size=len(devices),
         timeout=PATIENCE,
     )
-
-
-def _silent(event: Event) -> None:
-    """The first rank tells for all."""

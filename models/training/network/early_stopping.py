@@ -1,12 +1,12 @@
-"""When a run of epochs ends before its last: plain patience, and the criteria of Prechelt 1998, "Early Stopping - but when?".
+"""Early stopping: patience, and the criteria of Prechelt 1998, "Early Stopping - but when?".
 
     GL(t) = 100 * (val(t) / lowest val - 1)                                generalisation loss, in percent
-    P(t)  = 1000 * (mean train loss of the last strip / its lowest - 1)    progress: how much the training loss still moves
+    P(t)  = 1000 * (mean train loss of the last strip / its lowest - 1)    progress: how much the training loss still changes
     gl    GL(t) > alpha
     pq    GL(t) / P(t) > alpha, at the end of a strip
     up    val rose from strip end to strip end, `patience` times in a row
 
-Everything is computed from the losses of all epochs, so a resumed run decides as an undisturbed one.
+Everything is computed from the losses of all epochs, so a resumed run stops where an undisturbed one does.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Losses = Sequence[float]
 
 
 def reason_to_stop(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> str | None:
-    """Why the run ends after the last of these epochs, with the figures; None: it goes on. Losses of training and validation, by epoch."""
+    """Return why the run ends after these epochs, with the figures; None: it goes on. The losses are those of each epoch."""
     if rule.criterion == "none" or not val_losses:
         return None
     if rule.criterion == "patience":
@@ -28,27 +28,27 @@ def reason_to_stop(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> s
     if rule.criterion == "gl":
         return _generalisation(rule, val_losses)
     if len(val_losses) % strip_of(rule):
-        return None  # the other two look at the ends of strips only
+        return None  # the other two criteria apply at the ends of strips only
     return _quotient(rule, losses, val_losses) if rule.criterion == "pq" else _rises(rule, val_losses)
 
 
 def strip_of(rule: EarlyStopping) -> int:
-    """Epochs; Prechelt's own 5 where nothing is said."""
+    """Return the epochs of a strip; by default Prechelt's own 5."""
     return rule.strip or 5
 
 
 def generalisation_loss(val_losses: Losses) -> float:
-    """GL: by how many percent the last loss is above the lowest."""
+    """Return GL: by how many percent the last loss exceeds the lowest."""
     return 100 * _excess(val_losses[-1], min(val_losses))
 
 
 def progress(strip: Losses) -> float:
-    """P: by how many thousandths the mean training loss of a strip is above its lowest."""
+    """Return P: by how many thousandths the mean training loss of a strip exceeds its lowest."""
     return 1000 * _excess(sum(strip) / len(strip), min(strip))
 
 
 def _excess(value: float, lowest: float) -> float:
-    """value / lowest - 1, where the lowest may be 0."""
+    """Return value / lowest - 1; the lowest may be 0."""
     if value == lowest:
         return 0.0
     return value / lowest - 1 if lowest > 0 else float("inf")
@@ -93,7 +93,7 @@ def _rises(rule: EarlyStopping, val_losses: Losses) -> str | None:
 
 
 def trade(rule: EarlyStopping, losses: Losses, val_losses: Losses, planned: int) -> str:
-    """What the criterion saved and may have cost, and what the others would have done on this very run: a paragraph for the report."""
+    """Return a paragraph for the report: what the criterion saved and may have cost, and when the others would have ended this run."""
     done, best = len(val_losses), val_losses.index(min(val_losses)) + 1
     lines = [
         f"{done} of {planned} epochs ran; the lowest validation loss was {val_losses[best - 1]:.4f}, of epoch {best}."
@@ -109,7 +109,7 @@ def trade(rule: EarlyStopping, losses: Losses, val_losses: Losses, planned: int)
 
 
 def name_of(rule: EarlyStopping) -> str:
-    """patience 3, GL 5, PQ 5, UP 3."""
+    """Return a name such as patience 3, GL 5, PQ 5 or UP 3."""
     if rule.criterion in ("gl", "pq"):
         return f"{rule.criterion.upper()} {rule.alpha:g}"
     return f"{'UP' if rule.criterion == 'up' else rule.criterion} {rule.patience}"

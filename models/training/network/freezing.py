@@ -1,11 +1,10 @@
-"""Which stages of a borrowed backbone train, from which epoch on, how fast, and which are initialised anew.
+"""Sets which stages of a pretrained backbone train, from which epoch, at which learning rate, and which are initialised anew.
 
     conv1  bn1  layer1  layer2 | layer3           layer4 | last layer
     frozen until "layer2"      | lr * decay       lr     | head_lr
-    borrowed                   | fresh from "layer3"
+    pretrained                 | fresh from "layer3"
 
-A frozen stage has no gradients and stays in eval mode: otherwise the running statistics of its batch norms would drift although no
-weight moves.
+A frozen stage has no gradients and stays in eval mode, because otherwise the running statistics of its batch norms would change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,23 +19,23 @@ CONTAINERS = ("features", "layers", "blocks", "stages", "levels", "trunk_output"
 
 
 def stages(backbone: nn.Module) -> dict[str, nn.Module]:
-    """The parts that have weights, from the image to the features, by their names: `layer1`, `features.denseblock2`, `Mixed_6a`."""
-    return dict(_parts(backbone))
+    """Return the stages that have weights, in order, by name: `layer1`, `features.denseblock2`, `Mixed_6a`."""
 
+    def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            path = prefix + name
+            if path in CONTAINERS:
+                yield from walk(child, f"{path}.")
+            elif next(child.parameters(), None) is not None:
+                yield path, child
 
-def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        path = prefix + name
-        if path in CONTAINERS:
-            yield from _parts(child, f"{path}.")
-        elif next(child.parameters(), None) is not None:
-            yield path, child
+    return dict(walk(backbone))
 
 
 def fresh_stages(names: Sequence[str], fresh_from: str | None, freeze_until: str | None = None) -> tuple[str, ...]:
-    """Of the stages `names`, in order, those to initialise anew: `fresh_from` and all after it.
+    """Return the stages to initialise anew: `fresh_from` and all after it, of the ordered stages `names`.
 
-    Raises TrainingError for a name that is no stage, for the first stage, and where a fresh stage would be frozen.
+    Raises TrainingError for a name that is no stage, for the first stage, and if a fresh stage would be frozen.
     """
     frozen = 0 if freeze_until is None else _position(names, "freeze_until", freeze_until) + 1
     if fresh_from is None:
@@ -55,7 +54,7 @@ def fresh_stages(names: Sequence[str], fresh_from: str | None, freeze_until: str
 
 
 def initialise_anew(backbone: nn.Module, new: nn.Module, names: Sequence[str]) -> None:
-    """Gives the stages `names` the weights and running statistics of `new`, an untrained network of the same architecture."""
+    """Copy the weights and running statistics of `new`, an untrained network of the same architecture, into the stages `names`."""
     fresh, borrowed = stages(new), stages(backbone)
     for name in names:
         borrowed[name].load_state_dict(fresh[name].state_dict())
@@ -77,12 +76,12 @@ class Freezing:
     def __init__(self, backbone: nn.Module, until: str | None, thaw_every: int | None) -> None:
         self.stages = stages(backbone)
         self.thaw_every = thaw_every
-        self.at_first = self._count(until)
+        self.at_first = 0 if until is None else _position(list(self.stages), "freeze_until", until) + 1
         self.parameters = self._trainable(backbone)  # of each stage
         self.frozen = 0
 
     def begin(self, epoch: int) -> None:
-        """Freezes and thaws for this epoch, 1-based."""
+        """Freeze and thaw stages for this epoch, counted from 1."""
         thawed = (epoch - 1) // self.thaw_every if self.thaw_every else 0
         self.frozen = max(0, self.at_first - thawed)
         for number, parameters in enumerate(self.parameters):
@@ -90,12 +89,12 @@ class Freezing:
                 parameter.requires_grad_(number >= self.frozen)
 
     def hold(self) -> None:
-        """Brings the frozen stages back to eval mode, after the network was put into training mode."""
+        """Put the frozen stages back into eval mode, after the network was put into training mode."""
         for stage in list(self.stages.values())[: self.frozen]:
             stage.eval()
 
     def groups(self, lr: float, decay: float) -> list[dict[str, Any]]:
-        """An optimiser's groups, a stage each: `peak`, its learning rate, is `lr` at the last stage, times `decay` for each one before."""
+        """Return an optimiser group for each stage; its learning rate `peak` is `lr` at the last, times `decay` for each one before."""
         last = len(self.parameters) - 1
         return [
             {"params": parameters, "peak": lr * decay ** (last - number)}
@@ -103,11 +102,8 @@ class Freezing:
             if parameters
         ]
 
-    def _count(self, until: str | None) -> int:
-        return 0 if until is None else _position(list(self.stages), "freeze_until", until) + 1
-
     def _trainable(self, backbone: nn.Module) -> list[list[nn.Parameter]]:
-        """What the caller has frozen for good, by `requires_grad`, is left out."""
+        """Return the parameters of each stage, without those that the caller has frozen by `requires_grad`."""
         staged = {parameter for stage in self.stages.values() for parameter in stage.parameters()}
         loose = [parameter for parameter in backbone.parameters() if parameter not in staged]
         found = [list(stage.parameters()) for stage in self.stages.values()] or [[]]

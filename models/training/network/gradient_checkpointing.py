@@ -1,4 +1,4 @@
-"""Memory for compute: a stage keeps its input alone, and computes what lies between again when the gradient comes (Chen et al. 2016)."""
+"""Gradient checkpointing: a stage keeps only its input, and computes its activations again for the gradient (Chen et al. 2016)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def recomputing(stages: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, these stages train so; the result is the same to the bit, dropout and the statistics of batch norm included."""
+    """Apply gradient checkpointing to these stages. The result is the same to the bit, with dropout and batch norm's statistics."""
     stages = list(stages)
     for stage in stages:
         stage.forward = _forgetful(stage)
@@ -19,7 +19,7 @@ def recomputing(stages: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for stage in stages:
-            del stage.forward  # the class's own shows again
+            del stage.forward  # uncovers the class's own
 
 
 def _forgetful(stage: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -37,10 +37,10 @@ def _forgetful(stage: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _unmoved(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """The second pass sees the same batch: it must not count in the running statistics again."""
+    """Keep the running statistics unchanged in the second pass, which sees the same batch."""
     before = [(norm, norm.momentum, _copy(norm.num_batches_tracked)) for norm in norms]
     for norm, _, _ in before:
-        norm.momentum = 0.0  # not `track_running_stats`: other tensors would be kept than in the first pass
+        norm.momentum = 0.0  # not `track_running_stats`, with which other tensors would be kept than in the first pass
     try:
         yield
     finally:

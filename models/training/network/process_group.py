@@ -1,8 +1,8 @@
-"""One step of training, shared by several processes: each takes its part of the batch, on a device of its own.
+"""Shares one training step among several processes, each with its part of the batch and a device of its own.
 
     batch --part--> images of this rank --network--> gradients --DistributedDataParallel: mean over the ranks--> the same step everywhere
 
-What is to be the same everywhere is said by the first rank. A run in one process has no group, and nothing here costs it anything.
+Rank 0 decides what must be the same everywhere. A run in one process has no group, and everything here does nothing for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +23,9 @@ MAX_RANKS = 1024  # seeds are that far apart
 
 
 class ProcessGroup:
-    """The processes that train one network together, as one of them sees it: number `rank` of `count`, from 0.
+    """One of the processes that train a network together: number `rank` (from 0) of `count`.
 
-    Where there are several, torch's process group stands already, with a backend for tensors on the CPU too.
+    If there are several, torch's process group must exist, with a backend for tensors on the CPU too.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
@@ -33,24 +33,24 @@ class ProcessGroup:
         self.count = count
 
     def part(self, images: int, mixed: bool) -> AugmentedBatch | None:
-        """This rank's own of so many images; None: all. Where they are `mixed`, each with the one before it, the first of them is the
-        one before its own, and only lends itself."""
+        """Return this rank's part of a batch of `images`; None: all of it. If the images are `mixed`, each with the one before it, the part
+        begins with the last image of the rank before, which is used for mixing only."""
         if self.count == 1:
             return None
         start, stop = (images * number // self.count for number in (self.rank, self.rank + 1))
         return AugmentedBatch(torch.arange(start - mixed, stop) % images, images)
 
     def wrap(self, module: nn.Module, *, unused: bool) -> nn.Module:
-        """The module with its gradients averaged over the ranks; `unused` where some of its weights may take no part in a step.
+        """Return the module with its gradients averaged over the ranks; `unused`: some weights may take no part in a step.
 
-        Buffers are left alone: the running statistics of a batch norm are those of the first rank's images, as in torchvision's training.
+        Buffers are not exchanged: batch norm's running statistics are those of rank 0's images, as in torchvision's training.
         """
         if self.count == 1:
             return module
         return DistributedDataParallel(module, forward_sync_buffers=False, find_unused_parameters=unused)
 
     def sums(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Of all ranks' values, each (), on their devices; in one exchange."""
+        """Return the sums over all ranks of each value (), in one exchange."""
         if self.count == 1:
             return values
         together = torch.stack(values)
@@ -58,24 +58,24 @@ class ProcessGroup:
         return together.unbind()
 
     def agree(self, value: T) -> T:
-        """The first rank's value, whatever the others have; anything that can be pickled."""
+        """Return rank 0's value, which can be anything that can be pickled; those of the others are ignored."""
         if self.count == 1:
             return value
-        said = [value]
-        dist.broadcast_object_list(said, device=CPU)
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, device=CPU)
+        return values[0]
 
     def choose(self, options: tuple[T, ...], ask: Callable[[], T]) -> T:
-        """What the first rank is answered when it asks, one of `options`: for every step, and so without pickling."""
+        """Return one of `options`, the result of `ask` on rank 0. It is called in every step, so it does not pickle."""
         if self.count == 1:
             return ask()
-        place = torch.tensor(0 if self.rank else options.index(ask()))
-        dist.broadcast(place, 0)
-        return options[int(place)]
+        index = torch.tensor(0 if self.rank else options.index(ask()))
+        dist.broadcast(index, 0)
+        return options[int(index)]
 
     @contextmanager
     def own_chance(self, seed: int) -> Iterator[None]:
-        """Within, each rank draws its own: dropout on two parts of a batch is not to be alike. Outside, all draw the same."""
+        """Give each rank its own random numbers, so that dropout differs between the parts; outside, all ranks draw the same."""
         if self.count == 1:
             yield
             return

@@ -1,10 +1,10 @@
-"""The learning rate over a run, as a share of its peak.
+"""Learning rate schedules, as a share of the peak.
 
 one_cycle  up to 1 over the first fifth, down to 0, both linear
 cosine     up to 1 over the first twentieth, down to 0 along half a cosine
 step       1, a tenth, a hundredth: a third of the run each, as torchvision's reference training (90 epochs, every 30)
 constant   1
-plateau    a tenth of what it was after each 3 epochs in a row without a lower validation loss
+plateau    divided by 10 after each 3 epochs in a row without a lower validation loss
 """
 
 import math
@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from models.training.job.request import Scheduler
 
 WARM_UP = {"one_cycle": 0.2, "cosine": 0.05}  # of all steps
-FIRST = 0.1  # the share that a warm-up begins with
+FIRST = 0.1  # share at the start of a warm-up
 PLATEAU_PATIENCE = 2  # epochs that may pass without a lower loss; torch's own 10 is longer than most runs here
 
 
 def share(scheduler: Scheduler, step: int, total: int, val_losses: Sequence[float]) -> float:
-    """The share of the peak learning rate at `step` (from 0) of `total`, after epochs with these validation losses."""
+    """Return the share of the peak learning rate at `step` (from 0) of `total`, after epochs with these validation losses."""
     return plateau(val_losses) if scheduler == "plateau" else SHAPES[scheduler](step, total)
 
 
@@ -46,7 +46,7 @@ def constant(step: int, total: int) -> float:
 
 
 def plateau(val_losses: Sequence[float]) -> float:
-    """torch's own scheduler, led through the run so far: so it has no state that a checkpoint must keep."""
+    """Replay the run in torch's own scheduler, so that a checkpoint does not have to keep its state."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, patience=PLATEAU_PATIENCE)
     for loss in val_losses:

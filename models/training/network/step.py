@@ -1,6 +1,6 @@
-"""One step down the loss, in as many pieces as memory allows.
+"""One training step, in as many pieces as memory requires.
 
-images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> gradients, added up --> optimiser
+images (B, C, H, W) --pieces of at most `micro`--> network --cross-entropy--> summed gradients --> optimiser
 """
 
 import math
@@ -16,17 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import OutOfMemory
 from models.runtime import is_out_of_memory
+from models.runtime.device import release_cached_memory
 from models.training.job.request import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.process_group import ALONE, ProcessGroup
 
 MOMENTUM = 0.9
 
-Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", the highest of their learning rates
+Groups = list[dict[str, Any]]  # the optimiser's: "params", and "peak", their highest learning rate
 
 
 class MicroBatchTooLarge(Exception):
-    """A device ran out of memory in a step that other processes share: it cannot be done again by one of them. `micro` may fit."""
+    """A device ran out of memory in a step that several processes share, so that one of them cannot repeat it. `micro` images may fit."""
 
     def __init__(self, micro: int) -> None:
         super().__init__(micro)
@@ -34,7 +35,7 @@ class MicroBatchTooLarge(Exception):
 
 
 class ScoresWithAuxiliary(nn.Module):
-    """A network and the classifiers that listen to it, as one module: images -> its scores (N, C), then theirs."""
+    """A network and its auxiliary classifiers as one module: images -> the network's scores (N, C), then those of each classifier."""
 
     def __init__(self, network: nn.Module, aux: Auxiliary | None) -> None:
         super().__init__()
@@ -45,17 +46,17 @@ class ScoresWithAuxiliary(nn.Module):
         return [self.network(images), *(self.aux.take() if self.aux else ())]
 
 
-class Taken(NamedTuple):
-    """A step."""
+class StepResult(NamedTuple):
+    """The figures of a step."""
 
     loss: Tensor  # (): the mean
-    right: Tensor  # (): how many images had their label, of shares the largest, as the highest score
+    right: Tensor  # (): images whose label, or largest share, got the highest score
 
 
 class Stepper:
-    """The optimiser of a network, and how a batch goes through it. `classes` (C,) is what an image of each class counts; None: 1.
+    """The optimiser of a network, and the steps that it takes. `classes` (C,) is the weight of an image of each class; None: 1.
 
-    Where several `ranks` share each step, `begin` comes before the first.
+    Call `begin` before the first step if several `ranks` share each step.
     """
 
     def __init__(
@@ -78,47 +79,47 @@ class Stepper:
         self.tell = tell
         self.optimizer = _optimizer(groups, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
-        self.micro = math.ceil(settings.batch_size / ranks.count)  # images at once
+        self.micro = math.ceil(settings.batch_size / ranks.count)  # images in one pass
         # A batch norm cannot normalise a single value.
         self.least = 2 if any(isinstance(module, _BatchNorm) for module in network.modules()) else 1
 
     def begin(self) -> None:
-        """At the start of each epoch: which weights train may have changed, and an epoch begins alike in a run that was resumed."""
+        """Wrap the network anew at the start of each epoch, because other weights may train now, as a resumed run does."""
         frozen = not all(parameter.requires_grad for parameter in self.whole.parameters())
-        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # they hear no frozen place
+        self.scores = self.ranks.wrap(self.whole, unused=self.aux is not None and frozen)  # none for frozen modules
 
-    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> Taken:
-        """`labels` are (B,) or shares (B, C), `rate` the share of the peak learning rates; `of` is how many images the step has on all
-        ranks together, and what comes back is of all of them.
+    def step(self, images: Tensor, labels: Tensor, rate: float, of: int | None = None) -> StepResult:
+        """Take one step. `labels` are (B,) or shares (B, C), `rate` is the share of the peak learning rates.
 
-        Where memory runs out, the step is done again with half as many images at once. Raises OutOfMemory; Halved where ranks share it.
+        `of` is the number of images on all ranks together, to which the result refers.
+
+        If memory runs out, the step is repeated with half as many images in each pass. Raises OutOfMemory; MicroBatchTooLarge if several
+        ranks share the step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         share = (of or len(images)) / self.ranks.count  # the mean over the ranks is then that over all images
-        taken = self._gradients(images, labels, share)
-        while taken is None:
+        while (result := self._gradients(images, labels, share)) is None:
             self._halve(images)
-            taken = self._gradients(images, labels, share)
         self._move_weights()
         self.scaler.update()
-        loss, right = self.ranks.sums(*taken)
-        return Taken(loss / self.ranks.count, right)
+        loss, right = self.ranks.sums(*result)
+        return StepResult(loss / self.ranks.count, right)
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """Return what a checkpoint must hold."""
         return {"optimizer": self.optimizer, "scaler": self.scaler}
 
-    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> Taken | None:
-        """Puts the gradient of the summed loss over `share` into the weights, and that of all ranks together; None: out of memory."""
+    def _gradients(self, images: Tensor, labels: Tensor, share: float) -> StepResult | None:
+        """Compute the gradient of the summed loss / `share`, averaged over the ranks; None if memory ran out."""
         self.optimizer.zero_grad()
         pieces = max(1, min(math.ceil(len(images) / self.micro), len(images) // self.least))
         total, right = (torch.zeros((), device=self.device) for _ in range(2))
         try:
             parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
-            for number, (part, own) in enumerate(parts, start=1):
+            for number, (some_images, some_labels) in enumerate(parts, start=1):
                 with self._exchange(number == pieces):
-                    loss, hits = self._loss(part, own)
+                    loss, hits = self._loss(some_images, some_labels)
                     self.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach() / share
                 right += hits
@@ -126,14 +127,14 @@ class Stepper:
             if not is_out_of_memory(error, self.device):
                 raise
             return None
-        return Taken(total, right)
+        return StepResult(total, right)
 
     def _move_weights(self) -> None:
-        """The optimiser's step, one group of weights after the other.
+        """Take the optimiser's step, one group of weights after the other.
 
-        A group that runs out of memory does so while its state is allocated, which is in the first step and before any of its weights
-        has moved: that state is dropped, cached memory freed, and the group tried once more. The scaler of float16 makes one step of
-        all, which is not tried again.
+        A group can run out of memory only while its state is allocated, in the first step and before any of its weights has changed. That
+        state is dropped, cached memory freed, and the group tried once more. The scaler of float16 takes one step for all groups, which
+        is not repeated.
         """
         if self.scaler.is_enabled():
             with self._explained():
@@ -152,7 +153,7 @@ class Stepper:
                         raise
                 for parameter in set(optimizer.state) - known:
                     del optimizer.state[parameter]
-                self._free_memory()
+                release_cached_memory(self.device)
                 self.tell("out of memory in the optimiser's step: cached memory is freed, and the step done again")
                 with self._explained():
                     optimizer.step()
@@ -161,7 +162,7 @@ class Stepper:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raises OutOfMemory where memory runs out."""
+        """Raise OutOfMemory if memory runs out."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -172,12 +173,8 @@ class Stepper:
                 "adam and adamw, a smaller network, or freeze a part of it (freeze_until)"
             ) from None
 
-    def _free_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed over the images, auxiliary classifiers included; and how many of them the network has right."""
+        """Return the loss summed over the images, with the auxiliary classifiers' part, and the number of images that are right."""
         with self._autocast():
             scores, *others = self.scores(images)
             loss = self._cross_entropy(scores, labels)
@@ -189,7 +186,7 @@ class Stepper:
         return loss, (scores.detach().argmax(dim=1) == likeliest).sum()
 
     def _exchange(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients of the pieces of a step add up on each rank; the last piece's go to the others, and the sum with them."""
+        """Exchange gradients with the other ranks in the `last` piece only; those of earlier pieces add up on each rank until then."""
         if last or not isinstance(self.scores, DistributedDataParallel):
             return nullcontext()
         return self.scores.no_sync()
@@ -204,7 +201,7 @@ class Stepper:
         return torch.autocast(self.device.type, getattr(torch, self.settings.precision))
 
     def _halve(self, images: Tensor) -> None:
-        """Half as many images at once, twice as many times: the step stays the same, but for batch norm's statistics."""
+        """Halve the images in each pass. The step stays the same, except for batch norm's statistics."""
         if self.micro <= self.least:
             raise OutOfMemory(
                 f"not enough memory to train on {self.micro} images of {images.shape[-1]} px at once: set gradient_checkpointing, "
@@ -213,12 +210,12 @@ class Stepper:
         self.micro = max(self.least, min(self.micro, len(images)) // 2)
         if self.ranks.count > 1:
             raise MicroBatchTooLarge(self.micro)
-        self._free_memory()
+        release_cached_memory(self.device)
         self.tell(f"out of memory: {self.micro} images at once from here on, in steps of {len(images)}")
 
 
 def _optimizer(groups: Groups, settings: ResolvedHyperparameters) -> torch.optim.Optimizer:
-    """Fused: all weights in one pass over memory, which is three to four times as fast on a CPU."""
+    """Return a fused optimiser, which updates all weights in one pass over memory, three to four times as fast on a CPU."""
     decay = settings.weight_decay or 0.0
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, settings.lr, MOMENTUM, weight_decay=decay, nesterov=True, fused=True)

@@ -1,9 +1,9 @@
-"""Training a whole network: backbone, then last layer; the weights of its best epoch stay.
+"""Trains a whole network, a backbone and its last layer; it keeps the weights of the best epoch.
 
     batches --images (B, C, H, W)--> network --cross-entropy--> gradients --accumulate--> step
-    every 5 steps the weights join their average; each epoch it is validated, the rest of the run decided, and a checkpoint written
+    every 5 steps the weights join their average; after each epoch: validate, decide whether to stop, write a checkpoint
 
-Everything random follows from seed and epoch, and every decision from the history, so a run that was killed goes on to the same result.
+Everything random follows from seed and epoch, and every decision from the history, so a run that was killed resumes to the same result.
 """
 
 import hashlib
@@ -47,86 +47,84 @@ REASONS: tuple[StopReason | None, ...] = (None, "budget", "stopped")  # for whic
 StateDict = dict[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingPlan:
+    """What a network is trained on, how, and for how long."""
+
+    data: LoadedDataset
+    preprocessing: Preprocessing
+    settings: ResolvedHyperparameters
+    stopping: EarlyStopping
+    budget: Budget
+    checkpoint: Path
+    aux: Auxiliary | None = None  # trained beside the network
+
+
 @dataclass(frozen=True)
 class History:
-    """What each epoch brought, why there are no more, and the weights of the best."""
+    """The figures of each epoch, why there are no more, and the weights of the best epoch."""
 
     losses: list[float] = field(default_factory=list)  # of training, mean over the epoch
     val_losses: list[float] = field(default_factory=list)  # cross-entropy, without smoothing or class weights
-    train_accuracies: list[float | None] = field(
-        default_factory=list
-    )  # see `train_one_epoch`; None where labels are mixed
+    train_accuracies: list[float | None] = field(default_factory=list)  # see `train_one_epoch`
     accuracies: list[float] = field(default_factory=list)  # on the validation part
     learning_rates: list[float] = field(default_factory=list)  # of the backbone's last stage, at the epoch's first step
-    seconds: list[float] = field(default_factory=list)  # wall time, validation included
+    seconds: list[float] = field(default_factory=list)  # wall time, including validation
     stop_reason: StopReason | None = None  # None: all epochs ran, or more are to come
-    trade: str = ""  # what early stopping saved and may have cost, for people
+    trade: str = ""  # what early stopping saved and may have cost, as text for the report
     best: StateDict = field(default_factory=dict)
-    kept_epoch: int = 0  # whose weights stay, once the run is over
+    kept_epoch: int = 0  # the epoch whose weights are kept, set at the end of the run
 
     @property
     def best_epoch(self) -> int:
-        """1-based: of the highest accuracy; of equals that with the lower loss."""
+        """The epoch (from 1) with the highest accuracy; among equals the one with the lower loss."""
         epochs = range(len(self.accuracies))
         return max(epochs, key=lambda i: (self.accuracies[i], -self.val_losses[i], i)) + 1
 
 
-def train(
-    network: nn.Sequential,
-    data: LoadedDataset,
-    preprocessing: Preprocessing,
-    settings: ResolvedHyperparameters,
-    stopping: EarlyStopping,
-    budget: Budget,
-    checkpoint: Path,
-    progress: OnEvent,
-    stop: Stop = never,
-    aux: Auxiliary | None = None,
-) -> History:
-    """Train `network`, a backbone and a last layer, in place, on the device it lies on, and leave it with the weights of the epoch that
-    is kept: its best, or with `keep` "last" its last.
+def train(network: nn.Sequential, plan: TrainingPlan, progress: OnEvent, stop: Stop = never) -> History:
+    """Train `network`, a backbone and a last layer, in place and on its device, and leave it with the weights of the best epoch, or of
+    the last one with `keep` "last".
 
-    Goes on from `checkpoint` where there is one, to the same result. `stop` is asked at each step; when it says yes, or the seconds of the
-    budget are over (those of earlier attempts count), the epoch under way is cut short, validated, and the last. `aux` trains beside it.
-    Raises TrainingError: a loss that is no longer finite, a checkpoint of another run; OutOfMemory.
+    Resumes from the plan's checkpoint if there is one, with the same result. `stop` is asked at each step. When it returns True, or the
+    budget's seconds are used up (earlier attempts count), the current epoch is cut short, validated, and is the last.
+    Raises TrainingError (a loss that is no longer finite, a checkpoint of another run) and OutOfMemory.
     """
-    history = run(Trainer(network, data, preprocessing, settings, progress, aux), stopping, budget, checkpoint, stop)
+    history = run(Trainer(network, plan, progress), stop)
     network.load_state_dict(history.best)
     return history
 
 
-def run(trainer: "Trainer", stopping: EarlyStopping, budget: Budget, checkpoint: Path, stop: Stop) -> History:
-    """All epochs that are left; `best` are the weights to keep."""
-    settings = trainer.settings
+def run(trainer: "Trainer", stop: Stop) -> History:
+    """Train all epochs that are left; `best` then holds the weights to keep."""
+    plan = trainer.plan
     with trainer.ready():
-        history = trainer.resume(checkpoint)
-        limits = RunLimits(budget, stop, spent=sum(history.seconds))
-        while not history.stop_reason and len(history.losses) < settings.epochs:
+        history = trainer.resume()
+        limits = RunLimits(plan.budget, stop, spent=sum(history.seconds))
+        while not history.stop_reason and len(history.losses) < plan.settings.epochs:
             history = trainer.next_epoch(history, limits)
-            history = replace(history, stop_reason=history.stop_reason or _reason(history, stopping, budget, settings))
-            trainer.save(checkpoint, history)
-            trainer.tell_epoch(history)
-    last = stopping.keep == "last"
+            history = replace(history, stop_reason=history.stop_reason or _stop_reason(history, plan))
+            trainer.save(history)
+            trainer.report_epoch(history)
+    last = plan.stopping.keep == "last"
     return replace(
         history,
         best=trainer.weights() if last else history.best,
         kept_epoch=len(history.losses) if last else history.best_epoch,
-        trade=trade(stopping, history.losses, history.val_losses, settings.epochs),
+        trade=trade(plan.stopping, history.losses, history.val_losses, plan.settings.epochs),
     )
 
 
-def _reason(
-    history: History, stopping: EarlyStopping, budget: Budget, settings: ResolvedHyperparameters
-) -> StopReason | None:
-    """Why this epoch is the last; None: it is not, or all that were asked for have run."""
-    epoch = len(history.losses)
-    if epoch < settings.epochs and reason_to_stop(stopping, history.losses, history.val_losses):
+def _stop_reason(history: History, plan: TrainingPlan) -> StopReason | None:
+    """Why this epoch is the last; None if it is not, or if all epochs have run."""
+    epoch, most = len(history.losses), plan.budget.max_epochs
+    if epoch < plan.settings.epochs and reason_to_stop(plan.stopping, history.losses, history.val_losses):
         return "early_stopping"
-    return "budget" if budget.max_epochs and epoch >= budget.max_epochs else None
+    return "budget" if most and epoch >= most else None
 
 
 class RunLimits:
-    """What may end a run at any step."""
+    """The limits that may end a run at any step."""
 
     def __init__(self, budget: Budget, stop: Stop, spent: float) -> None:
         left = math.inf if budget.max_seconds is None else budget.max_seconds - spent
@@ -140,38 +138,28 @@ class RunLimits:
 
 
 class Trainer:
-    """The network, its average and its optimiser; everything that a checkpoint must hold."""
+    """The network, its average and its optimiser: everything that a checkpoint must hold."""
 
     def __init__(
-        self,
-        network: nn.Sequential,
-        data: LoadedDataset,
-        preprocessing: Preprocessing,
-        settings: ResolvedHyperparameters,
-        progress: OnEvent,
-        aux: Auxiliary | None = None,
-        ranks: ProcessGroup = ALONE,
+        self, network: nn.Sequential, plan: TrainingPlan, progress: OnEvent, ranks: ProcessGroup = ALONE
     ) -> None:
+        settings = self.settings = plan.settings
+        self.plan, self.data, self.progress, self.ranks = plan, plan.data, progress, ranks
         self.device = next(network.parameters()).device
         self.network = network.to(memory_format=torch.channels_last)
         self.average = (
             AveragedModel(network, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
         )
-        self.ranks = ranks
-        self.aux = aux.to(self.device) if aux else None
-        self.data = data
-        self.batches = Batches(data, preprocessing, settings, self.device, ranks)
-        self.steps = self.batches.steps  # of an epoch
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.progress = progress
-        self.done = 0.0  # share of the run, as last told
+        self.aux = plan.aux.to(self.device) if plan.aux else None
+        self.batches = Batches(plan.data, plan.preprocessing, settings, self.device, ranks)
+        self.steps = self.batches.steps  # per epoch
+        self.done = 0.0  # share of the run, as last reported
         self.freezing = Freezing(network[0], settings.freeze_until, settings.thaw_every)
         self.stepper = Stepper(network, self.aux, self._groups(), settings, self._class_weights(), self.tell, ranks)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Within, the network may be trained: what is hooked into it for that is gone afterwards."""
+        """Prepare the network for training, and undo it at the end: deterministic algorithms, hooks, recomputed stages."""
         with ExitStack() as stack:
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
             if self.device.type == "cuda":
@@ -187,7 +175,7 @@ class Trainer:
     def next_epoch(self, history: History, limits: RunLimits) -> History:
         started, epoch = time.monotonic(), len(history.losses) + 1
         rate = self.rate(self.steps * (epoch - 1), history)
-        self.ranks.agree(replace(history, best={}))  # the others follow
+        self.ranks.agree(replace(history, best={}))  # starts the epoch on the other ranks, see `distributed.follow`
         loss, train_accuracy, reason = self.train_one_epoch(epoch, history, limits)
         val_loss, accuracy = self.validate()
         if not math.isfinite(val_loss):
@@ -207,11 +195,11 @@ class Trainer:
     def train_one_epoch(
         self, epoch: int, history: History, limits: RunLimits
     ) -> tuple[float, float | None, StopReason | None]:
-        """-> the mean training loss, the training accuracy, and why it ended early. All chance follows from seed and epoch, so a resumed
-        run draws the same.
+        """Return the mean training loss, the training accuracy, and why the epoch ended early (None: it did not).
 
-        The accuracy comes from the scores that the steps computed anyway: of augmented images, by weights that moved from step to step,
-        dropout on. So it lies below that of the finished epoch on the plain images. None where labels are mixed.
+        All randomness follows from seed and epoch, so a resumed run draws the same. The accuracy comes from the scores that the steps
+        computed anyway, on augmented images, with dropout, while the weights changed; so it is below the accuracy of the finished epoch on
+        the plain images. It is None where labels are mixed.
         """
         self.freezing.begin(epoch)
         self.network.train()
@@ -220,11 +208,11 @@ class Trainer:
         total, right = (torch.zeros((), device=self.device) for _ in range(2))
         reported = time.monotonic()
         for step, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
-            number = self.steps * (epoch - 1) + step - 1  # from the start of the run
+            number = self.steps * (epoch - 1) + step - 1  # counted from the start of the run
             with self.ranks.own_chance(self.settings.seed + SEED_STEP * number):
-                taken = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
-            total += taken.loss
-            right += taken.right
+                result = self.stepper.step(images, labels, self.rate(number, history), of=self.batches.images)
+            total += result.loss
+            right += result.right
             if self.average and number % AVERAGE_EVERY == 0:
                 self.average.update_parameters(self.network)
             reason = self.ranks.choose(REASONS, limits.reached)
@@ -237,10 +225,10 @@ class Trainer:
         return total.item() / step, None if mixed else right.item() / (step * self.batches.images), reason
 
     def rate(self, step: int, history: History) -> float:
-        """The share of the peak learning rates at `step`, counted from the start of the run."""
+        """Return the share of the peak learning rates at `step`, counted from the start of the run."""
         return share(self.settings.scheduler, step, self.steps * self.settings.epochs, history.val_losses)
 
-    # What is told and kept
+    # Reports and checkpoints
 
     def report(self, epoch: int, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -259,37 +247,43 @@ class Trainer:
     def tell(self, message: str) -> None:
         self.progress(Event("train", self.done, message=message))
 
-    def tell_epoch(self, history: History) -> None:
+    def report_epoch(self, history: History) -> None:
         epoch = len(history.losses)
         self.done = 1.0 if history.stop_reason else epoch / self.settings.epochs
         loss, val_loss, accuracy = (series[-1] for series in (history.losses, history.val_losses, history.accuracies))
         self.progress(Event("train", self.done, epoch, loss, val_loss, accuracy))
 
     def validate(self) -> tuple[float, float]:
-        """-> loss and accuracy of the averaged weights on the validation part."""
+        """Return loss and accuracy on the validation part, with the averaged weights."""
         rows = self.data.rows["val"]
         labels = self.data.labels[rows]
         scores = outputs(
-            self.average or self.network, self.data.pixels, rows, self.preprocessing, 4 * self.stepper.micro
+            self.average or self.network, self.data.pixels, rows, self.plan.preprocessing, 4 * self.stepper.micro
         )
         return F.cross_entropy(scores, labels).item(), int((scores.argmax(dim=1) == labels).sum()) / len(rows)
 
     def weights(self) -> StateDict:
-        """A copy of the weights that are validated: the average, or the network's own."""
+        """Return a copy of the weights that are validated: the average, or the network's own."""
         module = self.average.module if self.average else self.network
         return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
-    def save(self, path: Path, history: History) -> None:
+    def save(self, history: History) -> None:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         state = {"identity": self._identity(), "micro": self.stepper.micro, "history": vars(history), **parts}
-        checkpoints.save(path, state)
+        checkpoints.save(self.plan.checkpoint, state)
 
-    def resume(self, path: Path) -> History:
-        found = checkpoints.load(path, torch.device("cpu"))  # the best weights stay there; the parts copy theirs
+    def resume(self) -> History:
+        """Load the checkpoint, if there is one. Raises TrainingError where it was written by another run."""
+        found = checkpoints.load(self.plan.checkpoint, torch.device("cpu"))  # the best weights stay on the CPU
         if found is None:
             return History()
         state, file = found
-        self._check_identity(state["identity"], file)
+        own, saved = self._identity(), state["identity"]
+        if other := [name for name in own if own[name] != saved.get(name)]:
+            raise TrainingError(
+                f"the checkpoint {file.name} was written by another run, with another {', '.join(other)}: "
+                "bring that back to go on, or remove the checkpoint to start anew"
+            )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.stepper.micro = min(self.stepper.micro, state["micro"])
@@ -304,50 +298,38 @@ class Trainer:
         return {name: part for name, part in parts.items() if part is not None} | self.stepper.parts()
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for the result to be the same; the budget and the rule for stopping may change."""
+        """Return what must be equal for a resumed run to give the same result; the budget and the rule for stopping may change."""
         shapes = [f"{name} {tuple(value.shape)}" for name, value in self.network.state_dict().items()]
         network = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
-        preprocessing = self.preprocessing.model_dump_json()
+        preprocessing = self.plan.preprocessing.model_dump_json()
         settings = {f"hyperparameter {name}": value for name, value in asdict(self.settings).items()}
         return {"dataset": self.data.sha256, "network": network, "preprocessing": preprocessing, **settings}
 
-    def _check_identity(self, found: dict[str, Any], file: Path) -> None:
-        own = self._identity()
-        other = [name for name in own if own[name] != found.get(name)]
-        if other:
-            raise TrainingError(
-                f"the checkpoint {file.name} was written by another run, with another {', '.join(other)}: "
-                "bring that back to go on, or remove the checkpoint to start anew"
-            )
-
-    # How it is made
-
     def _groups(self) -> Groups:
-        """A fused step wants gradients of all of a group or of none, and an auxiliary classifier has none while its place is frozen."""
-        settings, own = self.settings, [self.network[1:], *(self.aux.classifiers if self.aux else ())]
-        groups = [{"params": list(part.parameters()), "peak": settings.head_lr} for part in own]
+        """Return the optimiser's groups; one for each auxiliary classifier, because a fused step needs gradients for all of a group or for
+        none, and a classifier has none while the module that it reads is frozen."""
+        settings, heads = self.settings, [self.network[1:], *(self.aux.classifiers if self.aux else ())]
+        groups = [{"params": list(head.parameters()), "peak": settings.head_lr} for head in heads]
         return [*self.freezing.groups(settings.lr, settings.layer_decay), *groups]
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weight == "none":
             return None
-        labels = self.data.labels[self.data.rows["train"]]
-        return class_weights(labels, len(self.data.classes))
+        return class_weights(self.data.labels[self.data.rows["train"]], len(self.data.classes))
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Within, torch takes the deterministic one of its algorithms, where an operation has one."""
+    """Make torch use deterministic algorithms, where an operation has one."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     options: Any = torch.utils.deterministic  # a module whose one attribute has no type
     fills = options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    options.fill_uninitialized_memory = False  # one more kernel for each new tensor
+    options.fill_uninitialized_memory = False  # filling takes one more kernel for each new tensor
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*determinis", UserWarning
-            )  # one a step: docs/guide/training.md names them
+            # One warning a step; docs/guide/training.md names the operations.
+            warnings.filterwarnings("ignore", ".*determinis", UserWarning)
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -355,7 +337,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """The exponential average with a warm-up, so that early on it does not remember the initial weights."""
+    """Return the exponential average with a warm-up, so that the initial weights are soon forgotten."""
 
     def average(averaged: Any, current: Any, updates: Any) -> None:
         now = min(decay, (1 + int(updates)) / (10 + int(updates)))

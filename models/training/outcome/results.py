@@ -106,6 +106,8 @@ def _label_errors(job: TrainingContext, trained: TrainingResult) -> tuple[LabelE
 def _learning_curve(job: TrainingContext, trained: TrainingResult) -> LearningCurve | None:
     if trained.fit is None or len(trained.backbones) > 1 or job.settings.copies:
         return None
+    if trained.fit.strength is None:
+        raise RuntimeError("a head on one backbone has one strength")
     train, val = job.data.rows["train"], job.data.rows["val"]
     [shown], [held] = trained.features(train), trained.features(val)
     labels = job.data.labels

@@ -1,9 +1,9 @@
-"""The choice of an architecture to train from scratch: each is trained for a few epochs on every fold of the training part.
+"""Chooses an architecture to train from scratch: each is trained for a few epochs on every fold of the training part.
 
 training rows --fold_of--> folds
 each architecture, each fold: train on the other folds --> accuracy on this fold, seconds --> selection.json in the job's folder
 
-A finished fold is never trained again, and a fold under way resumes from its checkpoint, so a killed run comes to the same choice.
+A finished fold is never trained again, and an unfinished one resumes from its checkpoint, so a killed run makes the same choice.
 """
 
 import statistics
@@ -61,9 +61,9 @@ class FoldResults(Record):
 
 
 def choose_architecture(job: TrainingContext) -> BaseChoice:
-    """The most accurate of `job.bases` over the folds; of equal ones the quickest to train.
+    """Return the most accurate of `job.bases` over the folds; among equals the quickest to train.
 
-    Raises TrainingError: fewer different images than folds, a loss that is no longer finite, a run that is to end before every fold is
+    Raises TrainingError for fewer different images than folds, a loss that is no longer finite, and a run that ends before every fold is
     trained.
     """
     folds, held = job.request.selection_folds, folds_of(job)
@@ -86,12 +86,12 @@ def choose_architecture(job: TrainingContext) -> BaseChoice:
 
 
 def epochs_of(job: TrainingContext) -> int:
-    """Epochs on each fold: never more than the full training has."""
+    """Return the epochs on each fold, never more than those of the full training."""
     return min(job.request.fold_epochs, job.settings.epochs)
 
 
 def folds_of(job: TrainingContext) -> Tensor:
-    """int64 (n,): the fold of each training image; classes are spread evenly, duplicates share a fold."""
+    """Return the fold of each training image, int64 (n,); classes are spread evenly, and duplicates share a fold."""
     rows, folds = job.data.rows["train"], job.request.selection_folds
     groups = job.data.groups[rows]
     different = len(torch.unique(groups))
@@ -103,7 +103,7 @@ def folds_of(job: TrainingContext) -> Tensor:
 
 
 def discard(folder: Path) -> None:
-    """Removes the results once the choice is recorded: the next run in this folder makes its own."""
+    """Remove the results after the choice is recorded, so that the next run in this folder makes its own."""
     (folder / RESULTS).unlink(missing_ok=True)
 
 
@@ -111,7 +111,7 @@ def discard(folder: Path) -> None:
 
 
 def _one_fold(job: TrainingContext, base: Base, held: Tensor, spent: float, place: tuple[int, int]) -> TrainingContext:
-    """The job of training `base` on all but the images `held` (n,) of the training part; `spent` seconds of the budget are gone."""
+    """Return the job of training `base` on the training part without the images `held` (n,); `spent` seconds of the budget are used."""
     number, of = place
     pixels, digests = job.pixels(base.preprocessing)
     rows = job.data.rows["train"]
@@ -133,7 +133,7 @@ def _one_fold(job: TrainingContext, base: Base, held: Tensor, spent: float, plac
 
 
 def _train_fold(job: TrainingContext, fold: int, path: Path) -> FoldResult:
-    """Every architecture starts a fold from the same seed, and gets its images in the same order."""
+    """Train one fold. Every architecture starts it from the same seed, and gets its images in the same order."""
     [base] = job.bases
     torch.manual_seed(job.settings.seed + fold)
     network = architectures.create(base.architecture, len(job.data.classes), base.preprocessing.channels)
@@ -161,7 +161,7 @@ def _ended(reason: str) -> TrainingError:
 
 
 def _scored(base: Base, finished: FoldResults) -> ScoredBase:
-    """Means and standard deviations over the folds."""
+    """Return the means and standard deviations over the folds."""
     accuracies = [result.accuracy for result in finished.of(base.architecture)]
     seconds = [result.seconds for result in finished.of(base.architecture)]
     return ScoredBase(

@@ -1,7 +1,7 @@
-"""The choice among several bases, by cross-validation.
+"""Chooses among several bases, by cross-validation.
 
 base auto       heads on every backbone of the store, accuracy against latency here
-mode scratch    several architectures, each trained on every fold, see `cross_validation`
+mode scratch    several architectures, each trained on every fold, see `architectures`
 """
 
 import statistics
@@ -19,11 +19,11 @@ from models.training.job.request import Event
 from models.training.selection.architectures import choose_architecture, discard
 from models.training.train import cached_features
 
-SHOTS = 9  # single images, of which the median counts
+SHOTS = 9  # single images; their median counts
 
 
 def choose_base(job: TrainingContext) -> tuple[TrainingContext, BaseChoice | None]:
-    """The job with the one base that it goes on with, and the table; as it was where the base was named."""
+    """Return the job with the chosen base, and the table of all; the job unchanged and None if the base was named."""
     if job.request.base != "auto" and not job.request.selects_architecture:
         return job, None
     choice = job.run.choice or (_choose(job) if job.request.base == "auto" else choose_architecture(job))
@@ -60,7 +60,7 @@ def _choose(job: TrainingContext) -> BaseChoice:
 
 
 def latency_ms(backbone: Backbone, device: torch.device) -> float:
-    """Milliseconds for one image through the runtime that would serve it, without decoding."""
+    """Return the milliseconds for one image by the engine that would serve it, without decoding."""
     runtime, shape = compile_backbone(backbone, device, Options()), backbone.ref.preprocessing
     pixels = torch.full((1, shape.channels, shape.height, shape.width), 127, dtype=torch.uint8)
     return 1000 * statistics.median(seconds_of(runtime, device, pixels) for _ in range(SHOTS))

@@ -1,4 +1,4 @@
-"""What is in memory: backbones, each on every device with its queue, and the models whose heads stand on them."""
+"""Loads models from the store: backbones, each on every device with its queue, and heads on them."""
 
 import asyncio
 import gc
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LoadedBackbone:
-    """A backbone compiled for every device, and the queue that its images wait in. Freed when no served model stands on it."""
+    """A backbone compiled for every device, and its queue of images. Freed when no served model uses it."""
 
     ref: BackboneRef
     feature_dim: int
@@ -49,10 +49,10 @@ class LoadedBackbone:
     queue: BackboneQueue
     infos: Mapping[str, RuntimeInfo]  # by device
     failures: Mapping[str, str]  # by device: why it could not be loaded there
-    mapped: bool = False  # its features come from a map that the forward pass can hand out
+    mapped: bool = False  # whether the forward pass can return the map of its features
 
 
-Outputs = Mapping[LoadedBackbone, Output]  # of one image, by each backbone
+Outputs = Mapping[LoadedBackbone, Output]  # one image's output by each backbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Served:
 
     @property
     def input(self) -> Preprocessing | None:
-        """What an image has to be like for every backbone; None where they differ, so that no pixels would fit them all."""
+        """Return the preprocessing of all backbones; None if they differ, so that no pixels fit them all."""
         first, *others = (backbone.ref.preprocessing for backbone in self.backbones)
         same = all(
             (o.channels, o.crop, o.mean, o.std) == (first.channels, first.crop, first.mean, first.std) for o in others
@@ -78,13 +78,13 @@ class Served:
 
     @torch.inference_mode()
     def probabilities(self, values: Sequence[Tensor]) -> Tensor:
-        """One image's values, one (K,) per backbone -> probabilities (1, classes)."""
+        """Return probabilities (1, classes) from one image's values, (K,) of each backbone."""
         rows = [value[None] for value in values]
         return self.head.combine(rows) if len(rows) > 1 else rows[0]
 
 
 class Loader:
-    """From the store to memory, each backbone once. Used on the event loop; the work itself is done in threads."""
+    """Loads models from the store into memory, each backbone once. Used on the event loop; the work is done in threads."""
 
     def __init__(
         self, settings: Settings, store: ModelStore, metrics: Metrics, devices: Sequence[torch.device]
@@ -99,7 +99,7 @@ class Loader:
         self._closed = False
 
     async def load(self, name: str, version: int | None, batcher: Batcher) -> Served:
-        """Reads, compiles and tries a version (None: the latest)."""
+        """Read, compile and try a version (None: the latest)."""
         loop = asyncio.get_running_loop()
         config = await loop.run_in_executor(self._readers, self._config, name, version)
         head = await loop.run_in_executor(self._readers, self._store.load_head, config)
@@ -133,8 +133,8 @@ class Loader:
     async def pull(
         self, name: str, progress: DownloadProgress | None = None, as_name: str | None = None
     ) -> ModelConfig:
-        """Published weights -> a version in the store. One at a time, in a thread of their own, which calls `progress`: loading does
-        not wait for them."""
+        """Pull published weights into the store. One download at a time, in a thread of its own, which calls `progress`; loading does not
+        wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress, as_name)
 
     def _pull(self, name: str, progress: DownloadProgress | None, as_name: str | None) -> ModelConfig:
@@ -144,7 +144,7 @@ class Loader:
 
         log.info("%s: pulling its published weights", name)
         downloads, mirror = self._settings.data / "downloads", self._settings.weights_url
-        if name == IMAGENET_ENSEMBLE:  # with those of its members that are not there yet
+        if name == IMAGENET_ENSEMBLE:  # with its members that the store lacks
             return pull_group(self._store, downloads, progress, base_url=mirror)[-1]
         config = pull(name, self._store, downloads, progress, base_url=mirror, as_name=as_name)
         for warning in licences.warnings_of(config.lineage):
@@ -152,7 +152,7 @@ class Loader:
         return config
 
     def _reference(self, config: ModelConfig) -> Reference | None:
-        """A damaged one takes nothing else down: the model answers, and says less."""
+        """Return the reference data; None if it is damaged: the model then serves without uncertainty."""
         try:
             return self._store.load_reference(config)
         except WeightsError as error:
@@ -170,9 +170,9 @@ class Loader:
             ) from None
 
     async def _backbone(self, ref: BackboneRef, layer: nn.Module | None, batcher: Batcher) -> LoadedBackbone:
-        """The backbone in memory, or loaded now, or the load that is under way already.
+        """Return the backbone from memory, or load it, or wait for the load that is already running.
 
-        `layer` turns features into scores, by which the compiled backbone is compared with the original.
+        `layer` computes scores from features, by which the compiled backbone is compared with the original.
         """
         if (loaded := self._loaded.get(ref)) is not None:
             return loaded
@@ -208,7 +208,7 @@ class Loader:
         return loaded
 
     def _forget(self, key: str, loop: asyncio.AbstractEventLoop, batcher: Batcher) -> None:
-        """A backbone left memory, in whatever thread. Another may have its key: the same weights after another preprocessing."""
+        """Clean up after a backbone was freed, in any thread. Another may have its key: the same weights with another preprocessing."""
         if not any(ref.key == key for ref in list(self._loaded)):
             self._metrics.forget(key)
         with suppress(RuntimeError):  # the loop is closed
@@ -219,9 +219,9 @@ class Loader:
             self._tidying = asyncio.create_task(self._give_back(batcher))
 
     async def _give_back(self, batcher: Batcher) -> None:
-        """Gives the memory of a freed backbone back to its device, for a trainer beside the server or for the next load.
+        """Return the memory of a freed backbone to its device, for a trainer beside the server or for the next load.
 
-        Collecting holds the interpreter for 0.3 ms once the server has called `gc.freeze`, and for half a second before.
+        Garbage collection blocks the interpreter for 0.3 ms after the server has called `gc.freeze`, and for half a second before.
         """
         await asyncio.get_running_loop().run_in_executor(self._readers, gc.collect)
         for device in self._devices:
@@ -239,7 +239,7 @@ def _running(info: RuntimeInfo) -> str:
 
 
 def _unpacked(name: str, store: ModelStore) -> ModelConfig:
-    """A packaged model, converted into the store. Raises WeightsError, also where the store cannot be written."""
+    """Convert a packaged model into the store. Raises WeightsError, also if the store cannot be written."""
     log.info("%s: converting its packaged weights", name)
     try:
         return packaged.pull(name, store)
@@ -256,7 +256,7 @@ def _bytes(module: nn.Module, precision: str) -> int:
 
 
 async def _probe(served: Served, batcher: Batcher) -> None:
-    """One gray image through the real path, so that weights which fail or answer NaN are refused before anyone is served by them."""
+    """Run a gray image on the path of requests, so that weights that fail or give NaN are refused before they serve."""
     deadline = time.monotonic() + 300
     values = []
     near = [] if served.near is None else [served.near]
@@ -274,7 +274,7 @@ async def _probe(served: Served, batcher: Batcher) -> None:
         raise WeightsError("the model answers NaN for a plain gray image; its weights are not usable")
 
 
-SHARED_SHOWN = 10  # of a thousand models on one backbone each would name 999 others: 17 MB
+SHARED_SHOWN = 10  # a thousand models on one backbone would each name 999 others: 17 MB
 
 
 class BackboneStatus(BaseModel):
@@ -326,7 +326,7 @@ Sharers = Mapping[LoadedBackbone, Sequence[str]]
 
 
 def sharers_of(served_by_name: Mapping[str, Served]) -> Sharers:
-    """The names of the models on each backbone, in order."""
+    """Return the names of the models on each backbone, in order."""
     sharers: dict[LoadedBackbone, list[str]] = {}
     for name in sorted(served_by_name):
         for backbone in dict.fromkeys(served_by_name[name].backbones):
@@ -337,7 +337,7 @@ def sharers_of(served_by_name: Mapping[str, Served]) -> Sharers:
 def describe(
     name: str, served: Served | None, sharers: Sharers, *, default: bool, loading: bool, error: str | None
 ) -> ModelStatus:
-    """The state of one model. One that failed to load a new version, or is loading it, still shows the version that serves."""
+    """Return the state of one model. One that is loading a new version, or failed to load it, shows the version that serves."""
     state: Literal["ready", "loading", "failed"] = "ready" if served else "loading" if loading else "failed"
     if served is None:
         return ModelStatus(name=name, default=default, state=state, error=error)

@@ -1,10 +1,11 @@
-"""Which versions serve: from the store to memory, and every change of it.
+"""The served versions in memory, and every change of them.
 
-    sync:      store -> load beside the old -> a probe through the real path -> one assignment; the old drains with its requests
+    sync:      store -> load beside the old version -> probe -> one assignment; the old version ends with its requests
     activate:  load -> probe -> serve: the store records it -> one assignment
-    deploy:    load -> probe -> the caller's own check (parity.py) -> serve
+    deploy:    load -> probe -> parity check (parity.py) -> serve
 
-An entry's `served` is never changed, only replaced: a request keeps the versions that it began with.
+The probe is a plain image on the path of requests. An entry's `served` is never changed, only replaced, so a request keeps the versions
+with which it began.
 """
 
 import asyncio
@@ -29,13 +30,16 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_S, RETRY_LONGEST_S = 5.0, 300.0  # after a load that lacked memory or lost a device; doubled each time
+RETRY_FIRST_S, RETRY_LONGEST_S = (
+    5.0,
+    300.0,
+)  # after a load that failed for lack of memory or a lost device; doubled each time
 UNKNOWN = "no model of that name is served; GET /models lists those that are"
 T = TypeVar("T")
 
 
 class LoadFailure(NamedTuple):
-    """Why a model is not served. `passing`: another try may succeed, because what it lacked may be freed, or another device is left."""
+    """The reason why a model is not served. `passing`: another try may succeed, with more free memory or on another device."""
 
     reason: str
     passing: bool = False
@@ -43,7 +47,7 @@ class LoadFailure(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """One model: the version that serves, whether one is being loaded, and why the last could not be."""
+    """One model: the version that serves, whether one is being loaded, and why the last one failed to load."""
 
     served: Served | None = None
     loading: bool = False
@@ -58,7 +62,7 @@ class Entry:
 
     @property
     def error(self) -> str | None:
-        """Why the model, or its new version, does not serve. Safe to call from any thread."""
+        """Return why the model, or its new version, does not serve. Safe to call from any thread."""
         failure, at = self.failure, self.retried_at
         if failure is None or at is None or not failure.passing:
             return failure and failure.reason
@@ -79,29 +83,29 @@ class Registry:
 
     @property
     def served(self) -> dict[str, Served]:
-        """The versions that serve, by name. Safe to call from any thread."""
+        """Return the served versions by name. Safe to call from any thread."""
         return {name: entry.served for name, entry in list(self.entries.items()) if entry.served is not None}
 
     def _find(self, name: str | None) -> Entry:
-        """The entry of a model, to be read; an empty one where there is none."""
+        """Return a model's entry for reading; an empty one if there is none."""
         return self.entries.get(name or "") or Entry()
 
     def _entry(self, name: str) -> Entry:
-        """The entry of a model, to be changed."""
+        """Return a model's entry for changes; a new one if there is none."""
         return self.entries.setdefault(name, Entry())
 
     def is_served(self, name: str | None) -> bool:
         return self._find(name).served is not None
 
-    # Life
+    # Start and end
 
     def start(self) -> None:
-        """Begins to load; returns at once."""
+        """Start loading; return at once."""
         self._first_sync = asyncio.create_task(self._load_first())
 
     async def _load_first(self) -> None:
         try:
-            with contextlib.suppress(OSError, ModelError):  # a read-only store can be served all the same
+            with contextlib.suppress(OSError, ModelError):  # a read-only store can be served too
                 await asyncio.to_thread(self.store.sweep)
             await self.sync()
         except Exception as error:
@@ -109,7 +113,7 @@ class Registry:
             self._store_error = str(error) if isinstance(error, ModelError) else "the log has the details"
 
     async def wait_loaded(self) -> None:
-        """Returns when everything that can be loaded is."""
+        """Wait until every model that can be loaded is."""
         if self._first_sync is None:
             raise RuntimeError("start() comes first")
         await asyncio.shield(self._first_sync)
@@ -118,7 +122,7 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """The default model is warm."""
+        """Return whether the default model is warm."""
         return self.is_served(self.default)
 
     def not_ready_reason(self) -> str:
@@ -141,10 +145,10 @@ class Registry:
                     task.cancel()
         self._loader.close()
 
-    # What is served
+    # Served versions
 
     def bind(self, name: str | None, version: int | None = None) -> Served:
-        """The version that answers; no name is the default. Raises NotReady, and ModelNotFound also where another version is served."""
+        """Return the served version of a model (None: the default). Raises NotReady, and ModelNotFound also if another version serves."""
         if not name and not self.ready:
             raise NotReady(self.not_ready_reason(), retry_after_s=2.0)
         entry = self._find(name or self.default)
@@ -157,10 +161,10 @@ class Registry:
         return entry.served
 
     async def sync(self) -> None:
-        """Makes memory equal to the store: loads what is new beside what serves, then replaces it in one assignment.
+        """Reload changed models from the store: load new versions beside the old ones, then replace each in one assignment.
 
-        What fails to load keeps its old version serving, and its error shows in `models()`. What the store lacks is pulled in the
-        background, one after the other, if the setting `pull_missing` says so; packaged weights are converted first.
+        If a version fails to load, the old one goes on serving, and `models()` has the error. Models that the store lacks are pulled in the
+        background, one after the other, if the setting `pull_missing` is on; packaged weights are converted first.
         """
         for name in await self._load_stored():
             entry = self._entry(name)
@@ -175,9 +179,9 @@ class Registry:
             entry.download = None
 
     async def pull(self, name: str, progress: DownloadProgress, as_name: str | None = None) -> ModelConfig:
-        """Published weights -> a version in the store, which serves from then on unless another of its name does.
+        """Pull published weights into the store, and serve the version unless another of its name is served.
 
-        Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict where the setting `models` names others.
+        Raises ArchitectureNotFound, WeightsError, DownloadError, and NameConflict if the setting `models` does not name it.
         """
         config = await self._loader.pull(name, progress, as_name)
         if not self.is_served(config.name):
@@ -185,21 +189,21 @@ class Registry:
         return config
 
     async def activate(self, name: str, version: int) -> ModelStatus:
-        """Loads a version beside the one that serves and tries it; only then does the store record it, and it is swapped in.
+        """Load a version beside the one that serves and try it; then record it in the store and swap it in.
 
-        Raises what `load` and `serve` raise; then everything is as it was.
+        Raises what `load` and `serve` raise; then nothing has changed.
         """
         return await self.serve(await self.load(name, version))
 
     async def rollback(self, name: str) -> ModelStatus:
-        """The same with the version that served before. Raises NameConflict also where there is none."""
+        """Activate the version that served before. Raises NameConflict also if there is none."""
         return await self.activate(name, await asyncio.to_thread(self.store.previous, name))
 
     async def load(self, name: str, version: int) -> Served:
-        """Loads a version beside the one that serves, and tries it on a plain image; nothing else changes.
+        """Load a version beside the one that serves, and try it on a plain image; nothing else changes.
 
-        Raises ModelNotFound, NameConflict (the setting `models` names others), ReadOnlyStore, OutOfMemory, NotReady (a device is taken),
-        DeviceLost, WeightsError.
+        Raises ModelNotFound, NameConflict (the setting `models` does not name it), ReadOnlyStore, OutOfMemory, NotReady (a device is
+        taken), DeviceLost, WeightsError.
         """
         await asyncio.to_thread(self.store.check_writable)
         plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
@@ -216,7 +220,7 @@ class Registry:
         return served
 
     async def serve(self, served: Served) -> ModelStatus:
-        """Swaps in a version that `load` gave, once the store has recorded it. Raises ModelNotFound where the store has it no more."""
+        """Record a version from `load` in the store, and swap it in. Raises ModelNotFound if the store no longer has it."""
         name = served.config.name
         async with self._sync_lock:
             await asyncio.to_thread(self.store.activate, name, served.config.version)
@@ -227,16 +231,16 @@ class Registry:
         return self.model(name)
 
     async def retire(self, name: str) -> None:
-        """Takes a model out of service and out of memory; its versions stay in the store.
+        """Stop serving a model, and free its memory; its versions stay in the store.
 
-        Raises ModelNotFound, ReadOnlyStore, and NameConflict where a setting names it or it is the default beside others.
+        Raises ModelNotFound, ReadOnlyStore, and NameConflict if a setting names it, or if it is the default of several.
         """
         await self.check_removable(name)
         await asyncio.to_thread(self.store.deactivate, name)
         await self.sync()
 
     async def check_removable(self, name: str) -> None:
-        """Raises NameConflict for a model that a setting names: without it the next start would not become ready."""
+        """Raise NameConflict for a model that a setting names, without which the next start would not become ready."""
         if name == self.settings.default_model:
             raise NameConflict(f"the setting `default_model` names {name!r}; take it out there")
         plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
@@ -244,13 +248,13 @@ class Registry:
             raise NameConflict(f"the setting `models` names {name!r}; take it out there")
 
     async def _load_stored(self) -> list[str]:
-        """Loads all that is to be served and lies in the store; returns the names that are still to be pulled."""
+        """Load the models to serve that the store has; return the names that still have to be pulled."""
         async with self._sync_lock:
             started = time.monotonic()
             plan = await self._unpacked(await asyncio.to_thread(plan_serving, self.settings, self.store))
             self._store_error = None
             if not self.is_served(self.default) or self.is_served(plan.default):
-                self.default = plan.default  # otherwise the old default answers until the new one is loaded
+                self.default = plan.default  # otherwise the old default serves until the new one is loaded
             for name, entry in self.entries.items():
                 if name not in plan.names and name != self.default:
                     entry.served = None
@@ -269,7 +273,7 @@ class Registry:
             return to_pull
 
     def _mark_loading(self, names: Sequence[str]) -> None:
-        """These, and no others, are being loaded; a download that failed is not under way."""
+        """Mark these models, and no others, as being loaded, except those whose download failed."""
         for entry in self.entries.values():
             entry.loading = False
         for name in names:
@@ -277,7 +281,7 @@ class Registry:
             entry.loading = entry.failure is None
 
     def _forget_others(self, plan: ServingPlan) -> None:
-        """Takes out of memory what is not to be served."""
+        """Remove what is not to be served from memory."""
         for name, entry in list(self.entries.items()):
             if name not in plan.names:
                 entry.served = None
@@ -285,7 +289,7 @@ class Registry:
                 del self.entries[name]
 
     async def _unpacked(self, plan: ServingPlan) -> ServingPlan:
-        """The plan after the packaged models that the store lacks are converted into it."""
+        """Convert packaged models that the store lacks into it, and return the new plan."""
         missing = [name for name in plan.names if name in plan.missing and name in packaged.NAMES]
         for name in missing:
             self._entry(name).loading = True
@@ -294,12 +298,12 @@ class Registry:
         return await asyncio.to_thread(plan_serving, self.settings, self.store) if missing else plan
 
     def _stale(self, plan: ServingPlan) -> list[str]:
-        """The models to be loaded. In a thread: comparing a thousand configurations takes 80 ms."""
+        """Return the models to load. Called in a thread, because comparing a thousand configurations takes 80 ms."""
         refused = {name for name in packaged.NAMES if self._find(name).failure is not None}  # could not be converted
         return [name for name in plan.names if not self._is_current(name, plan) and name not in refused]
 
     async def _swap_in_all(self, names: Sequence[str], plan: ServingPlan) -> None:
-        """The default first: the server is ready as soon as it is."""
+        """Swap in these models, the default first, with which the server becomes ready."""
         if plan.default is not None and plan.default in names:
             await self._swap_in(plan.default, plan)
         await asyncio.gather(*(self._swap_in(name, plan) for name in names if name != plan.default))
@@ -312,7 +316,7 @@ class Registry:
         )
 
     def _is_current(self, name: str, plan: ServingPlan) -> bool:
-        """By the whole configuration: a model that was removed and published anew begins at version 1 again."""
+        """Compare the whole configuration, because a model that was removed and published anew starts at version 1 again."""
         served = self._find(name).served
         return served is not None and served.config == plan.configs.get(name)
 
@@ -328,7 +332,7 @@ class Registry:
         log.info("%s version %d serves after %.1f s", name, served.config.version, time.monotonic() - started)
 
     async def _attempt(self, name: str, work: Awaitable[T]) -> T | None:
-        """The result of loading or pulling a model, or None after its failure is noted."""
+        """Return the result of loading or pulling a model; None if it failed, which the entry records."""
         entry = self._entry(name)
         try:
             return await work
@@ -345,11 +349,11 @@ class Registry:
         return None
 
     def _may_pass(self, error: Exception) -> bool:
-        """Another try may succeed: memory is free then, or it goes to the devices that are left."""
+        """Return whether another try may succeed, with more free memory or on the remaining devices."""
         return isinstance(error, OutOfMemory | NotReady) or (isinstance(error, DeviceLost) and self.batcher.computes)
 
     async def _retry(self, name: str, entry: Entry) -> None:
-        """Loads it again, later and later, until it serves, fails for another reason, or is not to be served any more."""
+        """Try to load a model at growing intervals, until it serves, fails for another reason, or is no longer to be served."""
         delay_s = RETRY_FIRST_S
         try:
             while entry.failure is not None and entry.failure.passing:
@@ -364,7 +368,7 @@ class Registry:
             entry.retries = entry.retried_at = None
 
     async def _try_again(self, name: str, entry: Entry) -> None:
-        """Raises OSError and ModelError where the store cannot be read."""
+        """Load a model again if it is still to be served. Raises OSError and ModelError if the store cannot be read."""
         async with self._sync_lock:
             plan = await asyncio.to_thread(plan_serving, self.settings, self.store)
             if name not in plan.names:
@@ -375,7 +379,7 @@ class Registry:
                 self._announce()
 
     def models(self) -> list[ModelStatus]:
-        """Every model that is served, being loaded, or failed to load, by name. Safe to call from any thread."""
+        """Return every model that is served, being loaded, or failed to load, by name. Safe to call from any thread."""
         known = [(name, entry, entry.served) for name, entry in list(self.entries.items()) if entry.is_known]
         sharers = sharers_of({name: served for name, _, served in known if served is not None})
         return [
@@ -384,7 +388,7 @@ class Registry:
         ]
 
     def model(self, name: str) -> ModelStatus:
-        """Raises ModelNotFound."""
+        """Return a model's status. Raises ModelNotFound."""
         entry = self._find(name)
         if not entry.is_known:
             raise ModelNotFound(UNKNOWN)

@@ -1,9 +1,9 @@
-"""What loading does on devices: compiling, warming up, copying. And what a failure there means.
+"""Does the work of loading on devices: compiling, warming up, copying; and classifies its errors.
 
-    compile thread of the device   compile_backbone -> Runtime
+    compile thread of the device   compile_backbone -> CompiledBackbone
     device thread                  every batch step once, one step between two served batches
 
-A device that hangs or breaks while something is loaded counts as lost, as one that breaks in a batch does.
+A device that hangs or fails during loading counts as lost, as one that fails in a batch does.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from service.inference.forward import pins
 
 log = logging.getLogger(__name__)
 
-# A device that takes longer for one step of loading hangs. A GPU compiles and measures in seconds, in minutes where it is busy. A CPU
-# hardly hangs, and may be slow: the largest networks of timm are converted for OpenVINO and measured in minutes on two cores.
+# A device hangs if one step of loading takes longer. A GPU compiles and measures in seconds, or minutes if it is busy. A CPU may be slow:
+# the largest networks of timm are converted for OpenVINO and measured in minutes on two cores.
 HANGS_AFTER_S = {"cuda": 600.0, "cpu": 3600.0}
 BUSY = ("busy or unavailable", "exclusive")  # another process has the GPU to itself
 _Result = TypeVar("_Result")
@@ -36,18 +36,18 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Replicas:
-    """A compiled backbone on each device that took it, at least one; `failures` of the others."""
+    """A compiled backbone on each device where it could be loaded, at least one; `failures` of the others."""
 
     runtimes: Mapping[torch.device, CompiledBackbone]
     failures: Mapping[str, str]  # by device
 
 
 class DeviceWork:
-    """Does what loading needs of the devices. Used on one event loop."""
+    """Does the work of loading on the devices. Used on one event loop."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
-        # One thread per device: compiling measures, and two measurements at once would each see half the machine.
+        # One thread per device, because compiling measures, and two measurements at once would disturb each other.
         self._compilers = {device: ThreadPoolExecutor(1, f"compile-{device}") for device in devices}
         self._turns = {device: asyncio.Lock() for device in devices}
 
@@ -55,19 +55,14 @@ class DeviceWork:
         for pool in self._compilers.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def usable(self, batcher: Batcher) -> list[torch.device]:
-        """Raises DeviceLost where all are lost."""
-        usable = [device for device in self._devices if not batcher.is_lost(device)]
-        if not usable:
-            raise DeviceLost("no device is left to compute on; the server is about to restart")
-        return usable
-
     async def replicas(
         self, compile_for: Callable[[torch.device], CompiledBackbone], shape: Preprocessing, batcher: Batcher
     ) -> Replicas:
-        """Compiled and warm on every device that is not lost. Where it fails on all, raises one of the errors: that of a device
-        without memory, or taken by another process, before others."""
-        devices = self.usable(batcher)
+        """Compile and warm up on every device that is not lost. If it fails on all, raise one of the errors, preferably one that may pass,
+        of a device without memory or taken by another process."""
+        devices = [device for device in self._devices if not batcher.is_lost(device)]
+        if not devices:
+            raise DeviceLost("no device is left to compute on; the server is about to restart")
         outcomes = await asyncio.gather(
             *(self._replica(partial(compile_for, device), device, shape, batcher) for device in devices),
             return_exceptions=True,
@@ -85,7 +80,7 @@ class DeviceWork:
             for name, error in failures.items():
                 log.error("loading failed on %s: %s", name, error)
             errors = sorted(failures.values(), key=lambda error: not isinstance(error, OutOfMemory | NotReady))
-            raise errors[0]  # one after which another try may succeed, if there is one
+            raise errors[0]  # preferably one after which another try may succeed
         for name, error in failures.items():
             log.error("loading failed on %s, and the other devices serve: %s", name, error)
         return Replicas(runtimes, {name: str(error) for name, error in failures.items()})
@@ -93,7 +88,7 @@ class DeviceWork:
     async def _replica(
         self, compiled: Callable[[], CompiledBackbone], device: torch.device, shape: Preprocessing, batcher: Batcher
     ) -> CompiledBackbone:
-        async with self._turns[device]:  # so that the time limit counts from the begin of the work
+        async with self._turns[device]:  # so that the time limit counts from the start of the work
             runtime = await self.run(compiled, device, self._compilers[device], batcher)
         if device.type == "cuda":
             await self._warm_up(runtime, device, shape, batcher)
@@ -102,8 +97,8 @@ class DeviceWork:
     async def _warm_up(
         self, runtime: CompiledBackbone, device: torch.device, shape: Preprocessing, batcher: Batcher
     ) -> None:
-        """Runs every batch step once in the thread that serves, because cuDNN keeps its plans by thread. A step for which there is no
-        memory bounds the batches of this device."""
+        """Run every batch step once in the thread that serves, because cuDNN keeps its plans by thread. A step for which there is no memory
+        limits the batches of this device."""
         fits = 0
         for step in steps_up_to(runtime.max_batch):
             try:
@@ -133,7 +128,7 @@ class DeviceWork:
         pool: Executor,
         batcher: Batcher,
     ) -> dict[torch.device, _Result]:
-        """Its results on those of the devices that are not lost. Raises DeviceLost where all are, and what `run` raises."""
+        """Return the results on the devices that are not lost. Raises DeviceLost if all are, and what `run` raises."""
         results: dict[torch.device, _Result] = {}
         for device in devices:
             with suppress(DeviceLost):
@@ -143,8 +138,8 @@ class DeviceWork:
         return results
 
     async def run(self, work: Callable[[], _Result], device: torch.device, pool: Executor, batcher: Batcher) -> _Result:
-        """`work` in a thread of `pool`. Raises OutOfMemory, NotReady where the device is taken by another process, DeviceLost, and what
-        `work` raises for other reasons."""
+        """Do `work` in a thread of `pool`. Raises OutOfMemory, NotReady if another process has taken the device, DeviceLost, and other
+        errors of `work`."""
         if batcher.is_lost(device):
             raise DeviceLost(f"{device} is lost; the server has to be started again")
         future = asyncio.get_running_loop().run_in_executor(pool, _explaining, work, device)
@@ -176,7 +171,7 @@ def _explaining(work: Callable[[], _Result], device: torch.device) -> _Result:
 
 
 def explained(error: Exception, device: torch.device) -> Exception:
-    """What an error on a device means for whoever loads. In the thread of the work: the device may be asked, and may hang."""
+    """Return an error on a device as one of ours. Called in the thread of the work, because it may use the device, which may hang."""
     if isinstance(error, ModelError | ServiceError):
         return error
     if is_out_of_memory(error, device):
@@ -200,6 +195,6 @@ def _free(device: torch.device) -> str:
 
 
 def _run(runtime: CompiledBackbone, size: int, shape: Preprocessing) -> None:
-    """A batch of black images, to its end; from pinned memory, of which the first batches then find enough."""
+    """Compute a batch of black images from pinned memory, so that the first batches find enough of it cached."""
     image = torch.zeros(shape.height, shape.width, shape.channels, dtype=torch.uint8).permute(2, 0, 1)
     runtime(stack([image] * size, pinned=pins(runtime.device))).sum().item()

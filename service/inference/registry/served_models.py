@@ -1,4 +1,4 @@
-"""Which models are to be served: the setting `models` against what the store holds."""
+"""Plans which models to serve, from the setting `models` and the store."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +14,7 @@ IMAGENET = "imagenet"  # the group's name in the setting `models`
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """Which models are to be served. A name without a configuration is damaged or missing."""
+    """The models to serve. A name without a configuration is damaged or missing."""
 
     names: tuple[str, ...]  # the default first
     versions: Mapping[str, int]
@@ -23,24 +23,26 @@ class ServingPlan:
 
     @property
     def missing(self) -> frozenset[str]:
-        """What the store has no version of."""
+        """Return the names of which the store has no version."""
         return frozenset(self.names) - frozenset(self.versions)
 
 
 def plan_serving(settings: Settings, store: ModelStore) -> ServingPlan:
-    """The setting `models` (default: all that the store serves) against the store."""
+    """Return the plan: the models of the setting `models`, by default all that the store serves."""
     serving = store.serving()
     names: list[str] = []
     for name in settings.models:
         names += _imagenet_group() if name == IMAGENET else (name,)
     names = names or [*serving.models]
     default = settings.default_model or (serving.default if serving.default in names else None)
-    default = default or (names[0] if settings.models else None)  # never the first by name: it has other classes
+    default = default or (
+        names[0] if settings.models else None
+    )  # never just the first by name, which has other classes
     ordered = tuple(dict.fromkeys([default, *names] if default else names))
     versions: dict[str, int] = {}
     configs: dict[str, ModelConfig] = {}
     for name in ordered:
-        with suppress(InvalidName, ModelNotFound, WeightsError):  # loading it says what is wrong
+        with suppress(InvalidName, ModelNotFound, WeightsError):  # loading reports the error
             if stored := store.versions(name):
                 versions[name] = serving.models.get(name) or stored[-1]
                 configs[name] = store.config(name, versions[name])
