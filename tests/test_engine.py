@@ -30,7 +30,7 @@ from models.errors import (
 )
 from models.images import decoding
 from models.preprocessing import Preprocessing, normalise
-from models.store.download import DownloadProgress
+from models.progress import DownloadProgress
 from models.store.store import ModelStore
 from models.uncertainty import Conformal, NearestNeighbours, Reference
 from service.errors import DeadlineExceeded, NotProvided, NotReady, QueueFull

@@ -27,8 +27,8 @@ from models.files import weights_file
 from models.files.records import CONFIG, Record, parse_record, to_json, to_sealed_json
 from models.files.records import MAX_BYTES as MAX_RECORD
 from models.files.zip_file import Archive, open_archive
+from models.progress import DownloadProgress, silent
 from models.store.backbones import WEIGHTS, skeleton
-from models.store.download import DownloadProgress
 from models.store.store import HEAD, ModelStore
 from models.uncertainty import MAX_BYTES as MAX_FEATURES
 from models.uncertainty import Reference, read_reference, to_file
@@ -94,13 +94,12 @@ def is_bundle(names: list[str]) -> bool:
 
 
 def import_bundle(
-    path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress | None = None
+    path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress = silent
 ) -> ModelConfig:
     """Publishes the version in a bundle as the next version of `name`, by default of its own name. Backbones that the store has are shared.
 
     Raises WeightsError for anything damaged or foreign, ArchitectureNotFound, InvalidName. Nothing is published then.
     """
-    report = progress or (lambda done, total: None)
     with opened(path) as archive:
         manifest = _manifest(archive, path)
         config = _config(archive, manifest, path)
@@ -109,11 +108,11 @@ def import_bundle(
         head = _head(archive, manifest, config, path)
         reference = _reference(archive, manifest, path)
         for done, ref in enumerate(refs.values(), 1):
-            report(done, steps)
+            progress(done, steps)
             limit = _size_of(skeleton(ref.architecture, ref.preprocessing)) + weights_file.MAX_HEADER
             store.backbones.put_file(ref, _read(archive, manifest, _member_of(ref), limit, path))
     _check_widths(store, config, path)
-    report(steps, steps)
+    progress(steps, steps)
     return store.publish(
         name or config.name, config.backbones, head, config.classes, config.metrics, config.lineage, reference
     )

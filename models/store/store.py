@@ -60,15 +60,13 @@ class ModelStore:
         """Ascending; empty when there is no such model."""
         return [version for version in self._numbers(name) if (self._folder(name, version) / CONFIG).exists()]
 
-    def newest(self, name: str, wanted: Callable[[ModelConfig], bool]) -> ModelConfig | None:
-        """The latest version whose configuration is readable and wanted; its weights may be damaged."""
+    def newest_sound(self, name: str, is_wanted: Callable[[ModelConfig], bool]) -> ModelConfig | None:
+        """Returns the latest wanted version whose record can be read, if its weights are sound too; reads them all."""
         for version in reversed(self.versions(name)):
-            try:
+            with suppress(WeightsError):
                 config = self.config(name, version)
-            except WeightsError:
-                continue
-            if wanted(config):
-                return config
+                if is_wanted(config):
+                    return config if self.is_sound(config) else None
         return None
 
     def config(self, name: str, version: int | None = None) -> ModelConfig:

@@ -20,8 +20,9 @@ from models.architectures.timm_names import RESERVED, TimmName, checked
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
 from models.preprocessing import Preprocessing
+from models.progress import DownloadProgress, silent
 from models.store import hub
-from models.store.download import DownloadProgress, sha256_of
+from models.store.download import sha256_of
 from models.store.importing import fit, read_state
 from models.store.packaged import imagenet_classes
 from models.store.store import ModelStore
@@ -47,7 +48,7 @@ def pull_timm(
     architecture: str,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     as_name: str | None = None,
 ) -> ModelConfig:
     """Publishes the weights that timm knows of under a name, by default the first. Raises as `pull_repository`."""
@@ -86,7 +87,7 @@ def pull_repository(
     repository: str,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     as_name: str | None = None,
 ) -> ModelConfig:
     """Publishes `hf-hub:<user>/<repository>[@<revision>]`. Where the store has this commit of it, sound, nothing is downloaded.
@@ -116,7 +117,7 @@ def _pull(
     known: dict[str, Any] | None,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None,
+    progress: DownloadProgress,
     name: str,
 ) -> ModelConfig:
     """`known`: what timm says of these weights, for a repository whose own config.json is of another library."""
@@ -127,12 +128,10 @@ def _pull(
             config = known
         planned = plan(config, f"{hub.PREFIX}{remote.name}")
         origin = (f"{hub.PREFIX}{remote.name}", commit)
-        existing = store.newest(
+        existing = store.newest_sound(
             name, lambda config: (config.lineage.get("source"), config.lineage.get("revision")) == origin
         )
-        if existing is not None and store.is_sound(existing):
-            return existing
-        return publish(remote.checkpoint(config, commit, progress), planned, store, name)
+        return existing or publish(remote.checkpoint(config, commit, progress), planned, store, name)
     finally:
         remote.close()
 
