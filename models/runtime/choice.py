@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from models.classifier import BackboneRef
-from models.files.records import Record
+from models.files import atomic_files
+from models.files.records import Record, to_json
 from models.preprocessing import Preprocessing
 from models.runtime.device import cpu_count
 from models.runtime.failures import is_device_lost, is_out_of_memory
@@ -253,14 +253,11 @@ def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], b
 
 
 def write_choice(cache_dir: Path, key: dict[str, Any], choice: EngineChoice) -> None:
-    """Atomic. A disk that cannot be written costs a measurement at the next start, no more."""
+    """Stores the choice; where the disk cannot be written, the next start measures again."""
     path = _choice_path(cache_dir, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(choice.model_dump_json(indent=2))
-        Path(name).replace(path)
+        atomic_files.replace(path, to_json(choice))
     except OSError as error:
         log.warning("the choice of engine for %s is not remembered: %s", key["architecture"], error)
 
