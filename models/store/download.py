@@ -1,6 +1,5 @@
 """Downloads of published files over HTTP: resumed after an interruption, and checked against the hash in the file name."""
 
-import hashlib
 import logging
 import re
 import time
@@ -11,6 +10,7 @@ import httpx
 
 from models.errors import DownloadError
 from models.files import atomic_files
+from models.files.weights_file import sha256_of
 from models.progress import DownloadProgress, silent
 
 ATTEMPTS = 5
@@ -67,11 +67,6 @@ def hash_prefix(filename: str) -> str:
     if match := re.search(r"-([0-9a-f]{8,64})\.\w+$", filename):
         return match[1]
     raise DownloadError(f"{filename!r} has no hash in its name, so it could not be checked; it is not downloaded")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(url: httpx.URL, part: Path, progress: DownloadProgress) -> None:

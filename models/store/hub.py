@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DownloadError, WeightsError
+from models.files.weights_file import sha256_of
 from models.progress import DownloadProgress, silent
-from models.store.download import sha256_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OLD_WEIGHTS = "pytorch_model.bin"  # of torch.save; read from a folder, and not downloaded

@@ -14,7 +14,7 @@ from torch import Tensor
 from models import architectures
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
-from models.store.download import sha256_of
+from models.files.weights_file import sha256_of
 from models.store.ensembles import ensemble
 from models.store.importing import fit, read_state
 from models.store.store import ModelStore

@@ -20,10 +20,11 @@ from models import architectures
 from models.architectures.timm_names import is_timm
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
+from models.files.weights_file import sha256_of
 from models.preprocessing import Preprocessing
 from models.progress import DownloadProgress, silent
 from models.store import hub, packaged
-from models.store.download import fetch, hash_prefix, sha256_of
+from models.store.download import fetch, hash_prefix
 from models.store.ensembles import ensemble
 from models.store.importing import fit, read_state
 from models.store.store import ModelStore

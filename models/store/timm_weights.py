@@ -19,10 +19,10 @@ from models.architectures import timm_networks
 from models.architectures.timm_names import RESERVED, TimmName, checked
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
+from models.files.weights_file import sha256_of
 from models.preprocessing import Preprocessing
 from models.progress import DownloadProgress, silent
 from models.store import hub
-from models.store.download import sha256_of
 from models.store.importing import fit, read_state
 from models.store.packaged import imagenet_classes
 from models.store.store import ModelStore
