@@ -1,4 +1,4 @@
-"""One model version as a zip that another store imports.
+"""One model version as a zip, for another store to import.
 
     imago.json                      Manifest: the SHA-256 of every other file
     config.json                     ModelConfig
@@ -6,7 +6,8 @@
     reference-<hash>.safetensors    where the version has one
     backbones/<sha256>.safetensors  each once
 
-Nothing is extracted: members are read by these names, within the size that the configuration says, and checked by their hash.
+Nothing is extracted to disk: members are read by these names, within the size that follows from the configuration, and their hash is
+checked.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ MAX_MEMBERS = 1000
 
 
 class Manifest(Record):
-    """The table of a bundle's files, by SHA-256."""
+    """The files of a bundle by name, with their SHA-256."""
 
     kind: str
     format: int
@@ -51,7 +52,7 @@ class Manifest(Record):
 
 
 def write_bundle(store: ModelStore, config: ModelConfig, path: Path) -> None:
-    """Writes the version to a new zip at `path`. Raises WeightsError where one of its files is damaged."""
+    """Writes the version to a new zip at `path`. Raises WeightsError where a file of it is damaged."""
     content = {CONFIG: to_sealed_json(config)}
     if (reference := store.load_reference(config)) is not None:
         name, content[name] = to_file(reference)
@@ -89,16 +90,16 @@ def _copy(archive: zipfile.ZipFile, name: str, file: Path, sha256: str) -> None:
 
 
 def is_bundle(names: list[str]) -> bool:
-    """True for the members of a bundle."""
+    """Returns whether these members are those of a bundle."""
     return MANIFEST in names
 
 
 def import_bundle(
     path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress = silent
 ) -> ModelConfig:
-    """Publishes the version in a bundle as the next version of `name`, by default of its own name. Backbones that the store has are shared.
+    """Publishes the version in a bundle as the next version of `name`, by default of its own name. Existing backbones are shared.
 
-    Raises WeightsError for anything damaged or foreign, ArchitectureNotFound, InvalidName. Nothing is published then.
+    Raises WeightsError for a damaged or unknown file, ArchitectureNotFound, InvalidName. Nothing is published then.
     """
     with opened(path) as archive:
         manifest = _manifest(archive, path)
@@ -120,7 +121,7 @@ def import_bundle(
 
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
-    """A zip whose table of contents was checked. Raises WeightsError for one that is none, or would grow without bound."""
+    """Opens a zip and checks its table of contents. Raises WeightsError for another file, and for a zip bomb."""
     try:
         with open_archive(path) as archive:
             if len(set(archive.names)) != len(archive.names):
@@ -183,7 +184,7 @@ def _size_of(module: torch.nn.Module) -> int:
 
 
 def _read(archive: Archive, manifest: Manifest, name: str, limit: int, path: Path) -> bytes:
-    """A member whose hash is in the manifest. Raises WeightsError."""
+    """Reads a member and checks its hash. Raises WeightsError."""
     data = read_member(archive, name, limit, path)
     if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
         raise WeightsError(f"{path.name} is damaged: {name} does not have its hash; export or copy it again")
@@ -191,7 +192,7 @@ def _read(archive: Archive, manifest: Manifest, name: str, limit: int, path: Pat
 
 
 def read_member(archive: Archive, name: str, limit: int, path: Path) -> bytes:
-    """A member of at most `limit` bytes. Raises WeightsError."""
+    """Reads a member of at most `limit` bytes. Raises WeightsError."""
     try:
         member = archive.member(name)
         if member.size > limit:
@@ -207,7 +208,7 @@ def read_member(archive: Archive, name: str, limit: int, path: Path) -> bytes:
 
 
 def _check_widths(store: ModelStore, config: ModelConfig, path: Path) -> None:
-    """Each backbone runs, and answers as many features as the head takes of it."""
+    """Raises WeightsError unless each backbone runs and has as many features as its layer of the head."""
     for ref, layer in zip(config.backbones, config.head.layers, strict=True):
         width = store.load_backbone(ref).feature_dim
         fits = width % layer.in_features == 0 if layer.kind == "conv" else width == layer.in_features
