@@ -103,17 +103,22 @@ def _is_link(made_by: int, attributes: int) -> bool:
 def _zip64(extra: bytes, *sizes: int) -> list[int]:
     """Returns the sizes, with 0xFFFFFFFF replaced by the values of the extra field 1. Raises BadZipFile."""
     found = list(sizes)
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
+    for kind, data in _extra_fields(extra):
         if kind == 1:
-            wide, data = [i for i, size in enumerate(found) if size == 0xFFFFFFFF], extra[4 : 4 + length]
+            wide = [i for i, size in enumerate(found) if size == 0xFFFFFFFF]
             if len(data) < 8 * len(wide):
                 raise zipfile.BadZipFile("its zip64 sizes are damaged")
             for i, (size,) in zip(wide, struct.iter_unpack("<Q", data[: 8 * len(wide)]), strict=True):
                 found[i] = size
             break
-        extra = extra[4 + length :]
     return found
+
+
+def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        yield kind, extra[4 : 4 + length]
+        extra = extra[4 + length :]
 
 
 def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bytes]:
@@ -129,9 +134,7 @@ def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bytes]:
 
 def _unicode_path(extra: bytes, name: bytes) -> str | None:
     """Returns the UTF-8 name in the extra field 0x7075 of Info-ZIP, if its CRC is that of the name in the table."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        data, extra = extra[4 : 4 + length], extra[4 + length :]
+    for kind, data in _extra_fields(extra):
         if kind == UNICODE_PATH and data[:1] == b"\1" and data[1:5] == zlib.crc32(name).to_bytes(4, "little"):
             try:
                 return data[5:].partition(b"\0")[0].decode() or None

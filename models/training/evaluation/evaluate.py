@@ -133,8 +133,7 @@ def _confused(matrix: Tensor, classes: Sequence[str]) -> tuple[ConfusedPair, ...
 def _mistakes(
     confidence: Tensor, predicted: Tensor, labels: Tensor, classes: Sequence[str], paths: Sequence[str]
 ) -> tuple[Mistake, ...]:
-    wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES].tolist()
+    worst = _highest(confidence, predicted != labels, MAX_MISTAKES)
     return tuple(
         Mistake(
             path=paths[row],
@@ -160,8 +159,7 @@ def label_errors(
     reached = probabilities.where(probabilities >= thresholds, -1.0)
     value, suggested = reached.max(dim=1)
     margin = value - probabilities.gather(1, labels[:, None])[:, 0]
-    doubted = ((value >= 0) & (suggested != labels) & (margin > 0)).nonzero()[:, 0]
-    worst = doubted[margin[doubted].argsort(descending=True, stable=True)][:MAX_LABEL_ERRORS].tolist()
+    worst = _highest(margin, (value >= 0) & (suggested != labels) & (margin > 0), MAX_LABEL_ERRORS)
     return tuple(
         LabelError(
             path=paths[row],
@@ -171,6 +169,13 @@ def label_errors(
         )
         for row in worst
     )
+
+
+def _highest(values: Tensor, mask: Tensor, count: int) -> list[int]:
+    """Returns the rows of `mask` (n,) with the highest values (n,), at most `count` of them."""
+    rows = mask.nonzero()[:, 0]
+    highest: list[int] = rows[values[rows].argsort(descending=True, stable=True)][:count].tolist()
+    return highest
 
 
 @torch.inference_mode()

@@ -29,29 +29,40 @@ class GateVerdict(Record):
     p_value: float  # of McNemar's exact test
 
 
-def compare(served_correct: Tensor, new_correct: Tensor, margin: float = MARGIN) -> GateVerdict:
+def compare(served_correct: Tensor, new_correct: Tensor) -> GateVerdict:
     """Compares two bool (n,), n > 0: which images each version predicts correctly.
 
     `better` and `worse` are significant differences (p < 0.05). Otherwise `not worse` means that the interval excludes a loss of
-    `margin`.
+    MARGIN.
     """
     images = len(served_correct)
+    served, new = int(served_correct.sum()), int(new_correct.sum())
     only_new = int((new_correct & ~served_correct).sum())
     only_served = int((served_correct & ~new_correct).sum())
-    difference = (only_new - only_served) / images
     interval, p_value = paired_interval(only_new, only_served, images), mcnemar(only_new, only_served)
-    answer = _answer(difference, interval, p_value, margin)
-    shares = [float(correct.double().mean()) for correct in (served_correct, new_correct)]
-    facts = f"The new version is right on {int(new_correct.sum())} of {images} images, the served one on {int(served_correct.sum())}"
+    verdict: Verdict
+    if p_value < ALPHA:
+        verdict = "better" if only_new > only_served else "worse"
+        because = f"{only_new} only by the new one and {only_served} only by the served one, which is hardly chance (p = {p_value:.2g})."
+    elif interval[0] > -MARGIN:
+        verdict = "not worse"
+        because = f"no clear difference (p = {p_value:.2g}), and a loss of {MARGIN:.0%} is excluded."
+    else:
+        verdict = "not enough images to decide"
+        needed = _rounded(images_needed(only_new, only_served, images))
+        because = (
+            f"chance explains that (p = {p_value:.2g}), but {images} images leave a loss of up to {-interval[0]:.0%} possible. "
+            f"Some {needed} validation images could decide; until then look at the report and activate the version yourself."
+        )
     return GateVerdict(
-        verdict=answer,
-        reason=f"{facts}; {_because(answer, only_new, only_served, images, interval, p_value, margin)}",
+        verdict=verdict,
+        reason=f"The new version is right on {new} of {images} images, the served one on {served}; {because}",
         images=images,
-        served_accuracy=shares[0],
-        new_accuracy=shares[1],
+        served_accuracy=served / images,
+        new_accuracy=new / images,
         only_new=only_new,
         only_served=only_served,
-        difference=difference,
+        difference=(only_new - only_served) / images,
         interval=interval,
         p_value=p_value,
     )
@@ -72,38 +83,12 @@ def paired_interval(only_new: int, only_served: int, images: int) -> tuple[float
     return round(max(-1.0, centre - half), 6), round(min(1.0, centre + half), 6)
 
 
-def images_needed(only_new: int, only_served: int, images: int, margin: float = MARGIN) -> int:
-    """Returns about how many images would exclude a loss of `margin`, for equally good versions that differ as often as here."""
+def images_needed(only_new: int, only_served: int, images: int) -> int:
+    """Returns about how many images would exclude a loss of MARGIN, for equally good versions that differ as often as here."""
     share = (only_new + only_served) / images
-    # half width z sqrt((share n + 2) / (n + 2)^2) = margin, with m = n + 2: margin^2 m^2 - z^2 share m - 2 z^2 (1 - share) = 0
+    # half width z sqrt((share n + 2) / (n + 2)^2) = MARGIN, with m = n + 2: MARGIN^2 m^2 - z^2 share m - 2 z^2 (1 - share) = 0
     linear, constant = Z_95**2 * share, 2 * Z_95**2 * (1 - share)
-    return math.ceil((linear + math.sqrt(linear**2 + 4 * margin**2 * constant)) / (2 * margin**2)) - 2
-
-
-def _answer(difference: float, interval: tuple[float, float], p_value: float, margin: float) -> Verdict:
-    if p_value < ALPHA:
-        return "better" if difference > 0 else "worse"
-    return "not worse" if interval[0] > -margin else "not enough images to decide"
-
-
-def _because(
-    answer: Verdict,
-    only_new: int,
-    only_served: int,
-    images: int,
-    interval: tuple[float, float],
-    p_value: float,
-    margin: float,
-) -> str:
-    if answer in ("better", "worse"):
-        return f"{only_new} only by the new one and {only_served} only by the served one, which is hardly chance (p = {p_value:.2g})."
-    if answer == "not worse":
-        return f"no clear difference (p = {p_value:.2g}), and a loss of {margin:.0%} is excluded."
-    needed = _rounded(images_needed(only_new, only_served, images, margin))
-    return (
-        f"chance explains that (p = {p_value:.2g}), but {images} images leave a loss of up to {-interval[0]:.0%} possible. "
-        f"Some {needed} validation images could decide; until then look at the report and activate the version yourself."
-    )
+    return math.ceil((linear + math.sqrt(linear**2 + 4 * MARGIN**2 * constant)) / (2 * MARGIN**2)) - 2
 
 
 def _rounded(count: int) -> int:
