@@ -63,8 +63,8 @@ check: lint types contracts unit test
 # older greenlet and ml-dtypes.
 LOCK := printf 'greenlet<3.4\nml-dtypes<0.6\n' | $(UV) pip compile -c - --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock:
-	$(LOCK) --extra openvino --extra onnx --extra otel -o requirements.lock
-	$(LOCK) --extra openvino --extra onnx --extra parquet --extra heif --extra otel --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --extra openvino --extra onnx --extra otel --extra tensorboard -o requirements.lock
+	$(LOCK) --extra openvino --extra onnx --extra parquet --extra heif --extra otel --extra tensorboard --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,6 +1,6 @@
-"""What to do with an image's answer: `accept` it, `reject` the image, or have a person `review` it.
+"""The decision about a prediction: `accept` it, `reject` the image, or have a person `review` it.
 
-reject: the image is unlike the training images (beyond `far`)
+reject: the image is unlike the training images (its distance is beyond `far`)
 accept: it is like them (within the threshold), and the probability of its best class is at least the accept threshold
 review: everything else
 """
@@ -23,8 +23,8 @@ MAX_THRESHOLDS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """Held-out images that could be accepted, by threshold: `thresholds` float32 (m,) descending; of the `accepted` (m,) images whose best
-    class reaches one, `right` (m,) are right. `images`: all held-out ones."""
+    """The held-out images by threshold: `thresholds` float32 (m,) descending; at each, `accepted` (m,) images reach it with their best
+    class, and `right` (m,) of these are correct. `images`: the number of all held-out images."""
 
     thresholds: Tensor
     accepted: Tensor  # int64
@@ -36,8 +36,8 @@ class Decisions:
     def of(
         cls, probabilities: Tensor, labels: Tensor, within: Tensor | None = None, precision: float = PRECISION
     ) -> "Decisions":
-        """Probabilities (n, C) of images that the model was not trained on, their labels (n,), and which of them are like the training
-        images, bool (n,)."""
+        """Takes probabilities (n, C) of images that the model was not trained on, their labels (n,), and `within` bool (n,): which of
+        them are like the training images."""
         confidence, best = probabilities.max(dim=1)
         right = best == labels
         if within is not None:
@@ -49,12 +49,12 @@ class Decisions:
         return cls(confidence[places], places + 1, right[order].cumsum(0)[places], len(labels), precision)
 
     def asking(self, precision: float) -> "Decisions":
-        """The same images, another precision."""
+        """Returns the decisions for another precision on the same images."""
         return replace(self, precision=precision)
 
     @cached_property
     def _chosen(self) -> int | None:
-        """The place of the lowest threshold whose accepted images have the precision, with 90 % confidence; None where none has."""
+        """Returns the index of the lowest threshold that has the precision with 90 % confidence; None where none has."""
         for place in reversed(range(len(self.thresholds))):
             accepted = int(self.accepted[place])
             if proven(accepted - int(self.right[place]), accepted, self.precision):
@@ -63,28 +63,28 @@ class Decisions:
 
     @property
     def threshold(self) -> float | None:
-        """The probability from which on an answer is accepted; None: none is."""
+        """The lowest accepted probability; None where nothing is accepted."""
         return None if self._chosen is None else float(self.thresholds[self._chosen])
 
     @property
     def accepted_share(self) -> float:
-        """Of the held-out images."""
+        """The share of the held-out images that is accepted."""
         return 0.0 if self._chosen is None else int(self.accepted[self._chosen]) / self.images
 
     @property
     def accepted_precision(self) -> float | None:
-        """Share of the accepted held-out images that are right."""
+        """The share of the accepted held-out images that is correct; None where nothing is accepted."""
         return None if self._chosen is None else int(self.right[self._chosen]) / int(self.accepted[self._chosen])
 
     def decide(self, confidence: float, within: bool = True, far: bool = False) -> Decision:
-        """`confidence`: probability of the best class; `within`, `far`: how the image's distance compares with the two thresholds."""
+        """Decides by the probability of the best class, and whether the distance is `within` its threshold or beyond `far`."""
         if far:
             return "reject"
         threshold = self.threshold
         return "accept" if within and threshold is not None and confidence >= threshold else "review"
 
     def summary(self) -> str:
-        """The rule in one line, for people."""
+        """Describes the rule in one line."""
         if self.threshold is None:
             needed = images_needed(self.precision)
             return (
@@ -99,6 +99,7 @@ class Decisions:
     # The file
 
     def tensors(self) -> dict[str, Tensor]:
+        """Returns the content of the file."""
         return {
             "thresholds": self.thresholds,
             "accepted": self.accepted,
@@ -109,6 +110,7 @@ class Decisions:
 
     @classmethod
     def read(cls, found: Mapping[str, Tensor]) -> "Decisions | None":
+        """Reads the tensors of a file; None where it has no decisions."""
         if "accept_precision" not in found:
             return None
         precision = round(float(found["accept_precision"]), 6)
@@ -116,8 +118,8 @@ class Decisions:
 
 
 def proven(wrong: int, accepted: int, precision: float) -> bool:
-    """Whether at least `precision` of images like these are right, with 90 % confidence (Clopper and Pearson 1934, one-sided): with that
-    precision, so few errors or fewer would have a probability of at most 0.1."""
+    """Returns whether the precision is at least `precision` with 90 % confidence, by the one-sided bound of Clopper and Pearson (1934):
+    at that precision, at most `wrong` errors would have a probability of at most 0.1."""
     if not accepted or wrong > accepted * (1 - precision):
         return False
     whole, error, success = math.lgamma(accepted + 1), math.log(1 - precision), math.log(precision)
@@ -131,5 +133,5 @@ def proven(wrong: int, accepted: int, precision: float) -> bool:
 
 
 def images_needed(precision: float) -> int:
-    """The fewest held-out images, all right, that prove a precision: 45 for 0.95."""
+    """Returns the fewest held-out images, all correct, that prove a precision: 45 for 0.95."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(precision) - 1e-9)

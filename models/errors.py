@@ -1,11 +1,11 @@
-"""What can go wrong with images, weights, models and devices, each with a stable code and a message for the person who caused it.
+"""The errors of images, weights, models and devices, each with a stable code and a message with cause and remedy.
 
-`service/errors.py` holds the one table from these to HTTP status codes.
+`service/errors.py` maps them to HTTP status codes.
 """
 
 
 class ModelError(Exception):
-    """The root of every error that Imago raises on purpose. `code` is stable; the message names the cause and what to do."""
+    """The base class of every error that Imago raises on purpose. `code` is stable; the message gives cause and remedy."""
 
     code = "model_error"
 
@@ -14,7 +14,7 @@ class ModelError(Exception):
 
 
 class ImageError(ModelError):
-    """An image that cannot be classified. It concerns that image alone."""
+    """An image that cannot be classified; other images of the request are not affected."""
 
     code = "invalid_image"
 
@@ -26,19 +26,19 @@ class InvalidImage(ImageError):
 
 
 class EmptyImage(ImageError):
-    """No bytes at all."""
+    """An empty file."""
 
     code = "empty_file"
 
 
 class UnsupportedImage(ImageError):
-    """The bytes are not of an allowed image format; content decides, never a name or a declared type."""
+    """Bytes that are not of an allowed image format, by their content; name and declared type are ignored."""
 
     code = "unsupported_media_type"
 
 
 class ImageTooLarge(ImageError):
-    """More bytes or pixels than the limit; refused before pixels are allocated."""
+    """An image with more bytes or pixels than the limit; refused before pixels are allocated."""
 
     code = "image_too_large"
 
@@ -47,19 +47,19 @@ class ImageTooLarge(ImageError):
 
 
 class WeightsError(ModelError):
-    """Weights that are damaged, truncated, foreign, or do not fit the architecture. Nothing was loaded."""
+    """Weights that are damaged, truncated, of an unknown format, or do not fit the architecture. Nothing was loaded."""
 
     code = "invalid_weights"
 
 
 class ReadOnlyStore(ModelError):
-    """The store cannot be written to: its folder is mounted read-only, or its permissions say so. Nothing was changed."""
+    """A store that cannot be written: mounted read-only, or without permission. Nothing was changed."""
 
     code = "store_read_only"
 
 
 class DownloadError(ModelError):
-    """Published weights could not be fetched, or were not what their name promises."""
+    """Published weights that could not be downloaded, or that have another hash than expected."""
 
     code = "download_failed"
 
@@ -77,25 +77,25 @@ class InvalidName(ModelError):
 
 
 class NameConflict(ModelError):
-    """The name, or the version under it, is taken or in use."""
+    """A name, or a version of it, that is taken or in use."""
 
     code = "name_conflict"
 
 
 class ModelNotFound(ModelError):
-    """No model, or no version of it, under that name."""
+    """A model, or a version of it, that does not exist."""
 
     code = "model_not_found"
 
 
 class ArchitectureNotFound(ModelError):
-    """No architecture under that name."""
+    """An architecture that does not exist."""
 
     code = "architecture_not_found"
 
 
 class DatasetError(ModelError):
-    """A dataset that cannot be trained on. `param`: the field of a request that settles it, where one does."""
+    """A dataset that cannot be used for training. `param`: the field of the request that solves it, if there is one."""
 
     code = "invalid_dataset"
 
@@ -105,29 +105,29 @@ class DatasetError(ModelError):
 
 
 class NoSuchColumn(DatasetError):
-    """A table without a column of labels, or of images that are there."""
+    """A table without a column of labels, or of existing images."""
 
 
 class TooFewClasses(DatasetError):
-    """A dataset of fewer than two classes."""
+    """A dataset with fewer than two classes."""
 
     code = "too_few_classes"
 
 
 class TooFewImages(DatasetError):
-    """A class without images enough to train and to validate on."""
+    """A class with too few images for training and validation."""
 
     code = "too_few_images"
 
 
 class TooManyBadFiles(DatasetError):
-    """More files that are no usable images than may be left out."""
+    """A dataset with more unusable files than may be left out."""
 
     code = "too_many_bad_files"
 
 
 class TrainingError(ModelError):
-    """Training went wrong in a way that its message explains: a loss that is not finite, say."""
+    """A training that failed for the reason in the message, such as a loss that is not finite."""
 
     code = "training_failed"
 
@@ -136,24 +136,24 @@ class TrainingError(ModelError):
 
 
 class DeviceUnavailable(ModelError):
-    """The device asked for is not there."""
+    """A requested device that does not exist."""
 
     code = "device_unavailable"
 
 
 class InferenceFailed(ModelError):
-    """The network raised for this item, alone in its batch."""
+    """An exception of the network for this item, also alone in a batch."""
 
     code = "inference_failed"
 
 
 class OutOfMemory(InferenceFailed):
-    """The device has no memory left for even this one image."""
+    """A device without enough memory for a single image."""
 
     code = "out_of_memory"
 
 
 class NonFiniteOutput(InferenceFailed):
-    """The network answered NaN or infinity for this item."""
+    """An output of NaN or infinity for this item."""
 
     code = "non_finite_output"

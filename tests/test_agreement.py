@@ -253,7 +253,7 @@ def test_a_version_whose_original_is_not_that_of_training_is_rejected(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Classifier], Classifier]
 ) -> None:
     found = rejected(run, tmp_path, monkeypatch, spoil)
-    assert "its backbone gives other features than in training" in found.reason
+    assert "its backbone computes other features than in training" in found.reason
     assert Parity.model_validate_json(found.model_dump_json()) == found
 
 

@@ -25,7 +25,7 @@ from models import architectures
 from models.errors import WeightsError
 from models.store.checkpoints import read_checkpoint
 from models.store.checkpoints.foreign_files import named_folder
-from models.store.importing import import_model, import_weights
+from models.store.importing import import_model
 from models.store.store import ModelStore
 
 State = dict[str, Tensor]
@@ -77,7 +77,7 @@ def test_wrappers_and_prefixes(
 ) -> None:
     path = tmp_path / "mine.ckpt"
     torch.save(bundle(network.state_dict()), path)
-    import_weights(path, store, "mine", "lenet5")
+    import_model(path, store, "mine", "lenet5")
     loaded, images = store.load("mine"), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded.head(loaded.backbones[0].module(images)), network(images))
 
@@ -104,7 +104,7 @@ def test_other_precisions(
     store: ModelStore, tmp_path: Path, network: nn.Module, dtype: torch.dtype, write: Callable[[State, Path], None]
 ) -> None:
     write(network.to(dtype).state_dict(), tmp_path / "mine.bin")
-    import_weights(tmp_path / "mine.bin", store, "mine", "lenet5")
+    import_model(tmp_path / "mine.bin", store, "mine", "lenet5")
     weights = store.load_head(store.config("mine")).state_dict()["layers.0.weight"]
     torch.testing.assert_close(weights, network.float().state_dict()["fc.weight"])
 
@@ -318,27 +318,27 @@ def test_sparse_weights_are_refused_by_name(store: ModelStore, tmp_path: Path, n
     state = dict(network.state_dict())
     torch.save(state | {"fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "mine.pth")
     with pytest.raises(WeightsError, match=r"fc.weight \(sparse\); make them plain"):
-        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
+        import_model(tmp_path / "mine.pth", store, "mine", "lenet5")
     notes: list[str] = []
     torch.save(state | {"graph": torch.eye(2).to_sparse()}, tmp_path / "mine.pth")
-    import_weights(tmp_path / "mine.pth", store, "mine", "lenet5", notes=notes)
+    import_model(tmp_path / "mine.pth", store, "mine", "lenet5", notes=notes)
     assert "skipped, no plain values: graph (sparse)" in notes
 
 
 def test_a_file_of_transformers_or_one_of_several_is_named(store: ModelStore, tmp_path: Path) -> None:
     torch.save({"vit.encoder.layer.0.output.weight": torch.ones(1)}, tmp_path / "mine.pth")
     with pytest.raises(WeightsError, match="the names are those of Transformers"):
-        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
+        import_model(tmp_path / "mine.pth", store, "mine", "lenet5")
     torch.save({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.bin")
     with pytest.raises(WeightsError, match="it is one of several files: save them in one"):
-        import_weights(tmp_path / "model-00001-of-00002.bin", store, "mine", "lenet5")
+        import_model(tmp_path / "model-00001-of-00002.bin", store, "mine", "lenet5")
 
 
 def test_a_wrong_number_of_names_in_the_file(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
     torch.save({"model": network.state_dict(), "classes": ["a", "b"]}, tmp_path / "mine.pth")
     with pytest.raises(WeightsError, match=r"2 class names in 'classes', but its weights have 3 classes"):
-        import_weights(tmp_path / "mine.pth", store, "mine", "lenet5")
-    assert import_weights(tmp_path / "mine.pth", store, "mine", "lenet5", ["x", "y", "z"]).classes == ("x", "y", "z")
+        import_model(tmp_path / "mine.pth", store, "mine", "lenet5")
+    assert import_model(tmp_path / "mine.pth", store, "mine", "lenet5", ["x", "y", "z"]).classes == ("x", "y", "z")
 
 
 def test_what_is_missing_is_asked_for(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:

@@ -17,7 +17,7 @@ from models.heatmaps import class_maps
 from models.store.checkpoint_fit import Choices, alike, fit, of_state
 from models.store.checkpoints import heads
 from models.store.ensembles import ensemble
-from models.store.importing import import_weights
+from models.store.importing import import_model
 from models.store.store import ModelStore
 
 State = dict[str, Tensor]
@@ -57,7 +57,7 @@ def fitted(content: Any, folder: Path, **options: Any) -> tuple[Tensor, list[str
     notes: list[str] = []
     store = ModelStore(folder / "weights")
     torch.save(content, folder / "file")
-    config = import_weights(folder / "file", store, "mine", "lenet5", notes=notes, **options)
+    config = import_model(folder / "file", store, "mine", "lenet5", notes=notes, **options)
     loaded = store.load("mine")
     return loaded.head.probabilities(loaded.backbones[0].module(images())), notes, config.classes
 
@@ -196,7 +196,7 @@ def test_layers_of_a_sequential_are_in_the_order_of_their_numbers(tmp_path: Path
     state = body(network.state_dict()) | under(head.state_dict(), "fc.")
     safetensors.torch.save_file(state, tmp_path / "file")
     store = ModelStore(tmp_path / "weights")
-    import_weights(tmp_path / "file", store, "mine", "lenet5")
+    import_model(tmp_path / "file", store, "mine", "lenet5")
     assert store.config("mine").head.layers[0].hidden == (8,)
 
 
@@ -309,7 +309,7 @@ def test_the_network_whose_names_they_are_is_named(tmp_path: Path) -> None:
 
 def test_the_architecture_that_the_file_names(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
     torch.save({"arch": "lenet5", "state_dict": network.state_dict()}, tmp_path / "file")
-    assert import_weights(tmp_path / "file", store, "mine").lineage["architecture"] == "lenet5"
+    assert import_model(tmp_path / "file", store, "mine").lineage["architecture"] == "lenet5"
 
 
 # One output

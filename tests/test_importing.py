@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import architectures
 from models.errors import ArchitectureNotFound, InvalidName, WeightsError
-from models.store.importing import import_weights, read_classes, read_state
+from models.store.importing import import_model, read_classes, read_state
 from models.store.store import ModelStore
 
 State = dict[str, Tensor]
@@ -69,7 +69,7 @@ def test_state_dicts_as_people_keep_them(
     else:
         inner: Any = next((value for value in content.values() if isinstance(value, dict)), content)
         safetensors.torch.save_file(inner, path)
-    config = import_weights(path, store, "mine", "resnet20_v1")
+    config = import_model(path, store, "mine", "resnet20_v1")
     assert config.classes == ("class_0", "class_1", "class_2", "class_3")
     assert config.lineage["source"] == path.name
     assert answers_alike(store, "mine", network)
@@ -79,14 +79,14 @@ def test_state_dicts_as_people_keep_them(
 def test_a_half_precision_file_is_served_in_float32(store: ModelStore, tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "mine.pt"
     torch.save(network.half().state_dict(), path)
-    import_weights(path, store, "mine", "resnet20_v1")
+    import_model(path, store, "mine", "resnet20_v1")
     assert answers_alike(store, "mine", network.float())
 
 
 def test_gray_networks_are_recognised_by_their_first_convolution(store: ModelStore, tmp_path: Path) -> None:
     network, path = architectures.build("lenet5", 10, channels=1), tmp_path / "gray.pth"
     torch.save(network.state_dict(), path)
-    config = import_weights(path, store, "gray", "lenet5")
+    config = import_model(path, store, "gray", "lenet5")
     assert (config.backbones[0].preprocessing.channels, len(config.classes)) == (1, 10)
     assert answers_alike(store, "gray", network, channels=1)
 
@@ -96,13 +96,13 @@ def test_gray_networks_are_recognised_by_their_first_convolution(store: ModelSto
 def test_a_convolution_may_be_the_last_layer(store: ModelStore, tmp_path: Path, name: str) -> None:
     path = tmp_path / "mine.pth"
     torch.save(architectures.build(name, 5).state_dict(), path)
-    assert len(import_weights(path, store, "mine", name).classes) == 5
+    assert len(import_model(path, store, "mine", name).classes) == 5
 
 
 @pytest.mark.system
 def test_a_backbone_that_the_store_has_is_shared(store: ModelStore, file: Path) -> None:
-    first = import_weights(file, store, "mine", "resnet20_v1")
-    second = import_weights(file, store, "yours", "resnet20_v1", ["a", "b", "c", "d"])
+    first = import_model(file, store, "mine", "resnet20_v1")
+    second = import_model(file, store, "yours", "resnet20_v1", ["a", "b", "c", "d"])
     assert first.backbones == second.backbones
     assert len(list(store.backbones.root.iterdir())) == 1
 
@@ -110,7 +110,7 @@ def test_a_backbone_that_the_store_has_is_shared(store: ModelStore, file: Path) 
 def rejected(store: ModelStore, path: Path, content: object, architecture: str = "resnet20_v1") -> str:
     torch.save(content, path)
     with pytest.raises(WeightsError) as caught:
-        import_weights(path, store, "mine", architecture)
+        import_model(path, store, "mine", architecture)
     assert store.names() == []
     return str(caught.value)
 
@@ -188,7 +188,7 @@ def test_a_pickle_is_never_run(store: ModelStore, tmp_path: Path, suffix: str, z
     path, touched = tmp_path / f"evil{suffix}", tmp_path / "touched"
     torch.save({"fc.weight": Payload(touched)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError) as caught:
-        import_weights(path, store, "mine", "resnet20_v1")
+        import_model(path, store, "mine", "resnet20_v1")
     assert not touched.exists()
     assert "weights_only" not in str(caught.value), "torch's own advice would run the payload"
 
@@ -275,11 +275,11 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
 @pytest.mark.system
 def test_names_are_checked(store: ModelStore, file: Path) -> None:
     with pytest.raises(ArchitectureNotFound, match="resnet20_v1"):
-        import_weights(file, store, "mine", "resnet20_v")
+        import_model(file, store, "mine", "resnet20_v")
     with pytest.raises(InvalidName):
-        import_weights(file, store, "../mine", "resnet20_v1")
+        import_model(file, store, "../mine", "resnet20_v1")
     with pytest.raises(WeightsError, match=r"2 class names were given.* 4 classes"):
-        import_weights(file, store, "mine", "resnet20_v1", ["a", "b"])
+        import_model(file, store, "mine", "resnet20_v1", ["a", "b"])
 
 
 @pytest.mark.parametrize(

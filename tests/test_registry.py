@@ -21,7 +21,7 @@ from models.errors import (
     NameConflict,
     WeightsError,
 )
-from models.store.download import DownloadProgress
+from models.progress import DownloadProgress
 from models.store.store import ModelStore
 from service.errors import NotReady
 from service.inference.batcher import Batcher

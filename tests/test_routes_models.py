@@ -14,7 +14,7 @@ from support.service_fakes import service as service
 from models import architectures
 from models.classifier import Head
 from models.errors import DownloadError
-from models.store.download import DownloadProgress
+from models.progress import DownloadProgress
 from models.store.store import ModelStore
 from service.routes.models import list_versions
 

@@ -1,49 +1,29 @@
-import json
+# ruff: noqa: F811  (fixtures that are imported)
+
 import os
 import shutil
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from support.small_store import (
+    CLASSES,
+    PREPROCESSING,
+    overwrite,
+    publish,
+    put,
+    store,  # noqa: F401  (a fixture)
+    temporaries,
+    weights_file,
+)
 from torch import nn
 
 from models import architectures
-from models.classifier import BackboneRef, Head, HeadConfig, LayerConfig, ModelConfig, Tap, pooled
-from models.errors import InvalidName, ModelNotFound, NameConflict, WeightsError
+from models.classifier import Head, HeadConfig, LayerConfig
+from models.errors import InvalidName, ModelNotFound, WeightsError
 from models.files.records import to_sealed_json
 from models.preprocessing import Preprocessing
-from models.store import backbones
 from models.store.store import ModelStore
-
-PREPROCESSING = Preprocessing(resize=28, crop=28, channels=1, mean=(0.13,), std=(0.31,))
-CLASSES = ["a", "b", "c"]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ModelStore:
-    torch.set_num_threads(1)
-    return ModelStore(tmp_path / "weights")
-
-
-def put(store: ModelStore, seed: int = 0, half: bool = False) -> BackboneRef:
-    torch.manual_seed(seed)
-    return store.put_backbone("mnist_cnn", architectures.create("mnist_cnn", 3, 1).backbone, PREPROCESSING, half)
-
-
-def publish(store: ModelStore, name: str = "digits", seed: int = 0) -> ModelConfig:
-    ref = put(store, seed)
-    return store.publish(name, [ref], Head.of(architectures.create("mnist_cnn", 3, 1).layer), CLASSES)
-
-
-def weights_file(store: ModelStore, ref: BackboneRef) -> Path:
-    return store.backbones.folder(ref) / "model.safetensors"
-
-
-def temporaries(store: ModelStore) -> list[Path]:
-    return list(store.root.rglob(".tmp-*"))
-
 
 # Round trips
 
@@ -220,12 +200,6 @@ def test_a_file_far_too_large_is_not_read(store: ModelStore) -> None:
         store.load("digits")
 
 
-def overwrite(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-
-
 @pytest.mark.abuse("J11")
 @pytest.mark.parametrize("file", ["head.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "folder", "null bytes"])
@@ -278,192 +252,3 @@ def test_weights_replaced_on_disk_leave_what_is_loaded_alone(store: ModelStore) 
     before = module(images)
     os.truncate(weights_file(store, ref), 0)
     torch.testing.assert_close(module(images), before)
-
-
-# Serving
-
-
-def test_activation_remembers_what_it_replaces(store: ModelStore) -> None:
-    publish(store)
-    publish(store)
-    assert store.activate("digits", 1).model_dump() == {"default": "digits", "models": {"digits": 1}, "previous": {}}
-    assert store.activate("digits", 2).previous == {"digits": 1}
-    assert store.activate("digits", 2).previous == {"digits": 1}
-    assert store.rollback("digits").models == {"digits": 1}
-    assert store.rollback("digits").models == {"digits": 2}
-    assert store.serving() == ModelStore(store.root).serving()
-
-
-def test_activation_needs_a_version_that_can_be_read(store: ModelStore) -> None:
-    publish(store)
-    with pytest.raises(ModelNotFound):
-        store.activate("digits", 2)
-    (store.models / "digits" / "1" / "config.json").write_text("{}")
-    with pytest.raises(WeightsError):
-        store.activate("digits", 1)
-    assert store.serving().models == {}
-
-
-def test_rollback_says_why_it_cannot(store: ModelStore) -> None:
-    publish(store)
-    with pytest.raises(ModelNotFound, match="not served"):
-        store.rollback("digits")
-    store.activate("digits", 1)
-    with pytest.raises(NameConflict, match="no previous version"):
-        store.rollback("digits")
-
-
-def test_the_default_is_the_first_until_another_is_set(store: ModelStore) -> None:
-    for name in ("one", "two"):
-        publish(store, name)
-        store.activate(name, 1)
-    assert store.serving().default == "one"
-    assert store.set_default("two").default == "two"
-    assert store.deactivate("one").model_dump() == {"default": "two", "models": {"two": 1}, "previous": {}}
-    with pytest.raises(ModelNotFound, match="not served"):
-        store.set_default("one")
-    assert store.deactivate("two").default is None
-
-
-@pytest.mark.abuse("A1401")
-def test_the_default_stays_while_others_are_served(store: ModelStore) -> None:
-    for name in ("one", "two"):
-        publish(store, name)
-        store.activate(name, 1)
-    for attempt in (store.deactivate, store.remove):
-        with pytest.raises(NameConflict, match=r"'one' is the default model.*imago models default NAME"):
-            attempt("one")
-    assert (store.versions("one"), store.serving().default) == ([1], "one")
-
-
-@pytest.mark.abuse("A1401")
-def test_without_a_default_activation_sets_none(store: ModelStore) -> None:
-    for name in ("one", "two"):
-        publish(store, name)
-    (store.root / "serving.json").write_text('{"models": {"two": 1}}')
-    assert store.activate("one", 1).default is None
-
-
-def test_what_a_folder_was_shipped_with_stands_until_the_first_change(store: ModelStore) -> None:
-    publish(store)
-    shipped = '{"default": "digits", "models": {"digits": 1}, "previous": {}}'
-    (store.root / "shipped.json").write_text(shipped)
-    assert store.serving().model_dump() == json.loads(shipped)
-    store.deactivate("digits")
-    assert store.serving().models == {}
-    assert (store.root / "shipped.json").read_text() == shipped
-
-
-def test_a_damaged_serving_record_is_an_error_that_names_it(store: ModelStore) -> None:
-    publish(store)
-    (store.root / "serving.json").write_text('{"models": {"digits": "one"}}')
-    with pytest.raises(WeightsError, match=r"serving\.json.*models"):
-        store.serving()
-
-
-# Removing
-
-
-def test_a_served_version_stays_until_its_model_goes(store: ModelStore) -> None:
-    publish(store)
-    store.activate("digits", 1)
-    with pytest.raises(NameConflict, match="is served"):
-        store.remove("digits", 1)
-    store.remove("digits")
-    assert (store.names(), store.serving().models, store.serving().default) == ([], {}, None)
-    assert (list(store.backbones.root.iterdir()), temporaries(store)) == ([], [])
-
-
-def test_a_backbone_goes_with_the_last_version_that_stands_on_it(store: ModelStore) -> None:
-    shared = publish(store).backbones[0]
-    publish(store, "other")
-    own = publish(store, seed=5).backbones[0]
-    store.remove("digits")
-    assert [folder.name for folder in store.backbones.root.iterdir()] == [shared.key]
-    assert own.key != shared.key
-    store.load("other")
-
-
-def test_a_backbone_put_again_is_kept_for_whoever_is_about_to_publish(store: ModelStore) -> None:
-    ref = publish(store).backbones[0]
-    time.sleep(0.02)
-    assert put(store) == ref
-    store.remove("digits")
-    assert store.backbone_size(ref) > 0
-    an_hour_ago = time.time() - backbones.GRACE_S - 1
-    os.utime(store.backbones.folder(ref), (an_hour_ago, an_hour_ago))
-    store.sweep()
-    with pytest.raises(WeightsError, match="missing"):
-        store.backbone_size(ref)
-
-
-def test_no_backbone_is_swept_while_a_version_cannot_be_read(store: ModelStore) -> None:
-    ref = publish(store).backbones[0]
-    publish(store, "other", seed=1)
-    (store.models / "digits" / "1" / "config.json").write_text("{}")
-    store.remove("other")
-    assert store.backbone_size(ref) > 0
-
-
-def test_a_number_is_never_given_twice(store: ModelStore) -> None:
-    publish(store)
-    publish(store)
-    store.activate("digits", 2)
-    store.activate("digits", 1)
-    store.remove("digits", 2)
-    assert (store.versions("digits"), store.serving().previous) == ([1], {})
-    assert publish(store).version == 3
-
-
-def test_removing_what_is_not_there(store: ModelStore) -> None:
-    with pytest.raises(ModelNotFound):
-        store.remove("digits")
-    publish(store)
-    with pytest.raises(ModelNotFound):
-        store.remove("digits", 2)
-
-
-def test_the_features_of_a_named_module(tmp_path: Path) -> None:
-    store, network = ModelStore(tmp_path), architectures.create("lenet5", 2)
-    ref = store.put_backbone("lenet5", network.backbone, network.preprocessing)
-    name = next(name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.Conv2d))
-    tapped = store.load_backbone(ref.model_copy(update={"output": name}))
-    images, seen = torch.randn(2, 3, 32, 32), list[torch.Tensor]()
-    network.backbone.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    network.backbone.eval()(images)
-    torch.testing.assert_close(tapped.module(images), seen[0].mean(dim=(2, 3)))
-    assert tapped.feature_dim == seen[0].shape[1]
-
-
-def test_a_module_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    store, network = ModelStore(tmp_path), architectures.create("lenet5", 2)
-    ref = store.put_backbone("lenet5", network.backbone, network.preprocessing)
-    with pytest.raises(WeightsError, match=r"no module 'layer9'; it has "):
-        store.load_backbone(ref.model_copy(update={"output": "layer9"}))
-
-
-@pytest.mark.parametrize(
-    ("shape", "positions"),
-    [
-        pytest.param((2, 5), (), id="flat"),
-        pytest.param((2, 5, 3, 3), (2, 3), id="map"),
-        pytest.param((2, 3, 3, 3), (2, 3), id="map of as many channels"),
-        pytest.param((2, 3, 3, 5), (1, 2), id="Swin's map"),
-        pytest.param((2, 10, 5), (1,), id="words of a transformer"),
-    ],
-)
-def test_features_are_the_mean_over_positions(shape: tuple[int, ...], positions: tuple[int, ...]) -> None:
-    output = torch.randn(shape)
-    torch.testing.assert_close(pooled(output), output.mean(dim=positions) if positions else output)
-
-
-@pytest.mark.parametrize("name", [pytest.param("0", id="answers a tuple"), pytest.param("1", id="does not run")])
-def test_a_module_without_an_output_of_its_own_is_refused(name: str) -> None:
-    class Words(nn.ModuleList):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            answer: torch.Tensor = self[0](images, images, images)[0]
-            return answer
-
-    network = Words([nn.MultiheadAttention(4, 1), nn.Linear(4, 4)])
-    with pytest.raises(WeightsError, match=f"module '{name}' has no output"):
-        Tap(network, name)(torch.randn(2, 3, 4))

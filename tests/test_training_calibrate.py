@@ -43,11 +43,11 @@ def test_it_stays_within_bounds(scores: list[list[float]], labels: list[int], bo
 
 
 def test_reliability_by_hand() -> None:
-    probabilities = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.35, 0.65], [1.0, 0.0]])
-    found = reliability(probabilities, torch.tensor([0, 1, 1, 0]), bins=10)
-    assert [(b.count, round(b.confidence, 3), b.accuracy) for b in found] == [(1, 0.65, 1.0), (3, 0.953, 2 / 3)]
-    error = expected_calibration_error(probabilities, torch.tensor([0, 1, 1, 0]), bins=10)
-    assert error == pytest.approx(0.25 * 0.35 + 0.75 * (0.9533 - 2 / 3), abs=1e-4)
+    probabilities = torch.tensor([[0.95, 0.05], [0.94, 0.06], [0.35, 0.65], [1.0, 0.0]])
+    found = reliability(probabilities, torch.tensor([0, 1, 1, 0]))
+    assert [(b.count, round(b.confidence, 3), b.accuracy) for b in found] == [(1, 0.65, 1.0), (3, 0.963, 2 / 3)]
+    error = expected_calibration_error(probabilities, torch.tensor([0, 1, 1, 0]))
+    assert error == pytest.approx(0.25 * 0.35 + 0.75 * (0.9633 - 2 / 3), abs=1e-4)
 
 
 def test_calibration_lowers_the_error() -> None:

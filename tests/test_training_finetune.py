@@ -524,7 +524,7 @@ def test_below_a_head_all_is_frozen(trained: Workshop) -> None:
     copied, plain = (
         set(
             re.findall(
-                'data:[^"]+', trained.page(name).partition("What it was trained on")[2].partition("</section>")[0]
+                'data:[^"]+', trained.page(name).partition("Augmented training images")[2].partition("</section>")[0]
             )
         )
         for name in ("on-top", "on-plain")
@@ -619,7 +619,7 @@ def test_without_a_single_image_to_ask_the_server_nothing_is_served(
     monkeypatch.setattr("models.training.outcome.parity.PARITY_BYTES", 0)
     result, _ = workshop.ask(base="lenet5", mode="scratch", hyperparameters=QUICK)
     assert result.deployment == "manual"
-    assert "nobody knows" in (result.reason or "")
+    assert "could not be compared with the trainer" in (result.reason or "")
 
 
 def test_other_classes_cannot_be_compared(trained: Workshop, tmp_path: Path) -> None:

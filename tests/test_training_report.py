@@ -1,3 +1,4 @@
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,7 +8,6 @@ from support.training_reports import HOSTILE, report
 
 from models.training.candidates import BaseChoice, ScoredBase
 from models.training.reports import AugmentedThumbnails, Report, html, write_tensorboard
-from models.training.reports.markup import Markup, element
 from models.training.reports.plots import Scale, Series, confusion, lines
 from models.training.reports.tensorboard import scalars
 
@@ -46,8 +46,8 @@ def test_the_page_is_whole(page: str) -> None:
     assert Tags(page).open == []
     for said in (
         "insects v2",
-        "Worth knowing",
-        "What is taken for what",
+        "Notes",
+        "Confusion matrix",
         "Choice of the base",
         "Would more images help?",
         "stopped after 8 of 20 epochs",
@@ -72,7 +72,7 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 @pytest.mark.abuse("J16")
 def test_names_cannot_become_markup(page: str) -> None:
     assert "<script" not in page
-    assert "ant/&quot;&gt;&lt;script&gt;" in page
+    assert "ant/&#34;&gt;&lt;script&gt;" in page
     assert "cat &amp; &lt;dog&gt;" in page
 
 
@@ -93,7 +93,7 @@ def test_a_batch_is_shown_with_its_labels() -> None:
 
 def test_the_layer_table_marks_what_was_frozen(page: str) -> None:
     assert "60,255 parameters, of which 255 were trained." in page
-    assert "<p>Initialised anew: layer3, layer4.</p>" in page
+    assert "<p>Newly initialised: layer3, layer4.</p>" in page
     assert "<td>\u2003\u2003conv1</td><td>Conv2d</td>" in page
     assert page.count("<td>frozen</td>") == 2
 
@@ -112,7 +112,7 @@ def test_the_choice_of_an_architecture_shows_time_and_spread() -> None:
 
 def test_it_says_which_images_were_looked_at_for_wrong_labels() -> None:
     found = report().model_copy(update={"labels_checked": ("val", "test")})
-    assert "Of the validation and test images, those that" in html(found, {})
+    assert "Validation and test images that" in html(found, {})
     assert "None of the validation and test images." in html(found.model_copy(update={"label_errors": ()}), {})
 
 
@@ -160,13 +160,13 @@ def test_a_line_goes_from_edge_to_edge() -> None:
 def test_a_confusion_matrix_draws_what_is_not_0() -> None:
     drawn = ElementTree.fromstring(confusion([[3, 1], [0, 4]], ["a", "b"]))
     assert [r.attrib["class"] for r in drawn.iter("rect")] == ["right", "wrong", "right", "frame"]
-    assert next(drawn.iter("title")).text == "a, taken for a: 3 (75.0%)"
+    assert next(drawn.iter("title")).text == "a, predicted as a: 3 (75.0%)"
 
 
-def test_elements_escape_text_and_attributes() -> None:
-    assert element("a", "<&", Markup("<b>"), None, title='"', class_="x", id=None) == (
-        '<a title="&quot;" class="x">&lt;&amp;<b></a>'
-    )
+def test_plots_escape_names() -> None:
+    drawn = confusion([[1]], ['<b>"&'])
+    assert "<b>" not in drawn
+    assert next(ElementTree.fromstring(drawn).iter("title")).text == '<b>"&, predicted as <b>"&: 1 (100.0%)'
 
 
 def test_scalars_are_those_that_were_measured() -> None:
@@ -180,3 +180,12 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     write_tensorboard(report(), tmp_path / "runs")
     content = b"".join(path.read_bytes() for path in (tmp_path / "runs").iterdir())
     assert b"head/cv_loss" in content
+
+
+def test_without_tensorboardx_a_line_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    write_tensorboard(report(), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert "pip install 'imago[tensorboard]'" in caplog.text

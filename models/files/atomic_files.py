@@ -1,10 +1,10 @@
-"""Writing so that a reader, a second writer, or a kill at any moment meets a whole file or none.
+"""Atomic writes: a reader, a second writer, or a process after a crash sees a whole file or none.
 
-    under the store's lock   .tmp-<random> is made and held by a shared flock
+    under the store's lock   .tmp-<random> is created and locked by a shared flock
     outside the lock         its files are written and flushed
-    under the lock again     one rename puts it in its place, then the folder above is flushed
+    under the lock again     one rename moves it to its name, then the parent folder is flushed
 
-A writer that dies leaves a `.tmp-` entry which nobody holds; the next writer sweeps it.
+A writer that is killed leaves an unlocked `.tmp-` entry; the next writer deletes it.
 """
 
 import errno
@@ -24,7 +24,7 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the file `path` exclusively, against threads and processes alike; the kernel frees it when the holder dies."""
+    """Locks the file `path` exclusively, among threads and processes; the kernel releases it when the holder exits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -36,7 +36,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Raises ReadOnlyStore where the system refuses to let the body write into the store at `root`."""
+    """Raises ReadOnlyStore where the operating system refuses the writes of the body to the store at `root`."""
     try:
         yield
     except OSError as error:
@@ -56,14 +56,14 @@ def try_write(folder: Path) -> None:
 
 @contextmanager
 def staging(parent: Path, lock: Path) -> Iterator[Path]:
-    """A new temporary folder in `parent`, to be filled and renamed; what is still there at the end is removed."""
+    """Creates a temporary folder in `parent`, to be filled and renamed; deletes it at the end if it is still there."""
     with locked(lock):
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         folder = temporary(parent)
         folder.mkdir()
         handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(handle, fcntl.LOCK_SH)  # held beyond the rename: the lock is on the folder, not on its name
+        fcntl.flock(handle, fcntl.LOCK_SH)  # the lock survives the rename
     try:
         yield folder
     finally:
@@ -72,7 +72,7 @@ def staging(parent: Path, lock: Path) -> Iterator[Path]:
 
 
 def temporary(parent: Path) -> Path:
-    """A name in `parent` that listings ignore and `sweep` removes."""
+    """Returns a name in `parent` that listings ignore and `sweep` deletes."""
     return parent / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
@@ -85,7 +85,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Puts `data` in the place of `path` in one step. The caller holds the lock."""
+    """Replaces the content of `path` by `data` in one step. The caller holds the lock."""
     draft = temporary(path.parent)
     try:
         write(draft, data)
@@ -95,7 +95,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames a flushed file, or a folder of such files, and makes that survive a power cut."""
+    """Renames a flushed file, or a folder of such files, durably."""
     if source.is_dir():
         flush_folder(source)
     source.rename(target)
@@ -103,7 +103,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut."""
+    """Flushes the names in `folder` to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -112,17 +112,15 @@ def flush_folder(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Takes a folder out of every listing in one step, then deletes it. The caller holds the lock."""
+    """Hides a folder from listings in one step, then deletes it. The caller holds the lock."""
     grave = temporary(path.parent)
     path.rename(grave)
     shutil.rmtree(grave, ignore_errors=True)
 
 
 def sweep(parent: Path) -> None:
-    """Removes the temporary entries of writers that died. The caller holds the lock."""
-    if not parent.is_dir():
-        return
-    for entry in parent.iterdir():
+    """Deletes the temporary entries of writers that were killed. The caller holds the lock."""
+    for entry in parent.iterdir() if parent.is_dir() else ():
         if entry.name.startswith(TEMPORARY) and not _held(entry):
             shutil.rmtree(entry, ignore_errors=True)
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""CPU cores and memory that this process may use: its affinity, and the limits of its container or systemd unit. Does not import torch."""
+"""CPU cores and memory that this process may use, by its affinity and its control groups. Does not import torch."""
 
 import math
 import os
@@ -7,20 +7,20 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")  # lines of "0::/imago.service", in version 1 "3:cpu,cpuacct:/docker/4f2a"
-V1_CPU = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # not every container has the link
+V1_CPU = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # some containers lack the link
 
 
 def cpu_count(root: Path = ROOT) -> int:
-    """Cores of the affinity mask, or of the quota where that is less: 2 for a quota of one and a half. `root`: see `cpu_quota`."""
+    """Returns the cores of the affinity mask, or the quota rounded up where that is less. `root`: see `cpu_quota`."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
     return available if quota == math.inf else max(1, min(available, math.ceil(quota)))
 
 
 def cpu_quota(root: Path = ROOT) -> float:
-    """The smallest limit, in cores, of this process's control group and the groups above it; infinity where there is none.
+    """Returns the smallest limit in cores of this process's control group and its parents; infinity where there is none.
 
-    `root`: where the groups of version 2 are mounted; those of version 1 are in its folder `cpu`, which may be a link to another of V1_CPU.
+    `root`: the mount point of version 2; version 1 has one of the folders V1_CPU in it.
     """
     paths = _group_paths()
     unified = (_unified_quota(group) for group in _groups(root, paths.get("", "/")))
@@ -29,7 +29,7 @@ def cpu_quota(root: Path = ROOT) -> float:
 
 
 def memory_limit(root: Path = ROOT) -> int:
-    """Bytes of memory of the machine, or of the control group or one above it where that is less. `root`: see `cpu_quota`."""
+    """Returns the bytes of memory of the machine, or the limit of a control group where that is less. `root`: see `cpu_quota`."""
     paths = _group_paths()
     files = [group / "memory.max" for group in _groups(root, paths.get("", "/"))]
     files += [group / "memory.limit_in_bytes" for group in _groups(root / "memory", paths.get("memory", "/"))]
@@ -38,7 +38,7 @@ def memory_limit(root: Path = ROOT) -> int:
 
 
 def _number_in(path: Path) -> int | None:
-    """None where there is no such file, or no limit in it."""
+    """Returns None where there is no such file, or no limit in it."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):  # "max"
@@ -46,7 +46,7 @@ def _number_in(path: Path) -> int | None:
 
 
 def _group_paths() -> dict[str, str]:
-    """The path of this process's group by controller; "" is version 2."""
+    """Returns the path of this process's group by controller; "" is version 2."""
     try:
         lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
@@ -56,7 +56,7 @@ def _group_paths() -> dict[str, str]:
 
 
 def _groups(root: Path, path: str) -> Iterator[Path]:
-    """The folders from this process's group up to the root. In a container some are not mounted: only the root is sure to be there."""
+    """Yields the folders from this process's group up to the root. A container may have only the root."""
     group = Path(path.strip("/"))
     yield from (root / folder for folder in (group, *group.parents) if ".." not in folder.parts)
 

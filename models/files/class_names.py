@@ -1,4 +1,4 @@
-"""Class names as people keep them: one a line, a JSON list, or a JSON object by index or by name."""
+"""Files of class names: one name per line, a JSON list, or a JSON object by index or by name."""
 
 import json
 import unicodedata
@@ -18,7 +18,7 @@ JOINERS = "\u200c\u200d"  # zero width, which Persian and emoji are written with
 
 
 def complaint(names: Iterable[str]) -> str | None:
-    """What is wrong with the first class name that is too long, or that cannot be printed; None where there is none."""
+    """Returns an error text for the first class name that is empty, too long or not printable; None where all are good."""
     for name in names:
         if not 0 < len(name) <= MAX_NAME:
             shown = f"{escaped(name)[:50]!r}... has {len(name):,} characters" if name else "is empty"
@@ -29,12 +29,12 @@ def complaint(names: Iterable[str]) -> str | None:
 
 
 def escaped(name: str) -> str:
-    """With what cannot be printed as escapes: `red\\x1b[31m`."""
+    """Returns the name with its unprintable characters as escapes: `red\\x1b[31m`."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
 def read_classes(path: Path) -> list[str]:
-    """Class names from a file, in the order of their indices. Raises WeightsError."""
+    """Returns the class names in a file, in the order of their indices. Raises WeightsError."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -48,7 +48,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_text(data: bytes, source: str) -> str:
-    """The text of such a file. Raises WeightsError."""
+    """Decodes the content of such a file. Raises WeightsError."""
     try:
         return decode_text(data)
     except UnicodeDecodeError as error:
@@ -58,7 +58,7 @@ def read_text(data: bytes, source: str) -> str:
 
 
 def parse_classes(text: str, source: str) -> list[str]:
-    """Class names from the text of such a file. `source` is for messages. Raises WeightsError."""
+    """Returns the class names in the text of such a file. `source` is for messages. Raises WeightsError."""
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
@@ -71,7 +71,7 @@ def parse_classes(text: str, source: str) -> list[str]:
 
 
 def names_of(content: Any, source: str) -> list[str]:
-    """Class names from parsed JSON. Raises WeightsError."""
+    """Returns the class names in parsed JSON. Raises WeightsError."""
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return list(content)
     if isinstance(content, dict):
@@ -81,14 +81,16 @@ def names_of(content: Any, source: str) -> list[str]:
         if content and all(type(index) is int for index in content.values()):
             return _in_order(((index, name) for name, index in content.items()), source)
         if content and all(index.isdecimal() for index in content):
-            return _in_order(((int(index), _label(entry)) for index, entry in content.items()), source)
+            # torchvision and Keras have ["n01440764", "tench"] for a class
+            labels = (entry[-1] if isinstance(entry, list) and entry else entry for entry in content.values())
+            return _in_order(zip(map(int, content), labels, strict=True), source)
         if content and all(isinstance(index, str) and index.isdecimal() for index in content.values()):
             return _in_order(((int(index), name) for name, index in content.items()), source)
     raise WeightsError(f"{source} must be a JSON list of class names, all of them text, or one of {FORMS}")
 
 
 def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """A JSON object; of two equal keys json keeps the last."""
+    """Returns a JSON object. Raises WeightsError for a repeated key, of which json would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -97,21 +99,16 @@ def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     return found
 
 
-def _label(entry: Any) -> Any:
-    """`["n01440764", "tench"]`, as torchvision's and Keras' class index has it, is called tench."""
-    return entry[-1] if isinstance(entry, list) and entry else entry
-
-
 def _in_order(pairs: Iterable[tuple[int, Any]], source: str) -> list[str]:
     by_index: dict[int, Any] = {}
     for index, name in pairs:
         if index in by_index:
             raise WeightsError(f"{source} gives two class names the index {index}")
         by_index[index] = name
-    missing = [index for index in range(len(by_index)) if index not in by_index]
-    if missing:
+    missing = next((index for index in range(len(by_index)) if index not in by_index), None)
+    if missing is not None:
         raise WeightsError(
-            f"{source} has {len(by_index)} class names, but none with the index {missing[0]}; indices run from 0 without a gap"
+            f"{source} has {len(by_index)} class names, but none with the index {missing}; indices run from 0 without a gap"
         )
     names = [by_index[index] for index in range(len(by_index))]
     if not all(isinstance(name, str) for name in names):

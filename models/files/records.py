@@ -1,7 +1,7 @@
-"""Records as JSON files: read with limits, checked against their own hash, validated; every failure names the file.
+"""Records as JSON files: read with limits, checked against their own hash, and validated. Every error names the file.
 
-A store's records carry `record_sha256`, the SHA-256 of their other fields as canonical JSON: an edit by hand is named, not served. A
-record without it is from before there were hashes, or was changed on purpose.
+The records of a store contain `record_sha256`, the SHA-256 of their other fields as canonical JSON, so that an edit by hand is
+rejected. A record without it is older than the hashes, or was changed on purpose.
 """
 
 import hashlib
@@ -25,25 +25,25 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def check_without_hash(self) -> None:
-        """Raises ValueError for what is believed only of a record that has its hash."""
+        """Raises ValueError for values that are accepted only in a record with its hash."""
 
 
 CONFIG = "config.json"
 SEAL = "record_sha256"
 MAX_BYTES = 16 * 2**20  # 10,000 long class names are 1 MB
-MAX_DEPTH = 200  # of lists and objects in each other; pydantic writes 255
+MAX_DEPTH = 200  # of nested lists and objects; pydantic writes 255
 MAX_DIGITS = 18  # of a whole number, so that it fits into 64 bits
 
 RecordT = TypeVar("RecordT", bound=Record)
 
 
 def read_record(path: Path, kind: type[RecordT]) -> RecordT:
-    """Raises WeightsError that names the file and its first fault."""
+    """Reads a record. Raises WeightsError that names the file and its first fault."""
     return parse_record(_content(path), kind, str(path))
 
 
 def parse_record(data: bytes, kind: type[RecordT], source: str) -> RecordT:
-    """A record from its JSON, with or without its hash. `source` is for messages. Raises WeightsError."""
+    """Parses the JSON of a record, with or without its hash. `source` is for messages. Raises WeightsError."""
     try:
         fields = _fields(data)
         is_sealed, seal = SEAL in fields, fields.pop(SEAL, None)
@@ -65,23 +65,23 @@ def parse_record(data: bytes, kind: type[RecordT], source: str) -> RecordT:
 
 
 def has_hash(path: Path) -> bool:
-    """Returns whether the record carries its hash. Raises ValueError where it is no record."""
+    """Returns whether the record contains its hash. Raises ValueError where it is no record."""
     return SEAL in _fields(_content(path))
 
 
 def fault_of(error: ValidationError) -> str:
-    """The first fault as `field: message`."""
+    """Returns the first fault as `field: message`."""
     fault = error.errors(include_input=False, include_url=False)[0]
     return f"{'.'.join(map(str, fault['loc'])) or 'the record'}: {fault['msg']}"
 
 
 def to_json(record: Record) -> bytes:
-    """The record as JSON, without a hash."""
+    """Returns the record as JSON, without a hash."""
     return (record.model_dump_json(indent=2) + "\n").encode()
 
 
 def to_sealed_json(record: Record) -> bytes:
-    """The record as JSON with its hash. Raises WeightsError for one that could not be read again."""
+    """Returns the record as JSON with its hash. Raises WeightsError for a record that could not be read again."""
     try:
         fields = _fields(record.model_dump_json().encode())
     except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def to_sealed_json(record: Record) -> bytes:
 
 
 def _content(path: Path) -> bytes:
-    """At most MAX_BYTES of a regular file; a FIFO or a device is neither opened for good nor read."""
+    """Returns at most MAX_BYTES of a regular file; never waits for a FIFO or a device."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
@@ -105,15 +105,14 @@ def _content(path: Path) -> bytes:
 
 
 def _fields(data: bytes) -> dict[str, Any]:
-    """An object in UTF-8 without NaN, infinity, names twice or numbers that do not fit. Raises ValueError, RecursionError."""
+    """Parses an object in UTF-8 without NaN, infinity, repeated names or numbers over 64 bits. Raises ValueError, RecursionError."""
     try:
         text = data.decode()
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    try:
         fields = json.loads(
             text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite
         )
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON, in line {error.lineno}") from None
     if not isinstance(fields, dict):
@@ -157,7 +156,7 @@ def _check_depth(fields: dict[str, Any]) -> None:
 
 
 def _hash(fields: dict[str, Any]) -> str:
-    """Of canonical JSON. Raises ValueError for text that is no Unicode."""
+    """Returns the SHA-256 of the fields as canonical JSON. Raises ValueError for text that is not Unicode."""
     try:
         data = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError:

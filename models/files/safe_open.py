@@ -1,4 +1,4 @@
-"""Opening what somebody names, and nothing that a link leads to instead."""
+"""Opens files by path without following links."""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def open_beneath(root: str | Path, parts: Sequence[str], flags: int) -> int:
-    """The descriptor of a file or folder below `root`, opened with `flags`, of which O_PATH opens a link itself.
+    """Opens a file or folder below `root` and returns its descriptor; with O_PATH in `flags`, a link itself.
 
-    It is walked by descriptors: a link on the way, be it one that came a moment ago, is an OSError.
+    The path is walked by descriptors. Raises OSError for a link on the way, even one that was created during the walk.
     """
     handle = os.open(root, _FOLDER)
     try:

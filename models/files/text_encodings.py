@@ -1,10 +1,10 @@
-"""Encodings of text that people bring: byte order marks, code pages by name, and how bytes read in the likely ones."""
+"""Text encodings: byte order marks, code pages by name, and guesses of the code page of bytes."""
 
 import codecs
 import unicodedata
 from typing import NamedTuple
 
-AUTO = "auto"  # UTF-8, or what a byte order mark says
+AUTO = "auto"  # UTF-8, or the encoding of the byte order mark
 EXAMPLES = "utf-8, cp1252, cp437, gbk, big5, cp932, cp949 or cp1251"
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -18,13 +18,13 @@ SHOWN = 3  # readings in a message
 
 
 class CodePage(NamedTuple):
-    """`common`: first bytes of the frequent characters, of those that have two."""
+    """A code page. `common`: the first bytes of its frequent two-byte characters."""
 
     name: str
     common: range = range(0)
 
 
-# Of equal ones the first is the likelier. https://encoding.spec.whatwg.org/#legacy-multi-byte-encodings
+# The first is preferred among equal likelihoods. https://encoding.spec.whatwg.org/#legacy-multi-byte-encodings
 CODE_PAGES = (
     CodePage("gbk", range(0xB0, 0xD8)),
     CodePage("cp932", range(0x88, 0x98)),
@@ -38,7 +38,7 @@ CODE_PAGES = (
 
 
 def check_encoding(name: str) -> str:
-    """The name itself. Raises ValueError where Python has no text encoding of that name."""
+    """Returns the name. Raises ValueError where Python has no text encoding of that name."""
     if name == AUTO:
         return name
     try:
@@ -51,18 +51,18 @@ def check_encoding(name: str) -> str:
 
 
 def marked_encoding(start: bytes) -> tuple[str, bytes] | None:
-    """The encoding that a byte order mark at the start names, and the mark; None where there is none."""
+    """Returns the encoding of the byte order mark at the start, and the mark; None without a mark."""
     return next(((name, mark) for mark, name in MARKS if start.startswith(mark)), None)
 
 
 def decode_text(data: bytes, encoding: str = AUTO) -> str:
-    """A byte order mark goes before `encoding`. Raises UnicodeDecodeError."""
+    """Decodes text; a byte order mark overrides `encoding`. Raises UnicodeDecodeError."""
     name, mark = marked_encoding(data) or ("utf-8" if encoding == AUTO else encoding, b"")
     return data[len(mark) :].decode(name)
 
 
 def readings(samples: list[bytes]) -> list[tuple[str, list[str]]]:
-    """The likeliest code pages that all samples can be read in, and how they read; the likeliest first."""
+    """Returns the most likely code pages for all samples with the decoded texts, the most likely first."""
     found: list[tuple[float, str, list[str]]] = []
     for page in CODE_PAGES:
         try:
@@ -71,17 +71,17 @@ def readings(samples: list[bytes]) -> list[tuple[str, list[str]]]:
             continue
         if all(char.isprintable() for text in texts for char in text):
             found.append((_likelihood("".join(texts), page), page.name, texts))
-    found.sort(key=lambda each: -each[0])  # stable: of equal ones the first stays first
+    found.sort(key=lambda each: -each[0])
     return [(name, texts) for _, name, texts in found[:SHOWN]]
 
 
 def described(samples: list[bytes]) -> str:
-    """The readings for a message: `猫, 狗 as gbk; ├¿, ╣╖ as cp437`."""
+    """Returns the readings for a message: `猫, 狗 as gbk; ├¿, ╣╖ as cp437`."""
     return "; ".join(f"{', '.join(texts)} as {name}" for name, texts in readings(samples)) or "no text in usual ones"
 
 
 def _likelihood(text: str, page: CodePage) -> float:
-    """From 0 to 1: the mean over the characters beyond ASCII."""
+    """Returns the mean likelihood, 0 to 1, of the characters beyond ASCII."""
     has_ascii = any(char.isascii() and char.isalpha() for char in text)
     worth = [_worth(char, page, has_ascii) for char in text if not char.isascii()]
     return sum(worth) / len(worth) if worth else 0.0

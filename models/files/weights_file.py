@@ -1,7 +1,7 @@
-"""Tensors on disk: safetensors files, read once into memory, checked before anything looks at a value.
+"""Tensors on disk: safetensors files, read once into memory, and checked before any value is used.
 
-A file is never mapped: one that is truncated or replaced under a mapping kills the process with SIGBUS. Nor is it copied: the
-tensors are views of the bytes read, since the library's own `load` takes twice the memory, 1 GB for VGG-13, and seconds.
+A file is never mapped: truncating or replacing a mapped file kills the process with SIGBUS. The tensors are views of the bytes read;
+the `load` of the library copies them, which takes seconds and 1 GB for VGG-13.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 class _Entry(Record):
-    """Where a tensor lies: offsets are counted from the end of the header."""
+    """The place of a tensor; offsets are counted from the end of the header."""
 
     dtype: str
     shape: tuple[NonNegativeInt, ...]
@@ -48,7 +48,7 @@ _ENTRIES = TypeAdapter(dict[str, _Entry])
 
 
 def load(module: nn.Module, path: Path, sha256: str) -> None:
-    """Gives `module` the tensors of a file whose hash is known, floats as float32. Raises WeightsError."""
+    """Loads a file with this hash into `module`, floats as float32. Raises WeightsError."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     data = read_bytes(path, size + MAX_HEADER)
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
@@ -58,13 +58,8 @@ def load(module: nn.Module, path: Path, sha256: str) -> None:
     load_into(module, parse(data, path), str(path))
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of anyone's safetensors file, floats as float32. Raises WeightsError when it is damaged."""
-    return parse(read_bytes(path), path)
-
-
 def read_bytes(path: Path, limit: int | None = None) -> bytearray:
-    """The content of a regular file of at most `limit` bytes. Raises WeightsError."""
+    """Returns the content of a regular file of at most `limit` bytes. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(f"{path} is missing, or not a file; pull, import or publish the weights again")
     try:
@@ -80,7 +75,10 @@ def read_bytes(path: Path, limit: int | None = None) -> bytearray:
 
 
 def parse(data: bytearray, path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file's bytes, floats as float32; float32 ones share its memory. `path` is for messages."""
+    """Returns the tensors in the bytes of a safetensors file, floats as float32; float32 tensors share the memory of `data`.
+
+    `path` is for messages. Raises WeightsError.
+    """
     entries, start = _header(data, path)
     tensors, position = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -108,7 +106,7 @@ def parse(data: bytearray, path: Path) -> dict[str, Tensor]:
 
 
 def _header(data: bytearray, path: Path) -> tuple[dict[str, _Entry], int]:
-    """A file is the header's length (8 bytes, little endian), the header (JSON), then the values. Returns it, and where values begin."""
+    """Returns the header and the offset of the values. A file is the header's length (8 bytes, little endian), the header, the values."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise WeightsError(f"{path} is truncated, or not a safetensors file: {len(data)} bytes cannot hold its header")
@@ -127,14 +125,14 @@ def _view(data: bytearray, offset: int, dtype: torch.dtype, shape: tuple[int, ..
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    if offset % dtype.itemsize:  # a foreign writer that does not align its values
+    if offset % dtype.itemsize:  # values of other writers may be unaligned
         data, offset = data[offset : offset + count * dtype.itemsize], 0
     tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape)
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises WeightsError where a weight is NaN or infinite; a single number may be infinite, since that says "no bound"."""
+    """Raises WeightsError where a weight is NaN or infinite; a single number may be infinite, as a bound that does not exist."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         raise WeightsError(f"{source} has weights that are NaN or infinite, in {listed(bad)}; it is not usable")
@@ -143,13 +141,13 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def _finite(tensor: Tensor) -> bool:
     if tensor.numel() <= 1:
         return not bool(tensor.isnan().any())
-    low, high = torch.aminmax(tensor)  # NaN wins in both; no mask as large as the tensor
+    low, high = torch.aminmax(tensor)  # NaN if any value is NaN; needs no mask as large as the tensor
     return bool(low.isfinite() & high.isfinite())
 
 
 def serialise(tensors: Mapping[str, Tensor], half: bool = False) -> bytes:
-    """A safetensors file, the same bytes for the same values. `half` keeps matrices and kernels as float16; vectors
-    (biases, batch norm's statistics) stay float32: they are under 1 % of the bytes and lose the most."""
+    """Returns a safetensors file, the same bytes for the same values. `half` stores matrices and kernels as float16; vectors
+    (biases, statistics of batch norm) stay float32: they are under 1 % of the bytes and lose the most."""
     copies = {}
     for name, tensor in tensors.items():
         floating = torch.float16 if half and tensor.dim() > 1 else torch.float32
@@ -161,7 +159,7 @@ def serialise(tensors: Mapping[str, Tensor], half: bool = False) -> bytes:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Gives `module`, which may stand on the meta device, these tensors themselves, not copies.
+    """Assigns these tensors to `module`, which may be on the meta device, without copying them.
 
     Raises WeightsError that lists what is missing, left over or of the wrong shape. A missing `num_batches_tracked` is zero.
     """
@@ -172,13 +170,13 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
             state[name] = torch.zeros((), dtype=torch.int64)
     if problems := mismatches(expected, state):
         raise WeightsError(f"{source} does not fit: " + "; ".join(problems))
-    # The keys are today's, so today's `_version`s hold: MNASNet refuses a state dict that has none.
+    # The keys are current, so the current `_version`s apply: MNASNet refuses a state dict without them.
     state._metadata = expected._metadata  # type: ignore[attr-defined]
     module.load_state_dict(state, assign=True)
 
 
 def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """How `found` differs from `expected`, in sentences: keys that miss, are left over, or have the wrong shape or kind."""
+    """Describes how `found` differs from `expected`: missing and additional keys, wrong shapes and dtypes."""
     missing = [name for name in expected if name not in found]
     left_over = [name for name in found if name not in expected]
     wrong = [
@@ -196,15 +194,21 @@ def _describe(tensor: Tensor) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """Joins the first names, and counts the others."""
     names = list(names)
     rest = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def has_hash(path: Path, sha256: str) -> bool:
-    """Whether the file is there and has this hash."""
+    """Returns whether the file is there and has this hash."""
     try:
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        return path.is_file() and sha256_of(path) == sha256
     except OSError:
         return False
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

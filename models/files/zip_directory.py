@@ -1,8 +1,8 @@
-"""A zip's central directory, read member by member: what it claims is bounded before it is believed.
+"""The central directory of a zip, read member by member; its claims are bounded before they are used.
 
 file --find_directory--> number and size that the end record claims --read_directory--> Member, one at a time
 
-`zipfile` parses the whole directory before anybody can count it. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+`zipfile` parses the whole directory before its entries can be counted. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
 
 import stat
@@ -23,26 +23,28 @@ CODE_PAGE = "cp437"  # of names without the flag, by the specification
 
 
 class Directory(NamedTuple):
-    """Where the central directory lies, as the end record claims."""
+    """The place of the central directory, as the end record claims."""
 
     start: int
     size: int
     entries: int
-    shift: int  # bytes before the archive, as of a program that unpacks itself
+    shift: int  # bytes before the archive, as in a self-extracting program
 
 
 class Member(NamedTuple):
-    """One entry. Sizes are claims."""
+    """One entry. Its sizes are claims."""
 
     filename: str
-    raw: bytes  # the name as packed where only its bytes are known: beyond ASCII, without flag or extra field; else empty
+    raw: (
+        bytes  # the bytes of the name where its encoding is unknown: not ASCII, without flag or extra field; else empty
+    )
     flags: int
     method: int
     crc: int
     packed: int  # bytes in the archive
     size: int  # bytes of the content
     offset: int  # of its local header in the file
-    is_link: bool = False  # a symbolic link, as `zip -y` packs it; its content is where it leads
+    is_link: bool = False  # a symbolic link, as `zip -y` packs it; its content is its target
 
 
 def find_directory(file: BinaryIO) -> Directory:
@@ -69,7 +71,7 @@ def find_directory(file: BinaryIO) -> Directory:
 
 
 def read_directory(file: BinaryIO, directory: Directory) -> Iterator[Member]:
-    """Every entry, in the order of the table, until its bytes are used up. Raises BadZipFile."""
+    """Yields every entry in the order of the table. Raises BadZipFile."""
     file.seek(directory.start)
     left = directory.size
     while left:
@@ -94,28 +96,33 @@ def read_directory(file: BinaryIO, directory: Directory) -> Iterator[Member]:
 
 
 def _is_link(made_by: int, attributes: int) -> bool:
-    """By the mode of the file, which Unix and macOS write."""
+    """Returns whether the file mode that Unix and macOS write is that of a link."""
     return made_by >> 8 in (3, 19) and stat.S_ISLNK(attributes >> 16)
 
 
 def _zip64(extra: bytes, *sizes: int) -> list[int]:
-    """The sizes, those of 0xFFFFFFFF replaced by what the extra field 1 holds."""
+    """Returns the sizes, with 0xFFFFFFFF replaced by the values of the extra field 1. Raises BadZipFile."""
     found = list(sizes)
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
+    for kind, data in _extra_fields(extra):
         if kind == 1:
-            wide, data = [i for i, size in enumerate(found) if size == 0xFFFFFFFF], extra[4 : 4 + length]
+            wide = [i for i, size in enumerate(found) if size == 0xFFFFFFFF]
             if len(data) < 8 * len(wide):
                 raise zipfile.BadZipFile("its zip64 sizes are damaged")
             for i, (size,) in zip(wide, struct.iter_unpack("<Q", data[: 8 * len(wide)]), strict=True):
                 found[i] = size
             break
-        extra = extra[4 + length :]
     return found
 
 
+def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        yield kind, extra[4 : 4 + length]
+        extra = extra[4 + length :]
+
+
 def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bytes]:
-    """A name, and its bytes where nothing says how to read them: then as UTF-8, or else by CODE_PAGE."""
+    """Returns a name, decoded as UTF-8 or else by CODE_PAGE, and its bytes where the encoding is not stated."""
     short = name.partition(b"\0")[0]
     if (spelled := _unicode_path(extra, name)) is not None:
         return spelled, b""
@@ -126,10 +133,8 @@ def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bytes]:
 
 
 def _unicode_path(extra: bytes, name: bytes) -> str | None:
-    """Info-ZIP's extra field 0x7075: the name in UTF-8, which counts as long as its CRC is that of the name in the table."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        data, extra = extra[4 : 4 + length], extra[4 + length :]
+    """Returns the UTF-8 name in the extra field 0x7075 of Info-ZIP, if its CRC is that of the name in the table."""
+    for kind, data in _extra_fields(extra):
         if kind == UNICODE_PATH and data[:1] == b"\1" and data[1:5] == zlib.crc32(name).to_bytes(4, "little"):
             try:
                 return data[5:].partition(b"\0")[0].decode() or None

@@ -1,7 +1,7 @@
-"""Zip files from anybody: the table of contents is checked before any of it is read, and nothing is ever extracted.
+"""Zip files of users: the table of contents is checked before any member is read, and nothing is extracted to disk.
 
-Members are stored or deflated; whatever the table claims, no more comes out of one than that. `python -m models.files.zip_file FILE` checks
-a file in a process of its own: exit code 0, or 1 with the reason on stdout.
+Members are stored or deflated; a member never yields more bytes than the table claims. `python -m models.files.zip_file FILE` checks a
+file in a separate process: exit code 0, or 1 with the reason on stdout.
 """
 
 import io
@@ -25,7 +25,7 @@ MAX_FILES = 2_000_000  # of a dataset
 MAX_DIRECTORY_BYTES = 2**29  # of a zip's table of contents: 268 bytes for each of so many files
 MAX_RATIO = 100  # of a zip's content to its size, past a gigabyte; photographs are 1, flat bitmaps some 20
 MAX_MEMBER_RATIO = 500  # of one member, past 16 MiB; deflate ends at 1,032
-BLOCK = 2**16  # bytes read at once of what is deflated
+BLOCK = 2**16  # bytes of deflated data read at once
 LOCAL_HEADER = 30  # bytes, before the name
 ENCRYPTED, STORED, DEFLATED = 1, 0, 8
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz", 98: "PPMd", 99: "encryption"}
@@ -33,15 +33,17 @@ CHECK_BYTES = 2**30  # address space of a process that checks a table of content
 
 
 class Archive:
-    """An open zip. Several threads may read at once."""
+    """An open zip. Several threads may read it at the same time."""
 
     def __init__(self, file: BinaryIO, path: Path, encoding: str = AUTO) -> None:
-        """`encoding`: of names that do not say theirs and are not all UTF-8. Raises BadZipFile; DatasetError as `check_members`, or
-        where a name cannot be read by it."""
+        """Reads the table of contents. `encoding`: of names without a stated encoding that are not all UTF-8.
+
+        Raises BadZipFile, and DatasetError as `check_members`, or where a name cannot be decoded.
+        """
         self.path, self._file = path, file
         directory = _bounded_directory(file, path)
         self.members = tuple(check_members(read_directory(file, directory), directory, path))
-        self.unread: dict[str, bytes] = {}  # names whose code page is not known, with their bytes
+        self.unread: dict[str, bytes] = {}  # names of unknown encoding, with their bytes
         if any(not _is_utf8(member.raw) for member in self.members):
             if encoding == AUTO:
                 self.unread = {member.filename: member.raw for member in self.members if member.raw}
@@ -54,12 +56,14 @@ class Archive:
         return [member.filename for member in self.members]
 
     def member(self, name: str) -> Member:
-        """Raises KeyError."""
+        """Returns a member by its name. Raises KeyError."""
         return self._by_name[name]
 
     def open(self, member: Member) -> IO[bytes]:
-        """The content, from front to back. Raises BadZipFile, also while it is read; RuntimeError: encrypted, or packed by another
-        method."""
+        """Opens the content of a member as a stream.
+
+        Raises BadZipFile, also while it is read, and RuntimeError for an encrypted member or another compression method.
+        """
         if member.flags & ENCRYPTED:
             raise RuntimeError("encrypted; pack the zip again without a password")
         if member.method not in (STORED, DEFLATED):
@@ -75,7 +79,7 @@ class Archive:
 
 
 class Window(io.RawIOBase):
-    """A part of a file, read by its descriptor: several threads may have one each."""
+    """A part of a file, read by its descriptor, so that several threads can share the file."""
 
     def __init__(self, handle: int, start: int, size: int) -> None:
         self._handle, self._at, self._end = handle, start, start + size
@@ -91,7 +95,7 @@ class Window(io.RawIOBase):
 
 
 class _Content(io.RawIOBase):
-    """A member as it was packed. Raises BadZipFile at its first byte more than the table claims, and where size or CRC are others."""
+    """The content of a member. Raises BadZipFile at the first byte beyond the claimed size, and for a wrong size or CRC."""
 
     def __init__(self, packed: Window, member: Member) -> None:
         self._packed, self._member = packed, member
@@ -115,7 +119,7 @@ class _Content(io.RawIOBase):
         return len(data)
 
     def _next(self, size: int) -> bytes:
-        """At most `size` bytes of the content, none at its end."""
+        """Returns at most `size` bytes of the content, none at its end."""
         if self._inflater is None:
             return self._packed.read(size) or b""
         while not self._inflater.eof:
@@ -128,8 +132,10 @@ class _Content(io.RawIOBase):
 
 @contextmanager
 def open_archive(path: Path, encoding: str = AUTO) -> Iterator[Archive]:
-    """`encoding`: of names, as `Archive` has it. Raises DatasetError: no zip file, too many members, one that leads outside, a name that
-    cannot be read, or a zip bomb."""
+    """Opens a zip. `encoding`: as in `Archive`.
+
+    Raises DatasetError for another file, too many members, a path outside of the archive, a name that cannot be decoded, and a zip bomb.
+    """
     with ExitStack() as closing:
         with _readable(path):
             archive = Archive(closing.enter_context(path.open("rb")), path, encoding)
@@ -137,7 +143,7 @@ def open_archive(path: Path, encoding: str = AUTO) -> Iterator[Archive]:
 
 
 def check(path: Path) -> None:
-    """Reads a zip's table of contents, and keeps none of it. Raises DatasetError as `open_archive`."""
+    """Checks the table of contents of a zip. Raises DatasetError as `open_archive`."""
     with _readable(path), path.open("rb") as file:
         directory = _bounded_directory(file, path)
         for _ in check_members(read_directory(file, directory), directory, path):
@@ -153,7 +159,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _bounded_directory(file: BinaryIO, path: Path) -> Directory:
-    """What the end record claims, before anything of the table is read."""
+    """Checks the claims of the end record before the table is read. Raises DatasetError."""
     directory = find_directory(file)
     check_count(directory.entries)
     if directory.size > MAX_DIRECTORY_BYTES:
@@ -165,7 +171,7 @@ def _bounded_directory(file: BinaryIO, path: Path) -> Directory:
 
 
 def check_members(members: Iterable[Member], directory: Directory, path: Path) -> Iterator[Member]:
-    """Hands on every member, folders included. Raises DatasetError: too many, a name that leads outside, or a zip bomb."""
+    """Yields every member, folders included. Raises DatasetError: too many, a path outside of the archive, or a zip bomb."""
     size, total = path.stat().st_size, 0
     spans: list[tuple[int, int]] = []
     for count, member in enumerate(members, 1):
@@ -194,7 +200,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def _renamed(member: Member, encoding: str, path: Path) -> Member:
-    """All names of a zip have one code page, also those whose bytes happen to be UTF-8."""
+    """Decodes the name; all names of a zip have one encoding, even if the bytes of some are valid UTF-8. Raises DatasetError."""
     if not member.raw:
         return member
     try:
@@ -209,7 +215,7 @@ def _renamed(member: Member, encoding: str, path: Path) -> Member:
 
 
 def check_growth(name: str, packed: int, size: int) -> None:
-    """Raises DatasetError where so many packed bytes should not become `size`."""
+    """Raises DatasetError where `packed` bytes expand to suspiciously many."""
     if (size > 16 * 2**20 and size > MAX_MEMBER_RATIO * max(1, packed)) or (size > 2**30 and size > MAX_RATIO * packed):
         raise DatasetError(f"{printable(name)[:200]} is refused: its {packed:,} bytes would grow to {size:,}")
 
@@ -221,7 +227,7 @@ def check_count(files: int) -> None:
 
 
 def check_name(filename: str, path: Path) -> None:
-    """Raises DatasetError for the name of a member that leads outside of the archive."""
+    """Raises DatasetError for a member whose path is outside of the archive."""
     name = filename.replace("\\", "/")
     if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name):
         raise DatasetError(f"{path.name} is refused: its member {printable(filename)[:200]!r} would lie outside of it")
@@ -237,13 +243,13 @@ def _check_member(member: Member, path: Path) -> None:
 
 
 def printable(name: str) -> str:
-    """A file name need not be UTF-8; what is not becomes an escape, so that it can be hashed and written as JSON."""
+    """Returns a file name with bytes that are not UTF-8 as escapes, so that it can be hashed and written as JSON."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def main(path: Path) -> int:
-    """Checks a file under a bound of its own on memory."""
-    os.nice(10)  # serving goes first
+    """Checks a file with limited memory, and returns the exit code."""
+    os.nice(10)  # serving has priority
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
     try:
         check(path)

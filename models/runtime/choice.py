@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.classifier import BackboneRef
 from models.files import atomic_files
-from models.files.records import Record
+from models.files.records import Record, to_json
 from models.preprocessing import Preprocessing
 from models.progress import never
 from models.runtime.device import cpu_count
@@ -257,11 +257,11 @@ def read_choice(cache_dir: Path, key: dict[str, Any], is_serving: Callable[[], b
 
 
 def write_choice(cache_dir: Path, key: dict[str, Any], choice: EngineChoice) -> None:
-    """Write the choice atomically. If the disk cannot be written, the next start measures again."""
+    """Stores the choice; where the disk cannot be written, the next start measures again."""
     path = _choice_path(cache_dir, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.replace(path, choice.model_dump_json(indent=2).encode())
+        atomic_files.replace(path, to_json(choice))
     except OSError as error:
         log.warning("the choice of engine for %s is not remembered: %s", key["architecture"], error)
 

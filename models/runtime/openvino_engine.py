@@ -5,11 +5,7 @@ Converting ResNet-50 takes seconds, loading the result 0.2 s. OpenVINO is an ext
 
 import hashlib
 import importlib.metadata
-import logging
-import os
-import shutil
 import sys
-import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -19,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import Backbone, record_outputs
+from models.files import atomic_files, folder_cache
 from models.heatmaps import upright
 from models.preprocessing import Normalise, Preprocessing
 from models.runtime.options import EngineName, MemoryFormat, Precision, RuntimeInfo
 
-log = logging.getLogger(__name__)
-
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-KEPT = 16  # converted networks on disk; the least recently used is removed first
+KEPT = 16  # converted networks on disk
 
 _conversion = threading.Lock()  # one conversion at a time: it silences warnings for the whole process
 
@@ -131,7 +126,7 @@ def _network(openvino: Any, backbone: Backbone, cache_dir: Path | None) -> Any:
     folder = converted_folder(cache_dir, backbone)
     if not folder.is_dir():
         _store(openvino, convert(openvino, backbone), folder)
-    os.utime(folder)
+    folder_cache.mark_used(folder)
     return folder / "network.xml"
 
 
@@ -142,22 +137,11 @@ def converted_folder(cache_dir: Path, backbone: Backbone) -> Path:
 
 
 def _store(openvino: Any, network: Any, folder: Path) -> None:
-    """Write to a temporary folder and rename it, so that other processes see all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
-        openvino.save_model(network, beside / "network.xml", compress_to_fp16=False)
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process has not written it meanwhile
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    _sweep(folder.parent)
-
-
-def _sweep(parent: Path) -> None:
-    folders = [path for path in parent.iterdir() if not path.name.startswith(".")]
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
-        log.info("removing the converted network %s, unused for longest", folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
+    """Writes all of it or nothing, as another process sees it."""
+    lock = folder.parent / ".lock"
+    with atomic_files.staging(folder.parent, lock) as draft:
+        openvino.save_model(network, draft / "network.xml", compress_to_fp16=False)
+        with atomic_files.locked(lock):
+            if not folder.is_dir():  # another process may have been faster
+                atomic_files.move(draft, folder)
+            folder_cache.make_room(folder, lambda folders: len(folders) <= KEPT)

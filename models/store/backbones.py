@@ -1,6 +1,6 @@
-"""Backbones on disk, once by hash: `backbones/<architecture>-<sha8>/{model.safetensors, config.json}`.
+"""Backbones on disk by hash: `backbones/<architecture>-<sha8>/{model.safetensors, config.json}`.
 
-`config.json` is the BackboneRef of whoever put it first; a model version carries its own reference, preprocessing included.
+`config.json` is the BackboneRef of the first version that stored it; every model version has its own, with its preprocessing.
 """
 
 import hashlib
@@ -20,23 +20,24 @@ from models.files.records import CONFIG, read_record, to_sealed_json
 from models.preprocessing import Preprocessing
 
 WEIGHTS = "model.safetensors"
-GRACE_S = 3600  # a backbone nobody stands on yet may belong to a publication under way
+GRACE_S = 3600  # an unused backbone may belong to a publication in progress
 
 
 class BackboneStore:
-    """The folder of all backbones. `lock` is the store's lock file; methods that say so are called by its holder."""
+    """The folder of all backbones. `lock` is the lock file of the store; some methods need the caller to hold it."""
 
     def __init__(self, root: Path, lock: Path) -> None:
         self.root = root
         self.lock = lock
 
     def folder(self, ref: BackboneRef) -> Path:
+        """Returns the folder of a backbone. Raises WeightsError for a name that could leave the store."""
         if not is_timm(ref.architecture) and not ref.architecture.replace("_", "").isalnum():
             raise WeightsError(f"{ref.architecture!r} is not an architecture's name")
         return self.root / ref.key
 
     def load(self, ref: BackboneRef) -> Backbone:
-        """A network ready to use: hash verified, float32, eval mode, on the CPU, no gradients."""
+        """See ModelStore.load_backbone."""
         path = self.folder(ref) / WEIGHTS
         module = skeleton(ref.architecture, ref.preprocessing)
         weights_file.load(module, path, ref.sha256)
@@ -47,14 +48,14 @@ class BackboneStore:
         return Backbone(ref, module, features.shape[1], name)
 
     def size(self, ref: BackboneRef) -> int:
-        """Bytes on disk."""
+        """See ModelStore.backbone_size."""
         path = self.folder(ref) / WEIGHTS
         if not path.is_file():
             raise WeightsError(f"{path} is missing; pull, import or publish the weights again")
         return path.stat().st_size
 
     def is_sound(self, ref: BackboneRef) -> bool:
-        """True where the weights are there and have their hash, and the record beside them is theirs; reads them all."""
+        """Returns whether the weights have their hash and the record beside them is theirs; reads them all."""
         try:
             found = read_record(self.folder(ref) / CONFIG, BackboneRef)
         except WeightsError:
@@ -77,7 +78,7 @@ class BackboneStore:
         return ref
 
     def put_file(self, ref: BackboneRef, data: bytes) -> None:
-        """Stores a weights file of another store as it is. Raises WeightsError where it has another hash, or does not fit."""
+        """Stores a weights file of another store unchanged. Raises WeightsError where it has another hash, or does not fit."""
         path = self.folder(ref) / WEIGHTS
         if hashlib.sha256(data).hexdigest() != ref.sha256:
             raise WeightsError(f"the backbone {ref.key} is damaged: it does not have its hash")
@@ -88,7 +89,10 @@ class BackboneStore:
             self._write(ref, data)
 
     def _reserve(self, ref: BackboneRef) -> bool:
-        """Whether this backbone is there, sound; then its hour of grace begins anew. Raises WeightsError for a namesake."""
+        """Returns whether this backbone is there and sound, and restarts its hour of grace.
+
+        Raises WeightsError for another backbone of the same key.
+        """
         folder = self.folder(ref)
         with atomic_files.writing(self.root.parent), atomic_files.locked(self.lock):
             if not folder.exists():
@@ -104,7 +108,7 @@ class BackboneStore:
             return  # damaged: about to be replaced
         if found.sha256 != ref.sha256:
             raise WeightsError(
-                f"{self.folder(ref)} holds another backbone whose hash begins alike; remove that one first"
+                f"{self.folder(ref)} contains another backbone whose hash begins with the same digits; remove that one first"
             )
 
     def _write(self, ref: BackboneRef, data: bytes) -> None:
@@ -113,15 +117,15 @@ class BackboneStore:
             atomic_files.write(draft / WEIGHTS, data)
             atomic_files.write(draft / CONFIG, to_sealed_json(ref))
             with atomic_files.locked(self.lock):
-                if folder.exists():  # damaged, or put by another process a moment ago: the same content either way
+                if folder.exists():  # damaged, or just stored by another process with the same content
                     atomic_files.discard(folder)
                 atomic_files.move(draft, folder)
 
     def sweep(self, used: set[str], released: Mapping[str, int]) -> None:
-        """Removes the backbones whose key is not in `used`. The caller holds the lock.
+        """Deletes the backbones whose key is not in `used`. The caller holds the lock.
 
-        `released`: the keys of versions just removed, with the time (ns) of their publication: such a backbone goes at once
-        unless somebody put it again since; any other goes when its hour of grace is over.
+        `released`: the keys of removed versions with the time (ns) of their publication. Such a backbone is deleted at once unless it
+        was stored again since; others when their hour of grace is over.
         """
         atomic_files.sweep(self.root)
         grace_ends = time.time_ns() - GRACE_S * 10**9
@@ -131,7 +135,7 @@ class BackboneStore:
 
 
 def skeleton(architecture: str, preprocessing: Preprocessing) -> nn.Module:
-    """The network on the meta device, without memory for its weights, in eval mode. Raises ArchitectureNotFound."""
+    """Returns the network in eval mode on the meta device, which needs no memory. Raises ArchitectureNotFound."""
     return architectures.create_backbone(architecture, preprocessing.channels).eval()
 
 
@@ -145,7 +149,7 @@ def _tapped(module: nn.Module, ref: BackboneRef) -> nn.Module:
 
 
 def _fill_buffers(module: nn.Module, ref: BackboneRef) -> None:
-    """Buffers that are no part of a state dict are still on the meta device: takes them from a freshly made network."""
+    """Fills buffers that are not in the state dict, and so still on the meta device, from a new network."""
     unfilled = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if not unfilled:
         return

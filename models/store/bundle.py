@@ -1,4 +1,4 @@
-"""One model version as a zip that another store imports.
+"""One model version as a zip, for another store to import.
 
     imago.json                      Manifest: the SHA-256 of every other file
     config.json                     ModelConfig
@@ -6,7 +6,8 @@
     reference-<hash>.safetensors    where the version has one
     backbones/<sha256>.safetensors  each once
 
-Nothing is extracted: members are read by these names, within the size that the configuration says, and checked by their hash.
+Nothing is extracted to disk: members are read by these names, within the size that follows from the configuration, and their hash is
+checked.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ from models.files import weights_file
 from models.files.records import CONFIG, Record, parse_record, to_json, to_sealed_json
 from models.files.records import MAX_BYTES as MAX_RECORD
 from models.files.zip_file import Archive, open_archive
+from models.progress import DownloadProgress, silent
 from models.store.backbones import WEIGHTS, skeleton
-from models.store.download import DownloadProgress
 from models.store.store import HEAD, ModelStore
 from models.uncertainty import MAX_BYTES as MAX_FEATURES
 from models.uncertainty import Reference, read_reference, to_file
@@ -40,7 +41,7 @@ MAX_MEMBERS = 1000
 
 
 class Manifest(Record):
-    """The table of a bundle's files, by SHA-256."""
+    """The files of a bundle by name, with their SHA-256."""
 
     kind: str
     format: int
@@ -51,7 +52,7 @@ class Manifest(Record):
 
 
 def write_bundle(store: ModelStore, config: ModelConfig, path: Path) -> None:
-    """Writes the version to a new zip at `path`. Raises WeightsError where one of its files is damaged."""
+    """Writes the version to a new zip at `path`. Raises WeightsError where a file of it is damaged."""
     content = {CONFIG: to_sealed_json(config)}
     if (reference := store.load_reference(config)) is not None:
         name, content[name] = to_file(reference)
@@ -89,18 +90,17 @@ def _copy(archive: zipfile.ZipFile, name: str, file: Path, sha256: str) -> None:
 
 
 def is_bundle(names: list[str]) -> bool:
-    """True for the members of a bundle."""
+    """Returns whether these members are those of a bundle."""
     return MANIFEST in names
 
 
 def import_bundle(
-    path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress | None = None
+    path: Path, store: ModelStore, name: str | None = None, progress: DownloadProgress = silent
 ) -> ModelConfig:
-    """Publishes the version in a bundle as the next version of `name`, by default of its own name. Backbones that the store has are shared.
+    """Publishes the version in a bundle as the next version of `name`, by default of its own name. Existing backbones are shared.
 
-    Raises WeightsError for anything damaged or foreign, ArchitectureNotFound, InvalidName. Nothing is published then.
+    Raises WeightsError for a damaged or unknown file, ArchitectureNotFound, InvalidName. Nothing is published then.
     """
-    report = progress or (lambda done, total: None)
     with opened(path) as archive:
         manifest = _manifest(archive, path)
         config = _config(archive, manifest, path)
@@ -109,11 +109,11 @@ def import_bundle(
         head = _head(archive, manifest, config, path)
         reference = _reference(archive, manifest, path)
         for done, ref in enumerate(refs.values(), 1):
-            report(done, steps)
+            progress(done, steps)
             limit = _size_of(skeleton(ref.architecture, ref.preprocessing)) + weights_file.MAX_HEADER
             store.backbones.put_file(ref, _read(archive, manifest, _member_of(ref), limit, path))
     _check_widths(store, config, path)
-    report(steps, steps)
+    progress(steps, steps)
     return store.publish(
         name or config.name, config.backbones, head, config.classes, config.metrics, config.lineage, reference
     )
@@ -121,7 +121,7 @@ def import_bundle(
 
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
-    """A zip whose table of contents was checked. Raises WeightsError for one that is none, or would grow without bound."""
+    """Opens a zip and checks its table of contents. Raises WeightsError for another file, and for a zip bomb."""
     try:
         with open_archive(path) as archive:
             if len(set(archive.names)) != len(archive.names):
@@ -184,7 +184,7 @@ def _size_of(module: torch.nn.Module) -> int:
 
 
 def _read(archive: Archive, manifest: Manifest, name: str, limit: int, path: Path) -> bytes:
-    """A member whose hash is in the manifest. Raises WeightsError."""
+    """Reads a member and checks its hash. Raises WeightsError."""
     data = read_member(archive, name, limit, path)
     if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
         raise WeightsError(f"{path.name} is damaged: {name} does not have its hash; export or copy it again")
@@ -192,7 +192,7 @@ def _read(archive: Archive, manifest: Manifest, name: str, limit: int, path: Pat
 
 
 def read_member(archive: Archive, name: str, limit: int, path: Path) -> bytes:
-    """A member of at most `limit` bytes. Raises WeightsError."""
+    """Reads a member of at most `limit` bytes. Raises WeightsError."""
     try:
         member = archive.member(name)
         if member.size > limit:
@@ -208,7 +208,7 @@ def read_member(archive: Archive, name: str, limit: int, path: Path) -> bytes:
 
 
 def _check_widths(store: ModelStore, config: ModelConfig, path: Path) -> None:
-    """Each backbone runs, and answers as many features as the head takes of it."""
+    """Raises WeightsError unless each backbone runs and has as many features as its layer of the head."""
     for ref, layer in zip(config.backbones, config.head.layers, strict=True):
         width = store.load_backbone(ref).feature_dim
         fits = width % layer.in_features == 0 if layer.kind == "conv" else width == layer.in_features

@@ -1,8 +1,8 @@
-"""A checkpoint and an architecture -> the network cut in two, with the checkpoint's weights; or one message with all that does not fit.
+"""A checkpoint and an architecture -> the network cut in two, with the weights of the checkpoint; or one error with all misfits.
 
-bodies   where the network lies in the file, by names and shapes
-heads    its last layers: in their own place, under another name, or several
-notes    what was taken, assumed and skipped, a line each
+bodies   the place of the network in the file, by names and shapes
+heads    its last layers: by the network's own name, another name, or several
+notes    what was used, assumed and skipped, one line each
 """
 
 import re
@@ -21,7 +21,7 @@ from models.files import weights_file
 from models.store.checkpoints import Checkpoint, foreign_files, heads
 from models.store.checkpoints.matching import COUNTER, BodyMatch, Shape, bodies, by_position, is_foreign
 
-# A key that only the networks of a family have, and what their names begin with.
+# A key that only the networks of a family have, and the prefixes of their names.
 FAMILIES = (
     (r"(^|\.)layer1\.0\.conv1\.weight$", ("resnet", "resnext", "wide_resnet")),
     (r"denseblock1\.", ("densenet",)),
@@ -38,7 +38,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Choices:
-    """What settles a guess: where the weights lie in the file, which layer is the last, what lies between several, how many classes."""
+    """Choices of the user: the key of the weights in the file, the last layer, the activation in the head, the number of classes."""
 
     key: str | None = None
     head: str | None = None
@@ -48,7 +48,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class _Expected:
-    """An architecture's keys: of the network without its last layers, whose places are known."""
+    """The keys of an architecture, and the places of its last layers."""
 
     architecture: str
     shapes: dict[str, Shape]
@@ -63,7 +63,7 @@ class _Expected:
 
     @property
     def own(self) -> str:
-        """The outermost module that holds the last layer and nothing of the body: `classifier` for `classifier.1`."""
+        """The outermost module that contains the last layer and nothing of the body: `classifier` for `classifier.1`."""
         parts = self.places[0].split(".")
         roots = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
         return next(root for root in roots if not any(key.startswith(f"{root}.") for key in self.body))
@@ -92,10 +92,10 @@ def fit(
     choices: Choices | None = None,
     notes: list[str] | None = None,
 ) -> Network:
-    """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
+    """Returns the architecture with these weights, cut in two. Raises WeightsError that lists everything that does not fit."""
     choices, notes = choices or Choices(), [] if notes is None else notes
     expected = _expected(architecture)
-    files = {modern_key(key): key for key in checkpoint.tensors}  # {key as torchvision has it today: key of the file}
+    files = {modern_key(key): key for key in checkpoint.tensors}  # {current key of torchvision: key of the file}
     shapes = {modern: tuple(checkpoint.tensors[key].shape) for modern, key in files.items()}
     places = [body for body in bodies(expected.body, shapes, expected.aliases) if _is_under(body, choices.key)]
     body = places[0] if places else BodyMatch("", {}, missing=list(expected.body))
@@ -153,7 +153,7 @@ def _notes_on(head: heads.FoundHead, scope: str, choices: Choices, is_assumed: b
 
 
 def _notes_on_parts(forms: Mapping[str, str]) -> list[str]:
-    """One line for each kind of parts that were put together."""
+    """Returns one line for each kind of parts that were combined."""
     kinds: dict[str, list[str]] = {}
     for key, form in forms.items():
         kinds.setdefault(form, []).append(key)
@@ -176,7 +176,7 @@ def _note_place(body: BodyMatch, places: Sequence[BodyMatch], notes: list[str]) 
 
 
 def _own_place(expected: _Expected, body: BodyMatch, rest: Mapping[str, Shape]) -> dict[str, str]:
-    """{key of the network: key of the file} of the last layers, where the file has them in the network's own places."""
+    """Returns {key of the network: key of the file} of the last layers, where the file has them under the network's own names."""
     own = {
         f"{place}.{name}": f"{body.prefix}{place}.{name}" for place in expected.places for name in ("weight", "bias")
     }
@@ -186,7 +186,7 @@ def _own_place(expected: _Expected, body: BodyMatch, rest: Mapping[str, Shape]) 
 def _head(
     expected: _Expected, body: BodyMatch, rest: Mapping[str, Shape], choices: Choices, source: str
 ) -> tuple[heads.FoundHead | None, str]:
-    """The head where it is not in the network's own place as it is, and what stands before its keys. Raises WeightsError."""
+    """Returns the head and the prefix of its keys; None where it is under the network's own name. Raises WeightsError."""
     direct = [f"{body.prefix}{place}" for place in expected.places]
     root = f"{body.prefix}{expected.own}"
     inside = {key for key in rest if f"{key}.".startswith(f"{root}.") and not is_foreign(key)}
@@ -205,13 +205,13 @@ def _head(
 
 
 def _scopes(prefix: str) -> list[str]:
-    """`a.b.` -> `a.b.`, `a.`, and all."""
+    """Returns the scopes around a prefix: `a.b.` -> `a.b.`, `a.`, and the empty one."""
     parts = prefix.split(".")[:-1]
     return ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts), -1, -1)]
 
 
 def _apart(other: str, own: str) -> str:
-    """How far a rival's prefix has to go to leave the network's own: `m.backbone.` beside `ema.backbone.` -> `m.`"""
+    """Returns the shortest part of another prefix that the network's own does not begin with: `m.` of `m.backbone.` for `ema.backbone.`"""
     scopes = _scopes(other)[::-1]
     return next((scope for scope in scopes if not own.startswith(scope)), other)
 
@@ -219,7 +219,7 @@ def _apart(other: str, own: str) -> str:
 def _strangers(
     expected: _Expected, body: BodyMatch, around: str, rest: Mapping[str, Shape], notes: list[str]
 ) -> dict[str, str]:
-    """What is left over inside the network, which is an error unless it is known to be no part of it; what lies beside it is noted."""
+    """Returns the remaining keys inside the network, which do not fit; notes those beside it, and those that are known to be skipped."""
     inside, foreign, beside = {}, [], []
     for key in rest:
         inner = key.removeprefix(body.prefix)
@@ -245,7 +245,7 @@ def _strangers(
 
 
 def _grouped(keys: Sequence[str]) -> str:
-    """Keys; of many only how they begin."""
+    """Lists keys; of many only their first parts with counts."""
     if len(keys) <= 6:
         return ", ".join(keys)
     starts: dict[str, int] = {}
@@ -256,7 +256,7 @@ def _grouped(keys: Sequence[str]) -> str:
 
 
 def _own_shape(expected: _Expected, layer: nn.Linear) -> dict[str, Tensor]:
-    """The layer's tensors as the network's own place has them: a 1x1 convolution in some."""
+    """Returns the tensors of the layer in the shape of the network, which may have a 1x1 convolution. Raises WeightsError."""
     sides = len(expected.shapes[f"{expected.places[0]}.weight"])
     weight = layer.weight.detach()
     state = {"weight": weight[..., None, None] if sides == 4 else weight}
@@ -274,14 +274,15 @@ def _own_shape(expected: _Expected, layer: nn.Linear) -> dict[str, Tensor]:
 def _filled(
     architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str, needs_layer: bool = True
 ) -> Network:
-    """`state` by the keys of the uncut network. Raises WeightsError."""
+    """Returns the network with `state`, which has the keys of the uncut network. Raises WeightsError."""
     backbone, layer = architectures.split_state(architecture, state)
     weight = next((tensor for tensor in layer.values() if tensor.dim() > 1), None)
     num_classes = 1000 if weight is None else weight.shape[0]
     channels = channels or _channels(architecture, backbone)
     network = architectures.create(architecture, max(num_classes, 1), channels)
     expected = {**network.backbone.state_dict(), **(_uncut(network, network.layer.state_dict()) if needs_layer else {})}
-    found = {**_counters(expected), **backbone, **_uncut(network, layer)}
+    counters = {key: tensor for key, tensor in expected.items() if key.endswith(COUNTER)}  # old files lack them
+    found = {**counters, **backbone, **_uncut(network, layer)}
     if problems := weights_file.mismatches(expected, found):
         raise WeightsError(f"{source} does not fit {architecture}: " + "; ".join(problems))
     weights_file.check_finite(state, source)
@@ -292,7 +293,7 @@ def _filled(
 
 
 def _channels(architecture: str, backbone: Mapping[str, Tensor]) -> int:
-    """Input channels as the first convolution has them; 3 where the weights do not say, so that `fit` tells what is wrong."""
+    """Returns the input channels of the first convolution in the weights, 3 where there is none."""
     parameters = architectures.create_backbone(architecture).named_parameters()
     first = next((name for name, parameter in parameters if parameter.dim() == 4), None)
     kernel = backbone.get(first or "")
@@ -300,24 +301,21 @@ def _channels(architecture: str, backbone: Mapping[str, Tensor]) -> int:
 
 
 def _uncut(network: Network, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The last layer's keys as the uncut network has them. Of networks that end in a convolution, ours (`fc`) are a ConvLayer
-    themselves; in SqueezeNet the convolution stands alone."""
+    """Returns the tensors of the last layer by the keys of the uncut network.
+
+    Our networks that end in a convolution have a ConvLayer (`fc`); SqueezeNet has only the convolution.
+    """
     inner = "" if network.layer_name == "fc" else "conv."
     return {f"{network.layer_name}.{key.removeprefix(inner)}": tensor for key, tensor in layer.items()}
 
 
-def _counters(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Batch norm's counters, which old files lack and nothing here needs."""
-    return {key: tensor for key, tensor in expected.items() if key.endswith(COUNTER)}
-
-
-# What does not fit
+# Misfits
 
 
 def _misfit(
     expected: _Expected, checkpoint: Checkpoint, body: BodyMatch, files: Mapping[str, str], channels: int | None
 ) -> Network:
-    """Tries the names that timm's own rules give. Raises WeightsError with all that differs, and whose names these are."""
+    """Tries the renaming rules of timm. Raises WeightsError with everything that differs, and the likely origin of the names."""
     inside = {key.removeprefix(body.prefix): full for key, full in files.items() if key.startswith(body.prefix)}
     state = checkpoint.load({key: full for key, full in inside.items() if not is_foreign(key)})
     if is_timm(expected.architecture) and (renamed := timm_networks.renamed(state, expected.architecture)) is not None:
@@ -328,7 +326,7 @@ def _misfit(
 
 
 def _other_classifier(expected: _Expected, body: BodyMatch) -> str | None:
-    """Where all that differs is a part of the network that is called as its last layer is."""
+    """Describes a misfit that is limited to the part of the network with the name of its last layer; None for any other."""
     first = expected.places[0].partition(".")[0]
     odd = [*body.missing, *body.wrong]
     if not odd or len(odd) > len(expected.body) // 2 or not all(key.startswith(f"{first}.") for key in odd):
@@ -346,16 +344,16 @@ def _explained(
     channels: int | None,
     needs_layer: bool = True,
 ) -> Network:
-    """As `_filled`; the message says whose names these are, where that is known."""
+    """Does the same as `_filled`; the error names the likely origin of the keys."""
     try:
         return _filled(architecture, state, channels, checkpoint.source, needs_layer)
     except WeightsError as error:
-        hint = _whose(checkpoint, architecture) if "does not fit" in str(error) else ""
+        hint = _origin(checkpoint, architecture) if "does not fit" in str(error) else ""
         raise WeightsError(f"{error}{hint}") from error
 
 
-def _whose(checkpoint: Checkpoint, architecture: str) -> str:
-    """Whose names these are, where that is known."""
+def _origin(checkpoint: Checkpoint, architecture: str) -> str:
+    """Describes the likely origin of the keys; empty if unknown."""
     if what := foreign_files.named_keys(checkpoint.tensors, checkpoint.source):
         return f"; {what}"
     like = [name for name in alike(checkpoint, architecture) if name != architecture]
@@ -363,7 +361,7 @@ def _whose(checkpoint: Checkpoint, architecture: str) -> str:
 
 
 def alike(checkpoint: Checkpoint, architecture: str | None = None) -> list[str]:
-    """At most three architectures that the weights fit, but for the last layer."""
+    """Returns at most three architectures that the weights fit, apart from the last layer."""
     shapes = {modern_key(key): shape for key, shape in checkpoint.shapes.items()}
     starts = next((starts for key, starts in FAMILIES if any(re.search(key, name) for name in shapes)), ())
     names = [name for name in architectures.names() if name.startswith(starts or ("-",))]
@@ -395,5 +393,5 @@ def _left_over(expected: _Expected, body: BodyMatch, shapes: Mapping[str, Shape]
 
 
 def of_state(state: Mapping[str, Tensor], source: str) -> Checkpoint:
-    """Tensors in memory as a checkpoint."""
+    """Returns tensors in memory as a checkpoint."""
     return Checkpoint(source, "", {key: tensor.detach() for key, tensor in state.items()})

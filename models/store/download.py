@@ -1,10 +1,8 @@
-"""A published file, fetched over HTTP: resumed where it broke off, and known by the hash that its name carries."""
+"""Downloads of published files over HTTP: resumed after an interruption, and checked against the hash in the file name."""
 
-import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import httpx
 
 from models.errors import DownloadError
 from models.files import atomic_files
-
-DownloadProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server tells
+from models.files.weights_file import sha256_of
+from models.progress import DownloadProgress, silent
 
 ATTEMPTS = 5
 BACKOFF_S = 0.5  # before the second attempt, then doubled
@@ -24,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class _Interrupted(Exception):
-    """An attempt that failed in a way which the next may not."""
+    """A failed attempt that may succeed when it is repeated."""
 
 
 def client_of(**options: Any) -> httpx.Client:
-    """An httpx client with the proxy that the environment names. Raises DownloadError where that cannot be used."""
+    """Returns an httpx client with the proxy of the environment. Raises DownloadError for an unusable proxy."""
     try:
         return httpx.Client(**options)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -38,10 +36,10 @@ def client_of(**options: Any) -> httpx.Client:
         ) from error
 
 
-def fetch(url: httpx.URL, folder: Path, progress: DownloadProgress | None = None) -> Path:
-    """Downloads `<name>-<hash prefix>.<suffix>` into `folder`, unless it lies there whole; returns its path.
+def fetch(url: httpx.URL, folder: Path, progress: DownloadProgress = silent) -> Path:
+    """Downloads `<name>-<hash prefix>.<suffix>` into `folder`, unless it is there already; returns its path.
 
-    What has arrived is kept as `<file>.part`, also across runs. Raises DownloadError.
+    An incomplete download is kept as `<file>.part` and resumed by a later run. Raises DownloadError.
     """
     target = folder / Path(url.path).name
     prefix = hash_prefix(target.name)
@@ -62,18 +60,16 @@ def fetch(url: httpx.URL, folder: Path, progress: DownloadProgress | None = None
 
 
 def hash_prefix(filename: str) -> str:
-    """The first digits of the SHA-256, which torchvision's files carry: `resnet50-0676ba61.pth` -> `0676ba61`."""
+    """Returns the first digits of the SHA-256 in the names of torchvision's files: `resnet50-0676ba61.pth` -> `0676ba61`.
+
+    Raises DownloadError.
+    """
     if match := re.search(r"-([0-9a-f]{8,64})\.\w+$", filename):
         return match[1]
-    raise DownloadError(f"{filename!r} carries no hash in its name, so it could not be checked; it is not downloaded")
+    raise DownloadError(f"{filename!r} has no hash in its name, so it could not be checked; it is not downloaded")
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _download(url: httpx.URL, part: Path, progress: DownloadProgress | None) -> None:
+def _download(url: httpx.URL, part: Path, progress: DownloadProgress) -> None:
     with client_of(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"}) as client:
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -88,14 +84,14 @@ def _download(url: httpx.URL, part: Path, progress: DownloadProgress | None) -> 
     raise DownloadError(f"{url} could not be fetched in {ATTEMPTS} attempts: {cause}; try again, it resumes") from cause
 
 
-def _attempt(client: httpx.Client, url: httpx.URL, part: Path, progress: DownloadProgress | None) -> None:
+def _attempt(client: httpx.Client, url: httpx.URL, part: Path, progress: DownloadProgress) -> None:
     offset = part.stat().st_size if part.exists() else 0
     with client.stream("GET", url, headers=_resume_headers(part, offset)) as response:
         _check_status(response, part)
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
         if response.status_code == 206 and not resumed:
             _drop(part)
-            raise _Interrupted("the server sent another range than was asked for")
+            raise _Interrupted("the server sent a range that was not requested")
         if not resumed:
             offset = 0
             _remember_validator(part, response)
@@ -103,7 +99,7 @@ def _attempt(client: httpx.Client, url: httpx.URL, part: Path, progress: Downloa
 
 
 def _resume_headers(part: Path, offset: int) -> dict[str, str]:
-    """Asks for the rest, or for all of it if the file has changed since."""
+    """Returns headers that ask for the rest, or for the whole file if it has changed since."""
     if offset == 0:
         return {}
     headers = {"Range": f"bytes={offset}-"}
@@ -115,14 +111,14 @@ def _resume_headers(part: Path, offset: int) -> dict[str, str]:
 def _check_status(response: httpx.Response, part: Path) -> None:
     if response.status_code == 416:
         _drop(part)
-        raise _Interrupted("what was downloaded before is not a part of the file; starting again")
+        raise _Interrupted("the incomplete download does not belong to this file; starting again")
     if response.status_code == 429 or response.status_code >= 500:
         raise _Interrupted(f"the server answered {response.status_code} {response.reason_phrase}")
     if response.status_code not in (200, 206):
         raise DownloadError(f"{response.url} could not be fetched: {response.status_code} {response.reason_phrase}")
 
 
-def _receive(response: httpx.Response, part: Path, offset: int, progress: DownloadProgress | None) -> None:
+def _receive(response: httpx.Response, part: Path, offset: int, progress: DownloadProgress) -> None:
     length = response.headers.get("Content-Length")
     total = offset + int(length) if length else None
     with part.open("ab" if offset else "wb") as file:
@@ -132,8 +128,7 @@ def _receive(response: httpx.Response, part: Path, offset: int, progress: Downlo
             if done > MAX_BYTES:
                 raise DownloadError(f"{response.url} is refused: more than {MAX_BYTES} bytes")
             file.write(chunk)
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
 
 
 def _remember_validator(part: Path, response: httpx.Response) -> None:

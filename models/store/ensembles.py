@@ -1,4 +1,4 @@
-"""Models made of models: several members' backbones, shared by their hash, under one head."""
+"""Ensembles: the backbones of several models, shared by their hash, under one head."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from models.store.store import ModelStore
 
 
 def ensemble(store: ModelStore, name: str, members: list[str]) -> ModelConfig:
-    """Publishes the mean of the members' probabilities as the next version of `name`: of the versions that are served, or the latest.
+    """Publishes the mean of the members' probabilities as the next version of `name`, unless its latest version is that already.
 
-    Where the latest version of `name` is that already, it is returned. Members have one backbone each and the same classes, in
-    the same order (WeightsError).
+    Members are their served or latest versions. Raises WeightsError unless each has one backbone, and all the same classes in the same
+    order.
     """
     served = store.serving().models
     configs = [store.config(member, served.get(member)) for member in members]
@@ -30,7 +30,7 @@ def ensemble(store: ModelStore, name: str, members: list[str]) -> ModelConfig:
 
 
 def _licence(configs: list[ModelConfig]) -> str | None:
-    """Of all members' weights together; None where one is unknown."""
+    """Returns the licence of all members' weights together; None where one is unknown."""
     licences = dict.fromkeys(licence for config in configs for licence in licences_of(config.lineage))
     return None if None in licences else " AND ".join(map(str, licences)) or None
 
@@ -54,7 +54,7 @@ def _latest(store: ModelStore, name: str) -> ModelConfig | None:
 
 @torch.no_grad()
 def _tempered(head: Head) -> Layer:
-    """A member's last layer with its temperature in the weights: scores / T. ReLU and mean commute with it, so a ConvLayer does too."""
+    """Returns the last layer of a member with its weights divided by the temperature. ReLU and mean of a ConvLayer commute with that."""
     layer = head.layers[0]
     for parameter in (layer.output if isinstance(layer, MLPLayer) else layer).parameters():
         scaled: Tensor = parameter / head.config.temperature

@@ -1,9 +1,9 @@
-"""Checkpoints in the Hub's format: `config.json`, `model.safetensors` and a model card, of a repository or a folder.
+"""Checkpoints in the format of the Hugging Face Hub: `config.json`, `model.safetensors` and a model card, in a repository or a folder.
 
     repository --huggingface_hub--> data/downloads/hub --_checkpoint--> Checkpoint
 
-huggingface_hub downloads, and goes on where a connection broke; it reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Only these three
-files are fetched: code in a repository is never looked at, and a pickled file is not downloaded.
+huggingface_hub downloads and resumes; it reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Only these three files are downloaded: no code
+of a repository, and no pickled file.
 """
 
 import json
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DownloadError, WeightsError
-from models.store.download import DownloadProgress, sha256_of
+from models.files.weights_file import sha256_of
+from models.progress import DownloadProgress, silent
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-OLD_WEIGHTS = "pytorch_model.bin"  # of torch.save; read from a folder, and not downloaded
+OLD_WEIGHTS = "pytorch_model.bin"  # of torch.save; read from a folder, never downloaded
 PREFIX = "hf-hub:"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 MAX_CONFIG = 16 * 2**20  # bytes; 21,841 class names with descriptions are 3 MB
@@ -29,12 +30,12 @@ PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack", ".h5")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP: resumed, seen by a proxy, and the same from a mirror
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP: can be resumed, and works with proxies and mirrors
 
 
 @dataclass(frozen=True)
 class HubCheckpoint:
-    """Weights and what is said of them. `revision`: the commit of the repository; None of a folder."""
+    """Weights and their metadata. `revision`: the commit of the repository; None for a folder."""
 
     source: str
     revision: str | None
@@ -44,11 +45,12 @@ class HubCheckpoint:
 
 
 def is_hub(name: str) -> bool:
+    """Returns whether the name is that of a repository on the Hub."""
     return name.startswith(PREFIX)
 
 
 def split_repository(name: str) -> tuple[str, str]:
-    """`hf-hub:user/repo@revision` -> ("user/repo", "revision"), by default "main". Raises DownloadError."""
+    """Splits `hf-hub:user/repo@revision` into ("user/repo", "revision"), by default "main". Raises DownloadError."""
     text = name.removeprefix(PREFIX)
     if len(text) > 200 or ".." in text or not REPOSITORY.fullmatch(text):
         raise DownloadError(
@@ -59,7 +61,7 @@ def split_repository(name: str) -> tuple[str, str]:
 
 
 def read_folder(folder: Path) -> HubCheckpoint:
-    """A folder in the Hub's format. Raises WeightsError."""
+    """Reads a folder in the format of the Hub. Raises WeightsError."""
     if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder} has no {CONFIG}: a folder of the Hub holds {CONFIG} and {WEIGHTS}")
     weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).is_file()), None)
@@ -69,7 +71,7 @@ def read_folder(folder: Path) -> HubCheckpoint:
 
 
 class Repository:
-    """One revision of a repository on the Hub. `close` removes what it downloaded, unless it was there before."""
+    """One revision of a repository on the Hub. `close` deletes its downloads, unless the folder was there before."""
 
     def __init__(self, name: str, cache: Path) -> None:
         self.name, self.revision = split_repository(name)
@@ -78,7 +80,7 @@ class Repository:
         self._was_there = self._folder.exists()
 
     def config(self) -> tuple[dict[str, Any], str]:
-        """What `config.json` says, and the commit, which the other files are fetched of."""
+        """Returns the content of `config.json`, and the commit. Raises WeightsError, DownloadError."""
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
@@ -89,10 +91,11 @@ class Repository:
             ) from error
         return _read_config(path), path.parent.name
 
-    def checkpoint(
-        self, config: dict[str, Any], commit: str, progress: DownloadProgress | None = None
-    ) -> HubCheckpoint:
-        """The weights, whose hash is compared with the Hub's. Raises DownloadError, or WeightsError where there are only pickled ones."""
+    def checkpoint(self, config: dict[str, Any], commit: str, progress: DownloadProgress = silent) -> HubCheckpoint:
+        """Downloads the weights, and compares their hash with that of the Hub.
+
+        Raises DownloadError, and WeightsError where the repository has only pickled weights.
+        """
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
@@ -107,10 +110,11 @@ class Repository:
         return HubCheckpoint(f"{PREFIX}{self.name}", commit, config, weights, licence)
 
     def close(self) -> None:
+        """Deletes the downloads."""
         if not self._was_there:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fetch(self, file: str, revision: str, progress: DownloadProgress | None = None) -> Path:
+    def _fetch(self, file: str, revision: str, progress: DownloadProgress = silent) -> Path:
         from huggingface_hub import hf_hub_download
 
         with _explained(self.name, self.revision):
@@ -135,7 +139,7 @@ class Repository:
             return list(api.list_repo_files(self.name, revision=commit))
 
     def _check_hash(self, weights: Path) -> None:
-        """The Hub names a large file by its SHA-256, and huggingface_hub keeps it under that name."""
+        """Compares the SHA-256 with the name of the file in the cache: the Hub names large files by it. Raises DownloadError."""
         expected = weights.resolve().name
         if SHA256.fullmatch(expected) and (found := sha256_of(weights)) != expected:
             weights.resolve().unlink()
@@ -147,15 +151,16 @@ class Repository:
 
 
 def is_offline() -> bool:
+    """Returns whether HF_HUB_OFFLINE is set."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @contextmanager
 def _explained(repository: str, revision: str) -> Iterator[None]:
-    """huggingface_hub's errors, each as one line with its remedy; a file that is not there stays an EntryNotFoundError."""
+    """Turns errors of huggingface_hub into one line with a remedy; a missing file stays an EntryNotFoundError."""
     from huggingface_hub import errors
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they come to is said in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; one line reports the result
     page = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repository}"
     try:
         yield
@@ -171,9 +176,7 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
         raise DownloadError(
             f"{page} has no revision {revision!r}: name a branch, a tag or a commit that it has"
         ) from error
-    except (
-        errors.LocalEntryNotFoundError
-    ) as error:  # nothing in the cache either; its cause says why the Hub was of no use
+    except errors.LocalEntryNotFoundError as error:  # not in the cache either; its cause is the error of the Hub
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise DownloadError(_refused(page, error.__cause__.response.status_code)) from error
         if isinstance(error.__cause__, errors.FileMetadataError):
@@ -186,7 +189,7 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
     except OSError as error:
         cause = f"it broke off: {str(error).splitlines()[0]}" if "Consistency check" in str(error) else _cause(error)
         raise DownloadError(f"{page} could not be fetched: {cause}; try again") from error
-    except Exception as error:  # its HTTP library's own, HFValidationError
+    except Exception as error:  # of its HTTP library, HFValidationError
         raise DownloadError(f"{page} could not be fetched: {_cause(error)}; try again") from error
 
 
@@ -204,7 +207,7 @@ def _cause(error: Exception) -> str:
 
 def _unreachable(repository: str) -> str:
     if is_offline():
-        return f"{PREFIX}{repository} is not in data/downloads, and HF_HUB_OFFLINE forbids to fetch it: pull it once online"
+        return f"{PREFIX}{repository} is not in data/downloads, and HF_HUB_OFFLINE forbids the download: pull it once online"
     where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return f"{PREFIX}{repository}: {where} could not be reached; check the network, or set HF_ENDPOINT to a mirror"
 
@@ -235,7 +238,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _licence(card: Path) -> str | None:
-    """The model card's own word: `license` in the lines between two `---`; of `other`, `license_name`."""
+    """Returns `license` in the metadata of a model card, between two `---`; for `other`, `license_name`."""
     if not card.is_file() or card.stat().st_size > MAX_CONFIG:
         return None
     _, dashes, text = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
@@ -249,8 +252,8 @@ def _licence(card: Path) -> str | None:
     return str(said.get("license_name", "other") if said["license"].lower() == "other" else said["license"])
 
 
-def _progress_bar(progress: DownloadProgress | None) -> Any:
-    """A class of tqdm's interface that calls `progress`; huggingface_hub makes one for each file."""
+def _progress_bar(progress: DownloadProgress) -> Any:
+    """Returns a class with the interface of tqdm that calls `progress`; huggingface_hub makes an instance per file."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):
@@ -260,7 +263,6 @@ def _progress_bar(progress: DownloadProgress | None) -> Any:
 
         def update(self, n: float | None = 1) -> None:
             self.done += int(n or 0)
-            if progress is not None:
-                progress(self.done, self.whole)
+            progress(self.done, self.whole)
 
     return Bar

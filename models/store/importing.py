@@ -19,17 +19,17 @@ from models.errors import ArchitectureNotFound, DatasetError, WeightsError
 from models.files.class_names import complaint, read_classes
 from models.files.weights_file import listed
 from models.files.zip_file import open_archive
+from models.progress import DownloadProgress, silent
 from models.store import bundle, torchserve
 from models.store import checkpoint_fit as fitting
 from models.store.checkpoint_fit import Choices
 from models.store.checkpoints import Checkpoint, heads, read_checkpoint
 from models.store.checkpoints.content import CLASS_KEYS, described
-from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 
-__all__ = ["Choices", "fit", "import_model", "import_weights", "read_classes", "read_state"]
+__all__ = ["Choices", "fit", "import_model", "read_classes", "read_state"]
 
-STEPS = 3  # read, fit, store: of each the bytes are not known, and VGG takes seconds for each
+STEPS = 3  # read, fit, store; VGG takes seconds for each
 ONE_OUTPUT = ("no", "yes")
 
 
@@ -40,57 +40,39 @@ def import_model(
     architecture: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     choices: Choices | None = None,
     notes: list[str] | None = None,
 ) -> ModelConfig:
-    """Publishes what lies at `path` as the next version of `name`. A version that another Imago exported names itself and its architecture.
+    """Publishes the file at `path` as the next version of `name`.
 
-    `notes` gets a line for each thing that was understood, assumed (`warning: ...`) or skipped.
+    A version that another Imago exported contains its name, architecture and classes. Any other checkpoint gets the architecture's own
+    preprocessing; the number of classes, and of channels unless given, is that of the weights, and classes without names are
+    `class_0`, `class_1` ... `notes` gets a line for each thing that was recognised, assumed (`warning: ...`) or skipped.
     Raises WeightsError, ArchitectureNotFound, InvalidName.
     """
-    if bundle.is_bundle(_members(path)):
+    members = _members(path)
+    if bundle.is_bundle(members):
         if architecture or classes or channels or choices:
             raise WeightsError(f"{path} holds a whole version: its architecture and classes cannot be changed")
         return bundle.import_bundle(path, store, name, progress)
     if name is None:
         raise WeightsError(f"{path} names no model: give it one with --name")
-    return import_weights(path, store, name, architecture, classes, channels, progress, choices, notes)
-
-
-def import_weights(
-    path: Path,
-    store: ModelStore,
-    name: str,
-    architecture: str | None = None,
-    classes: Sequence[str] | None = None,
-    channels: int | None = None,
-    progress: DownloadProgress | None = None,
-    choices: Choices | None = None,
-    notes: list[str] | None = None,
-) -> ModelConfig:
-    """Publishes a checkpoint as the next version of model `name`, with the architecture's own preprocessing.
-
-    The number of classes, and of channels unless given, is read off the weights; classes without names are `class_0`, `class_1` ...
-    Raises WeightsError, ArchitectureNotFound, InvalidName.
-    """
-    report = progress or (lambda done, total: None)
     notes = [] if notes is None else notes
-    report(0, STEPS)
-    checkpoint = read(path)
+    progress(0, STEPS)
+    checkpoint = _read(path, members)
     notes.append(f"format: {checkpoint.form}")
     architecture = architecture or _named(checkpoint, notes)
-    report(1, STEPS)
-    choices = choices or Choices()
+    progress(1, STEPS)
     count = len(classes) if classes is not None else next((len(c.names) for c in checkpoint.classes if c.is_sure), None)
-    network = _fitted(architecture, checkpoint, channels, replace(choices, count=count), notes)
+    network = _fitted(architecture, checkpoint, channels, replace(choices or Choices(), count=count), notes)
     if checkpoint.others:
         notes.append(f"skipped, no tensors: {described(checkpoint.others)}")
     names = _classes(checkpoint, network, classes, notes)
     notes.append(_assumed(network, architecture, len(names)))
-    report(2, STEPS)
+    progress(2, STEPS)
     ref = store.put_backbone(architecture, network.backbone, network.preprocessing)
-    report(3, STEPS)
+    progress(3, STEPS)
     lineage = {"source": Path(path).name, "architecture": architecture} | checkpoint.lineage
     return store.publish(name, [ref], Head.of(network.layer), names, lineage=lineage)
 
@@ -114,7 +96,7 @@ def _fitted(
 
 
 def _assumed(network: Network, architecture: str, count: int) -> str:
-    """What a checkpoint does not say: how its pixels are prepared, and that its classes exclude each other."""
+    """Returns a note of what a checkpoint does not contain: the preprocessing, and that its classes exclude each other."""
     shape = network.preprocessing
     mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (shape.mean, shape.std))
     return (
@@ -124,7 +106,7 @@ def _assumed(network: Network, architecture: str, count: int) -> str:
 
 
 def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
-    """The architecture that the file names. Raises WeightsError where it names none that is known, with those that the weights fit."""
+    """Returns the architecture that the file names. Raises WeightsError with the architectures that fit where it names no known one."""
     for name in checkpoint.architectures:
         try:
             architectures.preprocessing_of(name)
@@ -138,7 +120,7 @@ def _named(checkpoint: Checkpoint, notes: list[str]) -> str:
 
 
 def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | None, notes: list[str]) -> list[str]:
-    """The names of the classes: those given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
+    """Returns the class names that are given, those in the file, or numbers. A network of one output gets two. Raises WeightsError."""
     outputs = Head.of(network.layer).num_classes
     if outputs > MAX_CLASSES:
         raise WeightsError(
@@ -174,7 +156,7 @@ def _classes(checkpoint: Checkpoint, network: Network, given: Sequence[str] | No
 
 
 def _from_file(checkpoint: Checkpoint, count: int, what: str) -> tuple[list[str], str]:
-    """The class names in the file, and where they are; none where it has none. Raises WeightsError where their number is another."""
+    """Returns the class names in the file and their key, empty where it has none. Raises WeightsError for a wrong number of them."""
     for names in checkpoint.classes:
         if len(names.names) == count:
             return names.names, repr(names.key)
@@ -192,25 +174,25 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def fit(architecture: str, state: Mapping[str, Tensor], channels: int | None, source: str) -> Network:
-    """The architecture with these weights, cut in two. Raises WeightsError that lists all that does not fit."""
+    """Returns the architecture with these weights, cut in two. Raises WeightsError that lists everything that does not fit."""
     return fitting.fit(architecture, fitting.of_state(state, source), channels)
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file or an archive. Raises WeightsError that says why it is refused."""
-    if torchserve.is_archive(_members(path)):
+def _read(path: Path, members: list[str]) -> Checkpoint:
+    """Returns the checkpoint in a file, or in an archive with these members. Raises WeightsError."""
+    if torchserve.is_archive(members):
         with bundle.opened(path) as archive:
             return torchserve.read_archive(archive, path)
     return read_checkpoint(path)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by the keys of the file. Raises WeightsError that says why a file is refused."""
+    """Returns the tensors of a state dict by the keys of the file. Raises WeightsError."""
     return read_checkpoint(path).state
 
 
 def _members(path: Path) -> list[str]:
-    """The names in a zip; none where it is no zip. Raises WeightsError for a damaged or hostile one."""
+    """Returns the names in a zip, none for another file. Raises WeightsError for a damaged or hostile zip."""
     try:
         with open_archive(path) as archive:
             return archive.names

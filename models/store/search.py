@@ -1,4 +1,4 @@
-"""Architectures by a pattern: parameters, input size, licence, and whether weights are at hand."""
+"""The search for architectures by pattern: parameters, input size, licence, and the source of weights."""
 
 import difflib
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ WeightsSource = Literal["packaged", "stored", "published", "none"]
 
 @dataclass(frozen=True)
 class ArchitectureInfo:
-    """An architecture. `licence`: of the weights that `imago models pull NAME` fetches; None is unknown.
+    """An architecture. `licence`: that of the weights that `imago models pull NAME` downloads; None if unknown.
 
-    `weights`: in an installed package, in the store, published by torchvision or on the Hub, or nowhere.
+    `weights`: from an installed package, in the store, published by torchvision or on the Hub, or none.
     """
 
     name: str
@@ -32,14 +32,15 @@ class ArchitectureInfo:
     weights: WeightsSource
 
     def row(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them."""
         return asdict(self)
 
 
 def search(pattern: str) -> list[str]:
-    """The names that a shell pattern finds anywhere in them, timm's with `timm/` before them. Upper and lower case are the same.
+    """Returns the names that contain a shell pattern, case-insensitively; those of timm begin with `timm/`.
 
-    Names of weights (`timm/<network>.<tag>`) are looked through where the pattern has a dot, or finds no network.
-    Raises ArchitectureNotFound with the nearest names where it finds nothing.
+    A pattern with a dot, or without a match, is also searched in the names of weights (`timm/<network>.<tag>`).
+    Raises ArchitectureNotFound with the nearest names where nothing matches.
     """
     wanted = f"*{pattern.lower().strip('*')}*"
     names = [*architectures.names(), *timm_networks.names()]
@@ -55,7 +56,7 @@ def search(pattern: str) -> list[str]:
 
 
 def describe(names: Sequence[str], store: ModelStore) -> list[ArchitectureInfo]:
-    """Each is built without memory, which takes up to half a second: pass only those that are shown."""
+    """Describes architectures. Each takes up to half a second, so pass only those that are shown."""
     stored = _stored(store)
     return [_describe(name, stored) for name in names]
 
@@ -73,7 +74,7 @@ def _describe(name: str, stored: set[str]) -> ArchitectureInfo:
 
 
 def _published(name: str) -> tuple[str | None, bool]:
-    """The licence of the published weights, and whether there are any."""
+    """Returns the licence of the published weights, and whether there are any."""
     if is_timm(name):
         record = timm_networks.config(parse(name)) or {}
         return record.get("license"), bool(record.get("hf_hub_id"))
@@ -82,7 +83,7 @@ def _published(name: str) -> tuple[str | None, bool]:
 
 
 def _stored(store: ModelStore) -> set[str]:
-    """Architectures of which the store has a model; of timm's weights also under the name they were pulled by."""
+    """Returns the architectures of the models in the store; for weights of timm also the name with their tag."""
     found = set()
     for name in store.names():
         try:

@@ -1,12 +1,11 @@
-"""The model store: backbones once by hash, model versions beside them, and the record of which version is served.
+"""The model store: backbones by hash, model versions, and the record of which version is served.
 
     weights/backbones/<architecture>-<sha8>/   model.safetensors, config.json (BackboneRef)
     weights/models/<name>/<version>/           head.safetensors, config.json (ModelConfig), reference-<hash>.safetensors
     weights/serving.json                       Serving; before the first change of it, weights/shipped.json
 
-Nothing that is published is ever modified: files are written in a temporary folder, and one rename publishes it. Writers, in
-however many processes, take turns at `weights/.lock`; readers need no lock. A read-only folder can be served: every method that
-writes raises ReadOnlyStore there.
+Published files are never modified: they are written to a temporary folder, and one rename publishes it. Writers of all processes
+share the lock `weights/.lock`; readers need no lock. A read-only folder can be served: methods that write raise ReadOnlyStore.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ SERVING, SHIPPED = "serving.json", "shipped.json"
 
 
 class Serving(Record):
-    """Which version of which model is served, what it replaced, and which model answers when none is named."""
+    """The served version of each model, the version before it, and the default model of requests that name none."""
 
     default: ModelName | None = None
     models: dict[ModelName, VersionNumber] = Field(default_factory=dict)
@@ -41,7 +40,7 @@ class Serving(Record):
 
 
 class ModelStore:
-    """The weights folder. Methods raise InvalidName for a name that NAME_PATTERN refuses, before it touches a path."""
+    """The weights folder. Methods raise InvalidName for a name that does not match NAME_PATTERN, before they use it in a path."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -52,27 +51,25 @@ class ModelStore:
     # Reading
 
     def names(self) -> list[str]:
-        """Every model with at least one version, damaged ones included: `config` says what ails them."""
+        """Returns every model with at least one version, also damaged ones, for which `config` raises."""
         entries = sorted(entry.name for entry in self.models.iterdir()) if self.models.is_dir() else []
         return [name for name in entries if re.fullmatch(NAME_PATTERN, name) and self.versions(name)]
 
     def versions(self, name: str) -> list[int]:
-        """Ascending; empty when there is no such model."""
+        """Returns the versions in ascending order, none for an unknown model."""
         return [version for version in self._numbers(name) if (self._folder(name, version) / CONFIG).exists()]
 
-    def newest(self, name: str, wanted: Callable[[ModelConfig], bool]) -> ModelConfig | None:
-        """The latest version whose configuration is readable and wanted; its weights may be damaged."""
+    def newest_sound(self, name: str, is_wanted: Callable[[ModelConfig], bool]) -> ModelConfig | None:
+        """Returns the latest wanted version whose record can be read, if its weights are sound too; reads them all."""
         for version in reversed(self.versions(name)):
-            try:
+            with suppress(WeightsError):
                 config = self.config(name, version)
-            except WeightsError:
-                continue
-            if wanted(config):
-                return config
+                if is_wanted(config):
+                    return config if self.is_sound(config) else None
         return None
 
     def config(self, name: str, version: int | None = None) -> ModelConfig:
-        """A version's configuration, the latest by default. Raises ModelNotFound, or WeightsError when this one is damaged."""
+        """Returns the configuration of a version, by default of the latest. Raises ModelNotFound, and WeightsError when it is damaged."""
         version = self._find(name, version)
         path = self._folder(name, version) / CONFIG
         config = read_record(path, ModelConfig)
@@ -81,15 +78,15 @@ class ModelStore:
         return config
 
     def has_hash(self, config: ModelConfig) -> bool:
-        """Returns whether the version's record carries its hash, so that an edit of it is noticed."""
+        """Returns whether the record of the version contains its hash, so that an edit is detected."""
         return has_hash(self._folder(config.name, config.version) / CONFIG)
 
     def load_backbone(self, ref: BackboneRef) -> Backbone:
-        """A network ready to use: hash verified, float32, eval mode, on the CPU, no gradients."""
+        """Loads a backbone: hash verified, float32, eval mode, on the CPU, no gradients. Raises WeightsError."""
         return self.backbones.load(ref)
 
     def load_head(self, config: ModelConfig) -> Head:
-        """The version's head: hash verified, float32, eval mode, on the CPU, no gradients."""
+        """Loads the head of a version: hash verified, float32, eval mode, on the CPU, no gradients. Raises WeightsError."""
         path = self.head_file(config)
         with torch.device("meta"):
             head = Head(config.head, len(config.classes))
@@ -97,31 +94,31 @@ class ModelStore:
         return head.eval().requires_grad_(False)
 
     def load(self, name: str, version: int | None = None) -> Classifier:
-        """A whole classifier. Raises ModelNotFound, or WeightsError that names the damaged file."""
+        """Loads a classifier. Raises ModelNotFound, and WeightsError that names the damaged file."""
         config = self.config(name, version)
         head = self.load_head(config)
         loaded = {ref: self.load_backbone(ref) for ref in config.backbones}
         return Classifier(config, tuple(loaded[ref] for ref in config.backbones), head)
 
     def load_reference(self, config: ModelConfig) -> Reference | None:
-        """What the version keeps of its data; None where it keeps nothing. Raises WeightsError when the file is damaged."""
+        """Loads the reference data of a version; None where it has none. Raises WeightsError when the file is damaged."""
         found = [path for path in self._folder(config.name, config.version).glob(REFERENCES) if path.is_file()]
         return read_reference(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
     def head_file(self, config: ModelConfig) -> Path:
-        """The weights of the version's head."""
+        """Returns the path of the weights of the version's head."""
         return self._folder(config.name, config.version) / HEAD
 
     def backbone_size(self, ref: BackboneRef) -> int:
-        """Bytes on disk."""
+        """Returns the bytes on disk. Raises WeightsError where the file is missing."""
         return self.backbones.size(ref)
 
     def is_sound(self, config: ModelConfig) -> bool:
-        """Whether every file of this version is there and has the hash it should have; reads them all."""
+        """Returns whether every file of the version is there and has its hash; reads them all."""
         return self.head_is_sound(config) and all(map(self.backbones.is_sound, config.backbones))
 
     def head_is_sound(self, config: ModelConfig) -> bool:
-        """The same of the version's own weights alone."""
+        """Returns whether the head of the version is there and has its hash."""
         return weights_file.has_hash(self.head_file(config), config.head_sha256)
 
     # Publishing
@@ -133,10 +130,10 @@ class ModelStore:
         preprocessing: Preprocessing,
         half: bool = False,
     ) -> BackboneRef:
-        """Stores a backbone under the hash of its weights; where it is already, nothing is written.
+        """Stores a backbone by the hash of its weights, unless it is there already.
 
-        `weights` is the module, or its state dict; it must fit the architecture (WeightsError). `half` stores matrices and
-        kernels as float16. A backbone on which no version stands is swept by a later `remove`, so publish within the hour.
+        `weights`: the module or its state dict. `half` stores matrices and kernels as float16. `remove` deletes backbones that no
+        version has used for an hour. Raises WeightsError where the weights do not fit the architecture.
         """
         return self.backbones.put(architecture, weights, preprocessing, half)
 
@@ -150,9 +147,9 @@ class ModelStore:
         lineage: Mapping[str, Any] | None = None,
         reference: Reference | None = None,
     ) -> ModelConfig:
-        """Publishes the next version of a model, atomically; it is served once it is activated.
+        """Publishes the next version of a model atomically. `activate` serves it. Raises InvalidName, WeightsError.
 
-        Whoever publishes at the same moment, in this process or another, gets a version of their own.
+        Concurrent publications, also in other processes, get different versions.
         """
         _check_name(name)
         if len(classes) != head.num_classes:
@@ -174,7 +171,7 @@ class ModelStore:
         return self._publish(config, data, reference)
 
     def put_reference(self, config: ModelConfig, reference: Reference) -> None:
-        """Gives a version that is published already another reference: the one thing in its folder that may be replaced."""
+        """Replaces the reference data of a published version, the only file of it that may change."""
         folder = self._folder(config.name, config.version)
         name, data = to_file(reference)
         with self._locked():
@@ -203,15 +200,14 @@ class ModelStore:
     # Serving
 
     def serving(self) -> Serving:
-        """What is served: until anything is recorded, what the folder was shipped with; nothing in a new store. Raises WeightsError when
-        the record is damaged."""
+        """Returns the serving record, at first that of the shipped folder; empty in a new store. Raises WeightsError when it is damaged."""
         for path in (self.root / SERVING, self.root / SHIPPED):
             if path.exists():
                 return read_record(path, Serving)
         return Serving()
 
     def activate(self, name: str, version: int) -> Serving:
-        """Serves this version from the next sync on, and remembers the one it replaces. Where none is served, it is the default."""
+        """Serves this version from the next sync on, and records the one before it. The first served model becomes the default."""
         with self._locked():
             self.config(name, version)
             serving = self.serving()
@@ -224,35 +220,31 @@ class ModelStore:
             )
 
     def deactivate(self, name: str) -> Serving:
-        """Stops serving a model; its versions stay. Raises NameConflict for the default while others are served."""
+        """Stops serving a model and keeps its versions. Raises NameConflict for the default while others are served."""
         with self._locked():
             return self._forget(name)
 
     def previous(self, name: str) -> int:
-        """The version that was served before this one. Raises ModelNotFound, and NameConflict where there is none."""
+        """Returns the version that was served before this one. Raises ModelNotFound, and NameConflict where there is none."""
         serving = self._require_served(name)
         if name not in serving.previous:
             raise NameConflict(f"model {name!r} has no previous version to roll back to; activate one by its number")
         return serving.previous[name]
 
     def rollback(self, name: str) -> Serving:
-        """Serves again what was served before; a second rollback returns to what is served now."""
+        """Serves the previous version again; a second rollback undoes the first."""
         with self._locked():
             previous = self.previous(name)
             self.config(name, previous)
             serving = self.serving()
             current = serving.models[name]
-            return self._record(
-                default=serving.default,
-                models=serving.models | {name: previous},
-                previous=serving.previous | {name: current},
-            )
+            return self._record(serving.default, serving.models | {name: previous}, serving.previous | {name: current})
 
     def set_default(self, name: str) -> Serving:
-        """The model that answers when a request names none. It must be served."""
+        """Sets the model of requests that name none. Raises ModelNotFound where it is not served."""
         with self._locked():
             serving = self._require_served(name)
-            return self._record(default=name, models=serving.models, previous=serving.previous)
+            return self._record(name, serving.models, serving.previous)
 
     def _record(self, default: str | None, models: dict[str, int], previous: dict[str, int]) -> Serving:
         serving = Serving(default=default, models=models, previous=previous)
@@ -271,22 +263,19 @@ class ModelStore:
         serving = self._require_served(name)
         if serving.default == name and len(serving.models) > 1:
             raise NameConflict(
-                f"{name!r} is the default model: requests that name none would get another model's classes; "
+                f"{name!r} is the default model: requests that name none would get the classes of another model; "
                 f"`imago models default NAME` sets another one first"
             )
-        return self._record(
-            default=None if serving.default == name else serving.default,
-            models=_without(serving.models, name),
-            previous=_without(serving.previous, name),
-        )
+        default = None if serving.default == name else serving.default
+        return self._record(default, _without(serving.models, name), _without(serving.previous, name))
 
     # Removing
 
     def remove(self, name: str, version: int | None = None) -> None:
-        """Removes a version, or the whole model, served or not; then the backbones that nothing stands on any more.
+        """Removes a version, or a whole model even if it is served; then the backbones that no version uses any more.
 
-        Raises NameConflict for a version that is served, and for the default model while others are. A version's number is not given
-        again while the model exists.
+        Raises NameConflict for a served version, and for the default model while others are served. The number of a version is not
+        reused while the model exists.
         """
         with self._locked():
             self._find(name, version)
@@ -301,7 +290,7 @@ class ModelStore:
             self._sweep(released)
 
     def sweep(self) -> None:
-        """Removes what killed writers left behind, and backbones put over an hour ago on which no version stands."""
+        """Deletes the leftovers of killed writers, and backbones that no version uses and that were stored over an hour ago."""
         with self._locked():
             atomic_files.sweep(self.root)
             atomic_files.sweep(self.models)
@@ -315,10 +304,10 @@ class ModelStore:
             self._record(serving.default, serving.models, _without(serving.previous, name))
         folder = self._folder(name, version)
         atomic_files.discard(folder)
-        folder.mkdir()  # keeps the number taken: whoever still holds this version in memory never meets a namesake
+        folder.mkdir()  # reserves the number: a process that has this version in memory must not find another under it
 
     def _stood_on(self, name: str, versions: Sequence[int]) -> dict[str, int]:
-        """Keys of the backbones of these versions, with the time (ns) of the last publication among them."""
+        """Returns the keys of the backbones of these versions, with the time (ns) of the last publication among them."""
         released: dict[str, int] = {}
         for version in versions:
             with suppress(WeightsError):
@@ -328,7 +317,7 @@ class ModelStore:
         return released
 
     def _sweep(self, released: Mapping[str, int]) -> None:
-        """Backbones may go only when every version's configuration can be read: a damaged one may stand on any of them."""
+        """Deletes unused backbones if every configuration can be read: a version with a damaged one may use any of them."""
         try:
             configs = [self.config(name, version) for name in self.names() for version in self.versions(name)]
         except WeightsError:
@@ -343,7 +332,7 @@ class ModelStore:
             yield
 
     def check_writable(self) -> None:
-        """Tries to write. Raises ReadOnlyStore, so that nobody trains or loads for what could not be stored."""
+        """Tries to write before long work whose result must be stored. Raises ReadOnlyStore."""
         with self._locked():
             for folder in (self.root, self.models, self.backbones.root):
                 if folder.is_dir():
@@ -360,7 +349,7 @@ class ModelStore:
         return version
 
     def _numbers(self, name: str) -> list[int]:
-        """Every version number ever given, removed ones included, ascending."""
+        """Returns every version number that was ever used, also of removed versions, in ascending order."""
         _check_name(name)
         folder = self.models / name
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hub's format -> model versions in the store.
+"""Checkpoints in the format of the Hub -> model versions in the store.
 
 config.json --plan--> architecture with its options, preprocessing, class names
 model.safetensors --fit--> the network, cut --> backbone and head in the store, licence and origin in the lineage
@@ -19,24 +19,25 @@ from models.architectures import timm_networks
 from models.architectures.timm_names import RESERVED, TimmName, checked
 from models.classifier import Head, ModelConfig
 from models.errors import WeightsError
+from models.files.weights_file import sha256_of
 from models.preprocessing import Preprocessing
+from models.progress import DownloadProgress, silent
 from models.store import hub
-from models.store.download import DownloadProgress, sha256_of
 from models.store.importing import fit, read_state
 from models.store.packaged import imagenet_classes
 from models.store.store import ModelStore
 
-FEATURES = ("features",)  # the one class of weights that come without a classifier
+FEATURES = ("features",)  # the only class of weights without a classifier
 IMAGENET = re.compile(r"in1k|in12k|in2[12]k")  # in the tag of weights
 
 
 @dataclass(frozen=True)
 class HubConfigPlan:
-    """What a config.json asks for."""
+    """The network and preprocessing of a config.json."""
 
     name: TimmName
     preprocessing: Preprocessing
-    config: Mapping[str, Any]  # `pretrained_cfg`, with what stands beside it
+    config: Mapping[str, Any]  # `pretrained_cfg`, with the entries beside it
 
     @property
     def architecture(self) -> str:
@@ -47,10 +48,10 @@ def pull_timm(
     architecture: str,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     as_name: str | None = None,
 ) -> ModelConfig:
-    """Publishes the weights that timm knows of under a name, by default the first. Raises as `pull_repository`."""
+    """Publishes the weights that timm lists under a name, by default the first. Raises as `pull_repository`."""
     name = published(architecture)
     record = timm_networks.config(name) or {}
     known = {"architecture": name.network, "pretrained_cfg": record}
@@ -58,7 +59,7 @@ def pull_timm(
 
 
 def published(architecture: str) -> TimmName:
-    """The name with its tag. Raises ArchitectureNotFound, or WeightsError where the Hub has no such weights."""
+    """Returns the name with its tag. Raises ArchitectureNotFound, and WeightsError where the Hub has no such weights."""
     name = timm_networks.find(architecture)
     if name.options:
         raise WeightsError(f"{architecture} names options, and weights are published without: pull timm/{name.tagged}")
@@ -86,10 +87,10 @@ def pull_repository(
     repository: str,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None = None,
+    progress: DownloadProgress = silent,
     as_name: str | None = None,
 ) -> ModelConfig:
-    """Publishes `hf-hub:<user>/<repository>[@<revision>]`. Where the store has this commit of it, sound, nothing is downloaded.
+    """Publishes `hf-hub:<user>/<repository>[@<revision>]`. A commit that the store has, sound, is not downloaded again.
 
     Raises DownloadError, WeightsError, ArchitectureNotFound, InvalidName.
     """
@@ -98,7 +99,7 @@ def pull_repository(
 
 
 def pull_folder(folder: Path, store: ModelStore, as_name: str | None = None) -> ModelConfig:
-    """Publishes a folder in the Hub's format. Raises WeightsError, ArchitectureNotFound, InvalidName."""
+    """Publishes a folder in the format of the Hub. Raises WeightsError, ArchitectureNotFound, InvalidName."""
     checkpoint = hub.read_folder(folder)
     return publish(
         checkpoint, plan(checkpoint.config, str(folder)), store, as_name or model_name(folder.resolve().name)
@@ -106,7 +107,7 @@ def pull_folder(folder: Path, store: ModelStore, as_name: str | None = None) -> 
 
 
 def model_name(source: str) -> str:
-    """A model's name from a repository's or an architecture's: its last part, in lower case, other characters as `-`."""
+    """Returns a model name for a repository or an architecture: its last part in lower case, with `-` for other characters."""
     last = re.sub(r"[^a-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2].lower())
     return last.strip("._-")[:64] or "model"
 
@@ -116,10 +117,10 @@ def _pull(
     known: dict[str, Any] | None,
     store: ModelStore,
     cache: Path,
-    progress: DownloadProgress | None,
+    progress: DownloadProgress,
     name: str,
 ) -> ModelConfig:
-    """`known`: what timm says of these weights, for a repository whose own config.json is of another library."""
+    """Publishes a repository. `known`: the configuration by timm, for a repository whose config.json is of another library."""
     remote = hub.Repository(repository, cache)
     try:
         config, commit = remote.config()
@@ -127,12 +128,10 @@ def _pull(
             config = known
         planned = plan(config, f"{hub.PREFIX}{remote.name}")
         origin = (f"{hub.PREFIX}{remote.name}", commit)
-        existing = store.newest(
+        existing = store.newest_sound(
             name, lambda config: (config.lineage.get("source"), config.lineage.get("revision")) == origin
         )
-        if existing is not None and store.is_sound(existing):
-            return existing
-        return publish(remote.checkpoint(config, commit, progress), planned, store, name)
+        return existing or publish(remote.checkpoint(config, commit, progress), planned, store, name)
     finally:
         remote.close()
 
@@ -141,7 +140,7 @@ def _pull(
 
 
 def plan(config: Mapping[str, Any], source: str) -> HubConfigPlan:
-    """What a config.json says: the newer form, with `pretrained_cfg` inside, or the older one, which is all one. Raises WeightsError."""
+    """Reads a config.json in the newer form, with `pretrained_cfg`, or the older flat one. Raises WeightsError."""
     network = config.get("architecture")
     if not isinstance(network, str):
         raise WeightsError(f"{source} is not a repository of timm's: its config.json names no `architecture`")
@@ -163,7 +162,7 @@ def plan(config: Mapping[str, Any], source: str) -> HubConfigPlan:
 
 
 def _with_input_size(name: TimmName, config: Mapping[str, Any]) -> TimmName:
-    """With the option `img_size`, where these weights want another input size than the network has by itself."""
+    """Adds the option `img_size`, where these weights need another input size than the default of the network."""
     if "img_size" in name.options or not config.get("fixed_input_size") or "input_size" not in config:
         return name
     _, height, width = config["input_size"]
@@ -180,7 +179,7 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
 
 
 def class_names(config: Mapping[str, Any], count: int, is_imagenet: bool) -> Sequence[str]:
-    """Of `count` classes: the config's own, with its descriptions; else those of the ImageNet of this size; else `class_0` ..."""
+    """Returns the `count` class names of the config with its descriptions, else those of the ImageNet of this size, else `class_0` ..."""
     labels, described = config.get("label_names"), config.get("label_descriptions") or {}
     if isinstance(labels, Mapping):
         labels = [labels.get(str(index), f"class_{index}") for index in range(count)]
@@ -200,7 +199,7 @@ def class_names(config: Mapping[str, Any], count: int, is_imagenet: bool) -> Seq
 
 
 def publish(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, store: ModelStore, name: str) -> ModelConfig:
-    """The next version of `name`. Weights without a classifier get one class, `features`, so that they serve `/embed` and training."""
+    """Publishes the next version of `name`. Weights without a classifier get one class, `features`, for `/embed` and training."""
     architecture, source = planned.architecture, checkpoint.source
     read = read_state(checkpoint.weights)
     state = _without_offset(timm_networks.renamed(read, architecture) or read, planned)
@@ -216,6 +215,7 @@ def publish(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, store: ModelS
 
 
 def _lineage(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, has_classifier: bool) -> dict[str, Any]:
+    licence = planned.config.get("license")
     return {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -223,17 +223,13 @@ def _lineage(checkpoint: hub.HubCheckpoint, planned: HubConfigPlan, has_classifi
         "weights": planned.config.get("tag"),
         "architecture": planned.architecture,
         "timm": version("timm"),
-        "licence": checkpoint.licence or _text(planned.config.get("license")),
+        "licence": checkpoint.licence or (licence if isinstance(licence, str) else None),
         "features_only": not has_classifier,
     }
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
 def _without_offset(state: dict[str, Tensor], planned: HubConfigPlan) -> dict[str, Tensor]:
-    """Without the background class, which a few old weights have before the 1,000."""
+    """Removes the background class that a few old weights have before the 1,000."""
     offset, count = planned.config.get("label_offset"), planned.config.get("num_classes")
     if not isinstance(offset, int) or not isinstance(count, int) or offset < 1:
         return state
@@ -245,7 +241,7 @@ def _without_offset(state: dict[str, Tensor], planned: HubConfigPlan) -> dict[st
 
 
 def _empty_classifier(architecture: str) -> dict[str, Tensor]:
-    """One class whose score is always zero, by the keys of the uncut network."""
+    """Returns a classifier with one class whose score is always zero, by the keys of the uncut network."""
     outline: nn.Module = architectures.outline(architecture, num_classes=1)
     keys = [f"{place}." for place in timm_networks.classifiers(outline)]
     return {

@@ -1,4 +1,4 @@
-"""TorchServe's archives: a `.mar` is a zip with the weights, the class names, and code, of which nothing is executed."""
+"""TorchServe archives: a `.mar` is a zip with weights, class names and code. The code is never executed."""
 
 import json
 from dataclasses import replace
@@ -17,12 +17,12 @@ MAX_WEIGHTS = 16 * 2**30
 
 
 def is_archive(names: list[str]) -> bool:
-    """True for the members of a TorchServe archive."""
+    """Returns whether these members are those of a TorchServe archive."""
     return any(name == MANIFEST or name.endswith(f"/{MANIFEST}") for name in names)
 
 
 def read_archive(archive: Archive, path: Path) -> Checkpoint:
-    """The weights and class names of an open archive. Raises WeightsError, also for one that holds code only."""
+    """Reads the weights and class names of an open archive. Raises WeightsError, also for one that contains only code."""
     root = min((name for name in archive.names if is_archive([name])), key=len).removesuffix(MANIFEST)
     model = _model(archive, root, path)
     weights = _weights(archive.names, root, model, path)
@@ -36,7 +36,7 @@ def read_archive(archive: Archive, path: Path) -> Checkpoint:
 
 
 def _weights(names: list[str], root: str, model: dict[str, Any], path: Path) -> str:
-    """The member with the weights: by the manifest's path, or by the name alone, as torch-model-archiver packs it."""
+    """Returns the member with the weights, by its path in the manifest or by its name only, as torch-model-archiver packs it."""
     file = model.get("serializedFile")
     if isinstance(file, str):
         for name in (root + file, root + PurePosixPath(file).name):
@@ -54,12 +54,9 @@ def _weights(names: list[str], root: str, model: dict[str, Any], path: Path) -> 
 
 def _model(archive: Archive, root: str, path: Path) -> dict[str, Any]:
     try:
-        model = json.loads(read_member(archive, root + MANIFEST, MAX_TEXT, path))["model"]
+        return dict(json.loads(read_member(archive, root + MANIFEST, MAX_TEXT, path))["model"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(f"{path.name} is damaged: its {MANIFEST} describes no model") from error
-    if not isinstance(model, dict):
-        raise WeightsError(f"{path.name} is damaged: its {MANIFEST} describes no model")
-    return model
 
 
 def _described(model: dict[str, Any]) -> dict[str, str]:

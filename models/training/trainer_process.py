@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -209,7 +210,7 @@ def _get_ready() -> None:
     """Import what a run needs; if no job is waiting, also what only some runs need, which takes seconds."""
     modules = ["models.training.run", "models.training.dry_run"]
     if not select.select([STDIN], [], [], 0)[0]:
-        modules += ["torchvision.models", "tensorboardX"]
+        modules += ["torchvision.models", *filter(find_spec, ["tensorboardX"])]
     for module in modules:
         importlib.import_module(module)
 

@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
         return self.transport is not None and not self.transport.is_closing()
 
     async def exchange(self, head: bytes, body: bytes) -> int:
-        """Sends a request and waits for the whole answer. Returns its status; raises ConnectionError if the server closes the connection."""
+        """Sends a request and waits for the whole answer. Returns its status; ConnectionError if the server hangs up."""
         if self.transport is None:
             raise RuntimeError("exchange on a connection that was never made")
         self.answer = asyncio.get_running_loop().create_future()

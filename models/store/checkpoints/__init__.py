@@ -1,10 +1,10 @@
-"""Anyone's weights file -> the tensors of a state dict, by content and never by suffix. Nothing in a file is executed.
+"""A weights file of any origin -> the tensors of a state dict. The content decides, not the suffix; no code in a file is executed.
 
-foreign_files   files that hold no state dict: what each is
-torch_files     torch.save's three forms, over `pickled`, which calls nothing
-content         dictionaries in each other -> tensors, class names, the architecture's name
-reparametrised  weights that are kept in parts, put together
-matching        the keys that a training script gave the tensors -> the keys of the network; `heads`: its last layers
+foreign_files   files without a state dict, and their formats
+torch_files     the three forms of torch.save, with `pickled`, which calls no function of a file
+content         nested dictionaries -> tensors, class names, the name of the architecture
+reparametrised  weights that are stored in parts
+matching        keys in the file -> keys of the network; `heads`: its last layers
 """
 
 import io
@@ -13,6 +13,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ __all__ = ["Checkpoint", "ClassList", "read_bytes", "read_checkpoint"]
 TO_STATE_DICT = """{source} {reason}. If you trust its maker, two lines turn it into a state dict, where it was trained:
     model = {load}
     torch.save(model.state_dict(), {target!r})"""
-# What torch, bitsandbytes and GPTQ keep beside quantised weights.
+# Keys of torch, bitsandbytes and GPTQ beside quantised weights.
 QUANTISED = re.compile(
     r"_packed_params|_fake_quant|activation_post_process|quant_state|(^|\.)(SCB|weight_format|qweight|qzeros)$|\.(absmax|quant_map)$"
 )
@@ -54,14 +55,14 @@ UNKNOWN = "it is damaged, truncated, or not a file of torch.save or safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors by the keys of the file, and what it says beside them. Values of torch's files are read by `load`."""
+    """The tensors by the keys of the file, and its metadata. `load` reads the values of files of torch.save."""
 
     source: str
     form: str
     tensors: Mapping[str, Any]
     wrappers: tuple[str, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
-    broken: Mapping[str, str] = field(default_factory=dict)  # tensors without plain values, and why
+    broken: Mapping[str, str] = field(default_factory=dict)  # key of a tensor without plain values -> the reason
     classes: tuple[ClassList, ...] = ()
     architectures: tuple[str, ...] = ()
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -69,24 +70,22 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor."""
+        """The shape of every tensor."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
 
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
-        """`{name: key of the file}` -> the tensors by these names, floats as float32. Raises WeightsError."""
+        """Reads the tensors of `{name: key of the file}` by these names, floats as float32. Raises WeightsError."""
         chosen = {name: self.tensors[key] for name, key in keys.items()}
-        values = iter(self._read([part for tensor in chosen.values() for part in parts_of(tensor)]))
+        parts = [part for tensor in chosen.values() for part in parts_of(tensor)]
+        if self.file is not None:
+            loaded = self.file.load(parts, self.source)
+            parts = [tensor.float() if tensor.is_floating_point() else tensor for tensor in loaded]
+        values = iter(parts)
         return {name: whole_of(tensor, [next(values) for _ in parts_of(tensor)]) for name, tensor in chosen.items()}
-
-    def _read(self, chosen: list[Any]) -> list[Tensor]:
-        if self.file is None:
-            return chosen
-        loaded = self.file.load({str(number): tensor for number, tensor in enumerate(chosen)}, self.source).values()
-        return [tensor.float() if tensor.is_floating_point() else tensor for tensor in loaded]
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors of one state dict, by its own keys: of several the average that training scripts evaluate."""
+        """The tensors of one state dict by its own keys; of several, the average that training scripts evaluate. Raises WeightsError."""
         best = max(self.wrappers, key=rank, default="")
         inside = f"{best}." if best else ""
         state = self.load({key.removeprefix(inside): key for key in self.tensors if key.startswith(inside)})
@@ -94,13 +93,13 @@ class Checkpoint:
         return state
 
     def precisions(self, keys: Mapping[str, str]) -> list[str]:
-        """Of these tensors, where it is not float32: they are converted."""
+        """Returns the floating-point dtypes of these tensors that are converted to float32."""
         at = [self.tensors[key] for key in keys.values()]
         kinds = {str(_dtype(tensor)).removeprefix("torch.") for tensor in at}
         return sorted(kinds & {"float16", "bfloat16", "float64"})
 
     def reparametrised(self, keys: Mapping[str, str]) -> dict[str, str]:
-        """Of these tensors those that the file has in parts, by their keys: `weight norm` and the like."""
+        """Returns which of these tensors the file has in parts: {key: `weight norm` ...}."""
         at = {key: self.tensors[key] for key in keys.values()}
         return {key: tensor.form.name for key, tensor in at.items() if isinstance(tensor, InParts)}
 
@@ -113,16 +112,16 @@ def _dtype(at: Any) -> torch.dtype | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A file of torch.save or safetensors. Raises WeightsError that says why it is refused."""
+    """Reads a file of torch.save or safetensors. Raises WeightsError with the reason of a refusal."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} is missing, or not a file")
-    return _read(torch_files.from_path(path), str(path))
+    return _read(lambda: path.open("rb"), str(path))
 
 
 def read_bytes(data: bytes, source: str) -> Checkpoint:
-    """The same of bytes. `source` is for messages."""
-    return _read(torch_files.from_bytes(data), source)
+    """Reads the bytes of such a file. `source` is for messages. Raises WeightsError."""
+    return _read(lambda: nullcontext(io.BytesIO(data)), source)
 
 
 def _read(opened: Open, source: str) -> Checkpoint:
@@ -144,7 +143,7 @@ def _read(opened: Open, source: str) -> Checkpoint:
 
 
 def _torch_file(opened: Open, start: bytes, size: int, source: str) -> TorchFile:
-    """Raises WeightsError for what is another file, and whatever a damaged one provokes."""
+    """Reads a file of torch.save. Raises WeightsError for another format, and any of DAMAGE for a damaged file."""
     if start.startswith(b"PK\x03\x04"):
         with opened() as file:
             what, remedy = foreign_files.named_zip(file) or ("cut", "")
@@ -187,7 +186,7 @@ def _understood(file: TorchFile, source: str) -> Checkpoint:
 
 
 def _check(content: Content, value: Any, source: str) -> None:
-    """Raises WeightsError for a file that has no tensors of a network."""
+    """Raises WeightsError for a file without tensors of a network."""
     quantised = [key for key, problem in content.broken.items() if problem == "quantised"]
     _check_floats(content.tensors, [*quantised, *filter(QUANTISED.search, content.others)], source)
     is_part = isinstance(value, dict) and "ds_version" in value and not content.tensors
@@ -218,7 +217,7 @@ def _check(content: Content, value: Any, source: str) -> None:
 
 
 def _check_floats(state: Mapping[str, Any], quantised: list[str], source: str) -> None:
-    """Raises WeightsError for the weights of a network that computes with whole numbers."""
+    """Raises WeightsError for the weights of a quantised network."""
     quantised = quantised + [
         key
         for key, tensor in state.items()
@@ -258,7 +257,7 @@ def _safetensors(opened: Open, source: str) -> Checkpoint:
 
 
 def _json(value: Any) -> Any:
-    """Metadata of safetensors is text only; lists and dictionaries are in it as JSON."""
+    """Parses lists and dictionaries in the metadata of safetensors, which is text only."""
     try:
         return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
     except (ValueError, RecursionError):

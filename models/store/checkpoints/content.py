@@ -1,4 +1,4 @@
-"""Everything a checkpoint holds beside its weights: which entries are tensors, class names, the architecture's name."""
+"""The content of a checkpoint: which entries are tensors, class names, the name of the architecture."""
 
 import itertools
 import re
@@ -20,23 +20,23 @@ from models.store.checkpoints.placeholders import (
 )
 from models.store.checkpoints.torch_files import is_strided
 
-MAX_DEPTH = 5  # of wrappers in each other
-MAX_ENTRIES = 200_000  # looked at: dictionaries that refer to each other would be endless
+MAX_DEPTH = 5  # of nested wrappers
+MAX_ENTRIES = 200_000  # dictionaries that contain each other would have no end
 MAX_LIST = 16  # of dictionaries
 MAX_SHOWN = 12
 MAX_KEY = 500  # characters; timm's longest has about 100
 MAX_NAMES = 100_000  # as many classes as a model may have
-# Not the network's: optimizers keep tensors of the same shapes.
+# Not of the network: optimizers have tensors of the same shapes.
 STATE_OF_TRAINING = re.compile(r"optim|sched|scaler|^amp$|^loops$|rng_|random_state", re.IGNORECASE)
 
-# Where training programs keep the names of the classes. The first ones mean nothing else; `names` and those after it might.
+# Keys of class names in checkpoints. CLASS_KEYS have no other meaning, WEAK_KEYS may have one.
 CLASS_KEYS = (
     *("class_to_idx", "class_to_index", "idx_to_class", "index_to_class", "idx_to_classes", "idx2class", "class2idx"),
     *("id2label", "label2id", "idx2label", "idx_to_label", "label_to_idx", "classes", "CLASSES", "class_names"),
     *("classnames", "class_labels", "label_names", "class_list", "classes_"),
 )
 WEAK_KEYS = ("names", "labels", "categories", "label_map", "labels_map", "label_encoder", "vocab")
-ARCHITECTURE_KEYS = (
+ARCHITECTURE_KEYS = [
     "arch",
     "architecture",
     "model_name",
@@ -45,12 +45,12 @@ ARCHITECTURE_KEYS = (
     "backbone_name",
     "model",
     "network",
-)
+]
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """Class names under a key of the file. `is_sure` where the key means class names and nothing else."""
+    """Class names under a key of the file. `is_sure`: the key has no other meaning."""
 
     key: str
     names: list[str]
@@ -59,18 +59,18 @@ class ClassList:
 
 @dataclass
 class Content:
-    """Tensors by the keys of all dictionaries around them, joined by dots; `wrappers` are these dictionaries' own keys."""
+    """Tensors by the keys of all dictionaries around them, joined by dots; `wrappers`: the keys of these dictionaries."""
 
     tensors: dict[str, Any] = field(default_factory=dict)
     wrappers: list[str] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)  # key -> why it is no plain tensor
-    others: dict[str, str] = field(default_factory=dict)  # what lies beside, and the class of it
-    model: tuple[str, str] | None = None  # where a whole pickled model is, and its class
+    broken: dict[str, str] = field(default_factory=dict)  # key -> why it is not a plain tensor
+    others: dict[str, str] = field(default_factory=dict)  # other entries, with their classes
+    model: tuple[str, str] | None = None  # the key of a pickled model, and its class
     entries: int = 0
 
 
 def contents(value: Any) -> Content:
-    """The tensors in what a training script has saved. Raises WeightsError for one without end."""
+    """Collects the tensors of a checkpoint. Raises WeightsError for one with too many entries."""
     content = Content()
     _collect(value, (), content)
     return content
@@ -110,7 +110,7 @@ def _collect(value: Any, path: tuple[str, ...], content: Content) -> None:
             _collect(entry, (*path, key), content)
             new = content.others
             if len(content.tensors) + len(content.broken) == count:
-                # One name for all that is in it, but for foreign classes.
+                # One name for all its entries, except those of unknown classes.
                 new = {k: kind for k, kind in new.items() if kind} or {name: ""}
             before.update(new)
             content.others = before
@@ -127,49 +127,46 @@ def _items(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def is_model(value: Any) -> bool:
-    """True for a pickled nn.Module."""
+    """Returns whether the value is a pickled nn.Module."""
     return isinstance(value, Thing) and isinstance(value.state, dict) and "_modules" in value.state
 
 
 def attribute_with_model(value: Any) -> str | None:
-    """The name under which an object, such as fastai's Learner, holds a pickled nn.Module."""
+    """Returns the attribute of an object, such as the Learner of fastai, that is a pickled nn.Module."""
     state = value.state if isinstance(value, Thing) and isinstance(value.state, dict) else {}
     return next((key for key, entry in state.items() if is_model(entry) and str(key).isidentifier()), None)
 
 
 def kind_of(value: Any) -> str:
-    """The name of a class that the file wants; empty for numbers, text and containers."""
+    """Returns the name of the class of a value; empty for numbers, text and containers."""
     if isinstance(value, Thing | NameAt):
         return value.name[:200]
     return "numpy.ndarray" if isinstance(value, NumpyArrayAt) else ""
 
 
-# What the file says
+# Metadata
 
 
-def _mappings(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Every dictionary and record, outer ones first; not those of tensors."""
+def _mappings(value: Any) -> list[tuple[str, Mapping[Any, Any]]]:
+    """Returns the first 1,000 dictionaries and records with their keys, outer ones first."""
+    return list(itertools.islice(_walk(value), 1000))
+
+
+def _walk(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     found = mapping_of(value)
     if found is None or is_model(value) or depth > MAX_DEPTH:
         return
     yield path, found
     for key, entry in itertools.islice(found.items(), 1000):
         if isinstance(key, str) and not STATE_OF_TRAINING.search(key) and mapping_of(entry):
-            yield from _mappings(entry, f"{path}.{key}" if path else key, depth + 1)
-
-
-def _bounded(value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    for number, entry in enumerate(_mappings(value)):
-        if number >= 1000:
-            return
-        yield entry
+            yield from _walk(entry, f"{path}.{key}" if path else key, depth + 1)
 
 
 def class_lists(value: Any) -> list[ClassList]:
-    """Class names, the surest first."""
+    """Returns the lists of class names, the sure ones first."""
     found = []
-    places = list(_bounded(value))
-    read: dict[int, list[str] | None] = {}  # one value may lie under many keys
+    places = _mappings(value)
+    read: dict[int, list[str] | None] = {}  # one value may be under many keys
     for keys, is_sure in ((CLASS_KEYS, True), (WEAK_KEYS, False)):
         for key in keys:
             for path, mapping in places:
@@ -182,7 +179,7 @@ def class_lists(value: Any) -> list[ClassList]:
 
 
 def _names(value: Any) -> list[str] | None:
-    if isinstance(value, Unordered):  # which class is which, it does not say
+    if isinstance(value, Unordered):  # without the indices of the classes
         return None
     if isinstance(value, NumpyArrayAt) and len(value.data) > MAX_NAMES * 256:
         return None
@@ -191,11 +188,11 @@ def _names(value: Any) -> list[str] | None:
         return None
     if isinstance(content, Mapping) and isinstance(
         content.get("classes_"), NumpyArrayAt
-    ):  # a LabelEncoder of scikit-learn
+    ):  # the LabelEncoder of scikit-learn
         content = plain(content["classes_"])
     if isinstance(content, list | tuple):
         content = [plain(entry) for entry in content]
-        if content and all(isinstance(entry, Mapping) and "name" in entry for entry in content):  # as COCO has them
+        if content and all(isinstance(entry, Mapping) and "name" in entry for entry in content):  # as in COCO
             ordered = sorted(content, key=lambda entry: entry["id"] if isinstance(entry.get("id"), int) else 0)
             content = [entry["name"] for entry in ordered]
         if content and all(isinstance(entry, int | str) and not isinstance(entry, bool) for entry in content):
@@ -211,13 +208,14 @@ def _names(value: Any) -> list[str] | None:
 
 
 def architecture_names(value: Any) -> list[str]:
-    """Texts under the keys that name an architecture."""
-    texts = [mapping.get(key) for key in ARCHITECTURE_KEYS for _, mapping in _bounded(value)]
+    """Returns the texts under the keys that name an architecture."""
+    mappings = _mappings(value)
+    texts = [mapping.get(key) for key in ARCHITECTURE_KEYS for _, mapping in mappings]
     return list(dict.fromkeys(text for text in texts if isinstance(text, str) and 0 < len(text) <= 100))
 
 
 def described(others: Mapping[str, str]) -> str:
-    """`args (argparse.Namespace), epoch` for what is skipped."""
+    """Describes skipped entries: `args (argparse.Namespace), epoch`."""
     shown = [f"{key[:80]} ({kind})" if kind else key[:80] for key, kind in others.items()]
     rest = len(shown) - MAX_SHOWN
     return ", ".join(shown[:MAX_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

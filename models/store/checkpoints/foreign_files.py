@@ -1,4 +1,4 @@
-"""Files that hold no state dict, recognised by their first bytes: what each is, and what to do with it."""
+"""Files without a state dict, recognised by their first bytes: their format, and the remedy."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ IN_PARTS = (
     "it is one part of a model that was trained in several (DeepSpeed, FSDP): join them where it was trained, "
     "as `python zero_to_fp32.py . joined` does for DeepSpeed"
 )
-MAX_NAMES = 10_000  # looked at in a folder
+MAX_NAMES = 10_000  # of a folder that are looked at
 MAX_CONFIG = 2**22  # bytes
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".th", ".pkl", ".tar")
 
@@ -52,7 +52,7 @@ STARTS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def named(start: bytes, size: int) -> str | None:
-    """`it is WHAT: REMEDY` for the first bytes of a file that is none of torch.save or safetensors; None where they say nothing."""
+    """Returns `it is WHAT: REMEDY` for the first bytes of a file that is not of torch.save or safetensors; None if unknown."""
     if size == 0:
         return f"it is empty: {AGAIN}"
     for magic, what, remedy in STARTS:
@@ -93,7 +93,7 @@ def _text(start: bytes) -> str | None:
 
 
 def named_zip(file: BinaryIO) -> tuple[str, str] | None:
-    """("torch", ""), ("script", ""), or ("other", what it is and what to do); None where the zip cannot be read."""
+    """Returns ("torch", ""), ("script", ""), or ("other", description and remedy); None where the zip cannot be read."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -119,7 +119,7 @@ def named_zip(file: BinaryIO) -> tuple[str, str] | None:
 
 
 def named_keys(keys: Iterable[str], source: str) -> str | None:
-    """Whose names the tensors of a file have, where these are not read; None where they say nothing."""
+    """Describes the origin of tensors that are not supported, by their names; None if unknown."""
     if any(TRANSFORMERS_KEY.search(key) for key in keys):
         return f"the names are those of Transformers: {TRANSFORMERS}"
     if SHARD.search(source):
@@ -128,7 +128,7 @@ def named_keys(keys: Iterable[str], source: str) -> str | None:
 
 
 def named_folder(folder: Path) -> str | None:
-    """What a folder is and what to do, where it is not one of timm's or the Hub's; None where it is."""
+    """Returns description and remedy of a folder; None for one of timm or the Hub."""
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), MAX_NAMES))
     if "config.json" in names:
         return _named_config(folder / "config.json")
@@ -155,22 +155,18 @@ def named_folder(folder: Path) -> str | None:
 
 
 def _files_in(path: Path) -> list[Path]:
-    """A file itself, or what lies in a folder."""
+    """Returns the file, or the files in the folder."""
     return sorted(itertools.islice(path.iterdir(), 100)) if path.is_dir() else [path]
 
 
 def _named_config(file: Path) -> str | None:
-    """None for a configuration that names its architecture, as timm's do, and for one that cannot be read."""
+    """Describes a configuration of Transformers; None for another, and for one that cannot be read."""
     try:
         config = json.loads(file.read_bytes()[:MAX_CONFIG])
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or "architecture" in config or not config.keys() & {"architectures", "model_type"}:
         return None
-    return f"it is a model of Transformers ({_class_in(config)}): {TRANSFORMERS}"
-
-
-def _class_in(config: dict[str, object]) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else config.get("model_type")
-    return str(name)[:80]
+    return f"it is a model of Transformers ({str(name)[:80]}): {TRANSFORMERS}"

@@ -1,9 +1,9 @@
-"""The last layers of a classifier in what a network leaves of a file, by names and shapes.
+"""The last layers of a classifier among the tensors of a file that are not in the network's body, by names and shapes.
 
-fc.weight                                the network's own place
+fc.weight                                the same name as in the network
 fc.1.weight, head.weight                 Dropout + Linear, another name
-fc.0.weight, fc.3.weight                 several layers: what lies between them, the file does not say
-head.0.running_mean, head.2.weight       batch norm, which goes into the layer beside it
+fc.0.weight, fc.3.weight                 several layers; the activation between them is not in the file
+head.0.running_mean, head.2.weight       batch norm, which is folded into the next or previous layer
 """
 
 import re
@@ -26,13 +26,13 @@ NORM = {"running_mean", "running_var", "weight", "bias"}
 EPS = 1e-5  # torch's default; no file has it
 MAX_HIDDEN = 20  # layers, as LayerConfig has it
 MAX_WIDTH = 2**20
-MAX_JOINED = 2**27  # weights: the product of two thin layers may be as large as one likes
+MAX_JOINED = 2**27  # weights: the product of two thin layers can be huge
 LayerKind = Literal["linear", "norm", "other"]
 
 
 @dataclass(frozen=True)
 class Module:
-    """One of the modules that hold tensors: its path, and {name: key of the file}."""
+    """A module with tensors: its path, and {name: key of the file}."""
 
     path: str
     keys: dict[str, str] = field(default_factory=dict)
@@ -40,6 +40,7 @@ class Module:
 
     @property
     def kind(self) -> LayerKind:
+        """The kind of layer, by the names and shapes of its tensors."""
         shapes = {name: shape for name, shape in self.shapes.items() if name != COUNTER}
         if shapes.keys() >= {"running_mean", "running_var"} and shapes.keys() <= NORM:
             is_one_width = len(set(shapes.values())) == 1 and len(shapes["running_mean"]) == 1
@@ -52,7 +53,7 @@ class Module:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Inputs and outputs."""
+        """The numbers of inputs and outputs."""
         if self.kind == "linear":
             return self.shapes["weight"][1], self.shapes["weight"][0]
         sides = self.shapes.get("running_mean") or self.shapes.get("weight") or (0,)
@@ -64,20 +65,20 @@ class Module:
 
     @property
     def place(self) -> int | None:
-        """In a Sequential."""
+        """The index in a Sequential."""
         last = self.path.rpartition(".")[2]
         return int(last) if last.isdecimal() else None
 
 
 @dataclass(frozen=True)
 class FoundHead:
-    """The modules between features and scores, in their order. `assumed` says where an activation is a guess."""
+    """The modules between features and scores, in their order."""
 
     modules: tuple[Module, ...]
 
     @property
     def name(self) -> str:
-        """As it is in the file."""
+        """The paths of its linear layers in the file."""
         return ", ".join(module.path for module in self.linear)
 
     @property
@@ -90,12 +91,12 @@ class FoundHead:
 
     @property
     def keys(self) -> dict[str, str]:
-        """{key: key} of the file."""
+        """{key: key} of its tensors in the file."""
         return {key: key for module in self.modules for key in module.keys.values()}
 
 
 def modules_of(shapes: Mapping[str, Shape]) -> list[Module]:
-    """In the order of the file, and of a Sequential."""
+    """Returns the modules in the order of the file; those of a Sequential by their numbers."""
     found: dict[str, Module] = {}
     for key, shape in shapes.items():
         path, _, name = key.rpartition(".")
@@ -105,7 +106,7 @@ def modules_of(shapes: Mapping[str, Shape]) -> list[Module]:
 
 
 def _in_order(modules: list[Module]) -> list[Module]:
-    """Those of one Sequential by their numbers: safetensors sorts its names as text, `fc.10` before `fc.2`."""
+    """Sorts the modules of each Sequential by number: safetensors sorts names as text, `fc.10` before `fc.2`."""
     numbered: dict[str, list[Module]] = {}
     for module in modules:
         if module.place is not None:
@@ -125,10 +126,10 @@ def find(
     source: str,
     is_last: bool = True,
 ) -> FoundHead | None:
-    """The head in the tensors that the body leaves; None for nothing at all, unless it `is_last`.
+    """Finds the head among the tensors outside of the body; returns None where there is none, unless it `is_last`.
 
-    `own` is the network's own place for it, `wanted` the path asked for, `count` the number of classes where it is known.
-    Raises WeightsError that says what is in the way.
+    `own`: its path in the network; `wanted`: the requested path; `count`: the number of classes, if known.
+    Raises WeightsError with the reason where there is no usable head.
     """
     modules = modules_of(shapes)
     if wanted is not None:
@@ -159,7 +160,7 @@ def _has_name(head: FoundHead) -> bool:
 
 
 def _whole(modules: list[Module], features: int, source: str) -> FoundHead:
-    """All of these, which must follow from each other."""
+    """Returns a head of all these modules, if the inputs of each match the outputs before. Raises WeightsError."""
     used, width = [], features
     for module in modules:
         if is_foreign(module.path):
@@ -187,10 +188,10 @@ def _misfit(module: Module, width: int) -> str:
 
 
 def _chains(modules: list[Module], features: int) -> list[FoundHead]:
-    """Linear layers on the features, each with what follows it, and batch norm before it."""
+    """Returns the linear layers on the features, each with the batch norm before it and the layers after it."""
     chains: list[FoundHead] = []
     inputs = _parents_with_inputs(modules, features)
-    end = 0  # of the chain before: no module is looked at twice, and a file may have 200,000
+    end = 0  # of the previous chain: a file may have 200,000 modules, so none is looked at twice
     for number, start in enumerate(modules):
         if number < end or start.kind != "linear" or start.widths[0] != features:
             continue
@@ -199,31 +200,29 @@ def _chains(modules: list[Module], features: int) -> list[FoundHead]:
             first > begin and modules[first - 1].widths == (features, features) and modules[first - 1].kind != "linear"
         ):
             first -= 1
-        while end < len(modules) and modules[end].parent == start.parent and _follows(modules[end - 1], modules[end]):
+        while (
+            end < len(modules)
+            and modules[end].parent == start.parent
+            and modules[end].widths[0] == modules[end - 1].widths[1]
+        ):
             end += 1
         chain = modules[first:end]
         while chain[-1].kind == "other":
             chain.pop()
-        is_whole = (
-            inputs.get(start.parent, first) >= first
-        )  # fastai's begin with batch norm on two poolings side by side
+        is_whole = inputs.get(start.parent, first) >= first  # heads of fastai begin with batch norm on two poolings
         if is_whole and not any(module.kind == "other" for module in chain):
             chains.append(FoundHead(tuple(chain)))
     return chains
 
 
 def _parents_with_inputs(modules: list[Module], features: int) -> dict[str, int]:
-    """{parent: place in the list of the first module in it that gives `features` numbers, but cannot be the first of a head}."""
+    """Returns {parent: index of its first module with `features` outputs that cannot be the first of a head}."""
     found: dict[str, int] = {}
     for number, module in enumerate(modules):
         is_norm = module.kind == "other" and len(module.shapes.get("weight", ())) == 1  # layer norm
         if module.widths[1] == features and (is_norm or (module.kind == "linear" and module.widths[0] != features)):
             found.setdefault(module.parent, number)
     return found
-
-
-def _follows(before: Module, after: Module) -> bool:
-    return after.widths[0] == before.widths[1]
 
 
 def _nothing(modules: list[Module], features: int, own: str, source: str) -> str:
@@ -248,20 +247,20 @@ def _listed(modules: list[Module]) -> str:
 def build(
     head: FoundHead, values: Mapping[str, Tensor], activation: Activation | None, source: str
 ) -> tuple[nn.Linear | MLPLayer, bool]:
-    """The head as one layer, and whether its activation is assumed. `values` by the keys of the file. Raises WeightsError."""
+    """Returns the head as one layer, and whether its activation is assumed. `values`: by keys of the file. Raises WeightsError."""
     if odd := next((key for key, value in values.items() if not value.is_floating_point() and value.dim()), None):
         raise WeightsError(
             f"{source}: the head has whole numbers in {odd!r}: import the float weights that it was made from"
         )
     steps: list[tuple[Tensor, Tensor]] = []  # (weight, bias) of each linear layer
-    is_bent: list[bool] = []  # an activation lies after the layer of this place
-    scale: tuple[Tensor, Tensor] | None = None  # of batch norm that goes into the next layer
+    is_bent: list[bool] = []  # whether an activation follows the layer of this index
+    scale: tuple[Tensor, Tensor] | None = None  # factor and shift of batch norm, for the next layer
     for number, module in enumerate(head.modules):
         own = {name: values[key] for name, key in module.keys.items()}
         gap = number > 0 and _has_gap(head.modules[number - 1], module)
         if module.kind == "norm":
             factor, shift = _affine(own)
-            if steps and not gap and not is_bent[-1]:  # right behind a linear layer
+            if steps and not gap and not is_bent[-1]:  # directly after a linear layer
                 weight, bias = steps[-1]
                 steps[-1] = (weight * factor[:, None], bias * factor + shift)
             else:
@@ -284,14 +283,14 @@ def build(
 
 
 def _has_gap(before: Module, after: Module) -> bool:
-    """True where something without weights lies between the two, or might: their names are no numbers of one Sequential."""
+    """Returns whether a layer without weights is, or may be, between the two: their names are not consecutive numbers."""
     if before.parent != after.parent or before.place is None or after.place is None:
         return (before.kind == "linear" and after.kind == "linear") or before.kind == "norm"
     return after.place - before.place > 1
 
 
 def _affine(norm: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Batch norm as `x * factor + shift`."""
+    """Returns factor and shift of batch norm as `x * factor + shift`."""
     mean, variance = norm["running_mean"], norm["running_var"]
     factor = norm.get("weight", torch.ones_like(mean)) / (variance + EPS).sqrt()
     return factor, norm.get("bias", torch.zeros_like(mean)) - mean * factor
@@ -336,7 +335,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 @torch.no_grad()
 def two_classes(layer: Layer) -> None:
-    """Gives a layer of one score two: 0 and the score, whose softmax is 1 - sigmoid and sigmoid."""
+    """Changes a layer of one score to two: 0 and the score, whose softmax is 1 - sigmoid and sigmoid."""
     if isinstance(layer, ConvLayer):
         last: nn.Linear | nn.Conv2d = layer.conv
         layer.conv.out_channels = 2

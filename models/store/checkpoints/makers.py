@@ -1,4 +1,4 @@
-"""What is made of the calls in a pickle: containers, numbers and placeholders. None runs anything of the file's."""
+"""The results of the calls in a pickle: containers, numbers and placeholders. No function of a file is called."""
 
 import re
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import numpy as np
 
 from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageAt, TensorAt, Thing, Unordered
 
-MAX_INTEGER = 2**53  # of a key: larger ones could be made to have one hash
+MAX_INTEGER = 2**53  # of a key: larger ones could be chosen to have the same hash
 DTYPE = re.compile(r"[<>=|]?(?:[biufc](?:1|2|4|8|16)|[US]\d{1,6})")
 
 
 def storage_of(identity: Any) -> Any:
-    """torch's persistent id -> where the values lie: ("storage", class, key, device, count), with a view of it in old files."""
+    """Returns the storage of a persistent id of torch: ("storage", class, key, device, count), in old files also a view."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         return identity[1] if isinstance(identity, tuple) and len(identity) > 1 else None  # a class with its source
     _, kind, key, _, count, *view = identity
@@ -25,7 +25,7 @@ def storage_of(identity: Any) -> Any:
 
 
 def key_of(key: Any) -> Any:
-    """A key whose hash takes no time: text, or a small number; anything else stays apart from all others."""
+    """Returns text or a small number as it is, whose hash is fast; any other key as a unique placeholder."""
     if (
         key is None
         or isinstance(key, str | bytes | bool)
@@ -44,7 +44,7 @@ def modern(name: str) -> str:
 
 
 def dtype_name(value: Any) -> str | None:
-    """`dtype("f4")` with its byte order as text that NumPy takes; None for any that is not a number or text."""
+    """Returns `dtype("f4")` with its byte order as text for NumPy; None for dtypes other than numbers and text."""
     if isinstance(value, NameAt):  # numpy.float32
         value = Thing("numpy.dtype", (value.name.rpartition(".")[2],))
     if not isinstance(value, Thing) or not isinstance(value.arguments, tuple) or not value.arguments:
@@ -92,7 +92,7 @@ def _of_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> A
     raise ValueError("no tensor")
 
 
-# The makers that keep their arguments as they are: a call inside a call is counted by nobody.
+# The functions that may be called inside a call, which the step limit does not count: they only keep their arguments.
 TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 
 
@@ -100,7 +100,7 @@ def _reconstructor(kind: Any, _base: Any = None, state: Any = None) -> Thing:
     return Thing(name_of(kind), (state,))
 
 
-# What is made of a call. Each keeps its arguments; none runs anything of the file's.
+# The replacement of each function. Each only keeps its arguments.
 MAKERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _pairs,
     "collections.Counter": _pairs,

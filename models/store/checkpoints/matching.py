@@ -1,9 +1,9 @@
-"""The keys that a training script gave the tensors -> the keys of the network, by names and shapes.
+"""Keys of the tensors in a file -> keys of the network, by names and shapes.
 
     "model_ema.module.backbone.layer1.0.conv1.weight" = prefix + "layer1.0.conv1.weight"
 
-Whatever all of a network's keys have before them is a prefix: the dictionaries around a state dict, DataParallel, torch.compile, the
-attribute of a module that holds the network. `rank` chooses where a file holds the network several times.
+A prefix that all keys of a network share is ignored: the dictionaries around a state dict, DataParallel, torch.compile, the attribute of
+a module that contains the network. `rank` chooses among several copies of the network in a file.
 """
 
 import re
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
 
-# An average of the weights is what training scripts evaluate; a teacher or a momentum encoder is not what they train.
+# Training scripts evaluate the average of the weights; a teacher or a momentum encoder is not the trained network.
 AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)|model_ema|ema_model|params_ema", re.IGNORECASE)
 OTHER = re.compile(r"teacher|momentum|encoder_k|target_|(^|[._])(gan|discriminator)", re.IGNORECASE)
-# Beside a network, and no part of it.
+# Keys beside a network that are no part of it.
 FOREIGN = re.compile(
     r"(^|[._])(loss|criterion|metrics?|accuracy|auroc|f1|confmat|teacher|momentum|ema|swa|proj|projector|projection(_head)?|predictor|"
     r"queue|queue_ptr|center|aux\w*|AuxLogits|total_ops|total_params|n_averaged|num_batches_tracked|pos_weight|class_weights?|"
@@ -28,7 +28,7 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class BodyMatch:
-    """Where a network without its last layer lies in a file: `keys` are {key of the network: key of the file}."""
+    """The place of a network without its last layer in a file. `keys`: {key of the network: key of the file}."""
 
     prefix: str
     keys: dict[str, str]
@@ -37,26 +37,28 @@ class BodyMatch:
 
     @property
     def fits(self) -> bool:
+        """Whether all tensors are there with the right shapes."""
         return not self.missing and not self.wrong
 
 
 def rank(name: str) -> int:
-    """Higher for what is taken first."""
+    """Returns the rank of a copy of the network; the highest is used."""
     if AVERAGE.search(name):
         return 2
     return 0 if OTHER.search(name) else 1
 
 
 def is_foreign(key: str) -> bool:
+    """Returns whether a key belongs to something beside the network, such as a loss or a metric."""
     return bool(FOREIGN.search(key))
 
 
 def bodies(expected: Mapping[str, Shape], found: Mapping[str, Shape], aliases: Mapping[str, str]) -> list[BodyMatch]:
-    """Every place where the network might lie, the best first. `aliases` are other names of its keys: {alias: key}."""
+    """Returns every possible place of the network, the best first. `aliases`: other names of its keys, {alias: key}."""
     names = {**{key: key for key in expected}, **{alias: key for alias, key in aliases.items() if key in expected}}
     places: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
     for full in found:
-        for start in _starts(full):
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", full))):
             inner = full[start:]
             if inner in names:
                 is_alias = names[inner] != inner
@@ -66,11 +68,7 @@ def bodies(expected: Mapping[str, Shape], found: Mapping[str, Shape], aliases: M
         largest = set(sorted(places, key=lambda place: len(places[place]), reverse=True)[:MAX_PLACES])
         places = defaultdict(dict, {place: keys for place, keys in places.items() if place in largest})
     made = [_body(prefix, keys, expected, found) for (prefix, _), keys in places.items()]
-    return sorted(made, key=lambda body: (not body.fits, -rank(body.prefix) if body.fits else 0, -_agreeing(body)))
-
-
-def _starts(key: str) -> list[int]:
-    return [0, *(place.end() for place in re.finditer(r"\.", key))]
+    return sorted(made, key=lambda b: (not b.fits, -rank(b.prefix) if b.fits else 0, len(b.wrong) - len(b.keys)))
 
 
 def _body(prefix: str, keys: dict[str, str], expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> BodyMatch:
@@ -79,12 +77,8 @@ def _body(prefix: str, keys: dict[str, str], expected: Mapping[str, Shape], foun
     return BodyMatch(prefix, keys, missing, wrong)
 
 
-def _agreeing(body: BodyMatch) -> int:
-    return len(body.keys) - len(body.wrong)
-
-
 def same_shape(expected: Shape, found: Shape) -> bool:
-    """True also for a first convolution of one channel in the place of three."""
+    """Returns whether two shapes are equal; a first convolution may have 1 input channel instead of 3."""
     if expected == found:
         return True
     is_first = len(expected) == 4 and expected[1] == 3
@@ -92,7 +86,7 @@ def same_shape(expected: Shape, found: Shape) -> bool:
 
 
 def by_position(children: Iterable[str], keys: Collection[str]) -> dict[str, str]:
-    """Names of the keys in `nn.Sequential(*network.children())`, where `layer1` is `4`."""
+    """Returns {key in `nn.Sequential(*network.children())`: key of the network}; there `layer1` is `4`."""
     places = {name: str(number) for number, name in enumerate(children)}
     return {
         f"{places[first]}.{rest}": key

@@ -1,12 +1,12 @@
-"""Pickles read without running them: an interpreter that builds containers, numbers, text and inert placeholders, and calls nothing.
+"""Reads pickles without running them: an interpreter that builds containers, numbers, text and placeholders, and calls nothing.
 
-    bytes --Reader.load--> dict, list, tuple, str, int, float ... and, for whatever a pickle names or calls,
-        Named("torch.float32")              a class or function by its name, never imported
-        Thing("argparse.Namespace", ...)    the arguments, state and items that an object would be made of
-        TensorAt(storage, offset, shape)    where a tensor's values lie; nothing is read
-        Array(dtype, shape, data)           NumPy's
+    bytes --Reader.load--> dict, list, tuple, str, int, float ... and, for names and calls in the pickle,
+        NameAt("torch.float32")             a class or function by its name, never imported
+        Thing("argparse.Namespace", ...)    the arguments, state and items of an object
+        TensorAt(storage, offset, shape)    the place of the values of a tensor
+        NumpyArrayAt(dtype, shape, data)    an array of NumPy
 
-Time and memory are bounded by the file's size and by MAX_STEPS.
+Time and memory are bounded by the size of the file and by MAX_STEPS.
 """
 
 import struct
@@ -21,11 +21,11 @@ MARK = object()
 
 
 class Unreadable(ValueError):
-    """The bytes are no pickle, are cut off, or would take too much."""
+    """Bytes that are no pickle, are cut off, or would take too much time or memory."""
 
 
 class Reader:
-    """One pickle after another from an open file of `size` bytes."""
+    """Reads consecutive pickles from an open file of `size` bytes."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.steps = file, size, 0
@@ -33,7 +33,7 @@ class Reader:
         self.storages: list[StorageAt] = []
 
     def load(self) -> Any:
-        """The next pickle's value. Raises Unreadable."""
+        """Returns the value of the next pickle. Raises Unreadable."""
         try:
             return self._run()
         except Unreadable:
@@ -147,7 +147,7 @@ class Reader:
             target.state = state
 
     def _remember(self, place: int) -> None:
-        if not 0 <= place <= MAX_STEPS:  # larger numbers could be made to have one hash
+        if not 0 <= place <= MAX_STEPS:  # larger numbers could be chosen to have the same hash
             raise Unreadable("the pickle is damaged")
         self.memo[place] = self.stack[-1]
 

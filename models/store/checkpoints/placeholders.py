@@ -1,4 +1,4 @@
-"""What an inert pickle's values are made of, where Python has no plain one: names, objects, tensors, arrays. Nothing here runs anything."""
+"""Placeholders for the values of a pickle without a plain Python type: names, objects, tensors, arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class NameAt:
 
 @dataclass(slots=True, eq=False)
 class Thing:
-    """What an object of a class that is not known here would be made of."""
+    """The arguments, state and items of an object of an unknown class."""
 
     name: str
     arguments: Any = ()
@@ -27,7 +27,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StorageAt:
-    """Values by the key of torch's file: `kind` is the class of the storage, `start` the first value of a view of it."""
+    """The values of a storage by its key in the file: `kind` is its class, `start` the first value of a view."""
 
     kind: str
     key: str
@@ -37,7 +37,7 @@ class StorageAt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorAt:
-    """A strided tensor in a storage. `problem` says why it is none that can be read."""
+    """A strided tensor in a storage. `problem`: why it cannot be read."""
 
     storage: Any
     offset: Any = 0
@@ -48,12 +48,12 @@ class TensorAt:
 
 
 class Unordered(list[Any]):
-    """What a set holds: in no order that means anything."""
+    """The elements of a set, without an order."""
 
 
 @dataclass(slots=True, eq=False)
 class NumpyArrayAt:
-    """NumPy's array: `data` are bytes, or a list of objects."""
+    """A NumPy array: `data` are bytes, or a list of objects."""
 
     dtype: str = ""
     shape: Any = ()
@@ -61,7 +61,7 @@ class NumpyArrayAt:
     fortran: bool = False
 
     def values(self) -> "np.ndarray[Any, Any] | None":
-        """As an array of numbers or text; None where the bytes do not fit."""
+        """Returns an array of numbers or text; None where the bytes do not fit."""
         try:
             flat = np.frombuffer(self.data, np.dtype(self.dtype))
             return flat.reshape(self.shape, order="F" if self.fortran else "C")
@@ -70,7 +70,7 @@ class NumpyArrayAt:
 
 
 def mapping_of(value: Any) -> Mapping[Any, Any] | None:
-    """A dictionary, or what an object holds under names: a Namespace's attributes, a configuration's items. None for anything else."""
+    """Returns a dictionary, or the attributes or items of an object such as a Namespace; None for other values."""
     if isinstance(value, dict):
         return value
     if isinstance(value, Thing):
@@ -83,8 +83,10 @@ def mapping_of(value: Any) -> Mapping[Any, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON would have it: OmegaConf's nodes and enumerations opened, arrays as lists. Anything else stays a placeholder, and
-    so do the elements: lists that hold each other would be endless."""
+    """Returns a value as in JSON: the content of OmegaConf nodes and enumerations, arrays as lists.
+
+    Other values stay placeholders, and so do the elements: lists that contain each other would have no end.
+    """
     if isinstance(value, Thing):
         state = mapping_of(value)
         if state is not None and "_val" in state:

@@ -1,4 +1,4 @@
-"""Weights that a file keeps in parts, as torch's reparametrisations leave them, put together to the weight that the layer computes with.
+"""Weights that a file contains in parts, as the reparametrisations of torch store them, and how to compute them.
 
 weight_g, weight_v                            weight norm: g * v / |v|
 parametrizations.weight.original0, .original1
@@ -45,7 +45,7 @@ def _is_pruned(weight: Shape, mask: Shape) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to keep a weight: the ends of its parts' keys, and which of them has the weight's shape."""
+    """One way to store a weight: the ends of the keys of its parts, and which part has the shape of the weight."""
 
     name: str
     parts: tuple[str, ...]
@@ -66,7 +66,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class InParts:
-    """A weight as its parts, which are tensors or say where one lies in a file."""
+    """A weight as its parts, which are tensors or their places in a file."""
 
     form: Form
     parts: tuple[Any, ...]
@@ -77,20 +77,19 @@ class InParts:
 
 
 def parts_of(tensor: Any) -> tuple[Any, ...]:
-    """The parts of a weight; of any other tensor itself."""
+    """Returns the parts of a weight; any other tensor is its only part."""
     return tensor.parts if isinstance(tensor, InParts) else (tensor,)
 
 
 def whole_of(tensor: Any, values: Sequence[Tensor]) -> Tensor:
-    """The tensor, of the values of its parts."""
+    """Returns the tensor, computed from the values of its parts."""
     return tensor.form.compute(*(value.float() for value in values)) if isinstance(tensor, InParts) else values[0]
 
 
 def joined(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors, in their order; where a weight is there in parts, an InParts at its own key in the place of the first."""
-    weights: dict[
-        str, tuple[str, InParts] | None
-    ] = {}  # key of a part -> the weight's key and the weight; None after the first
+    """Returns the same tensors in their order, with the parts of a weight replaced by an InParts at the place of the first."""
+    # key of a part -> key of the weight and the weight, None for its other parts
+    weights: dict[str, tuple[str, InParts] | None] = {}
     for key in tensors:
         if key in weights:
             continue

@@ -1,4 +1,4 @@
-"""Files of torch.save in its three forms, and plain pickles of tensors. Values are read when a tensor is asked for, never before.
+"""The three forms of files of torch.save, and plain pickles of tensors. Values are read when a tensor is loaded.
 
 zip      since torch 1.6: <name>/data.pkl, <name>/data/<key>
 legacy   a number, a version, the machine; the pickle; the keys; then for each storage its length and its values
@@ -10,10 +10,9 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -26,8 +25,8 @@ from models.store.checkpoints.placeholders import NameAt, NumpyArrayAt, StorageA
 MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 2**30
 MAX_DIMENSIONS = 64
-MAX_SHARING = 8  # tensors may share a storage, and each is copied out of it: this often on average
-# What Python's readers of damaged archives raise.
+MAX_SHARING = 8  # copies of a storage on average, as tensors may share it
+# Exceptions for damaged archives.
 DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -39,8 +38,8 @@ DAMAGE = (
     TypeError,
     RuntimeError,
 )
-MAX_EXPANSION = 4  # of a zip whose members are compressed, over its own size
-BYTES_OF_A_STORAGE = "torch.storage._load_from_bytes"  # what plain pickle keeps of one
+MAX_EXPANSION = 4  # size of the members of a compressed zip over its own size
+BYTES_OF_A_STORAGE = "torch.storage._load_from_bytes"  # a storage in a plain pickle
 KINDS = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -60,7 +59,7 @@ Open = Callable[[], AbstractContextManager[BinaryIO]]
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a file holds, and where its storages' bytes are: a member of a zip, or an offset with the length."""
+    """The content of a file, and the places of its storages: the member of a zip, or offset and length."""
 
     open: Open
     content: Any
@@ -68,15 +67,15 @@ class TorchFile:
     members: Mapping[str, str] = field(default_factory=dict)
     offsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
-    def load(self, tensors: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-        """These tensors' values by the same keys. Raises WeightsError."""
+    def load(self, tensors: Sequence[Any], source: str) -> list[Tensor]:
+        """Reads the values of these tensors. Raises WeightsError."""
         storages: dict[Any, Any] = {}
         with self.open() as file:
-            if sum(map(_bytes_of, tensors.values())) > MAX_SHARING * file.seek(0, io.SEEK_END) + MAX_PICKLE // 16:
+            if sum(map(_bytes_of, tensors)) > MAX_SHARING * file.seek(0, io.SEEK_END) + MAX_PICKLE // 16:
                 raise WeightsError(f"{source} is refused: its tensors would take many times its size in memory")
             archive = zipfile.ZipFile(file) if self.members else None
             try:
-                return {key: self._tensor(at, file, archive, storages) for key, at in tensors.items()}
+                return [self._tensor(at, file, archive, storages) for at in tensors]
             except DAMAGE as error:
                 raise WeightsError(
                     f"{source} is damaged or truncated: a tensor's values are not in it; copy or download it again"
@@ -125,9 +124,9 @@ class TorchFile:
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member, never more than its size in the table of contents. Raises Unreadable, or what zipfile raises."""
+    """Reads a member, at most its size in the table of contents. Raises Unreadable, and the exceptions of zipfile."""
     info = archive.getinfo(name)
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are inflated in one piece
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile reads others in one piece
         raise Unreadable("its members are packed in a way that torch does not use")
     with archive.open(info) as member:
         data = member.read(info.file_size)
@@ -137,7 +136,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _bytes_of(at: Any) -> int:
-    """What a tensor takes in memory."""
+    """Returns the memory of a tensor."""
     if isinstance(at, NumpyArrayAt):
         return len(at.data)
     dtype = dtype_of(at, at.storage) if isinstance(at.storage, StorageAt) else None
@@ -145,12 +144,12 @@ def _bytes_of(at: Any) -> int:
 
 
 def dtype_of(at: TensorAt, storage: StorageAt) -> torch.dtype | None:
-    """None where it cannot be read, as of quantised or complex values."""
+    """Returns the dtype; None for quantised, complex and unknown values."""
     return DTYPES.get(at.dtype or "") or KINDS.get(storage.kind.removesuffix("Storage"))
 
 
 def is_strided(value: Any) -> bool:
-    """True for a tensor or array whose values can be read, and which has them: an expanded one could claim terabytes."""
+    """Returns whether a value is a tensor or array with readable values, and not more of them than its storage has."""
     if isinstance(value, NumpyArrayAt):
         is_number = value.dtype.lstrip("<>=|")[:1] in tuple("biuf") and isinstance(value.data, bytes | bytearray)
         return is_number and _is_shape(value.shape) and value.values() is not None
@@ -170,7 +169,7 @@ def is_strided(value: Any) -> bool:
 
 
 def _is_shape(numbers: Any) -> bool:
-    """True for a few sizes that a file could hold: the product of a million huge numbers takes hours."""
+    """Returns whether the value is a plausible shape; the product of a million huge numbers takes hours."""
     return (
         isinstance(numbers, tuple)
         and len(numbers) <= MAX_DIMENSIONS
@@ -192,7 +191,7 @@ def _storage_in(thing: Thing) -> tuple[bytearray, StorageAt]:
 
 
 def read_zip(opened: Open, size: int) -> TorchFile:
-    """Raises Unreadable, or BadZipFile."""
+    """Reads the zip form. Raises Unreadable, BadZipFile."""
     with opened() as file, zipfile.ZipFile(file) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         if sum(sizes.values()) > MAX_EXPANSION * size + MAX_PICKLE // 16:
@@ -201,19 +200,16 @@ def read_zip(opened: Open, size: int) -> TorchFile:
         root = pickle.removesuffix("data.pkl")
         if f"{root}byteorder" in sizes and _read(archive, f"{root}byteorder") != b"little":
             raise Unreadable("it was written on a big-endian machine")
-        content = _one(_read(archive, pickle))
+        data = _read(archive, pickle)
+    if len(data) > MAX_PICKLE:
+        raise Unreadable("its pickle is too large")
+    content = Reader(io.BytesIO(data), len(data)).load()
     members = {name.removeprefix(f"{root}data/"): name for name in sizes if name.startswith(f"{root}data/")}
     return TorchFile(opened, content, "torch.save (zip)", members or {"": pickle})
 
 
-def _one(data: bytes) -> Any:
-    if len(data) > MAX_PICKLE:
-        raise Unreadable("its pickle is too large")
-    return Reader(io.BytesIO(data), len(data)).load()
-
-
 def read_legacy(opened: Open) -> TorchFile:
-    """Also a plain pickle: one value, whose tensors are all in it. Raises Unreadable."""
+    """Reads the legacy form, or a plain pickle of one value. Raises Unreadable."""
     with opened() as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -243,7 +239,7 @@ def _itemsize(kind: str) -> int:
 
 
 def read_tar(opened: Open) -> TorchFile:
-    """Raises Unreadable, or TarError."""
+    """Reads the tar form. Raises Unreadable, TarError."""
     storages: dict[str, StorageAt] = {}
     offsets: dict[str, tuple[int, int]] = {}
     tensors: dict[str, TensorAt] = {}
@@ -292,11 +288,3 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Reader:
     if file is None:
         raise Unreadable("the archive is damaged")
     return Reader(file, member.size)  # type: ignore[arg-type]
-
-
-def from_path(path: Path) -> Open:
-    return lambda: path.open("rb")
-
-
-def from_bytes(data: bytes) -> Open:
-    return lambda: nullcontext(io.BytesIO(data))

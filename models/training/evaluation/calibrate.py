@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: a temperature for the scores, and how far confidence is from accuracy."""
+"""Calibration: the temperature of the scores, and the expected calibration error."""
 
 import math
 
@@ -12,7 +12,7 @@ BINS = 15
 
 
 class Bin(Record):
-    """The images whose confidence lies between two bounds."""
+    """The images whose confidence is in one interval."""
 
     confidence: float  # mean probability of the best class
     accuracy: float
@@ -20,7 +20,7 @@ class Bin(Record):
 
 
 class Calibration(Record):
-    """Before and after the scores are divided by the temperature; on the images that it was fitted to."""
+    """Calibration before and after the scores are divided by the temperature, on the images to which it was fitted."""
 
     temperature: float
     ece_before: float
@@ -30,23 +30,19 @@ class Calibration(Record):
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> Calibration:
-    """Scores (n, C) of images that the classifier was not trained on, and their labels (n,)."""
-    found = temperature(scores, labels)
-    before, after = scores.softmax(dim=1), (scores / found).softmax(dim=1)
+    """Fits the temperature to scores (n, C) and labels (n,) of images that the classifier was not trained on."""
+    fitted = temperature(scores, labels)
+    before, after = (reliability(s.softmax(dim=1), labels) for s in (scores, scores / fitted))
     return Calibration(
-        temperature=found,
-        ece_before=expected_calibration_error(before, labels),
-        ece_after=expected_calibration_error(after, labels),
-        before=reliability(before, labels),
-        after=reliability(after, labels),
+        temperature=fitted, ece_before=_error(before), ece_after=_error(after), before=before, after=after
     )
 
 
 def temperature(scores: Tensor, labels: Tensor) -> float:
-    """The T in 0.05..20 for which softmax(scores / T) has the lowest log-loss; scores (n, C), labels (n,).
+    """Returns the T in 0.05..20 for which softmax(scores / T) has the lowest log-loss; scores (n, C), labels (n,).
 
-    The images count as n, and one more as if its label were any class: otherwise a few images that are all right would make every
-    probability 1. The loss is convex in 1 / T, so the sign of its slope leads to the minimum.
+    One image whose label is uniform over the classes is added to the n: otherwise a few correct predictions would make every
+    probability 1. The loss is convex in 1 / T, so bisection on the sign of its slope finds the minimum.
     """
     scores = scores.double()
     own = scores.gather(1, labels[:, None])[:, 0].mean()
@@ -60,13 +56,13 @@ def temperature(scores: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
-def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> tuple[Bin, ...]:
-    """Images by the probability (n, C) of their best class, in bins of equal width, lowest first; empty bins are left out."""
+def reliability(probabilities: Tensor, labels: Tensor) -> tuple[Bin, ...]:
+    """Returns the images in BINS intervals of equal width of their best probability (n, C), lowest first, without empty ones."""
     confidence, predicted = probabilities.double().max(dim=1)
     right = (predicted == labels).double()
-    places = (confidence * bins).long().clamp(0, bins - 1)
-    counts = places.bincount(minlength=bins)
-    sums = [places.bincount(weights=values, minlength=bins) for values in (confidence, right)]
+    places = (confidence * BINS).long().clamp(0, BINS - 1)
+    counts = places.bincount(minlength=BINS)
+    sums = [places.bincount(weights=values, minlength=BINS) for values in (confidence, right)]
     return tuple(
         Bin(confidence=float(sums[0][i] / n), accuracy=float(sums[1][i] / n), count=n)
         for i, n in enumerate(counts.tolist())
@@ -74,7 +70,10 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> tupl
     )
 
 
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Mean distance of confidence and accuracy over the bins of `reliability`, weighted by their images."""
-    found = reliability(probabilities, labels, bins)
-    return sum(b.count * abs(b.confidence - b.accuracy) for b in found) / len(labels)
+def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Returns the mean distance between confidence and accuracy over the bins of `reliability`, weighted by their images."""
+    return _error(reliability(probabilities, labels))
+
+
+def _error(bins: tuple[Bin, ...]) -> float:
+    return sum(b.count * abs(b.confidence - b.accuracy) for b in bins) / sum(b.count for b in bins)

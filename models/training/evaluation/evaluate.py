@@ -1,4 +1,4 @@
-"""How good a classifier is on images it has not seen, with the interval that so many images allow; and where it, or a label, is wrong."""
+"""Metrics of a classifier on held-out images with a confidence interval, its mistakes, and labels that are probably wrong."""
 
 import math
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ MAX_LABEL_ERRORS = 100
 
 
 class ClassScore(Record):
-    """One class, of which there are `images`; the recall is the class's own accuracy. None: nothing to divide by."""
+    """The metrics of one class; None where they would divide by 0."""
 
     images: int
-    recall: float | None  # share of its images that were found
-    precision: float | None  # share of the images called so that were
+    recall: float | None  # share of its images that were predicted correctly
+    precision: float | None  # share of its predictions that are correct
     f1: float | None
 
 
 class ConfusedPair(Record):
-    """How often one class was taken for another."""
+    """How often one class was predicted as another."""
 
     true: str
     predicted: str
@@ -36,7 +36,7 @@ class ConfusedPair(Record):
 
 
 class Mistake(Record):
-    """An image that was answered wrong; `path` is relative to the dataset."""
+    """An image with a wrong prediction; `path` is relative to the dataset."""
 
     path: str
     true: str
@@ -54,7 +54,7 @@ class LabelError(Record):
 
 
 class Evaluation(Record):
-    """`interval` is Wilson's, at 95 %: sqrt(n)-honest for small validation sets."""
+    """The metrics of one part of a dataset. `interval`: the 95 % Wilson interval of the accuracy."""
 
     images: int
     accuracy: float
@@ -69,7 +69,7 @@ class Evaluation(Record):
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of `correct` successes in `total` trials."""
+    """Returns the 95 % Wilson score interval of `correct` successes in `total` trials."""
     share, z2 = correct / total, Z_95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
@@ -77,7 +77,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def evaluate(probabilities: Tensor, labels: Tensor, classes: Sequence[str], paths: Sequence[str]) -> Evaluation:
-    """Probabilities (n, C), true class indices (n,) and the images' paths, n > 0."""
+    """Evaluates probabilities (n, C) against true class indices (n,), n > 0; `paths` name the images."""
     confidence, predicted = probabilities.max(dim=1)
     matrix = confusion_matrix(predicted, labels, len(classes))
     correct = int(matrix.diag().sum())
@@ -99,12 +99,12 @@ def evaluate(probabilities: Tensor, labels: Tensor, classes: Sequence[str], path
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 (C, C): images by true class (row) and predicted class (column)."""
+    """Returns int64 (C, C): the number of images by true class (row) and predicted class (column)."""
     return (labels * num_classes + predicted).bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, ClassScore]:
-    """Of every class, in their order, from the confusion matrix."""
+    """Returns the metrics of every class from the confusion matrix (C, C)."""
     sums = zip(classes, matrix.diag().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist(), strict=True)
     return {
         name: ClassScore(
@@ -133,8 +133,7 @@ def _confused(matrix: Tensor, classes: Sequence[str]) -> tuple[ConfusedPair, ...
 def _mistakes(
     confidence: Tensor, predicted: Tensor, labels: Tensor, classes: Sequence[str], paths: Sequence[str]
 ) -> tuple[Mistake, ...]:
-    wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES].tolist()
+    worst = _highest(confidence, predicted != labels, MAX_MISTAKES)
     return tuple(
         Mistake(
             path=paths[row],
@@ -149,10 +148,10 @@ def _mistakes(
 def label_errors(
     probabilities: Tensor, labels: Tensor, paths: Sequence[str], classes: Sequence[str]
 ) -> tuple[LabelError, ...]:
-    """Images whose label is probably wrong, the surest first, by confident learning (Northcutt et al. 2021).
+    """Returns images whose label is probably wrong, the most probable first, by confident learning (Northcutt et al. 2021).
 
-    From the probabilities (n, C) of whoever was not fitted to these images: an image counts as of class j where p_j reaches the mean
-    that images labelled j have; where several do, of the likeliest. If that is not its label, the label is doubted.
+    `probabilities` (n, C) are those of a model that was not fitted to these images. An image is assigned to the class j whose p_j is at
+    least the mean p_j of the images labelled j, to the most probable where there are several. A label that differs is reported.
     """
     one_hot = torch.nn.functional.one_hot(labels, len(classes)).to(probabilities.dtype)
     counts = one_hot.sum(dim=0)
@@ -160,8 +159,7 @@ def label_errors(
     reached = probabilities.where(probabilities >= thresholds, -1.0)
     value, suggested = reached.max(dim=1)
     margin = value - probabilities.gather(1, labels[:, None])[:, 0]
-    doubted = ((value >= 0) & (suggested != labels) & (margin > 0)).nonzero()[:, 0]
-    worst = doubted[margin[doubted].argsort(descending=True, stable=True)][:MAX_LABEL_ERRORS].tolist()
+    worst = _highest(margin, (value >= 0) & (suggested != labels) & (margin > 0), MAX_LABEL_ERRORS)
     return tuple(
         LabelError(
             path=paths[row],
@@ -173,6 +171,13 @@ def label_errors(
     )
 
 
+def _highest(values: Tensor, mask: Tensor, count: int) -> list[int]:
+    """Returns the rows of `mask` (n,) with the highest values (n,), at most `count` of them."""
+    rows = mask.nonzero()[:, 0]
+    highest: list[int] = rows[values[rows].argsort(descending=True, stable=True)][:count].tolist()
+    return highest
+
+
 @torch.inference_mode()
 def outputs(
     module: nn.Module,
@@ -182,7 +187,10 @@ def outputs(
     batch_size: int = 256,
     progress: Progress = silent,
 ) -> Tensor:
-    """Run `module`, in eval mode on its own device, over rows of uint8 (N, C, H, W) -> its outputs, float32 (n, K), on the CPU."""
+    """Returns the outputs of `module`, float32 (n, K) on the CPU, for `rows` (n,) of uint8 `pixels` (N, C, H, W).
+
+    The module runs on its own device and is put in eval mode.
+    """
     device = next(module.parameters()).device
     module.eval()
     answers = []

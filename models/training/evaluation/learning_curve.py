@@ -1,6 +1,7 @@
-"""What more images would bring: heads on a quarter, a half and three quarters of the features, and on all."""
+"""The gain to expect from more images: heads fitted to a quarter, a half, three quarters and all of the features."""
 
 import math
+from statistics import linear_regression
 
 import torch
 from torch import Tensor
@@ -11,12 +12,12 @@ from models.training.head.regression import fit_at
 from models.training.job.request import ResolvedHyperparameters
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-FEW = 40  # validation images, below which nothing is said
+FEW = 40  # validation images, below which there is no advice
 SMALL_GAIN = 0.005  # of accuracy
 
 
 class CurvePoint(Record):
-    """Validation accuracy after training on so many images."""
+    """Validation accuracy after training on `images`."""
 
     images: int
     accuracy: float
@@ -24,6 +25,8 @@ class CurvePoint(Record):
 
 
 class LearningCurve(Record):
+    """Validation accuracy by the number of training images, with one line of advice."""
+
     points: tuple[CurvePoint, ...]
     advice: str
 
@@ -37,10 +40,10 @@ def learning_curve(
     strength: float,
     settings: ResolvedHyperparameters,
 ) -> LearningCurve:
-    """Features (n, D) and labels (n,) to train on, (m, D) and (m,) to validate on.
+    """Fits heads to parts of features (n, D) and labels (n,), and validates them on (m, D) and (m,).
 
-    The parts are nested and keep the classes' shares. A smaller part is fitted with a greater strength, so that the penalty weighs the same
-    against each image.
+    The parts are nested and stratified. A smaller part gets a proportionally greater strength, so that the ratio of penalty to loss per
+    image stays the same.
     """
     ranks = _ranks(labels, num_classes, settings.seed)
     points = []
@@ -55,7 +58,7 @@ def learning_curve(
 
 
 def _ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """float64 (n,) in 0..1: each image's place in a random order of its class; 0 is the first."""
+    """Returns float64 (n,) in [0, 1): the rank of each image in a random order of its class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     ranks = torch.empty(len(labels), dtype=torch.float64)
     for label in range(num_classes):
@@ -65,7 +68,7 @@ def _ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
 
 
 def advice(points: list[CurvePoint], validation_images: int) -> str:
-    """One cautious line; the error is taken to fall by the same factor with every doubling of the images, as it did so far."""
+    """Returns one line; it assumes that every further doubling of the images reduces the error by the same factor as so far."""
     if validation_images < FEW:
         return f"{validation_images} validation images are too few to say what more training images would bring."
     now, error = points[-1].accuracy, _smoothed(points[-1], validation_images)
@@ -82,14 +85,12 @@ def advice(points: list[CurvePoint], validation_images: int) -> str:
 
 
 def _smoothed(point: CurvePoint, images: int) -> float:
-    """The error, never 0."""
+    """Returns the error rate, smoothed so that it is never 0."""
     return ((1 - point.accuracy) * images + 0.5) / (images + 1)
 
 
 def _slope(points: list[CurvePoint], validation_images: int) -> float:
-    """Of log(error) over log(images), by least squares."""
+    """Returns the slope of log(error) by log(images), 0 where all points have the same number of images."""
     x = [math.log(point.images) for point in points]
     y = [math.log(_smoothed(point, validation_images)) for point in points]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
+    return linear_regression(x, y).slope if len(set(x)) > 1 else 0.0

@@ -11,8 +11,6 @@ is not kept.
 
 import hashlib
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from models.classifier import Backbone
 from models.errors import TrainingError, WeightsError
-from models.files import atomic_files, weights_file
+from models.files import atomic_files, folder_cache, weights_file
 from models.progress import Progress, Stop, never, silent
 from models.runtime.compiler import TOLERANCE
 from models.runtime.device import half_precisions
@@ -205,8 +203,7 @@ class _Shards:
             known[[places[keys[row]] for row in rows]] = features[rows]
             for row in rows:
                 missing.pop(keys[row], None)
-        with suppress(OSError):
-            os.utime(self.folder)  # marks it as used now
+        folder_cache.mark_used(self.folder)
         return list(missing)
 
     def _load(self, path: Path) -> tuple[list[bytes], Tensor] | None:
@@ -257,16 +254,10 @@ class _Shards:
             self.warn(f"features are not kept for the next run, because {self.folder} cannot be written: {why}")
 
     def _make_room(self, size: int) -> bool:
-        """Remove other folders, the least recently used first, until `size` more bytes are allowed; False if they never are."""
-        sizes = {folder: _bytes_in(folder) for folder in self.cache.root.iterdir() if folder.is_dir()}
-        others = sorted(sizes.keys() - {self.folder}, key=lambda folder: folder.stat().st_mtime)
-        for oldest in others:
-            if sum(sizes.values()) + size <= self.cache.max_bytes:
-                break
-            log.info("removing the features %s, unused for longest", oldest.name)
-            shutil.rmtree(oldest, ignore_errors=True)
-            del sizes[oldest]
-        return sum(sizes.values()) + size <= self.cache.max_bytes
+        """Removes the features of other backbones until `size` bytes more are allowed; returns False where they never are."""
+        return folder_cache.make_room(
+            self.folder, lambda folders: sum(map(_bytes_in, folders)) + size <= self.cache.max_bytes
+        )
 
 
 def _name_of(data: bytes | bytearray) -> str:

@@ -1,4 +1,4 @@
-"""The new version against the one that is served, and what follows from that and from `parity`."""
+"""The comparison of a new version with the served one, and the decision to deploy it."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ from models.training.train import TrainingResult
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which version is served under the name, and the verdict where the two can be compared; else why they cannot.
+    """The served version, and the verdict; None with the reason where the two cannot be compared.
 
-    `fair`: the served version was trained under the same split, so that none of these images can have been in its training part.
+    `fair`: the served version was trained under the same split, so that none of these images can be in its training part.
     """
 
     served: int | None
@@ -30,6 +30,7 @@ class Comparison:
 
 
 def compare_with_served(job: TrainingContext, trained: TrainingResult) -> Comparison:
+    """Compares the trained version with the served one of the same name, on the held-out images."""
     name = job.request.name
     version = job.store.serving().models.get(name)
     if version is None:
@@ -54,8 +55,10 @@ def _correct(job: TrainingContext, probabilities: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _probabilities(job: TrainingContext, config: ModelConfig, trained: TrainingResult) -> tuple[Tensor, Tensor]:
-    """Of the held-out images, (n, C) by the served version and by the new one, from features in one precision: float32 where their
-    backbones have different ones. A backbone that both versions stand on is not read again."""
+    """Returns the probabilities (n, C) of the held-out images by the served and the new version.
+
+    The features of both have one precision, float32 where their backbones differ in it. A shared backbone is not loaded again.
+    """
     shared = {backbone.ref: backbone for backbone in trained.backbones}
     backbones = [shared.get(ref) or job.store.load_backbone(ref) for ref in config.backbones]
     precisions = {job.precision(backbone) for backbone in (*trained.backbones, *backbones)}
@@ -67,7 +70,7 @@ def _probabilities(job: TrainingContext, config: ModelConfig, trained: TrainingR
 
 
 def _features(job: TrainingContext, backbone: Backbone, precision: Precision) -> Tensor:
-    """Of the held-out images."""
+    """Returns the features (n, D) of the held-out images."""
     pixels, digests = job.pixels(backbone.ref.preprocessing)
     own = [digests[row] for row in job.held_out.tolist()]
     return job.cache.features(
@@ -81,11 +84,11 @@ def _features(job: TrainingContext, backbone: Backbone, precision: Precision) ->
 
 
 def decide(request: FinetuneRequest, compared: Comparison, parity: Parity) -> tuple[Deployment, str]:
-    """What is to become of the new version, and why."""
+    """Returns the decision about the new version, and the reason."""
     if not parity.images:
         return (
             "manual",
-            "none of the held-out images could be read again, so nobody knows whether the server would answer as the trainer",
+            "none of the held-out images could be read again, so the server could not be compared with the trainer",
         )
     if not parity.agrees:
         return "rejected", f"read back from the store, {parity.reason}"
@@ -97,4 +100,4 @@ def decide(request: FinetuneRequest, compared: Comparison, parity: Parity) -> tu
         return "manual", compared.reason
     if compared.verdict.verdict == "worse":
         return ("rejected" if compared.fair else "manual"), compared.reason
-    return "activate", compared.reason  # not worse, even where the served one had the advantage
+    return "activate", compared.reason  # not worse, even if the served version had an advantage

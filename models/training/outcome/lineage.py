@@ -1,4 +1,4 @@
-"""All that it takes to make a version again: what it was made of, by which command, and with which code."""
+"""The lineage of a version, sufficient to train it again: data, bases, settings, command and code."""
 
 import importlib.metadata
 import subprocess
@@ -19,7 +19,7 @@ MAX_NAMED_BAD_FILES = 100
 
 
 def lineage_of(job: TrainingContext, fresh: Sequence[str]) -> dict[str, Any]:
-    """`fresh`: the stages that were initialised anew. `seconds` are of this process alone, when it resumed another's work."""
+    """Returns the lineage of a run. `fresh`: its newly initialised stages. `seconds` do not include those of an interrupted process."""
     data, audit = job.data, job.data.audit
     names = [base.name for base in job.bases]
     return {
@@ -45,30 +45,32 @@ def lineage_of(job: TrainingContext, fresh: Sequence[str]) -> dict[str, Any]:
 
 
 def _ancestry(job: TrainingContext, base: Base) -> dict[str, Any]:
-    """Which model a run started from, and how that one was made, down to the first of the line."""
+    """Returns the base of a run with its own lineage, and so on to the first ancestor."""
     lineage = job.store.config(base.name, base.version).lineage
     return {"model": base.name, "version": base.version, "backbone_sha256": base.stored.sha256, "lineage": lineage}
 
 
-# What the bases have seen
+# Data leaks through the bases
 
 
 def seen_before(bases: Sequence[Base], data: LoadedDataset, store: ModelStore) -> list[str]:
-    """A sentence where a base was trained on what is held out here, or may have been; none where its lineage does not say so."""
+    """Returns a warning for bases that were, or may have been, trained on images that are held out here, by their lineage."""
     found: dict[str, list[str]] = {}
     for base in bases:
         if base.ref is not None and (how := _overlap(store.config(base.name, base.version).lineage, data)):
             found.setdefault(how, []).append(f"{base.name}@{base.version}")
     return [
-        f"the base {', '.join(names)} {how}, so accuracy on them flatters: believe a test part that the base has not seen, "
-        "and where there are epochs to choose from keep the last (keep=last)"
+        f"the base {', '.join(names)} {how}, so accuracy on them is too optimistic: trust a test part that the base has not seen, "
+        "and where there are several epochs keep the last (keep=last)"
         for how, names in found.items()
     ]
 
 
 def _overlap(lineage: dict[str, Any], data: LoadedDataset) -> str | None:
-    """How images that are held out here may have trained a backbone of this lineage. A dataset is known again by its hash or its name; a
-    val/ or test/ of its own was never trained on."""
+    """Describes how images that are held out here may have trained a backbone of this lineage; None where they have not.
+
+    A dataset is recognised by its hash or its name. Its own val/ or test/ was never used for training.
+    """
     drawn = [name for part, name in (("val", "validation"), ("test", "test")) if data.split.get(f"{part}_fraction")]
     images = f"{' and '.join(drawn)} images"
     for dataset in _trained_on(lineage) if drawn else ():
@@ -82,7 +84,7 @@ def _overlap(lineage: dict[str, Any], data: LoadedDataset) -> str | None:
 
 
 def _trained_on(lineage: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The datasets that the weights of a backbone come from, the latest first; mode head leaves a backbone as it is."""
+    """Yields the datasets on which a backbone was trained, the latest first; mode head does not change the backbone."""
     if lineage.get("mode") != "head" and isinstance(dataset := lineage.get("dataset"), dict):
         yield dataset
     for ancestor in lineage.get("base_model") or ():
@@ -92,12 +94,12 @@ def _trained_on(lineage: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _package_version() -> str | None:
     try:
         return importlib.metadata.version("imago")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         return None
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in; None where it is installed without one."""
+    """Returns the commit of the checkout that contains this file; None for an installed package."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None

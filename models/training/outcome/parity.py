@@ -1,13 +1,13 @@
-"""The new version against itself: read back from the store, on images read again from their files, as a request would meet it.
+"""The parity check: compares the trained version with the stored one, on images that are read again from their files.
 
     training's features   by training's engine, from the run's own pixels and backbone         A
-    read again            by the same kind of engine, from the file's bytes and the store      B
+    read again            by the same kind of engine, from the bytes of the file and the store  B
     original              float32 on the CPU, from the same bytes and the store                R
     training's original   float32 on the CPU, from the run's own pixels and backbone           T
 
-R must equal T, so that another preprocessing or backbone is refused whatever the precision. B and R share backbone and pixels, so their
-distance is what the engine's precision explains: A may lie twice as far from B, since each lies so far from R. The heads are compared on
-A, in float32. The server compares its own engine with R.
+R must equal T, so that a different preprocessing or backbone is detected at any precision. B and R have the same backbone and pixels, so
+their distance is that of the engine's precision; A may be twice as far from B. The heads are compared on A, in float32. The server
+compares its own engine with R.
 """
 
 from base64 import b64encode
@@ -31,12 +31,12 @@ from models.training.reports import Parity
 from models.training.train import TrainingResult
 
 PARITY_IMAGES = 8
-PARITY_BYTES = 24 * 2**20  # of all samples together: the server has to read them
+PARITY_BYTES = 24 * 2**20  # of all samples together
 
 
 @torch.inference_mode()
 def parity(job: TrainingContext, trained: TrainingResult, config: ModelConfig) -> Parity:
-    """Compares the stored version with the trained one on some held-out images, and leaves these in the job's folder for the server."""
+    """Compares the stored version with the trained one on some held-out images, and writes these to the job's folder for the server."""
     stored = job.store.load(config.name, config.version)
     rows, contents, pixels = _read_again(job, stored)
     original = [_original(b, p) for b, p in zip(stored.backbones, pixels, strict=True)]
@@ -60,13 +60,13 @@ def parity(job: TrainingContext, trained: TrainingResult, config: ModelConfig) -
 
 
 def _original(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Features (n, D) in float32 on the CPU of uint8 (n, C, H, W)."""
+    """Returns features (n, D) of uint8 (n, C, H, W), computed in float32 on the CPU."""
     features: Tensor = backbone.module(normalise(pixels, backbone.ref.preprocessing))
     return features
 
 
 def _from_training(job: TrainingContext, trained: TrainingResult, rows: Tensor, original: list[Tensor]) -> float:
-    """The largest distance of an image's original features from those of the run's own pixels and backbones; 1 where one is NaN."""
+    """Returns the largest distance of the original features from those of the run's pixels and backbones; 1 where one is NaN."""
     farthest = 0.0
     for backbone, found in zip(trained.backbones, original, strict=True):
         pixels, _ = job.pixels(backbone.ref.preprocessing)
@@ -76,8 +76,10 @@ def _from_training(job: TrainingContext, trained: TrainingResult, rows: Tensor, 
 
 
 def _read_again(job: TrainingContext, stored: Classifier) -> tuple[Tensor, dict[str, bytes], list[Tensor]]:
-    """Rows (n,) of some held-out images, their files' contents by path, and their pixels (n, C, H, W) for each backbone."""
-    rows = _sampled(job.held_out).tolist()
+    """Returns rows (n,) of some held-out images, the contents of their files by path, and pixels (n, C, H, W) for each backbone."""
+    # spread over all rows, which are in the order of their paths, and so over the classes
+    sample = torch.linspace(0, len(job.held_out) - 1, min(len(job.held_out), PARITY_IMAGES)).round().long()
+    rows = job.held_out[sample].tolist()
     contents = _contents(job, [job.data.paths[row] for row in rows])
     kept: list[int] = []
     pixels: list[list[Tensor]] = []
@@ -86,7 +88,7 @@ def _read_again(job: TrainingContext, stored: Classifier) -> tuple[Tensor, dict[
             continue
         try:
             pixels.append([decode(data, backbone.ref.preprocessing, job.limits) for backbone in stored.backbones])
-        except ImageError:  # past the limits of a server, which are narrower
+        except ImageError:  # over the limits of a server, which are lower
             continue
         kept.append(row)
     stacked = [torch.stack(images) for images in zip(*pixels, strict=True)]
@@ -114,7 +116,7 @@ def _compared(
         off, within = float(distances(known, found).max()), min(max(2 * rounding, FLOOR), CEILING)
         agrees = agrees and off <= within and rounding <= CEILING
         again.append(found)
-        if off / within >= farthest / explained:  # the backbone that says most
+        if off / within >= farthest / explained:  # the least similar backbone
             farthest, explained, precision = off, within, extract.engine.precision
     answered = trained.probabilities(rows)
     return Parity(
@@ -125,12 +127,6 @@ def _compared(
         features=farthest,
         explained=explained,
     )
-
-
-def _sampled(rows: Tensor) -> Tensor:
-    """Some of `rows` (n,), spread over all of them, and so over the classes."""
-    places = torch.linspace(0, len(rows) - 1, min(len(rows), PARITY_IMAGES)).round().long()
-    return rows[places]
 
 
 def _contents(job: TrainingContext, paths: list[str]) -> dict[str, bytes]:

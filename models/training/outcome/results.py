@@ -1,4 +1,4 @@
-"""What a run has found out, put together."""
+"""The report of a run, put together from its parts, and its summary in the model's record."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -33,6 +33,7 @@ def make_report(
     choice: BaseChoice | None,
     compared: Comparison,
 ) -> Report:
+    """Returns the report of a run, without the version and what publishing it gives."""
     history, fitted = trained.history, trained.fit
     return Report(
         name=job.request.name,
@@ -71,7 +72,7 @@ def _epochs(history: History) -> tuple[Epoch, ...]:
 
 
 def _evaluated(job: TrainingContext, trained: TrainingResult, part: Any) -> Evaluation:
-    """Validation chose epoch and temperature, and so flatters; test images, where there are such, are seen for the first time."""
+    """Evaluates a part and sends the accuracy as an event."""
     rows, data = job.data.rows[part], job.data
     found = evaluate(
         trained.probabilities(rows), data.labels[rows], data.classes, [data.paths[row] for row in rows.tolist()]
@@ -85,8 +86,8 @@ def _evaluated(job: TrainingContext, trained: TrainingResult, part: Any) -> Eval
 
 
 def _checked(job: TrainingContext, trained: TrainingResult) -> tuple[Part, ...]:
-    """Whose labels can be doubted: training images by the heads of the other folds, and where a whole network has learned all of those
-    by heart, the held-out ones."""
+    """Returns the parts whose labels can be checked: training images by the heads of the other folds. A whole network has memorised
+    the training images, so it can check only the held-out ones."""
     if trained.fit is not None:
         return ("train",)
     return ("val", "test") if len(job.data.rows["test"]) else ("val",)
@@ -117,27 +118,21 @@ def _learning_curve(job: TrainingContext, trained: TrainingResult) -> LearningCu
 
 
 def metrics_of(report: Report) -> dict[str, Any]:
-    """What stands in the model's config.json."""
+    """Returns the metrics in the model's config.json."""
     found: dict[str, Any] = {
-        part: _summary(evaluation) for part, evaluation in (("val", report.val), ("test", report.test)) if evaluation
+        part: evaluation.model_dump(mode="json", include=SUMMARY)
+        | {"per_class": {name: score.recall for name, score in evaluation.per_class.items()}}
+        for part, evaluation in (("val", report.val), ("test", report.test))
+        if evaluation
     }
-    found["calibration"] = {
-        "temperature": report.calibration.temperature,
-        "ece_before": report.calibration.ece_before,
-        "ece_after": report.calibration.ece_after,
-    }
+    found["calibration"] = report.calibration.model_dump(exclude={"before", "after"})
     if report.history:
         found |= {"epochs": len(report.history), "best_epoch": report.best_epoch}
     return found
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    recalls = {name: score.recall for name, score in evaluation.per_class.items()}
-    return evaluation.model_dump(mode="json", include=SUMMARY) | {"per_class": recalls}
-
-
 def write_report(report: Report, folder: Path, thumbnails: Mapping[str, bytes], batch: AugmentedThumbnails) -> None:
-    """report.json, report.html with pictures by path and of a batch, and tensorboard/ beside them."""
+    """Writes report.json, report.html with thumbnails by path and of a batch, and tensorboard/."""
     atomic_files.replace(folder / REPORT, to_json(report))
     atomic_files.replace(folder / REPORT_PAGE, html(report, thumbnails, batch).encode())
     write_tensorboard(report, folder / "tensorboard")

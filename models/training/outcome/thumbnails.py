@@ -1,4 +1,4 @@
-"""Small JPEGs for the audit and the report: of the images that they speak of, and of some as they were trained on."""
+"""Thumbnails for the audit and the report: of the images that they name, and of augmented training images."""
 
 from contextlib import suppress
 from io import BytesIO
@@ -15,17 +15,17 @@ from models.training.network.batches import AugmentedImages
 from models.training.reports import AugmentedThumbnails, Report
 
 THUMBNAIL = 96  # pixels
-MOST_SHOWN = 50  # of the bad files, and of the duplicates
+MOST_SHOWN = 50  # of bad files, and of duplicates
 
 
 def odd_ones(job: TrainingContext) -> dict[str, bytes]:
-    """Of the first duplicates, and of the first bad files that show a picture all the same, by path."""
+    """Returns thumbnails by path of the first duplicates, and of the first bad files that can be decoded."""
     audit, shape = job.data.audit, job.bases[0].preprocessing
     groups = (*audit.conflicts, *audit.duplicates, *audit.near_duplicates)
     twice = dict.fromkeys([path for group in groups for path in group][:MOST_SHOWN])
     shown = {path: jpeg(job.data.pixels[row]) for row, path in enumerate(job.data.paths) if path in twice}
     if not (bad := {file.path for file in audit.bad[:MOST_SHOWN]}):
-        return shown  # the folder need not be looked through again
+        return shown
     with open_source(job.request.dataset, job.reading) as source:
         for item in source.items:
             if item.path in bad:
@@ -35,7 +35,7 @@ def odd_ones(job: TrainingContext) -> dict[str, bytes]:
 
 
 def thumbnails(job: TrainingContext, report: Report) -> dict[str, bytes]:
-    """Of the mistakes and doubted labels, by path."""
+    """Returns thumbnails by path of the mistakes and of the labels that are probably wrong."""
     evaluated = [part for part in (report.test, report.val) if part]
     wanted = {mistake.path for part in evaluated for mistake in part.mistakes}
     wanted |= {error.path for error in report.label_errors}
@@ -44,13 +44,13 @@ def thumbnails(job: TrainingContext, report: Report) -> dict[str, bytes]:
 
 
 def training_batch(sample: AugmentedImages, classes: tuple[str, ...]) -> AugmentedThumbnails:
-    """With the label, or its shares, below each."""
+    """Returns thumbnails of a training batch, each with its label or label shares."""
     captions = (caption(label, classes) for label in sample.labels)
     return AugmentedThumbnails(sample.said, tuple(zip(captions, map(jpeg, sample.pixels), strict=True)))
 
 
 def caption(label: Tensor, classes: tuple[str, ...]) -> str:
-    """Of a label () or, mixed, its shares (classes,): `cat`, `70% cat, 30% dog`."""
+    """Returns the name of a label (), or of its shares (classes,) after mixup: `cat`, `70% cat, 30% dog`."""
     if label.ndim == 0:
         return classes[int(label)]
     shares = [(float(share), name) for share, name in zip(label, classes, strict=True) if share > 0]
@@ -58,7 +58,7 @@ def caption(label: Tensor, classes: tuple[str, ...]) -> str:
 
 
 def jpeg(pixels: Tensor) -> bytes:
-    """uint8 (C, H, W) -> a square JPEG."""
+    """Encodes uint8 (C, H, W) as a square JPEG."""
     rows = pixels.permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(rows if rows.shape[2] == 3 else rows[:, :, 0])
     buffer = BytesIO()

@@ -1,4 +1,4 @@
-"""The reference that a version keeps of its data: made at the end of a run, or later for a version that has none."""
+"""The reference data for uncertainty of a version: made at the end of a run, or later for a version without."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ Features = Callable[[Tensor], list[Tensor]]  # rows (n,) -> one float32 (n, D) p
 
 
 def reference_of(job: TrainingContext, trained: TrainingResult) -> Reference:
-    """From the training images, and the validation images, to which also the temperature was fitted."""
+    """Returns the reference from the training and validation images; the temperature was fitted to the latter too."""
     return _reference(
         job.data,
         job.data.rows["val"],
@@ -48,14 +48,14 @@ def calibrate(
     encoding: str = AUTO,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Reference:
-    """A reference for a stored version, of a dataset with a train/ and a `part` of its own, which the version was not trained on.
+    """Returns a reference for a stored version, from a dataset with train/ and its own `part`, on which the version was not trained.
 
-    `share` of the held-out images is used, at most `most` of the training images are kept; `precision` is that of accepted images.
+    `share` of the held-out images is used, and at most `most` of the training images are kept. `precision`: that of accepted images.
     Raises DatasetError.
     """
     classifier = store.load(config.name, config.version)
     kinds = [backbone.ref.preprocessing for backbone in classifier.backbones]
-    reading = Reading(encoding=encoding, follow_links=True)  # the command line's own: no server calls this
+    reading = Reading(encoding=encoding, follow_links=True)  # called by the command line only
     data = dataset.load(
         path,
         kinds[0],
@@ -70,7 +70,7 @@ def calibrate(
         raise DatasetError(f"{data.name} has other classes than {config.name}@{config.version}")
     if data.split.get(part) != "given":
         raise DatasetError(
-            f"{data.name} has no {part}/ of its own: images that a model was trained on would flatter it"
+            f"{data.name} has no {part}/ of its own: images that a model was trained on would give optimistic results"
         )
     pixels = [
         data.pixels if kind == kinds[0] else dataset.pixels(path, data, kind, reading=reading, limits=limits)[0]
@@ -90,7 +90,7 @@ def calibrate(
 
 
 def held_out(data: LoadedDataset, part: Literal["val", "test"], share: float = 1.0) -> Tensor:
-    """Rows of a part: `share` of them, in the order of their files' hashes, which has nothing to do with what they show."""
+    """Returns `share` of the rows of a part, in the order of the hashes of their files, which is independent of their content."""
     rows = sorted(data.rows[part].tolist(), key=lambda row: data.files[row])
     return torch.tensor(rows[: round(share * len(rows))], dtype=torch.int64)
 

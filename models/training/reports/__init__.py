@@ -1,4 +1,4 @@
-"""What a training run leaves for people: a record (JSON), a page (HTML), and event files for TensorBoard."""
+"""The report of a training run: a record (JSON), a page (HTML), and event files for TensorBoard."""
 
 from models.training.reports.page import html
 from models.training.reports.record import AugmentedThumbnails, Epoch, Parity, Report

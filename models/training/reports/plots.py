@@ -1,11 +1,14 @@
-"""The report's plots as inline SVG; colours are the page's."""
+"""The report's plots as inline SVG. The colours of the classes are in `style.css`."""
 
 import math
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from markupsafe import Markup
+
 from models.training.evaluation.calibrate import Bin
-from models.training.reports.markup import Markup, element
+from models.training.evaluation.learning_curve import LearningCurve
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 26, 42
@@ -18,7 +21,7 @@ class Series(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """From values to pixels, along one axis."""
+    """Converts values to pixels along one axis."""
 
     low: float
     high: float
@@ -31,7 +34,7 @@ class Scale(NamedTuple):
         return round(self.start + (value - low) / ((high - low) or 1) * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """Round values in between, at most six or so; of a logarithmic axis the powers of ten."""
+        """Returns about six round values at most; on a logarithmic axis the powers of ten."""
         if self.log:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             return [10.0**power for power in range(first, last + 1)]
@@ -47,116 +50,115 @@ class Scale(NamedTuple):
 def lines(
     series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, mark: float | None = None
 ) -> Markup:
-    """A line for each series; `mark` is a place on the x axis, such as the best epoch."""
+    """Plots a line for each series, and a vertical line at `mark` on the x axis, such as the best epoch."""
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
-    margin = 0.05 * ((max(ys) - min(ys)) or abs(max(ys)) or 1)  # a flat line is drawn in the middle
+    margin = 0.05 * ((max(ys) - min(ys)) or abs(max(ys)) or 1)  # a constant line is drawn in the middle
     y = Scale(min(ys) - margin, max(ys) + margin, HEIGHT - BOTTOM, TOP)
-    parts = [_axes(x, y, x_label, y_label), _legend([one.name for one in series])]
+    svg = _svg(WIDTH, HEIGHT, f"{y_label} by {x_label}")
+    _axes(svg, x, y, x_label, y_label)
+    _legend(svg, [one.name for one in series])
     if mark is not None:
-        parts.append(element("line", x1=x.at(mark), x2=x.at(mark), y1=TOP, y2=HEIGHT - BOTTOM, class_="mark"))
-    parts += [_line(one, x, y, f"c{number}") for number, one in enumerate(series)]
-    return _svg(parts, WIDTH, HEIGHT, f"{y_label} by {x_label}")
+        _add(svg, "line", "mark", x1=x.at(mark), x2=x.at(mark), y1=TOP, y2=HEIGHT - BOTTOM)
+    for number, one in enumerate(series):
+        _line(svg, one.points, x, y, number)
+        for a, b in one.points:
+            dot = _add(svg, "circle", f"dot c{number}", cx=x.at(a), cy=y.at(b), r=3)
+            _title(dot, f"{one.name} at {a:.4g}: {b:.4g}")
+    return _markup(svg)
+
+
+def learning_curve(curve: LearningCurve) -> Markup:
+    """Plots validation accuracy by the number of training images."""
+    return lines([Series("", [(p.images, p.accuracy) for p in curve.points])], "training images", "accuracy")
 
 
 def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> Markup:
-    """Accuracy against confidence: on the diagonal, probabilities mean what they say. A point's area grows with its images."""
+    """Plots accuracy by confidence: on the diagonal, the probabilities are calibrated. The area of a point grows with its images."""
     x, y = Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP)
-    parts = [_axes(x, y, "confidence", "accuracy"), _legend(["as trained", "calibrated"])]
-    parts.append(element("line", x1=x.at(0), y1=y.at(0), x2=x.at(1), y2=y.at(1), class_="mark"))
+    svg = _svg(WIDTH, HEIGHT, "accuracy by confidence")
+    _axes(svg, x, y, "confidence", "accuracy")
+    _legend(svg, ["as trained", "calibrated"])
+    _add(svg, "line", "mark", x1=x.at(0), y1=y.at(0), x2=x.at(1), y2=y.at(1))
     for number, bins in enumerate((before, after)):
         most = max(b.count for b in bins)
-        parts.append(_line(Series("", [(b.confidence, b.accuracy) for b in bins]), x, y, f"c{number}", dots=False))
+        _line(svg, [(b.confidence, b.accuracy) for b in bins], x, y, number)
         for b in bins:
-            title = element("title", f"{b.count} images: confidence {b.confidence:.1%}, accuracy {b.accuracy:.1%}")
             radius = round(2 + 7 * math.sqrt(b.count / most), 1)
-            parts.append(
-                element("circle", title, cx=x.at(b.confidence), cy=y.at(b.accuracy), r=radius, class_=f"dot c{number}")
-            )
-    return _svg(parts, WIDTH, HEIGHT, "accuracy by confidence")
+            dot = _add(svg, "circle", f"dot c{number}", cx=x.at(b.confidence), cy=y.at(b.accuracy), r=radius)
+            _title(dot, f"{b.count} images: confidence {b.confidence:.1%}, accuracy {b.accuracy:.1%}")
+    return _markup(svg)
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
-    """A square for each true (row) and predicted (column) class, as dark as its share of the row; empty ones are not drawn."""
+    """Plots a square for each true (row) and predicted (column) class, as dark as its share of the row. Empty cells are not drawn."""
     side = max(3, min(44, 480 // len(classes)))
-    named = len(classes) <= LARGEST_NAMED
-    margin = 10 + 7 * min(16, max(map(len, classes))) if named else 24
+    is_named = len(classes) <= LARGEST_NAMED
+    margin = 10 + 7 * min(16, max(map(len, classes))) if is_named else 24
     end = side * len(classes)
-    parts = [
-        _square(margin + p * side, t * side, side, Cell(classes[t], classes[p], count, count / sum(row)), len(classes))
-        for t, row in enumerate(matrix)
-        for p, count in enumerate(row)
-        if count
-    ]
-    parts.append(element("rect", x=margin, y=0, width=end, height=end, class_="frame"))
-    parts += _names(classes, margin, side) if named else []
-    label = "confusion matrix: true classes down, predicted across"
-    return _svg(parts, margin + end + 8, end + margin + 8, label)
-
-
-class Cell(NamedTuple):
-    """Of a confusion matrix."""
-
-    true: str
-    predicted: str
-    images: int
-    share: float  # of the images of the true class
-
-
-def _square(x: float, y: float, side: int, cell: Cell, classes: int) -> Markup:
-    title = element("title", f"{cell.true}, taken for {cell.predicted}: {cell.images} ({cell.share:.1%})")
-    opacity = round(0.12 + 0.88 * cell.share, 3)
-    colour = "right" if cell.true == cell.predicted else "wrong"
-    square = element("rect", title, x=x, y=y, width=side, height=side, fill_opacity=opacity, class_=colour)
-    count = _text(x + side / 2, y + side / 2 + 4, cell.images, "cell") if classes <= LARGEST_COUNTED else None
-    return element("g", square, count)
-
-
-def _names(classes: Sequence[str], margin: float, side: int) -> list[Markup]:
-    end, parts = side * len(classes), []
-    for number, name in enumerate(classes):
+    svg = _svg(margin + end + 8, end + margin + 8, "confusion matrix: true classes down, predicted across")
+    for t, row in enumerate(matrix):
+        for p, count in enumerate(row):
+            if not count:
+                continue
+            share = count / sum(row)
+            colour = "right" if t == p else "wrong"
+            x, y = margin + p * side, t * side
+            square = _add(svg, "rect", colour, x=x, y=y, width=side, height=side)
+            square.set("fill-opacity", str(round(0.12 + 0.88 * share, 3)))
+            _title(square, f"{classes[t]}, predicted as {classes[p]}: {count} ({share:.1%})")
+            if len(classes) <= LARGEST_COUNTED:
+                _text(svg, x + side / 2, y + side / 2 + 4, str(count), "cell")
+    _add(svg, "rect", "frame", x=margin, y=0, width=end, height=end)
+    for number, name in enumerate(classes if is_named else ()):
         short, middle = name if len(name) <= 16 else f"{name[:15]}…", (number + 0.5) * side
-        parts.append(_text(margin - 6, middle + 4, short, "right-aligned"))
-        turned = f"translate({margin + middle + 4} {end + 8}) rotate(-90)"
-        parts.append(element("text", short, transform=turned, class_="right-aligned"))
-    return parts
+        _text(svg, margin - 6, middle + 4, short, "right-aligned")
+        turned = ElementTree.SubElement(svg, "text", {"class": "right-aligned"})
+        turned.set("transform", f"translate({margin + middle + 4} {end + 8}) rotate(-90)")
+        turned.text = short
+    return _markup(svg)
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
-    parts = []
+def _axes(svg: ElementTree.Element, x: Scale, y: Scale, x_label: str, y_label: str) -> None:
     for tick in y.ticks():
-        parts.append(element("line", x1=x.start, x2=x.end, y1=y.at(tick), y2=y.at(tick), class_="grid"))
-        parts.append(_text(x.start - 6, y.at(tick) + 4, f"{tick:.4g}", "right-aligned"))
-    parts += [_text(x.at(tick), y.start + 16, f"{tick:.4g}", "centred") for tick in x.ticks()]
-    parts.append(element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-    parts.append(_text((x.start + x.end) / 2, y.start + 34, x_label, "centred"))
-    parts.append(_text(4, y.end - 12, y_label))
-    return element("g", *parts)
+        _add(svg, "line", "grid", x1=x.start, x2=x.end, y1=y.at(tick), y2=y.at(tick))
+        _text(svg, x.start - 6, y.at(tick) + 4, f"{tick:.4g}", "right-aligned")
+    for tick in x.ticks():
+        _text(svg, x.at(tick), y.start + 16, f"{tick:.4g}", "centred")
+    _add(svg, "line", "axis", x1=x.start, x2=x.end, y1=y.start, y2=y.start)
+    _text(svg, (x.start + x.end) / 2, y.start + 34, x_label, "centred")
+    _text(svg, 4, y.end - 12, y_label, "")
 
 
-def _legend(names: Sequence[str]) -> Markup:
-    parts = []
-    for number, name in enumerate(reversed(names)):
-        x = WIDTH - RIGHT - 110 * number
-        parts.append(_text(x, TOP - 12, name, f"right-aligned fill{len(names) - 1 - number}"))
-    return element("g", *parts)
+def _legend(svg: ElementTree.Element, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        place = len(names) - 1 - number  # from the right
+        _text(svg, WIDTH - RIGHT - 110 * place, TOP - 12, name, f"right-aligned fill{number}")
 
 
-def _line(series: Series, x: Scale, y: Scale, colour: str, dots: bool = True) -> Markup:
-    places = [(x.at(a), y.at(b)) for a, b in series.points]
-    parts = [element("polyline", points=" ".join(f"{a},{b}" for a, b in places), class_=f"line {colour}")]
-    if dots:
-        for (a, b), (px, py) in zip(series.points, places, strict=True):
-            title = element("title", f"{series.name} at {a:.4g}: {b:.4g}")
-            parts.append(element("circle", title, cx=px, cy=py, r=3, class_=f"dot {colour}"))
-    return element("g", *parts)
+def _line(svg: ElementTree.Element, points: Sequence[tuple[float, float]], x: Scale, y: Scale, number: int) -> None:
+    line = ElementTree.SubElement(svg, "polyline", {"class": f"line c{number}"})
+    line.set("points", " ".join(f"{x.at(a)},{y.at(b)}" for a, b in points))
 
 
-def _text(x: float, y: float, text: str | int, class_: str | None = None) -> Markup:
-    return element("text", text, x=round(x, 1), y=round(y, 1), class_=class_)
+def _text(svg: ElementTree.Element, x: float, y: float, text: str, class_: str) -> None:
+    _add(svg, "text", class_, x=round(x, 1), y=round(y, 1)).text = text
 
 
-def _svg(parts: Sequence[Markup], width: float, height: float, label: str) -> Markup:
-    box = f"0 0 {width} {height}"
-    return element("svg", *parts, viewBox=box, width=width, height=height, role="img", aria_label=label)
+def _title(parent: ElementTree.Element, text: str) -> None:
+    """Adds a tooltip."""
+    ElementTree.SubElement(parent, "title").text = text
+
+
+def _add(svg: ElementTree.Element, tag: str, class_: str, **numbers: float) -> ElementTree.Element:
+    return ElementTree.SubElement(svg, tag, {"class": class_} | {name: str(n) for name, n in numbers.items()})
+
+
+def _svg(width: float, height: float, label: str) -> ElementTree.Element:
+    attributes = {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height)}
+    return ElementTree.Element("svg", attributes | {"role": "img", "aria-label": label})
+
+
+def _markup(svg: ElementTree.Element) -> Markup:
+    return Markup(ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False))  # noqa: S704 - escaped by ElementTree

@@ -19,11 +19,11 @@ from models.training.head.regression import PathPoint
 
 
 class Epoch(Record):
-    """One epoch of a network's training; what was not measured is None."""
+    """One epoch of the training of a network; unmeasured values are None."""
 
     epoch: int = Field(ge=1)
     loss: float
-    accuracy: float | None = None  # on the training images as they were augmented, by weights on the move
+    accuracy: float | None = None  # on the augmented training images, while the weights changed
     val_loss: float | None = None
     val_accuracy: float | None = None
     lr: float | None = None
@@ -31,35 +31,35 @@ class Epoch(Record):
 
 
 class Parity(Record):
-    """Whether the server's way from bytes to probabilities answers as the trainer's did, on the same files."""
+    """The comparison of the stored version with the trained one, from the bytes of the same files to probabilities."""
 
     images: int
     max_difference: float  # of a probability
     agrees: bool
-    precision: Precision = "float32"  # of the features, in training and here
-    features: float = 0.0  # distance of an image's features from training's, see models/runtime/tolerances.py
+    precision: Precision = "float32"  # of the features
+    features: float = 0.0  # largest distance from the features in training, see models/runtime/tolerances.py
     explained: float = 0.0  # the distance that the precision explains
 
     @property
     def reason(self) -> str:
-        """The difference that is too large."""
+        """Describes the difference that is too large."""
         if self.features > self.explained:
             return (
-                f"its backbone gives other features than in training: they differ by {self.features:.1%} of their length, and "
+                f"its backbone computes other features than in training: they differ by {self.features:.1%} of their length, and "
                 f"{self.precision} explains {self.explained:.1%}"
             )
-        return f"it answers other probabilities than in training, by up to {self.max_difference:.3f}"
+        return f"it computes other probabilities than in training, by up to {self.max_difference:.3f}"
 
 
 class AugmentedThumbnails(NamedTuple):
-    """Pictures of images as they were trained on. They are on the page alone, and not in the record."""
+    """Thumbnails of augmented training images. They are on the page only, not in the record."""
 
-    said: str  # what they are
+    said: str  # a caption for all
     pictures: tuple[tuple[str, bytes], ...]  # label and JPEG of each
 
 
 class Report(Record):
-    """All that a run found out. What a mode does not have is None or empty."""
+    """The results of a run. Fields that do not apply to its mode are None or empty."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -70,19 +70,19 @@ class Report(Record):
     effective: dict[str, Any]
     audit: Audit  # with the sizes of the parts
     history: tuple[Epoch, ...] = ()
-    best_epoch: int | None = None  # whose weights were kept: the best on validation, or with keep "last" the last
+    best_epoch: int | None = None  # whose weights were kept: the best on validation, or the last with keep "last"
     layers: tuple[TrainedLayer, ...] = ()
-    fresh_stages: tuple[str, ...] = ()  # of the base's network, that were initialised anew
-    path: tuple[PathPoint, ...] = ()  # of the head's strengths
-    strength: float | None = None  # the one that was taken
+    fresh_stages: tuple[str, ...] = ()  # stages of the base that were newly initialised
+    path: tuple[PathPoint, ...] = ()  # the cross-validated strengths of the head's penalty
+    strength: float | None = None  # the chosen one
     stop_reason: str | None = None
-    stopping: str | None = None  # what stopping early saved and may have cost, in words
+    stopping: str | None = None  # what early stopping saved and may have cost
     candidates: BaseChoice | None = None
     calibration: Calibration
     val: Evaluation
     test: Evaluation | None = None
     label_errors: tuple[LabelError, ...] = ()
-    labels_checked: tuple[Part, ...] = ()  # the parts whose images were looked at for `label_errors`
+    labels_checked: tuple[Part, ...] = ()  # the parts that were searched for `label_errors`
     learning_curve: LearningCurve | None = None
     verdict: GateVerdict | None = None
     parity: Parity | None = None

@@ -1,21 +1,30 @@
-"""A run's curves as TensorBoard event files."""
+"""The curves of a run as TensorBoard event files. `pip install imago[tensorboard]`."""
 
+import logging
 from pathlib import Path
 
 from models.training.reports.record import Report
 
+log = logging.getLogger(__name__)
+
 
 def write_tensorboard(report: Report, folder: Path) -> None:
-    """Scalars by epoch, or by the head's strengths from strong to weak; then what the validation and test images say. Raises OSError."""
-    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+    """Writes scalars by epoch, or by the strength of the head's penalty; then the metrics on validation and test images.
 
+    Without tensorboardX it writes nothing but a line in the log. Raises OSError.
+    """
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        log.warning("no TensorBoard event files are written: pip install 'imago[tensorboard]'")
+        return
     with SummaryWriter(str(folder)) as writer:
         for tag, step, value in scalars(report):
             writer.add_scalar(tag, value, step)
 
 
 def scalars(report: Report) -> list[tuple[str, int, float]]:
-    """(tag, step, value), in the order in which they are written."""
+    """Returns (tag, step, value) in the order in which they are written."""
     found: list[tuple[str, int, float | None]] = []
     for epoch in report.history:
         found += [("loss/train", epoch.epoch, epoch.loss), ("loss/val", epoch.epoch, epoch.val_loss)]

