@@ -362,7 +362,7 @@ def test_a_model_that_keeps_nothing_has_nothing_to_decide_by(store: ModelStore) 
 
 def test_predict_refuses_an_alpha_that_is_no_number(store: ModelStore) -> None:
     result = imago("predict", photo(Path("red.png")), "--alpha", "nan", *OFFLINE)
-    assert (result.exit_code, "nan is not a number" in result.output) == (2, True)
+    assert (result.exit_code, "alpha: must lie between 0 and 1" in result.output) == (2, True)
 
 
 def device_threads() -> list[str]:

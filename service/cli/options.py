@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -74,9 +74,9 @@ def _option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """`int | None` -> `int`."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next(arg for arg in get_args(annotation) if arg is not NoneType)
+    """`Annotated[int, ...] | None` -> `int`."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return _plain_type(next(arg for arg in get_args(annotation) if arg is not NoneType))
     return annotation
 
 
