@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from models.errors import TrainingError
 from models.training.job.command import command
-from models.training.job.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
+from models.training.job.hyperparameters import Hyperparameters
+from models.training.job.request import EarlyStopping, FinetuneRequest, effective
 from service.cli import main
 
 

@@ -20,8 +20,9 @@ from models.training.evaluation.layer_activity import TrainedLayer, head_layer, 
 from models.training.head.feature_sum import fit_sum
 from models.training.head.features import Extractor, Stopped
 from models.training.head.regression import Fit, fit
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.job.job_files import StopReason
-from models.training.job.request import Event, ResolvedHyperparameters
+from models.training.job.request import Event
 from models.training.network import checkpoint, distributed
 from models.training.network import trainer as whole
 from models.training.network.augment import augmented_copy
@@ -223,7 +224,7 @@ def _parts(job: TrainingContext, fresh: Sequence[str]) -> tuple[nn.Module, Layer
 
 def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
     """The layer that mode head finds: on the base's features, or on those of a backbone that is no longer the base's."""
-    job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
+    job = replace(job, settings=job.settings.model_copy(update={"epochs": 200, "weight_decay": None, "copies": 0}))
     if changed is None:
         head = train_head(job).head
     else:

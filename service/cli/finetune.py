@@ -16,8 +16,9 @@ from models.data.parts import PARTS
 from models.store.store import ModelStore
 from models.training.candidates import ScoredBase
 from models.training.evaluation.evaluate import Evaluation
+from models.training.job.hyperparameters import Hyperparameters
 from models.training.job.job_files import JobResult
-from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest
 from models.training.reports import Report
 from service.cli.complete import stored_models
 from service.cli.options import IMAGES, examples, fields_options, settings_options

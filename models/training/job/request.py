@@ -3,146 +3,32 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.data.samples import Layout, NearDuplicates
 from models.decision_rules import PRECISION
-from models.errors import TrainingError
-from models.files.records import NAME_PATTERN, Record
+from models.files.records import NAME_PATTERN
 from models.files.text_encodings import AUTO, check_encoding
 from models.runtime.options import Precision
+from models.training.job.hyperparameters import (
+    HEAD_FIELDS,
+    FiniteRecord,
+    Hyperparameters,
+    Mode,
+    ResolvedHyperparameters,
+    resolve,
+    zero_or,
+)
 
-Mode = Literal["head", "finetune", "head_then_finetune", "scratch", "auto"]
-Augmentation = Literal["none", "light", "standard", "trivial", "randaugment"]
-Optimizer = Literal["sgd", "adam", "adamw"]
-Scheduler = Literal["one_cycle", "cosine", "step", "plateau", "constant"]
 Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
 FOLDS, FOLD_EPOCHS = 3, 3  # of the choice among architectures, where the request says nothing
-IMAGES_PER_DEVICE = 16  # of a batch, fewer of which keep no GPU busy
 
 
-# Of those that may be 0: below these they do nothing, and what computes with them underflows.
-LEAST = {
-    "weight_decay": 1e-12,
-    "label_smoothing": 1e-6,
-    "rotation": 0.01,
-    "mixup": 0.01,
-    "cutmix": 0.01,
-    "ema": 1e-6,
-    "small_until": 1e-6,
-    "test_fraction": 0.001,
-}
-
-
-class _Asked(Record):
-    """A part of a request: its numbers are finite, and those that may be 0 are not almost 0."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    @field_validator(*LEAST, check_fields=False)
-    @classmethod
-    def _zero_or_enough(cls, given: float | None, info: ValidationInfo) -> float | None:
-        least = LEAST[str(info.field_name)]
-        if given and given < least:
-            raise ValueError(f"{info.field_name} is 0, or at least {least:g}")
-        return given
-
-
-class Hyperparameters(_Asked):
-    """Each may be left out, or be "auto": then it follows from the mode and the number of training images, see `effective`."""
-
-    epochs: int | None = Field(
-        default=None, ge=1, le=10_000, description="Passes over the training images; in mode head, iterations of L-BFGS"
-    )
-    batch_size: int | None = Field(default=None, ge=2, le=8192, description="Images in one batch")
-    lr: float | None = Field(default=None, ge=1e-12, le=10, description="Peak learning rate")
-    head_lr: float | None = Field(
-        default=None, ge=1e-12, le=10, description="Peak learning rate of the last layer; otherwise as lr"
-    )
-    layer_decay: float | None = Field(
-        default=None, ge=1e-6, le=1, description="Learning rate of each stage over that of the next one"
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0, le=10, description="Weight decay; in mode head, the one strength instead of a path of them"
-    )
-    optimizer: Optimizer | None = Field(default=None, description="Optimizer; sgd has Nesterov momentum")
-    scheduler: Scheduler | None = Field(default=None, description="Course of the learning rate")
-    label_smoothing: float | None = Field(
-        default=None, ge=0, lt=1, description="Share of the target spread over all classes"
-    )
-    class_weight: Literal["none", "balanced"] | None = Field(
-        default=None, description="Whether rare classes count more"
-    )
-    augmentation: Augmentation | None = Field(
-        default=None, description="Random changes to the training images; in mode head, to their copies"
-    )
-    hflip: bool | None = Field(
-        default=None, description="Mirror left and right at random; by default with any augmentation"
-    )
-    vflip: bool | None = Field(default=None, description="Mirror top and bottom at random")
-    rotation: float | None = Field(
-        default=None, ge=0, le=180, description="Rotate at random by up to so many degrees to either side"
-    )
-    mixup: float | None = Field(
-        default=None,
-        ge=0,
-        le=10,
-        description="Alpha of the Beta distribution by which two images are blended; 0 is off",
-    )
-    cutmix: float | None = Field(
-        default=None, ge=0, le=10, description="Alpha of the Beta distribution by which a patch is replaced; 0 is off"
-    )
-    freeze_until: str | None = Field(
-        default=None, max_length=200, description="This stage of the network and all before it stay as they are"
-    )
-    fresh_from: str | None = Field(
-        default=None,
-        max_length=200,
-        description="This stage of the network and all after it are initialised anew instead of borrowed from the base",
-    )
-    thaw_every: int | None = Field(
-        default=None, ge=1, le=10_000, description="Epochs after which one more frozen stage trains, from the last"
-    )
-    precision: Precision | None = Field(
-        default=None, description="Arithmetic of training; by default what the device gains by"
-    )
-    accumulate: int | None = Field(default=None, ge=1, le=1024, description="Batches to one step")
-    gradient_checkpointing: bool | None = Field(
-        default=None, description="Compute again in the backward pass instead of keeping: memory for time"
-    )
-    devices: int | None = Field(
-        default=None,
-        ge=1,
-        le=64,
-        description="GPUs that share each batch; by default all there are, as long as each gets 16 images of it",
-    )
-    ema: float | None = Field(
-        default=None, ge=0, lt=1, description="Decay of the averaged weights at each update; 0 is no average"
-    )
-    small_until: float | None = Field(
-        default=None, ge=0, le=1, description="Share of the epochs at 3/4 of the image's side, for 0.6 of the cost"
-    )
-    copies: int | None = Field(
-        default=None, ge=0, le=100, description="Mode head: augmented copies of each training image"
-    )
-    features_from: str | None = Field(
-        default=None, max_length=200, description="Mode head: the named module whose pooled output are the features"
-    )
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of everything random")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _auto(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value != "auto" or name not in cls.model_fields}
-
-
-class EarlyStopping(_Asked):
+class EarlyStopping(FiniteRecord):
     """When a run of epochs ends before its last one.
 
     Prechelt 1998, Early stopping, but when?: GL is generalisation loss, PQ its quotient with progress, UP successive rises.
@@ -169,7 +55,7 @@ class EarlyStopping(_Asked):
         return self.model_copy(update={"strip": self.strip or max(2, min(5, epochs // 8))})
 
 
-class Budget(_Asked):
+class Budget(FiniteRecord):
     """What a run may cost; where it is reached, the best so far is kept."""
 
     max_seconds: float | None = Field(
@@ -183,7 +69,7 @@ class Budget(_Asked):
     )
 
 
-class FinetuneRequest(_Asked):
+class FinetuneRequest(FiniteRecord):
     """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
     several models are an ensemble, of several architectures one is chosen, and "auto" chooses among the store's models."""
 
@@ -211,7 +97,7 @@ class FinetuneRequest(_Asked):
     val_fraction: float = Field(
         default=0.2, ge=0.01, le=0.5, description="Share of the images held out, where there is no val/"
     )
-    test_fraction: float = Field(
+    test_fraction: Annotated[float, zero_or(0.001)] = Field(
         default=0.0, ge=0, le=0.5, description="Share held out for the final figures, where there is no test/"
     )
     on_bad_file: Literal["skip", "fail"] = Field(
@@ -329,12 +215,6 @@ class FinetuneRequest(_Asked):
             raise ValueError(f"mode {self.mode} {why} and has no {', '.join(fields)}; leave it out or use another mode")
 
 
-# What means something where only a head is fitted; the augmentation is that of the copies.
-HEAD_FIELDS = frozenset(
-    {"epochs", "weight_decay", "label_smoothing", "class_weight", "augmentation", "hflip", "vflip", "rotation"}
-) | {"copies", "features_from", "seed"}
-
-
 @dataclass(frozen=True)
 class Event:
     """A sign of life: `progress` runs from 0 to 1 within `phase`; `message` is a line for the reader (a bad file, a resumed run)."""
@@ -348,119 +228,17 @@ class Event:
     message: str | None = None
 
 
-@dataclass(frozen=True)
-class ResolvedHyperparameters:
-    """The hyperparameters that a run really uses."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    head_lr: float
-    layer_decay: float
-    weight_decay: float | None  # None: a path of strengths, chosen by cross-validation
-    optimizer: Optimizer
-    scheduler: Scheduler
-    label_smoothing: float
-    class_weight: Literal["none", "balanced"]
-    augmentation: Augmentation
-    hflip: bool
-    vflip: bool
-    rotation: float
-    mixup: float
-    cutmix: float
-    freeze_until: str | None
-    fresh_from: str | None
-    thaw_every: int | None
-    precision: Precision
-    accumulate: int
-    gradient_checkpointing: bool
-    devices: int  # that share each batch
-    ema: float
-    small_until: float
-    copies: int
-    features_from: str | None
-    seed: int
-
-
-_DEFAULTS: dict[str, Any] = {
-    "layer_decay": 1.0,
-    "optimizer": "sgd",
-    "scheduler": "one_cycle",
-    "class_weight": "none",
-    "vflip": False,
-    "rotation": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "freeze_until": None,
-    "fresh_from": None,
-    "thaw_every": None,
-    "precision": "float32",
-    "accumulate": 1,
-    "gradient_checkpointing": False,
-    "small_until": 0.0,
-    "copies": 0,
-    "features_from": None,
-}
-_TRAINED = {"label_smoothing": 0.1, "augmentation": "light", "ema": 0.95}
-_BY_MODE: dict[Mode, dict[str, Any]] = {
-    "head": {"epochs": 200, "weight_decay": None, "label_smoothing": 0.0, "augmentation": "none", "ema": 0.0},
-    "finetune": {"epochs": 8, "weight_decay": 1e-4, **_TRAINED},
-    "head_then_finetune": {"epochs": 8, "weight_decay": 1e-4, **_TRAINED},
-    "scratch": {"epochs": 10, "weight_decay": 5e-4, **_TRAINED},
-}
-_MAX_BATCH: dict[Mode, int] = {"head": 256, "finetune": 64, "head_then_finetune": 64, "scratch": 128}
-# Peak learning rate of SGD for one image in the batch; Adam's do not grow with the batch.
-_SGD_LR_PER_IMAGE: dict[Mode, float] = {
-    "head": 0.0,
-    "finetune": 0.01 / 64,
-    "head_then_finetune": 0.01 / 64,
-    "scratch": 0.15 / 128,
-}
-_ADAM_LR: dict[Mode, float] = {"head": 0.0, "finetune": 1e-4, "head_then_finetune": 1e-4, "scratch": 1e-3}
+OnEvent = Callable[[Event], None]
 
 
 def effective(
     request: FinetuneRequest, mode: Mode, train_images: int, precision: Precision = "float32", devices: int = 1
 ) -> ResolvedHyperparameters:
-    """The request's hyperparameters with every gap filled; a batch is never larger than the training part.
-
-    `mode` is the request's, or what `auto` has become; `precision` is what the device gains by; `devices` is how many there are.
-    Raises TrainingError: more devices asked for than there are, or than the batch has images for.
-    """
+    """Resolves the request's hyperparameters for `mode`: the request's own, or what `auto` has become. See `resolve`."""
     given = request.hyperparameters.model_dump(exclude_none=True)
     if request.mode == "auto" and mode == "head":  # `epochs` were meant for a network
         given = {name: value for name, value in given.items() if name in HEAD_FIELDS - {"epochs"}}
-    chosen = {**_DEFAULTS, **_BY_MODE[mode], "precision": precision, **given}
-    chosen["batch_size"] = min(given.get("batch_size") or _batch_size(mode, train_images), max(train_images, 2))
-    chosen["devices"] = 1 if mode == "head" else _devices(given.get("devices"), devices, chosen["batch_size"])
-    chosen.setdefault("hflip", chosen["augmentation"] != "none")
-    images = chosen["batch_size"] * chosen["accumulate"]
-    chosen.setdefault("lr", _SGD_LR_PER_IMAGE[mode] * images if chosen["optimizer"] == "sgd" else _ADAM_LR[mode])
-    chosen.setdefault("head_lr", chosen["lr"])
+    resolved = resolve(given, mode, train_images, precision, devices)
     if request.budget.max_epochs and mode != "head":
-        chosen["epochs"] = min(chosen["epochs"], request.budget.max_epochs)
-    return ResolvedHyperparameters(**chosen)
-
-
-def _batch_size(mode: Mode, train_images: int) -> int:
-    """The largest power of two that leaves some 20 steps an epoch, from 8 up to what the mode likes."""
-    size = 8
-    while size * 2 <= min(_MAX_BATCH[mode], train_images // 20):
-        size *= 2
-    return size
-
-
-def _devices(asked: int | None, there: int, batch_size: int) -> int:
-    """A batch norm sees a device's own images, and wants more than a few."""
-    if asked is None:
-        return max(1, min(there, batch_size // IMAGES_PER_DEVICE))
-    if asked > there:
-        raise TrainingError(
-            f"devices is {asked}, and the trainer sees {there}: leave it out, or ask for at most {there}"
-        )
-    if batch_size < 2 * asked:
-        raise TrainingError(f"a batch of {batch_size} is too small for {asked} devices, of 2 images at least each")
-    return asked
-
-
-OnEvent = Callable[[Event], None]
+        return resolved.model_copy(update={"epochs": min(resolved.epochs, request.budget.max_epochs)})
+    return resolved

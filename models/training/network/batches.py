@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.data.dataset import LoadedDataset
 from models.preprocessing import Preprocessing, denormalise, mean_and_std
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.network.augment import SEED_STEP, augment, flips, mix, sent
 from models.training.network.process_group import ALONE, ProcessGroup
 

@@ -37,9 +37,10 @@ from models.progress import Stop, never
 from models.runtime import tune_allocator
 from models.runtime.device import devices as usable_devices
 from models.runtime.device import leave_memory
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.job.job_files import TrainingFailure
 from models.training.job.parent_process import die_with_parent, explain
-from models.training.job.request import Budget, EarlyStopping, Event, OnEvent, ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event, OnEvent
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.freezing import Freezing
 from models.training.network.process_group import ProcessGroup

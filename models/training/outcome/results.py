@@ -1,7 +1,6 @@
 """What a run has found out, put together."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def make_report(
         name=job.request.name,
         mode=job.mode,
         request=job.request.model_dump(mode="json"),
-        effective=asdict(job.settings),
+        effective=job.settings.model_dump(),
         audit=job.data.audit,
         layers=trained.layers,
         fresh_stages=trained.fresh,
