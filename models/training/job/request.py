@@ -1,4 +1,4 @@
-"""What a training run is asked for, what it decides by itself, and what it tells while it runs."""
+"""The request for a training run, and the events of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,63 +25,72 @@ from models.training.job.hyperparameters import (
 Phase = Literal["audit", "features", "select", "train", "calibrate", "evaluate", "publish"]
 
 MAX_BASES = 8  # of an ensemble, or to choose from
-FOLDS, FOLD_EPOCHS = 3, 3  # of the choice among architectures, where the request says nothing
+FOLDS, FOLD_EPOCHS = 3, 3  # default of the choice among architectures
+PATIENCE, RISES = 10, 3  # default of `EarlyStopping.patience`, for the criterion patience and for up
 
 
 class EarlyStopping(FiniteRecord):
-    """When a run of epochs ends before its last one.
+    """The rule that ends training before its last epoch.
 
-    Prechelt 1998, Early stopping, but when?: GL is generalisation loss, PQ its quotient with progress, UP successive rises.
+    Prechelt 1998, "Early Stopping - but when?": GL is generalisation loss, PQ its quotient with progress, UP successive rises.
     """
 
     criterion: Literal["patience", "gl", "pq", "up", "none"] = Field(
-        default="up", description="What ends the run before its last epoch: patience, or one of Prechelt's three"
+        default="patience", description="Rule that ends the run early: patience, or one of Prechelt's three"
     )
-    patience: int = Field(
-        default=3, ge=1, le=1000, description="Epochs without a better loss; of up, strips in a row that rose"
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Epochs in a row without a lower validation loss, by default 10; for up, strips in a row with a higher one, by "
+        "default 3",
     )
     alpha: float = Field(default=5.0, ge=1e-6, le=1e6, description="Threshold of gl (percent) and pq")
     strip: int | None = Field(
-        default=None, ge=1, le=100, description="Epochs of a strip, for pq and up; by default 2 to 5, an eighth of all"
+        default=None, ge=1, le=100, description="Epochs in a strip, for pq and up; by default an eighth of all, 2 to 5"
     )
-
     keep: Literal["best", "last"] = Field(
         default="best",
-        description="Weights of which epoch; last where the base has seen the validation images, whose best epoch says nothing",
+        description="Epoch whose weights are kept; use last where the base was trained on the validation images: their best epoch then "
+        "means nothing",
     )
 
     def for_epochs(self, epochs: int) -> "EarlyStopping":
-        """With its strip decided: of Prechelt's 5 epochs, `up` could not end a run of fewer than 20."""
+        """Returns the rule with its strip decided: with Prechelt's 5 epochs, `up` could not end a run of fewer than 20."""
         return self.model_copy(update={"strip": self.strip or max(2, min(5, epochs // 8))})
+
+    @property
+    def limit(self) -> int:
+        """Epochs or strips in a row that end the run."""
+        return self.patience or (RISES if self.criterion == "up" else PATIENCE)
 
 
 class Budget(FiniteRecord):
-    """What a run may cost; where it is reached, the best so far is kept."""
+    """Bounds of a run. Where one is reached, training ends and the best weights so far are kept."""
 
     max_seconds: float | None = Field(
-        default=None, ge=1e-6, le=1e9, description="Seconds after which the best so far is kept"
+        default=None, ge=1e-6, le=1e9, description="Seconds after which training ends with the best so far"
     )
     max_epochs: int | None = Field(
-        default=None, ge=1, le=10_000, description="Epochs after which the best so far is kept"
+        default=None, ge=1, le=10_000, description="Epochs after which training ends with the best so far"
     )
     max_latency_ms: float | None = Field(
-        default=None, ge=1e-6, le=1e9, description="Base auto: most milliseconds that one image may take"
+        default=None, ge=1e-6, le=1e9, description="Base auto: maximum latency of one image in milliseconds"
     )
 
 
 class FinetuneRequest(FiniteRecord):
-    """One training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`);
-    several models are an ensemble, of several architectures one is chosen, and "auto" chooses among the store's models."""
+    """A training run. A base is a model of the store (`head`, `finetune`, `head_then_finetune`) or an architecture (`scratch`).
+    Several models form an ensemble; one of several architectures is chosen; "auto" chooses among the store's models."""
 
     dataset: Path = Field(description="Folder, zip or CSV of labelled images")
-    name: str = Field(pattern=NAME_PATTERN, description="Name of the model that comes of it")
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the model to publish")
     base: str | tuple[str, ...] | None = Field(
         default=None,
         description="Model of the store to start from, several for an ensemble, auto to choose one; in mode scratch, an architecture, "
-        "or several to choose one by cross-validation. "
-        "By default the model that requests get which name none",
+        "or several to choose one by cross-validation. By default the server's default model",
     )
-    mode: Mode = Field(default="head", description="What is trained")
+    mode: Mode = Field(default="head", description="Part of the network that is trained")
     folds: int | None = Field(
         default=None,
         ge=2,
@@ -95,13 +104,13 @@ class FinetuneRequest(FiniteRecord):
         description="Mode scratch with several bases: epochs of each fold's training; by default 3",
     )
     val_fraction: float = Field(
-        default=0.2, ge=0.01, le=0.5, description="Share of the images held out, where there is no val/"
+        default=0.2, ge=0.01, le=0.5, description="Share of the images held out for validation, where there is no val/"
     )
     test_fraction: Annotated[float, zero_or(0.001)] = Field(
-        default=0.0, ge=0, le=0.5, description="Share held out for the final figures, where there is no test/"
+        default=0.0, ge=0, le=0.5, description="Share of the images held out for testing, where there is no test/"
     )
     on_bad_file: Literal["skip", "fail"] = Field(
-        default="skip", description="What to do with a file that is no usable image"
+        default="skip", description="Skip files that are not usable images, or fail"
     )
     encoding: str = Field(
         default=AUTO,
@@ -110,30 +119,33 @@ class FinetuneRequest(FiniteRecord):
     )
     near_duplicates: NearDuplicates = Field(
         default="group",
-        description="Versions of one photograph: group keeps them on one side of the split, report only lists them, off does not search",
+        description="Versions of one photograph: group keeps them in one part of the split, report only lists them, off does not search",
     )
     layout: Layout = Field(
         default="auto",
-        description="What the folders are where their names leave it in doubt: classes; splits, that is train, val and test with "
+        description="Meaning of the folders where their names are ambiguous: classes; splits, that is train, val and test with "
         "class folders in them; or csv, where a CSV at the top has the labels",
     )
     min_per_class: int = Field(
-        default=2, ge=2, le=1_000_000, description="Training images that each class needs; one with fewer is refused"
+        default=2,
+        ge=2,
+        le=1_000_000,
+        description="Training images that each class needs; a class with fewer is an error",
     )
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping = EarlyStopping()
     budget: Budget = Budget()
     deploy: Literal["never", "manual", "gate", "always"] = Field(
         default="gate",
-        description="When the new version is served: gate is where it is not worse than the one that serves",
+        description="When the new version is served: gate serves it if it is not worse than the served one",
     )
     accept_precision: float = Field(
-        default=PRECISION, ge=0.5, lt=1, description="Share of accepted images that is to be right; sets `decision`"
+        default=PRECISION, ge=0.5, lt=1, description="Share of accepted images that should be right; sets `decision`"
     )
-    metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts of your own")
+    metadata: dict[str, str] = Field(default={}, max_length=16, description="Up to 16 texts to store with the model")
     half: bool = Field(default=False, description="Store the backbone in float16")
     channels: Literal[1, 3] = Field(
-        default=3, description="Mode scratch: input channels; 1 for gray images, to which coloured ones are turned"
+        default=3, description="Mode scratch: input channels; with 1, images are converted to gray"
     )
 
     @field_validator("dataset", mode="before")
@@ -199,7 +211,7 @@ class FinetuneRequest(FiniteRecord):
 
     @property
     def selects_architecture(self) -> bool:
-        """Whether cross-validation chooses among several architectures."""
+        """True where cross-validation chooses among several architectures."""
         return self.mode == "scratch" and isinstance(self.base, tuple)
 
     @property
@@ -217,7 +229,7 @@ class FinetuneRequest(FiniteRecord):
 
 @dataclass(frozen=True)
 class Event:
-    """A sign of life: `progress` runs from 0 to 1 within `phase`; `message` is a line for the reader (a bad file, a resumed run)."""
+    """Progress of a run: `progress` goes from 0 to 1 within `phase`; `message` is a line for people (a bad file, a resumed run)."""
 
     phase: Phase
     progress: float
