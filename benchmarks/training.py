@@ -26,14 +26,8 @@ from models.data.dataset import LoadedDataset, load
 from models.preprocessing import Preprocessing
 from models.progress import never
 from models.runtime import pick_device, tune_allocator
-from models.training.job.request import (
-    Budget,
-    EarlyStopping,
-    FinetuneRequest,
-    Hyperparameters,
-    ResolvedHyperparameters,
-    effective,
-)
+from models.training.job.hyperparameters import Hyperparameters, ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping, FinetuneRequest, effective
 from models.training.network.trainer import History, RunLimits, Trainer, TrainingPlan
 
 CLASSES = ("even", "odd")

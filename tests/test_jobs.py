@@ -477,6 +477,7 @@ async def test_a_server_killed_with_9_loses_no_job(tmp_path: Path) -> None:
     assert {m for m in imported if "models.training" in m} <= {
         "models.training",
         "models.training.job",
+        "models.training.job.hyperparameters",
         "models.training.job.request",
         "models.training.job.job_files",
     }

@@ -10,7 +10,9 @@ from support.service_fakes import http as http
 from support.service_fakes import service as service
 
 from models.errors import InferenceFailed, ModelNotFound
+from models.uncertainty import NEAREST
 from service.errors import DeadlineExceeded, QueueFull
+from service.http.uploads.queries import MAX_NEIGHBOURS
 
 pytestmark = pytest.mark.anyio
 JPEG = {"Content-Type": "image/jpeg"}
@@ -348,3 +350,7 @@ async def test_refused_neighbours_are_told_the_most(http: httpx.AsyncClient, cou
 async def test_alpha_and_neighbours_that_are_refused(http: httpx.AsyncClient, query: str, param: str) -> None:
     error = (await http.post(f"/predict?{query}", content=GOOD, headers=JPEG)).json()["error"]
     assert (error["code"], error["param"]) == ("validation_error", param)
+
+
+async def test_the_most_neighbours_are_those_that_a_model_keeps() -> None:
+    assert MAX_NEIGHBOURS == NEAREST

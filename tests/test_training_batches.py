@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ from support.training_data import PREPROCESSING, in_memory, settings
 from torch import Tensor, nn
 
 from models.preprocessing import denormalise, normalise
-from models.training.job.request import Budget, EarlyStopping, ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping
 from models.training.network.batches import Batches, TrainingBatch, first_images
 from models.training.network.process_group import ALONE, ProcessGroup
 from models.training.network.trainer import TrainingPlan, train
@@ -57,7 +57,7 @@ def test_ranks_share_the_batch_of_one(recipe: dict[str, Any]) -> None:
 
 def test_the_sample_is_what_several_ranks_were_shown() -> None:
     """Policies draw otherwise where a batch is shared."""
-    chosen = replace(settings(augmentation="trivial"), devices=2)
+    chosen = settings(augmentation="trivial").model_copy(update={"devices": 2})
     shown = torch.cat([first(chosen, ProcessGroup(rank, 2)).images for rank in range(2)])
     assert torch.equal(first_images(DATA, PREPROCESSING, chosen).pixels, denormalise(shown, PREPROCESSING))
     assert not torch.equal(shown, first(chosen).images)

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +22,9 @@ from support.training_data import PREPROCESSING, in_memory, settings
 from torch import Tensor, nn
 
 from models.errors import TrainingError
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.job.job_files import TrainingFailure
-from models.training.job.request import Budget, EarlyStopping, Event, ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event
 from models.training.network import distributed, trainer
 from models.training.network.augment import AugmentedBatch, augment
 from models.training.network.process_group import ProcessGroup
@@ -196,7 +196,7 @@ def test_a_gpu_that_cannot_be_used_is_passed_over(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(distributed, "_run", train_elsewhere)
     with_gpus(monkeypatch, Card((6, 1)), Card(), Card(), Card())
-    asked = replace(settings(2), devices=2)
+    asked = settings(2).model_copy(update={"devices": 2})
     distributed.train(tiny(), plan_of(asked, tmp_path / "c.pt"), print)
     assert trained_on == [(torch.device("cuda", 1), torch.device("cuda", 2))]
 
@@ -264,7 +264,7 @@ def test_every_image_belongs_to_one_rank() -> None:
 def test_on_two_gpus(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    runs, asked = [tiny(), tiny()], replace(settings(2), devices=2)
+    runs, asked = [tiny(), tiny()], settings(2).model_copy(update={"devices": 2})
     for number, module in enumerate(runs):
         distributed.train(module, plan_of(asked, tmp_path / f"{number}.pt"), print)
     assert all(torch.equal(value, runs[1].state_dict()[name]) for name, value in runs[0].state_dict().items())

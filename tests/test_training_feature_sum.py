@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from models.training.job.request import FinetuneRequest, effective
 
 pytestmark = pytest.mark.system
 
-SETTINGS = replace(effective(FinetuneRequest(dataset="images", name="test"), "head", 90), epochs=15)
+SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 90).model_copy(update={"epochs": 15})
 
 
 @pytest.fixture

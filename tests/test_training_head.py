@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +6,8 @@ from torch import Tensor, nn
 from models.classifier import Head
 from models.errors import TrainingError
 from models.training.head.regression import FOLDS, STRENGTHS, Fit, class_weights, fit, fit_at, fold_of
-from models.training.job.request import FinetuneRequest, ResolvedHyperparameters, effective
+from models.training.job.hyperparameters import ResolvedHyperparameters
+from models.training.job.request import FinetuneRequest, effective
 
 SETTINGS = effective(FinetuneRequest(dataset="images", name="test"), "head", 300)
 Clouds = tuple[Tensor, Tensor]
@@ -82,7 +81,7 @@ def test_weaker_strengths_are_left_out_once_the_loss_rises() -> None:
 
 
 def test_a_given_weight_decay_is_the_only_strength(clouds: Clouds) -> None:
-    found = fitted(*clouds, replace(SETTINGS, weight_decay=0.3))
+    found = fitted(*clouds, SETTINGS.model_copy(update={"weight_decay": 0.3}))
     assert [point.strength for point in found.path] == [0.3] == [found.strength]
     assert torch.allclose(found.out_of_fold.sum(dim=1), torch.ones(300))
 
@@ -129,7 +128,10 @@ def test_balanced_weights_raise_the_recall_of_the_rare_class(clouds: Clouds) -> 
     features, labels = clouds
     rows = (labels < 2) | (torch.arange(300) < 30)
     features, labels = features[rows] * 0.3, labels[rows]
-    heads = [fitted(features, labels, replace(SETTINGS, class_weight=kind)).head for kind in ("none", "balanced")]
+    heads = [
+        fitted(features, labels, SETTINGS.model_copy(update={"class_weight": kind})).head
+        for kind in ("none", "balanced")
+    ]
     plain, balanced = (int((head(features[labels == 2]).argmax(dim=1) == 2).sum()) for head in heads)
     assert balanced >= plain
     assert class_weights(labels, 3)[labels].mean() == pytest.approx(1.0)
@@ -137,7 +139,7 @@ def test_balanced_weights_raise_the_recall_of_the_rare_class(clouds: Clouds) -> 
 
 def test_label_smoothing_makes_answers_less_sure(clouds: Clouds) -> None:
     features, labels = clouds
-    smooth = replace(SETTINGS, label_smoothing=0.3)
+    smooth = SETTINGS.model_copy(update={"label_smoothing": 0.3})
     surest = [fit_at(features, labels, 3, 1e-3, s)(features).softmax(dim=1).max() for s in (SETTINGS, smooth)]
     assert surest[1] < surest[0]
 

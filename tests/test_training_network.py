@@ -11,7 +11,8 @@ from torch import nn
 
 from models.errors import TrainingError
 from models.progress import never
-from models.training.job.request import Budget, EarlyStopping, Event, ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event
 from models.training.network import trainer as whole
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.checkpoint import previous

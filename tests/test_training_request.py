@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from models.errors import TrainingError
 from models.training.job.command import command
-from models.training.job.request import EarlyStopping, FinetuneRequest, Hyperparameters, effective
+from models.training.job.hyperparameters import Hyperparameters
+from models.training.job.request import EarlyStopping, FinetuneRequest, effective
 from service.cli import main
 
 
@@ -104,6 +105,13 @@ def test_auto_that_became_a_head_leaves_out_what_a_head_has_not() -> None:
     assert (found.epochs, found.mixup, found.copies) == (200, 0.0, 2)
 
 
+@pytest.mark.parametrize(("criterion", "limit"), [("patience", 10), ("up", 3)])
+def test_each_criterion_has_a_patience_of_its_own(criterion: str, limit: int) -> None:
+    assert EarlyStopping().criterion == "patience"
+    assert EarlyStopping.model_validate({"criterion": criterion}).limit == limit
+    assert EarlyStopping.model_validate({"criterion": criterion, "patience": 7}).limit == 7
+
+
 @pytest.mark.parametrize(("epochs", "strip"), [(3, 2), (10, 2), (30, 3), (100, 5)])
 def test_a_strip_is_short_enough_for_the_run(epochs: int, strip: int) -> None:
     assert EarlyStopping().for_epochs(epochs).strip == strip
@@ -130,13 +138,13 @@ def test_the_command_says_everything_but_where_the_dataset_lies() -> None:
         val_fraction=0.04,
         half=True,
         hyperparameters={"epochs": 9, "hflip": False},
-        early_stopping={"criterion": "patience", "patience": 5},
+        early_stopping={"criterion": "gl", "patience": 5},
         budget={"max_seconds": 60},
     )
     assert asked.dataset == Path("/data/cifar10.zip")
     assert command(asked) == (
         "imago finetune cifar10.zip --name cifar10 --base preact_resnet --mode scratch --val-fraction 0.04"
-        " --on-bad-file skip --epochs 9 --no-hflip --seed 0 --early-stopping patience --patience 5 --max-seconds 60.0 --half"
+        " --on-bad-file skip --half --epochs 9 --no-hflip --seed 0 --patience 5 --max-seconds 60.0 --early-stopping gl"
     )
 
 

@@ -7,7 +7,7 @@ from support.training_data import settings
 from torch import Tensor, nn
 
 from models.errors import OutOfMemory
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.step import Stepper
 

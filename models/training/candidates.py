@@ -9,7 +9,7 @@ from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never
 from models.training.head.regression import RegressionProblem, cross_validate, part_of, threads_for
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,9 @@ from models.store.store import ModelStore
 from models.training.bases import Base
 from models.training.candidates import BaseChoice
 from models.training.head.features import FeatureCache, feature_precision
+from models.training.job.hyperparameters import Mode, ResolvedHyperparameters
 from models.training.job.job_files import RUN
-from models.training.job.request import Budget, Event, FinetuneRequest, Mode, Phase, ResolvedHyperparameters
+from models.training.job.request import Budget, Event, FinetuneRequest, Phase
 
 
 @dataclass

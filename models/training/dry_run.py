@@ -2,7 +2,6 @@
 
 from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def dry_run(
         "split": {part: len(rows) for part, rows in job.data.rows.items()},
         "mode": job.mode,
         "bases": [base.name for base in job.bases],
-        "effective": asdict(job.settings),
+        "effective": job.settings.model_dump(),
         "selection": {"folds": job.request.selection_folds, "epochs": epochs_of(job)} if selects else None,
         "estimate": estimate(job),
     }

@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,8 +25,9 @@ from models.training import train
 from models.training.bases import bases_of
 from models.training.context import Clock, RunRecord, TrainingContext
 from models.training.head.features import FeatureCache
+from models.training.job.hyperparameters import Mode
 from models.training.job.job_files import JobResult, published
-from models.training.job.request import Event, FinetuneRequest, Mode, OnEvent, effective
+from models.training.job.request import Event, FinetuneRequest, OnEvent, effective
 from models.training.outcome import comparison
 from models.training.outcome.lineage import seen_before
 from models.training.outcome.parity import parity as parity_of
@@ -90,7 +90,7 @@ def run(
         verdict=compared.verdict.model_dump(mode="json") if compared.verdict else None,
         deployment=deployment,
         reason=reason,
-        effective=asdict(job.settings),
+        effective=job.settings.model_dump(),
     )
 
 

@@ -21,8 +21,9 @@ from models.training.head.feature_sum import fit_sum
 from models.training.head.features import Extractor, Stopped
 from models.training.head.mean import fit_mean
 from models.training.head.regression import Fit, fit
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.job.job_files import StopReason
-from models.training.job.request import Event, ResolvedHyperparameters
+from models.training.job.request import Event
 from models.training.network import checkpoint, distributed
 from models.training.network import trainer as whole
 from models.training.network.augment import augmented_copy
@@ -226,7 +227,7 @@ def _parts(job: TrainingContext, fresh: Sequence[str]) -> tuple[nn.Module, Layer
 
 def _head_first(job: TrainingContext, changed: Backbone | None) -> nn.Linear:
     """Return the layer that mode head fits, on the base's features or on those of the `changed` backbone."""
-    job = replace(job, settings=replace(job.settings, epochs=200, weight_decay=None, copies=0))
+    job = replace(job, settings=job.settings.model_copy(update={"epochs": 200, "weight_decay": None, "copies": 0}))
     if changed is None:
         head = train_head(job).head
     else:

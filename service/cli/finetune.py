@@ -16,8 +16,9 @@ from models.data.parts import PARTS
 from models.store.store import ModelStore
 from models.training.candidates import ScoredBase
 from models.training.evaluation.evaluate import Evaluation
+from models.training.job.hyperparameters import FiniteRecord, Hyperparameters
 from models.training.job.job_files import JobResult
-from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest, Hyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event, FinetuneRequest
 from models.training.reports import Report
 from service.cli.complete import stored_models
 from service.cli.options import IMAGES, examples, fields_options, settings_options
@@ -25,26 +26,14 @@ from service.cli.progress import Update, progress
 from service.cli.store import changed
 from service.settings import Settings
 
-REQUEST = (
-    "mode",
-    "folds",
-    "selection_epochs",
-    "val_fraction",
-    "test_fraction",
-    "on_bad_file",
-    "encoding",
-    "near_duplicates",
-    "layout",
-    "min_per_class",
-    "deploy",
-    "half",
-    "channels",
-    "accept_precision",
-)
+NESTED: dict[str, type[FiniteRecord]] = {  # records within the request
+    "hyperparameters": Hyperparameters,
+    "early_stopping": EarlyStopping,
+    "budget": Budget,
+}
+WITHOUT_OPTION = {"dataset", "name", "base", "metadata", *NESTED}
 SETTINGS = ("weights", "data", "device", "trainer_threads", *IMAGES)
-BUDGET = tuple(Budget.model_fields)
 SHOWN = 10  # of the duplicates, and of the paths of each group
-HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
 
 
 @click.command(
@@ -58,18 +47,14 @@ HYPERPARAMETERS = tuple(Hyperparameters.model_fields)
     )
 )
 @click.argument("dataset", type=click.Path(exists=True, path_type=Path))
-@click.option("--name", required=True, help="Name of the model that comes of it")
+@click.option("--name", required=True, help=FinetuneRequest.model_fields["name"].description)
 @click.option(
-    "--base",
-    multiple=True,
-    shell_complete=stored_models,
-    help=f"{FinetuneRequest.model_fields['base'].description}",
+    "--base", multiple=True, shell_complete=stored_models, help=FinetuneRequest.model_fields["base"].description
 )
-@fields_options(FinetuneRequest, *REQUEST)
-@click.option("--early-stopping", type=click.Choice(["patience", "gl", "pq", "up", "none"]), help="What ends it early")
-@fields_options(EarlyStopping, "patience", "alpha", "strip", "keep")
-@fields_options(Budget, *BUDGET)
-@fields_options(Hyperparameters, *HYPERPARAMETERS)
+@fields_options(FinetuneRequest, *(name for name in FinetuneRequest.model_fields if name not in WITHOUT_OPTION))
+@fields_options(EarlyStopping, *EarlyStopping.model_fields, criterion="early_stopping")
+@fields_options(Budget, *Budget.model_fields)
+@fields_options(Hyperparameters, *Hyperparameters.model_fields)
 @click.option("--dry-run", is_flag=True, help="Show the audit, the split and the estimated time, and train nothing")
 @click.option("--fresh", is_flag=True, help="Do not go on from where an earlier run of this command was ended")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, or the dry run, as JSON")
@@ -225,22 +210,13 @@ def accuracy(part: str, found: Evaluation) -> str:
 
 
 def read_request(options: dict[str, Any]) -> FinetuneRequest:
-    given = {key: value for key, value in options.items() if value is not None}
-    base = given.pop("base")
-    stopping = {str(key): given.pop(key) for key in ("patience", "alpha", "strip", "keep") if key in given}
-    if "early_stopping" in given:
-        stopping["criterion"] = given.pop("early_stopping")
-    budget = {key: given.pop(key) for key in BUDGET if key in given}
-    chosen = {key: given.pop(key) for key in HYPERPARAMETERS if key in given}
-    return FinetuneRequest.model_validate(
-        {
-            **given,
-            "base": None if not base else base[0] if len(base) == 1 else base,
-            "early_stopping": stopping,
-            "budget": budget,
-            "hyperparameters": chosen,
-        }
-    )
+    given = {name: value for name, value in options.items() if value is not None}
+    bases = given.pop("base")
+    parts = {
+        part: {name: given.pop(name) for name in fields.model_fields if name in given}
+        for part, fields in NESTED.items()
+    }
+    return FinetuneRequest.model_validate({**given, **parts, "base": bases[0] if len(bases) == 1 else bases or None})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -46,27 +46,28 @@ def settings_options(*names: str) -> Callable[[F], F]:
     def decorate(command: F) -> F:
         for name in reversed(names or tuple(Settings.model_fields)):
             field = Settings.model_fields[name]
-            command = _option(name, field, _help(name, field))(command)
+            command = _option(name, field, _help(name, field), name)(command)
         return command
 
     return decorate
 
 
-def fields_options(model: type[BaseModel], *names: str) -> Callable[[F], F]:
-    """Adds an option for each of these fields of a request. One that is not given is None."""
+def fields_options(model: type[BaseModel], *names: str, **flags: str) -> Callable[[F], F]:
+    """Adds an option for each of these fields of a request, with its name as the flag, or that of `flags`. One that is not given is
+    None."""
 
     def decorate(command: F) -> F:
         for name in reversed(names):
             field = model.model_fields[name]
             shown = "" if field.default in (None, False) else f"  [default: {field.default}]"
-            command = _option(name, field, f"{field.description}{shown}")(command)
+            command = _option(name, field, f"{field.description}{shown}", flags.get(name, name))(command)
         return command
 
     return decorate
 
 
-def _option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
-    flag = f"--{name.replace('_', '-')}"
+def _option(name: str, field: FieldInfo, help: str, flag: str) -> Callable[[F], F]:
+    flag = f"--{flag.replace('_', '-')}"
     kind = _plain_type(field.annotation)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help)
@@ -74,9 +75,9 @@ def _option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """`int | None` -> `int`."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next(arg for arg in get_args(annotation) if arg is not NoneType)
+    """`Annotated[int, ...] | None` -> `int`."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return _plain_type(next(arg for arg in get_args(annotation) if arg is not NoneType))
     return annotation
 
 

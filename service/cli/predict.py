@@ -15,8 +15,9 @@ import click
 
 from models.errors import ModelError
 from service.cli.complete import stored_models
-from service.cli.options import IMAGES, RUNTIME, a_number, examples, settings_options
+from service.cli.options import IMAGES, RUNTIME, examples, fields_options, settings_options
 from service.cli.progress import Update, progress
+from service.http.uploads.queries import PredictQuery
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,20 +44,14 @@ PATIENCE_MS = 600_000  # nobody waits at the other end: the longest limit that t
     shell_complete=stored_models,
     help="Model to ask; may be repeated. Default: the store's default",
 )
-@click.option("--top-k", type=click.IntRange(1), help="Predictions per image  [IMAGO_TOP_K; default 5]")
+@settings_options("top_k")
 @click.option(
     "--explain",
     metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a picture of where each image shows its best class",
 )
-@click.option(
-    "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=a_number,
-    help="Add the classes among which the true one is with probability 1 - alpha",
-)
-@click.option("--neighbours", type=click.IntRange(0, 16), default=0, help="Add so many of the nearest training images")
+@fields_options(PredictQuery, "alpha", "neighbours")
 @click.option("--json", "as_json", is_flag=True, help="Print what POST /predict would answer")
 @settings_options(*RUNTIME, *IMAGES, "decode_threads")
 def command(
@@ -65,7 +60,7 @@ def command(
     top_k: int | None,
     explain: Path | None,
     alpha: float | None,
-    neighbours: int,
+    neighbours: int | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -76,7 +71,8 @@ def command(
     settings = Settings.load(**flags, top_k=top_k, timeout_ms=PATIENCE_MS)
     from service.inference.results import PredictOptions
 
-    options = PredictOptions(settings.top_k, "overlay" if explain else None, alpha, neighbours)
+    query = PredictQuery(alpha=alpha, neighbours=neighbours or None)
+    options = PredictOptions(settings.top_k, "overlay" if explain else None, query.alpha, query.neighbours or 0)
     with progress("predict", "images") as update:
         answers = asyncio.run(classify(settings, files, models, options, update))
     if explain:

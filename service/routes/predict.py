@@ -1,6 +1,5 @@
 """`POST /predict` and `POST /embed`: images in, classes or feature vectors out."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,6 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from models.errors import ModelError
-from models.uncertainty import NEAREST
 from service.errors import AllImagesFailed, ServiceError, ValidationFailed, status_of
 from service.http.auth import UserRoute, client_of
 from service.http.middleware import encode, encode_each
@@ -25,17 +23,9 @@ from service.http.schemas import (
     PredictAnswers,
     json_answer,
 )
-from service.http.uploads.image_requests import (
-    ALPHA_FIELD,
-    EXPLAIN_FIELD,
-    MODEL_FIELD,
-    MODELS_FIELD,
-    NEIGHBOURS_FIELD,
-    TIMEOUT_FIELD,
-    TOP_K_FIELD,
-    image_request,
-)
-from service.http.uploads.upload import Upload, read_upload, while_connected
+from service.http.uploads.image_requests import image_request
+from service.http.uploads.queries import EmbedQuery, PredictQuery
+from service.http.uploads.upload import read_upload, while_connected
 from service.inference.results import Explain, ModelResults, Prediction, PredictOptions, Timings, failed
 from service.routes.dependencies import State
 
@@ -45,8 +35,7 @@ MAX_MODELS = 16  # in one request
 INLINE_VALUES = 2000  # of an answer that is encoded on the event loop, which takes 3 ms; a larger one goes to a thread
 MAX_EXPLAINED = 20  # classes of an image: of a Grad-CAM each costs a backward pass
 EXPLAIN: dict[str | None, Explain | None] = {None: None, "false": None, "true": "grid", "overlay": "overlay"}
-PREDICT_FIELDS = frozenset({"model", "top_k", "timeout_ms", "explain", "alpha", "neighbours"})
-EMBED_FIELDS = frozenset({"model", "timeout_ms"})
+PREDICT_FIELDS, EMBED_FIELDS = frozenset(PredictQuery.model_fields), frozenset(EmbedQuery.model_fields)
 
 
 @router.post(
@@ -65,17 +54,18 @@ EMBED_FIELDS = frozenset({"model", "timeout_ms"})
         },
         **ERROR_ANSWERS,
     },
-    openapi_extra=image_request(MODELS_FIELD, TOP_K_FIELD, TIMEOUT_FIELD, EXPLAIN_FIELD, ALPHA_FIELD, NEIGHBOURS_FIELD),
+    openapi_extra=image_request(PredictQuery),
 )
 async def predict(request: Request) -> Response:
     """Send a raw image, multipart with one `file` part per image, or images in base64 as JSON. One bad image is an error in its place; only
     if all fail does the request fail. Several `model`s are answered from one forward pass per backbone."""
     state: State = request.scope["state"]  # a dependency would cost FastAPI 0.03 ms
     upload = await read_upload(request, state["settings"], PREDICT_FIELDS)
-    models = list(dict.fromkeys(upload.fields.get("model", ())))
+    query = upload.query(PredictQuery)
+    models = list(dict.fromkeys(query.model or ()))
     if len(models) > MAX_MODELS:
         raise ValidationFailed(f"at most {MAX_MODELS} models can be asked at once", param="model")
-    options = _options(upload, state["settings"].top_k, client_of(request))
+    options = _options(query, state["settings"].top_k, client_of(request))
     state["exchange"].images = len(upload.images)
     answers = await while_connected(request, state["engine"].predict(upload.images, models, options))
     state["exchange"].models = [f"{answer.model}@{answer.version}" for answer in answers]
@@ -85,14 +75,13 @@ async def predict(request: Request) -> Response:
     return await _respond(partial(_encoded, answers, upload.filenames), size, answers[0].timings)
 
 
-def _options(upload: Upload, top_k: int, client: str) -> PredictOptions:
-    """The fields of a request. `top_k`: the setting, where the request names none."""
-    explain, alpha = _explain(upload), _alpha(upload)
-    neighbours = upload.whole_number("neighbours", most=NEAREST) or 0
-    k = upload.whole_number("top_k") or (min(top_k, MAX_EXPLAINED) if explain else top_k)
+def _options(query: PredictQuery, top_k: int, client: str) -> PredictOptions:
+    """`top_k`: the setting, where the request names none."""
+    explain = EXPLAIN[query.explain]
+    k = query.top_k or (min(top_k, MAX_EXPLAINED) if explain else top_k)
     if explain and k > MAX_EXPLAINED:
         raise ValidationFailed(f"with explain, `top_k` must be at most {MAX_EXPLAINED}", param="top_k")
-    return PredictOptions(k, explain, alpha, neighbours, upload.whole_number("timeout_ms"), client=client)
+    return PredictOptions(k, explain, query.alpha, query.neighbours or 0, query.timeout_ms, client=client)
 
 
 def _documents(answers: Sequence[ModelResults[Prediction]], filenames: Sequence[str | None]) -> dict[str, Any]:
@@ -113,39 +102,21 @@ def _joined(about: dict[str, Any], results: Iterable[dict[str, Any]]) -> bytes:
     return encode(about)[:-1] + b',"results":' + encode_each(results) + b"}"
 
 
-def _explain(upload: Upload) -> Explain | None:
-    text = upload.one("explain")
-    if text not in EXPLAIN:
-        raise ValidationFailed("`explain` must be true, false or overlay", param="explain")
-    return EXPLAIN[text]
-
-
-def _alpha(upload: Upload) -> float | None:
-    text = upload.one("alpha")
-    if text is None:
-        return None
-    if not re.fullmatch(r"0?\.[0-9]{1,6}", text) or float(text) == 0:
-        raise ValidationFailed(
-            "`alpha` must lie between 0 and 1, written as 0.1 is, with at most six decimals", param="alpha"
-        )
-    return float(text)
-
-
 @router.post(
     "/embed",
     summary="Feature vectors of one or more images",
     response_class=Response,
     responses={200: {"model": EmbedAnswer, **json_answer("Feature vectors", EMBED_EXAMPLE)}, **ERROR_ANSWERS},
-    openapi_extra=image_request(MODEL_FIELD, TIMEOUT_FIELD),
+    openapi_extra=image_request(EmbedQuery),
 )
 async def embed(request: Request) -> Response:
     """The features on which the model's head stands; of a model with several backbones, one after another."""
     state: State = request.scope["state"]  # a dependency would cost FastAPI 0.03 ms
     upload = await read_upload(request, state["settings"], EMBED_FIELDS)
-    model, timeout_ms = upload.one("model"), upload.whole_number("timeout_ms")
+    query = upload.query(EmbedQuery)
     state["exchange"].images = len(upload.images)
-    options = PredictOptions(timeout_ms=timeout_ms, client=client_of(request))
-    answer = await while_connected(request, state["engine"].embed(upload.images, model, options))
+    options = PredictOptions(timeout_ms=query.timeout_ms, client=client_of(request))
+    answer = await while_connected(request, state["engine"].embed(upload.images, query.model, options))
     state["exchange"].models = [f"{answer.model}@{answer.version}"]
     dim = next((len(result) for result in answer.results if isinstance(result, Tensor)), 0)
     about = {"model": answer.model, "version": answer.version, "dim": dim}

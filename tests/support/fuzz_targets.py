@@ -21,6 +21,7 @@ from models.errors import ImageError, WeightsError
 from models.files import weights_file
 from models.images.decoding import EXTRA_FORMATS, Limits, decode
 from service.errors import ServiceError
+from service.http.uploads.queries import PredictQuery
 from service.http.uploads.upload import read_upload
 from service.settings import Settings
 from support.image_files import SMALL, photo, save, solid
@@ -76,7 +77,7 @@ async def _upload(kind: bytes, query: bytes, body: bytes) -> None:
     upload = await read_upload(Request(scope | {"query_string": query}, receive), SETTINGS, KNOWN)
     assert len(upload.images) == len(upload.filenames) > 0
     assert all(len(name) <= 128 and name.isprintable() for name in upload.filenames if name)
-    upload.whole_number("top_k")
+    upload.query(PredictQuery)
 
 
 def decode_seeds() -> list[bytes]:

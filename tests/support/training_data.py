@@ -15,7 +15,8 @@ from torch import Tensor
 from models.data.audit import AuditedImages, make_audit
 from models.data.dataset import LoadedDataset, Part
 from models.preprocessing import Preprocessing
-from models.training.job.request import FinetuneRequest, Hyperparameters, ResolvedHyperparameters, effective
+from models.training.job.hyperparameters import Hyperparameters, ResolvedHyperparameters
+from models.training.job.request import FinetuneRequest, effective
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 SIDE = 8

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.files.records import Record
 from models.training.evaluation.evaluate import wilson
 from models.training.head.regression import fit_at
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 FEW = 40  # validation images, below which there is no advice

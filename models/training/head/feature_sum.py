@@ -16,7 +16,7 @@ from models.classifier import Head, HeadConfig, LayerConfig
 from models.errors import TrainingError
 from models.progress import Progress, Stop, never
 from models.training.head.regression import FOLDS, Fit, class_weights, fold_of, score, threads_for
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 LR, DECAY, BATCH, HIDDEN = 1e-3, 1e-2, 64, 512
 PATIENCE = 10  # epochs without a lower held-out loss

@@ -8,7 +8,7 @@ from torch import Tensor
 from models.classifier import Head
 from models.progress import Progress, Stop, never
 from models.training.head.regression import Fit, fit, part_of
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 
 def fit_mean(

@@ -22,7 +22,7 @@ from models.errors import TrainingError
 from models.files.records import Record
 from models.progress import Progress, Stop, never, silent
 from models.training.head.lbfgs import minimise
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 FOLDS = 5
 STRENGTHS = tuple(10.0 ** (exponent / 3) for exponent in range(2, -16, -2))  # 4.6 down to 2e-5, by a factor of about 5

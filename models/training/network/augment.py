@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 
 CROP_AREA = (0.35, 1.0)  # of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height

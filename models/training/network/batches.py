@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.data.dataset import LoadedDataset
 from models.preprocessing import Normalise, Preprocessing, denormalise
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.network.augment import SEED_STEP, augment, flips, mix, sent
 from models.training.network.process_group import ALONE, ProcessGroup
 

@@ -57,7 +57,7 @@ def _excess(value: float, lowest: float) -> float:
 def _patience(rule: EarlyStopping, val_losses: Losses) -> str | None:
     best = val_losses.index(min(val_losses)) + 1
     waited = len(val_losses) - best
-    if waited < rule.patience:
+    if waited < rule.limit:
         return None
     return f"{waited} epochs without a lower validation loss than the {val_losses[best - 1]:.4f} of epoch {best}"
 
@@ -81,10 +81,10 @@ def _quotient(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> str | 
 
 def _rises(rule: EarlyStopping, val_losses: Losses) -> str | None:
     strip = strip_of(rule)
-    ends = val_losses[strip - 1 :: strip][-rule.patience - 1 :]
-    if len(ends) <= rule.patience or any(after <= before for before, after in pairwise(ends)):
+    ends = val_losses[strip - 1 :: strip][-rule.limit - 1 :]
+    if len(ends) <= rule.limit or any(after <= before for before, after in pairwise(ends)):
         return None
-    return f"the validation loss rose {rule.patience} times in a row, each over {strip} epochs: " + ", ".join(
+    return f"the validation loss rose {rule.limit} times in a row, each over {strip} epochs: " + ", ".join(
         f"{loss:.4f}" for loss in ends
     )
 
@@ -112,7 +112,7 @@ def name_of(rule: EarlyStopping) -> str:
     """Return a name such as patience 3, GL 5, PQ 5 or UP 3."""
     if rule.criterion in ("gl", "pq"):
         return f"{rule.criterion.upper()} {rule.alpha:g}"
-    return f"{'UP' if rule.criterion == 'up' else rule.criterion} {rule.patience}"
+    return f"{'UP' if rule.criterion == 'up' else rule.criterion} {rule.limit}"
 
 
 def _would_have(rule: EarlyStopping, losses: Losses, val_losses: Losses) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from models.training.job.request import Scheduler
+from models.training.job.hyperparameters import Scheduler
 
 WARM_UP = {"one_cycle": 0.2, "cosine": 0.05}  # of all steps
 FIRST = 0.1  # share at the start of a warm-up

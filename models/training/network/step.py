@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.errors import OutOfMemory
 from models.runtime import is_out_of_memory
 from models.runtime.device import release_cached_memory
-from models.training.job.request import ResolvedHyperparameters
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.network.auxiliary import Auxiliary
 from models.training.network.process_group import ALONE, ProcessGroup
 

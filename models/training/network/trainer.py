@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from models.preprocessing import Preprocessing
 from models.progress import Stop, never
 from models.training.evaluation.evaluate import outputs
 from models.training.head.regression import class_weights
+from models.training.job.hyperparameters import ResolvedHyperparameters
 from models.training.job.job_files import StopReason
-from models.training.job.request import Budget, EarlyStopping, Event, OnEvent, ResolvedHyperparameters
+from models.training.job.request import Budget, EarlyStopping, Event, OnEvent
 from models.training.network import checkpoint as checkpoints
 from models.training.network.augment import SEED_STEP
 from models.training.network.auxiliary import Auxiliary
@@ -302,7 +303,7 @@ class Trainer:
         shapes = [f"{name} {tuple(value.shape)}" for name, value in self.network.state_dict().items()]
         network = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         preprocessing = self.plan.preprocessing.model_dump_json()
-        settings = {f"hyperparameter {name}": value for name, value in asdict(self.settings).items()}
+        settings = {f"hyperparameter {name}": value for name, value in self.settings.model_dump().items()}
         return {"dataset": self.data.sha256, "network": network, "preprocessing": preprocessing, **settings}
 
     def _groups(self) -> Groups:

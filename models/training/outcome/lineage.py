@@ -3,7 +3,6 @@
 import importlib.metadata
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def lineage_of(job: TrainingContext, fresh: Sequence[str]) -> dict[str, Any]:
         "base_model": [_ancestry(job, base) for base in job.bases] if job.mode != "scratch" else None,
         "mode": job.mode,
         "fresh_stages": list(fresh),
-        "hyperparameters": asdict(job.settings),
+        "hyperparameters": job.settings.model_dump(),
         "metadata": job.request.metadata,
         "code": {"version": _package_version(), "commit": _commit(), "torch": torch.__version__},
         "seconds": round(sum(job.clock.seconds.values()), 1),

@@ -1,7 +1,6 @@
 """The report of a run, put together from its parts, and its summary in the model's record."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def make_report(
         name=job.request.name,
         mode=job.mode,
         request=job.request.model_dump(mode="json"),
-        effective=asdict(job.settings),
+        effective=job.settings.model_dump(),
         audit=job.data.audit,
         layers=trained.layers,
         fresh_stages=trained.fresh,

@@ -127,7 +127,7 @@ def _one_fold(job: TrainingContext, base: Base, held: Tensor, spent: float, plac
         progress=lambda event: job.progress(Event("select", (number + event.progress) / of, message=event.message)),
         data=replace(job.data, pixels=pixels, digests=digests, rows=parts),
         bases=(base,),
-        settings=replace(job.settings, epochs=epochs_of(job), batch_size=batch_size),
+        settings=job.settings.model_copy(update={"epochs": epochs_of(job), "batch_size": batch_size}),
         _pixels={},
     )
 

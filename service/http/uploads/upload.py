@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -26,6 +27,7 @@ from service.http.uploads import image_json
 from service.http.uploads.body import BodyBuffer
 from service.http.uploads.image_json import MAX_FIELD_BYTES
 from service.http.uploads.multipart import Multipart, PartHead, Sink
+from service.http.uploads.queries import PredictQuery, QueryT
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -42,21 +44,21 @@ class Upload:
     filenames: list[str | None]
     fields: dict[str, list[str]] = field(default_factory=dict)
 
-    def one(self, name: str) -> str | None:
-        """A scalar field; raises BadRequest where it is repeated."""
-        values = self.fields.get(name, ())
-        if len(values) > 1:
-            raise BadRequest(f"`{name}` was given {len(values)} times; give it once", param=name)
-        return values[0] if values else None
-
-    def whole_number(self, name: str, most: int = 9_999_999) -> int | None:
-        """A scalar field of 1 to 7 ASCII digits, from 1 to `most`; raises ValidationFailed."""
-        text = self.one(name)
-        if text is None:
-            return None
-        if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= most:
-            raise ValidationFailed(f"`{name}` must be a whole number from 1 to {most}", param=name)
-        return int(text)
+    def query(self, kind: type[QueryT]) -> QueryT:
+        """Validates the fields. Raises BadRequest where one that has a single value is repeated, ValidationFailed for a wrong value."""
+        values: dict[str, str | list[str]] = {}
+        for name, texts in self.fields.items():
+            if kind is PredictQuery and name == "model":
+                values[name] = texts
+            elif len(texts) == 1:
+                values[name] = texts[0]
+            else:
+                raise BadRequest(f"`{name}` was given {len(texts)} times; give it once", param=name)
+        try:
+            return kind.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValidationFailed(f"`{first['loc'][0]}` {first['msg']}", param=str(first["loc"][0])) from None
 
 
 async def read_upload(request: Request, settings: Settings, known: frozenset[str]) -> Upload:

@@ -7,8 +7,9 @@ from typing import Any
 
 from models.store.store import ModelStore
 from models.training import run as finetune
+from models.training.job.hyperparameters import Hyperparameters
 from models.training.job.job_files import REPORT
-from models.training.job.request import EarlyStopping, FinetuneRequest, Hyperparameters
+from models.training.job.request import EarlyStopping, FinetuneRequest
 from service.diagnostics.gpu_check.measures.batches import waits
 from service.diagnostics.gpu_check.pictures import CLASSES, picture, two_classes
 from service.diagnostics.gpu_check.records import Measurement, problems
