@@ -15,6 +15,8 @@ from models.store.store import ModelStore
 from service.cli.finetune import first_and_last
 from service.inference.batcher import DeviceThread
 
+pytestmark = pytest.mark.system
+
 OFFLINE = ("--engine", "torch", "--precision", "float32", "--threads", "1", "--max-batch", "4", "--device", "cpu")
 
 
